@@ -1,0 +1,61 @@
+"""``compressed_attention``: checks its arguments and picks the backend."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from kernels.compressed.cpu import compressed_attention_cpu
+from kernels.compressed.reference import compressed_attention_reference
+from kernels.intervals import Intervals
+
+BACKENDS = {"reference": compressed_attention_reference, "cpu": compressed_attention_cpu}
+
+
+def compressed_attention(
+    q: Tensor, k: Tensor, v: Tensor, intervals: Intervals, *, scale: float | None = None, backend: str | None = None
+) -> Tensor:
+    """Attention of every query over the keys that ``intervals`` lets it see.
+
+    Args:
+        q: [B, T, H, D] in interleaved order.
+        k, v: [B, T, Hkv, D], same dtype and device; H a multiple of Hkv (query head h reads KV head h // (H / Hkv)).
+        intervals: the visible sets of the same B samples and T tokens.
+        scale: factor on the scores; 1 / sqrt(D) when None.
+        backend: 'reference' | 'cpu', or None for the best one on q's device.
+
+    Returns:
+        [B, T, H, D] in q's dtype.
+
+    Raises:
+        ValueError: a shape, dtype, device or backend that does not fit, naming the argument.
+    """
+    check_arguments(q, k, v, intervals)
+    if backend is None:
+        backend = "cpu" if q.device.type == "cpu" else "reference"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: {backend!r} is not one of {', '.join(BACKENDS)}")
+    return BACKENDS[backend](q, k, v, intervals, 1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+
+
+def check_arguments(q: Tensor, k: Tensor, v: Tensor, intervals: Intervals) -> None:
+    """Raise ValueError unless q, k, v and the intervals belong together."""
+    if q.dim() != 4:
+        raise ValueError(f"q: shape {tuple(q.shape)} has {q.dim()} dimensions, expected [B, T, H, D]")
+    batch, tokens, heads, dim = q.shape
+    for name, x in (("k", k), ("v", v)):
+        if x.dim() != 4 or (x.shape[0], x.shape[1], x.shape[3]) != (batch, tokens, dim):
+            raise ValueError(f"{name}: shape {tuple(x.shape)} does not fit q {tuple(q.shape)}; expected [B, T, Hkv, D]")
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(f"{name}: {x.dtype} on {x.device}, but q is {q.dtype} on {q.device}; make them equal")
+    if k.shape[2] != v.shape[2] or heads % k.shape[2]:
+        raise ValueError(f"k, v: {k.shape[2]} and {v.shape[2]} KV heads; both must be one divisor of q's {heads} heads")
+    if not q.is_floating_point():
+        raise ValueError(f"q: dtype {q.dtype} is not a floating point type")
+    if (intervals.batch, intervals.tokens) != (batch, tokens):
+        raise ValueError(
+            f"intervals: made for {intervals.batch} samples of {intervals.tokens} tokens, q has {batch} of {tokens}"
+        )
+    if intervals.rows.device != q.device:
+        raise ValueError(f"intervals: on {intervals.rows.device}, q on {q.device}; use intervals.to(q.device)")

@@ -1,0 +1,7 @@
+"""Where gists go in a sequence, and what follows from it: levels, positions, visible sets (METHOD.md, sections 1-4)."""
+
+from model.config import GistConfig
+from model.gist.insertion import Interleaved, interleave, max_interleaved_length
+from model.gist.layout import Layout, build_layout
+
+__all__ = ["GistConfig", "Interleaved", "Layout", "build_layout", "interleave", "max_interleaved_length"]

@@ -1,0 +1,146 @@
+"""Raw tokens -> interleaved sequence: where the gists of a packed sample go (METHOD.md, section 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numba
+import numpy as np
+
+from model.config import GistConfig
+
+
+@dataclass(frozen=True)
+class Interleaved:
+    """A packed sample with its gists in place. All arrays are [T].
+
+    Attributes:
+        ids: int64, vocabulary ids, gist ids included.
+        level: int32, -1 for raw tokens, 0 .. L-1 for gists.
+        doc: int32, number of the document within the sample.
+        position: int64, rotary position: a raw token's index among its document's raw tokens; a gist has the position
+            of the raw token before it.
+    """
+
+    ids: np.ndarray
+    level: np.ndarray
+    doc: np.ndarray
+    position: np.ndarray
+
+
+def max_interleaved_length(raw_tokens: int, chunk_sizes: Sequence[int]) -> int:
+    """The most tokens that ``raw_tokens`` raw ones can become: R + R // c0 + R // (c0 * c1) + .. (without ``close``)."""
+    length, group = raw_tokens, 1
+    for size in chunk_sizes:
+        group *= size
+        length += raw_tokens // group
+    return length
+
+
+def interleave(
+    ids: np.ndarray,
+    doc_lengths: Sequence[int],
+    word_starts: np.ndarray,
+    config: GistConfig,
+    gist_ids: Sequence[int],
+    close: bool = False,
+) -> Interleaved:
+    """Put the gists of one packed sample in place.
+
+    Args:
+        ids: [R] int64, raw tokens of the documents, back to back.
+        doc_lengths: raw tokens of each document; they sum to R.
+        word_starts: [vocab] bool, whether a piece starts a word.
+        config: chunk sizes and sink.
+        gist_ids: one vocabulary id per gist level.
+        close: give the end of every document a gist at each level that was not just closed (a context before its question).
+
+    Returns:
+        The interleaved sample.
+
+    Raises:
+        ValueError: lengths that do not sum to R, a wrong number of gist ids, or a token outside ``word_starts``.
+    """
+    ids = np.ascontiguousarray(ids, dtype=np.int64)
+    lengths = np.asarray(doc_lengths, dtype=np.int64)
+    starts = np.ascontiguousarray(word_starts, dtype=np.bool_)
+    levels = len(config.chunk_sizes)
+    if lengths.sum() != len(ids) or (lengths < 0).any():
+        raise ValueError(f"doc_lengths: they sum to {lengths.sum()}, the sample has {len(ids)} tokens")
+    if len(gist_ids) != levels:
+        raise ValueError(f"gist_ids: {len(gist_ids)} ids for {levels} gist levels; give one id per level")
+    if len(ids) and not 0 <= ids.min() <= ids.max() < len(starts):
+        bad = ids.max() if ids.max() >= len(starts) else ids.min()
+        raise ValueError(f"ids: token id {bad} is outside the vocabulary of {len(starts)} pieces")
+    room = max_interleaved_length(len(ids), config.chunk_sizes) + (levels * len(lengths) if close else 0)
+    out = Interleaved(np.empty(room, np.int64), np.empty(room, np.int32), np.empty(room, np.int32), np.empty(room, np.int64))
+    length = _interleave(
+        ids,
+        lengths,
+        starts,
+        np.asarray(config.chunk_sizes, np.int64),
+        config.sink,
+        np.asarray(gist_ids, np.int64),
+        close,
+        out.ids,
+        out.level,
+        out.doc,
+        out.position,
+    )
+    return Interleaved(out.ids[:length], out.level[:length], out.doc[:length], out.position[:length])
+
+
+@numba.njit(cache=True, nogil=True)
+def _chunk_end(ids, starts, begin, stop, size):
+    """Where a chunk that begins at ``begin`` closes, given the document's end ``stop``; ``stop + 1`` when cut short."""
+    due = begin + size
+    if due > stop:
+        return stop + 1
+    for end in range(due, min(due + size // 2, stop - 1) + 1):
+        if starts[ids[end]]:
+            return end
+    return due
+
+
+@numba.njit(cache=True, nogil=True)
+def _interleave(ids, lengths, starts, sizes, sink, gist_ids, close, out_ids, out_level, out_doc, out_position):
+    """Fill the output arrays; returns the interleaved length. One pass over the tokens, for any number of levels."""
+    levels = len(sizes)
+    open_gists = np.zeros(levels, np.int64)  # at l: level-(l-1) gists since the last level-l gist; slot 0 is unused
+    at = 0
+    first = 0
+    for doc in range(len(lengths)):
+        stop = first + lengths[doc]
+        open_gists[:] = 0
+        end = _chunk_end(ids, starts, first + sink, stop, sizes[0])
+        chunk_empty = True
+        for i in range(first, stop):
+            out_ids[at], out_level[at], out_doc[at], out_position[at] = ids[i], -1, doc, i - first
+            at += 1
+            chunk_empty = False
+            if i + 1 != end:
+                continue
+            level = 0
+            while True:
+                out_ids[at], out_level[at], out_doc[at], out_position[at] = gist_ids[level], level, doc, i - first
+                at += 1
+                level += 1
+                if level == levels:
+                    break
+                open_gists[level] += 1
+                if open_gists[level] < sizes[level]:
+                    break
+                open_gists[level] = 0
+            end = _chunk_end(ids, starts, end, stop, sizes[0])
+            chunk_empty = True
+        if close and stop > first:
+            for level in range(levels):
+                if (chunk_empty if level == 0 else open_gists[level] == 0):
+                    continue
+                out_ids[at], out_level[at], out_doc[at], out_position[at] = gist_ids[level], level, doc, stop - 1 - first
+                at += 1
+                if level + 1 < levels:
+                    open_gists[level + 1] += 1
+        first = stop
+    return at

@@ -1,0 +1,70 @@
+"""METHOD.md restated as slow, literal Python: the independent reference that the fast code is held against."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def insert_gists(ids, doc_lengths, word_starts, chunk_sizes, sink, gist_ids, close=False):
+    """Section 2, token by token. Returns lists (ids, level, doc, position)."""
+    out = []
+    begin = 0
+    for doc, length in enumerate(doc_lengths):
+        tokens = list(ids[begin : begin + length])
+        begin += length
+        gists_since = [0] * len(chunk_sizes)  # raw tokens / gists of the level below since the last gist of a level
+        chunk_start = sink
+        for i, token in enumerate(tokens):
+            out.append((token, -1, doc, i))
+            gists_since[0] += 1
+            if not _closes(tokens, i + 1, chunk_start, chunk_sizes[0], word_starts):
+                continue
+            chunk_start = i + 1
+            for level in range(len(chunk_sizes)):
+                out.append((gist_ids[level], level, doc, i))
+                gists_since[level] = 0
+                if level + 1 == len(chunk_sizes):
+                    break
+                gists_since[level + 1] += 1
+                if gists_since[level + 1] < chunk_sizes[level + 1]:
+                    break
+        if close and tokens:
+            for level in range(len(chunk_sizes)):
+                if gists_since[level]:
+                    out.append((gist_ids[level], level, doc, length - 1))
+                    gists_since[level] = 0
+                    if level + 1 < len(chunk_sizes):
+                        gists_since[level + 1] += 1
+    return [list(column) for column in zip(*out)] if out else [[], [], [], []]
+
+
+def _closes(tokens, seen, chunk_start, size, word_starts):
+    """Whether the chunk that began at ``chunk_start`` closes after ``seen`` tokens of the document."""
+    due = chunk_start + size
+    if seen < due:
+        return False
+    places = [p for p in range(due, due + size // 2 + 1) if p < len(tokens) and word_starts[tokens[p]]]
+    return seen == (places[0] if places else due)
+
+
+def visible(level, doc, levels, sink, n_prev):
+    """Section 3, pair by pair. level, doc: lists of T. Returns bool [T, T]."""
+    T = len(level)
+    top = levels - 1
+    raw_index = [sum(level[j] == -1 and doc[j] == doc[i] for j in range(i)) for i in range(T)]
+    # Number of the level-l group that a token lies in: gists of that level before it, its own closing gist excluded.
+    group = [[sum(level[j] == l and doc[j] == doc[i] for j in range(i)) for i in range(T)] for l in range(levels)]
+    mask = np.zeros((T, T), dtype=bool)
+    for i in range(T):
+        mask[i, i] = True
+        if doc[i] < 0:
+            continue
+        for j in range(i + 1):
+            if doc[j] != doc[i]:
+                continue
+            l = level[j]
+            if l == -1 and raw_index[j] < sink or l == top:
+                mask[i, j] = True
+            elif level[i] - 1 <= l < top:
+                mask[i, j] |= group[l + 1][j] >= group[l + 1][i] - n_prev
+    return mask
