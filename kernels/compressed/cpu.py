@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels.intervals import Intervals, QueryBlock
 
-# Queries per block. Larger blocks waste work on masked keys, smaller ones waste it on call overhead (measured: docs/benchmarks.md).
+# Queries per block. Larger blocks waste work on masked keys, smaller ones on call overhead.
 BLOCK = 64
 
 
@@ -59,6 +59,14 @@ def _span_keys(x: Tensor, block: QueryBlock) -> Tensor:
     return torch.cat([x[:, first:last] for _, first, last in block.spans], 1)
 
 
+def _add_to_spans(x: Tensor, block: QueryBlock, rows: Tensor) -> None:
+    """Add [Hkv, keys, D] to the block's spans of x [Hkv, R, D]: the transpose of :func:`_span_keys`."""
+    at = 0
+    for _, first, last in block.spans:
+        x[:, first:last] += rows[:, at : at + last - first]
+        at += last - first
+
+
 def _scores(q: Tensor, k: Tensor, hidden: Tensor, scale: float) -> Tensor:
     """[Hkv, queries, G, D] x [Hkv, keys, D] -> scaled, masked scores [Hkv, queries * G, keys]."""
     heads, queries, group, dim = q.shape
@@ -92,13 +100,13 @@ class _CompressedAttention(torch.autograd.Function):
                 row_sum[b, :, i * group : j * group] = total
                 rows = torch.bmm(weights, _span_keys(v_b, block)).div_(total[..., None])  # [Hkv, queries * G, D]
                 out[b, i:j] = rows.view(kv_heads, j - i, group, dim).transpose(0, 1).reshape(j - i, heads, dim)
-        ctx.save_for_backward(q, k, v, out, row_max, row_sum)
+        ctx.save_for_backward(q, k, v, row_max, row_sum)
         ctx.intervals, ctx.scale = intervals, scale
         return out
 
     @staticmethod
     def backward(ctx, d_out: Tensor):
-        q, k, v, out, row_max, row_sum = ctx.saved_tensors
+        q, k, v, row_max, row_sum = ctx.saved_tensors
         intervals, scale = ctx.intervals, ctx.scale
         heads, dim = q.shape[2:]
         kv_heads = k.shape[2]
@@ -110,7 +118,6 @@ class _CompressedAttention(torch.autograd.Function):
             k_b, v_b = (_sort_keys(_wide(x[b]), intervals.rows[b]) for x in (k, v))
             # The upstream gradient over the row's sum: exp(score - max) then serves as the weight as it is.
             do_b = do_b / row_sum[b].view(*do_b.shape[:3], 1)
-            delta = (do_b * _group_queries(_wide(out[b]), kv_heads)).sum(-1, keepdim=True)  # [Hkv, T, G, 1]
             dk_b, dv_b = torch.zeros_like(k_b), torch.zeros_like(v_b)
             for block in blocks:
                 if not block.spans:
@@ -120,17 +127,16 @@ class _CompressedAttention(torch.autograd.Function):
                 k_s, v_s = _span_keys(k_b, block), _span_keys(v_b, block)
                 hidden = _hidden(block, intervals.lo[b], intervals.hi[b])
                 weights = _scores(q_b[:, i:j], k_s, hidden, scale)
-                weights = weights.sub_(row_max[b, :, i * group : j * group, None]).exp_()
-                d_scores = torch.bmm(flat(do_b), v_s.transpose(1, 2)).sub_(flat(delta)).mul_(weights).mul_(scale)
+                at = slice(i * group, j * group)
+                weights = weights.sub_(row_max[b, :, at, None]).exp_()
+                d_weights = torch.bmm(flat(do_b), v_s.transpose(1, 2))
+                # The weighted mean from the very products it is taken off: d_out . out would differ from it by rounding.
+                mean = (weights * d_weights).sum(-1).div_(row_sum[b, :, at])
+                d_scores = d_weights.sub_(mean[..., None]).mul_(weights).mul_(scale)
                 rows = torch.bmm(d_scores, k_s)
                 d_q[b, i:j] = rows.view(kv_heads, j - i, group, dim).transpose(0, 1).reshape(j - i, heads, dim)
-                dk_s = torch.bmm(d_scores.transpose(1, 2), flat(q_b))
-                dv_s = torch.bmm(weights.transpose(1, 2), flat(do_b))
-                at = 0
-                for _, first, last in block.spans:
-                    dk_b[:, first:last] += dk_s[:, at : at + last - first]
-                    dv_b[:, first:last] += dv_s[:, at : at + last - first]
-                    at += last - first
+                _add_to_spans(dk_b, block, torch.bmm(d_scores.transpose(1, 2), flat(q_b)))
+                _add_to_spans(dv_b, block, torch.bmm(weights.transpose(1, 2), flat(do_b)))
             d_k[b] = _unsort_keys(dk_b, intervals, b)
             d_v[b] = _unsort_keys(dv_b, intervals, b)
         return d_q, d_k, d_v, None, None
