@@ -1,0 +1,167 @@
+"""Command line: python -m data_prep COMMAND --help."""
+
+import argparse
+import os
+import signal
+import sys
+from typing import NoReturn
+
+from data_prep.arguments import build_parser
+from data_prep.errors import DataError
+
+# The commands import what they need themselves, so that --help and usage errors come at once.
+
+
+def find_corpus(args: argparse.Namespace) -> list:
+    """The corpus that the options name."""
+    from data_prep.readers import find_sources
+
+    return find_sources(args.input, text_key=args.text_key, separator=args.document_separator, format=args.format)
+
+
+def run_train_tokenizer(args: argparse.Namespace) -> int:
+    """Train a tokenizer."""
+    from data_prep.train import train_tokenizer
+
+    info = train_tokenizer(
+        find_corpus(args),
+        args.output,
+        vocab_size=args.vocab_size,
+        gist_levels=args.gist_levels,
+        model_type=args.model_type,
+        user_symbols=tuple(args.user_symbols),
+        split_digits=args.split_digits,
+        character_coverage=args.character_coverage,
+        max_lines=args.max_lines,
+        overwrite=args.overwrite,
+    )
+    print_tokenizer(args.output, info)
+    return 0
+
+
+def run_import_tokenizer(args: argparse.Namespace) -> int:
+    """Adopt a tokenizer."""
+    from data_prep.adopt import import_tokenizer
+
+    roles = {f"{r}_token": getattr(args, f"{r}_token") for r in ("bos", "eos", "pad") if getattr(args, f"{r}_token")}
+    info = import_tokenizer(
+        args.input, args.output, gist_levels=args.gist_levels, roles=roles, overwrite=args.overwrite
+    )
+    print_tokenizer(args.output, info)
+    return 0
+
+
+def print_tokenizer(output: str, info) -> None:
+    """Say what was written."""
+    gists = ", ".join(f"{t} = {i}" for t, i in zip(info.gist_tokens, info.gist_ids, strict=True)) or "none"
+    print(f"{output}: {info.kind}, {info.vocab_size:,} ids, gists: {gists}; hash {info.hash[:12]}..")
+
+
+def run_tokenize(args: argparse.Namespace) -> int:
+    """Make shards."""
+    from data_prep.encode import tokenize_corpus
+
+    summary = tokenize_corpus(
+        find_corpus(args),
+        args.tokenizer,
+        args.output,
+        workers=args.workers,
+        valid_fraction=args.valid_fraction,
+        append_eos=not args.no_eos,
+        overwrite=args.overwrite,
+    )
+    for prefix, info in summary.shards.items():
+        print(
+            f"{prefix}: {info.documents:,} documents, {info.tokens:,} tokens, {info.dtype}, "
+            f"unigram entropy {info.unigram_entropy_nats:.4f} nats"
+        )
+    if not args.no_eos and not info.eos_appended:
+        print("note: this tokenizer has no end-of-document token, so none was appended")
+    print(
+        f"read {summary.documents:,} documents ({summary.empty:,} empty ones left out), {summary.text_bytes:,} bytes "
+        f"of text in {summary.seconds:.1f} s: {summary.megabytes_per_second:.2f} MB/s"
+    )
+    return 0
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    """Check shards; 1 if one is bad."""
+    from data_prep.shards import clean_prefix
+    from data_prep.tokenizer import load_tokenizer
+    from data_prep.verify import verify_shard
+
+    tokenizer = load_tokenizer(args.tokenizer).info if args.tokenizer else None
+    status = 0
+    for prefix in dict.fromkeys(map(clean_prefix, args.prefixes)):
+        info, defects = verify_shard(prefix, tokenizer)
+        for defect in defects:
+            print(f"data_prep: error: {defect}", file=sys.stderr)
+        if defects:
+            status = 1
+        else:
+            print(f"{prefix}: OK, {info.documents:,} documents, {info.tokens:,} tokens")
+    return status
+
+
+def run_inspect(args: argparse.Namespace) -> int:
+    """Show a shard."""
+    from data_prep.describe import describe_shard
+    from data_prep.shards import clean_prefix
+    from data_prep.tokenizer import load_tokenizer
+
+    if args.documents and not args.tokenizer:
+        raise DataError(f"--documents {args.documents}: needs --tokenizer, to turn ids back into text")
+    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
+    documents = 1 if args.documents is None else args.documents
+    for line in describe_shard(clean_prefix(args.prefix), tokenizer, documents, args.max_chars):
+        print(line)
+    return 0
+
+
+def run_merge(args: argparse.Namespace) -> int:
+    """Concatenate shards."""
+    from data_prep.merge import merge_shards
+    from data_prep.shards import clean_prefix
+
+    info = merge_shards([clean_prefix(p) for p in args.input], args.output, overwrite=args.overwrite)
+    print(f"{args.output}: {info.documents:,} documents, {info.tokens:,} tokens from {len(args.input)} shards")
+    return 0
+
+
+COMMANDS = {
+    "train-tokenizer": run_train_tokenizer,
+    "import-tokenizer": run_import_tokenizer,
+    "tokenize": run_tokenize,
+    "verify": run_verify,
+    "inspect": run_inspect,
+    "merge": run_merge,
+}
+
+
+def _terminated(signum: int, frame: object) -> NoReturn:
+    raise SystemExit(128 + signum)  # unwinds, so that temporary files are removed
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    args = build_parser().parse_args(argv)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # --workers says how many processors are used
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        return COMMANDS[args.command](args)
+    except DataError as e:
+        message = str(e)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # the reader of our output has gone: nothing to report to
+        return 0
+    except OSError as e:
+        message = f"{e.filename or args.command}: {e.strerror or e}"
+    except KeyboardInterrupt:
+        print("data_prep: error: interrupted; no output was written", file=sys.stderr)
+        return 130
+    print(f"data_prep: error: {message}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,192 @@
+"""The command line's options. argparse only, so that --help and usage errors come at once."""
+
+import argparse
+from typing import NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the error and exit with status 2."""
+        self.exit(2, f"data_prep: error: {message} (see {self.prog} --help)\n")
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1."""
+    return at_least(text, 1)
+
+
+def count(text: str) -> int:
+    """An integer of at least 0."""
+    return at_least(text, 0)
+
+
+def at_least(text: str, low: int) -> int:
+    """An integer that is not below `low`."""
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if value < low:
+        raise argparse.ArgumentTypeError(f"{value} is too small; it must be at least {low}")
+    return value
+
+
+def gist_levels(text: str) -> int:
+    """A number of gist levels, 0 to 16."""
+    if (value := count(text)) > 16:
+        raise argparse.ArgumentTypeError(f"{value} is too many; at most 16 levels make sense")
+    return value
+
+
+def fraction(text: str) -> float:
+    """A number strictly between 0 and 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1; 0.01 holds one document in a hundred out")
+    return value
+
+
+def coverage(text: str) -> float:
+    """A share of characters, at least 0.98 (sentencepiece's own bound) and at most 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not 0.98 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0.98 and 1")
+    return value
+
+
+def separator(text: str) -> str:
+    """A document separator; backslash-n, -t and -r may be written out."""
+    value = text.replace("\\n", "\n").replace("\\t", "\t").replace("\\r", "\r")
+    if not value:
+        raise argparse.ArgumentTypeError("must not be empty; leave it out where each file is one document")
+    return value
+
+
+def add_corpus_options(parser: Parser) -> None:
+    """Options that say what the corpus is."""
+    parser.add_argument(
+        "--input",
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="F",
+        help="files, directories (searched through) and quoted globs: .txt .md .jsonl .parquet",
+    )
+    parser.add_argument(
+        "--format", choices=("txt", "jsonl", "parquet"), help="kind of all inputs, whatever their names end in"
+    )
+    parser.add_argument(
+        "--text-key",
+        default="text",
+        metavar="KEY",
+        help="key (jsonl) or column (parquet) that holds the text (default: text)",
+    )
+    parser.add_argument(
+        "--document-separator",
+        type=separator,
+        metavar="S",
+        help=r"what separates documents in a text file, such as '\n\n\n' (default: a file is one document)",
+    )
+
+
+def add_train_tokenizer(commands) -> None:
+    """Options of train-tokenizer."""
+    p = commands.add_parser(
+        "train-tokenizer",
+        help="train a sentencepiece tokenizer with gist tokens",
+        description="Train a sentencepiece tokenizer on a corpus and write a tokenizer directory.",
+    )
+    add_corpus_options(p)
+    vocab_help = "number of ids in all: pieces, 256 bytes, unk, bos, eos, pad, gists and user symbols"
+    p.add_argument("--vocab-size", type=positive, required=True, metavar="N", help=vocab_help)
+    p.add_argument("--output", required=True, metavar="DIR")
+    p.add_argument("--gist-levels", type=gist_levels, default=4, metavar="L", help="number of gist tokens (default: 4)")
+    p.add_argument("--model-type", choices=("bpe", "unigram"), default="bpe", help="default: bpe")
+    symbols_help = "pieces that are always kept whole, such as '<|user|>'"
+    p.add_argument("--user-symbols", nargs="+", action="extend", default=[], metavar="S", help=symbols_help)
+    p.add_argument("--split-digits", action="store_true", help="make every digit a piece of its own")
+    coverage_help = "share of the corpus' characters that become pieces, others are spelled in bytes (default: 0.9995)"
+    p.add_argument("--character-coverage", type=coverage, default=0.9995, metavar="X", help=coverage_help)
+    p.add_argument(
+        "--max-lines", type=count, default=0, metavar="N", help="train on a sample of N lines (default: all)"
+    )
+    p.add_argument("--overwrite", action="store_true", help="replace an existing tokenizer directory")
+
+
+def add_import_tokenizer(commands) -> None:
+    """Options of import-tokenizer."""
+    p = commands.add_parser(
+        "import-tokenizer",
+        help="adopt an existing tokenizer, gist tokens appended",
+        description="Write a tokenizer directory for an existing tokenizer; its ids stay as they are.",
+    )
+    input_help = "sentencepiece .model, tokenizer.json, or a directory that has one"
+    p.add_argument("--input", required=True, metavar="DIR|FILE", help=input_help)
+    p.add_argument("--output", required=True, metavar="DIR")
+    levels_help = "gist tokens to have in the end; those that are missing are appended (default: 4)"
+    p.add_argument("--gist-levels", type=gist_levels, default=4, metavar="L", help=levels_help)
+    for role in ("bos", "eos", "pad"):
+        p.add_argument(f"--{role}-token", metavar="TOKEN", help=f"the {role} token, where a tokenizer.json names none")
+    p.add_argument("--overwrite", action="store_true", help="replace an existing tokenizer directory")
+
+
+def add_tokenize(commands) -> None:
+    """Options of tokenize."""
+    p = commands.add_parser(
+        "tokenize",
+        help="turn a corpus into token shards",
+        description="Turn a corpus into PREFIX.bin, .idx (megatron-core IndexedDataset) and a sidecar PREFIX.json.",
+    )
+    add_corpus_options(p)
+    tokenizer_help = "tokenizer directory, sentencepiece .model or tokenizer.json"
+    p.add_argument("--tokenizer", required=True, metavar="DIR|FILE", help=tokenizer_help)
+    p.add_argument("--output", required=True, metavar="PREFIX")
+    workers_help = "encoding processes (default: 1); the files are the same for any number"
+    p.add_argument("--workers", type=positive, default=1, metavar="N", help=workers_help)
+    valid_help = "hold out this share of the documents: PREFIX_train and PREFIX_valid, split by a hash of each text"
+    p.add_argument("--valid-fraction", type=fraction, metavar="F", help=valid_help)
+    p.add_argument("--no-eos", action="store_true", help="do not end documents with the end-of-document id")
+    p.add_argument("--overwrite", action="store_true", help="replace existing shards")
+
+
+def add_shard_commands(commands) -> None:
+    """Options of verify, inspect and merge."""
+    p = commands.add_parser(
+        "verify", help="check shards", description="Check structure, hashes and ids of shards; every byte is read."
+    )
+    p.add_argument("prefixes", nargs="+", metavar="PREFIX")
+    p.add_argument("--tokenizer", metavar="DIR|FILE", help="also check that the shards were made with this tokenizer")
+
+    p = commands.add_parser(
+        "inspect", help="show what is in a shard", description="Show counts, document lengths, and documents as text."
+    )
+    p.add_argument("prefix", metavar="PREFIX")
+    p.add_argument("--tokenizer", metavar="DIR|FILE", help="needed to show documents")
+    documents_help = "show the first K documents (default: 1 with --tokenizer)"
+    p.add_argument("--documents", type=count, metavar="K", help=documents_help)
+    chars_help = "cut each after N characters; 0 shows all (default: 2000)"
+    p.add_argument("--max-chars", type=count, default=2000, metavar="N", help=chars_help)
+
+    p = commands.add_parser(
+        "merge", help="several shards into one", description="Concatenate shards of the same tokenizer."
+    )
+    p.add_argument("--input", nargs="+", action="extend", required=True, metavar="PREFIX")
+    p.add_argument("--output", required=True, metavar="PREFIX")
+    p.add_argument("--overwrite", action="store_true", help="replace an existing shard")
+
+
+def build_parser() -> Parser:
+    """The whole command line."""
+    parser = Parser(prog="python -m data_prep", description="Corpora to tokenizers to token shards.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+    for add in (add_train_tokenizer, add_import_tokenizer, add_tokenize, add_shard_commands):
+        add(commands)
+    return parser

@@ -1,0 +1,69 @@
+"""Sentencepiece models behind the `Tokenizer` interface."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
+
+from data_prep.errors import DataError
+from data_prep.tokenizer import TokenizerInfo, find_gists, sha256
+from data_prep.word_starts import sentencepiece_word_starts
+
+
+def parse_model(raw: bytes, name: str):
+    """Parse a .model file's bytes to a ModelProto.
+
+    Raises:
+        DataError: these are not the bytes of a sentencepiece model.
+    """
+    model = sentencepiece_model_pb2.ModelProto()
+    try:
+        model.ParseFromString(raw)
+    except Exception:  # protobuf's own error class differs between its implementations
+        model.Clear()
+    if not model.pieces:
+        raise DataError(
+            f"{name}: not a sentencepiece model; --tokenizer takes a tokenizer directory, "
+            "a sentencepiece .model or a tokenizer.json"
+        )
+    return model
+
+
+class SentencePieceTokenizer:
+    """A sentencepiece model. Its library never turns text into control ids, so nothing has to be guarded here."""
+
+    def __init__(self, raw: bytes, name: str):
+        """Load a model from its bytes; `name` stands for it in errors (DataError if it is no model)."""
+        self._model = parse_model(raw, name)
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=raw)
+        p = self._processor
+        control = {x.piece: i for i, x in enumerate(self._model.pieces) if x.type == self._model.SentencePiece.CONTROL}
+        gists = find_gists(control)
+        self.info = TokenizerInfo(
+            kind="sentencepiece",
+            vocab_size=len(self._model.pieces),
+            gist_ids=tuple(control[g] for g in gists),
+            gist_tokens=tuple(gists),
+            bos_id=_id_or_none(p.bos_id()),
+            eos_id=_id_or_none(p.eos_id()),
+            pad_id=_id_or_none(p.pad_id()),
+            hash=sha256(raw),
+        )
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of each text, int32 [n_i]. One thread: processes are how work is spread."""
+        encoded = self._processor.encode(list(texts), return_type="numpy", num_threads=1)
+        return [np.asarray(ids, dtype=np.int32) for ids in encoded]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; control ids stand for nothing."""
+        return self._processor.decode([int(i) for i in ids])
+
+    def word_starts(self) -> np.ndarray:
+        """The word-start bitmap, bool [vocab_size]."""
+        return sentencepiece_word_starts(self._model)
+
+
+def _id_or_none(i: int) -> int | None:
+    return None if i < 0 else i
