@@ -52,3 +52,47 @@ def raise_together(errors: list[str]) -> None:
     """Raise one ValueError that lists every error, if there is any."""
     if errors:
         raise ValueError("; ".join(errors))
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder of Llama shape: RMSNorm, SwiGLU, grouped-query attention, rotary positions."""
+
+    vocab_size: int = option(0, "vocabulary size, gists included; 0 takes the tokenizer's")
+    hidden_size: int = option(256, "width of the residual stream")
+    layers: int = option(4, "number of layers")
+    heads: int = option(4, "query heads")
+    kv_heads: int = option(2, "key/value heads; divides heads")
+    head_dim: int = option(0, "width of one head; 0 is hidden_size / heads")
+    ffn_size: int = option(704, "width of the gated feed-forward layer")
+    max_position: int = option(4096, "longest raw sequence that the model is meant for (recorded in exports)")
+    rope_theta: float = option(10000.0, "base of the rotary frequencies")
+    norm_eps: float = option(1e-5, "epsilon of RMSNorm")
+    tied_embeddings: bool = option(True, "share the input embedding with the output head")
+    init_std: float = option(0.02, "standard deviation of initial weights; residual outputs get it / sqrt(2 * layers)")
+    attention: str = option("gist", "gist: hierarchical gist sparse attention; dense: causal attention over raw tokens, no gists")
+
+    def __post_init__(self):
+        errors = [
+            f"{name}: {getattr(self, name)} is below 1"
+            for name in ("hidden_size", "layers", "heads", "kv_heads", "ffn_size", "max_position")
+            if getattr(self, name) < 1
+        ]
+        if self.vocab_size < 0:
+            errors.append(f"vocab_size: {self.vocab_size} is below 0")
+        if self.attention not in ("gist", "dense"):
+            errors.append(f"attention: {self.attention!r} is not one of gist, dense")
+        if not errors and self.heads % self.kv_heads:
+            errors.append(f"kv_heads: {self.kv_heads} does not divide heads ({self.heads})")
+        if not errors and not self.head_dim:
+            if self.hidden_size % self.heads:
+                errors.append(f"hidden_size: {self.hidden_size} is not a multiple of heads ({self.heads}); set head_dim")
+            object.__setattr__(self, "head_dim", self.hidden_size // self.heads)
+        if not errors and (self.head_dim < 2 or self.head_dim % 2):
+            errors.append(f"head_dim: {self.head_dim} must be even, for rotary positions")
+        raise_together(errors)
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding: the vocabulary padded to a multiple of 128, whatever the tensor-parallel size."""
+        return -(-self.vocab_size // 128) * 128

@@ -7,6 +7,7 @@ document. The same few tensor operations serve CPU and GPU, any number of levels
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -30,6 +31,18 @@ class Layout:
     doc: Tensor
     position: Tensor
     intervals: Intervals
+
+    @cached_property
+    def document_spans(self) -> list[tuple[int, int, int]]:
+        """(sample, first token, end) of every document of the micro-batch."""
+        spans = []
+        for sample, doc in enumerate(self.doc):
+            values, lengths = torch.unique_consecutive(doc, return_counts=True)
+            ends = lengths.cumsum(0)
+            for value, start, end in zip(values.tolist(), (ends - lengths).tolist(), ends.tolist()):
+                if value >= 0:
+                    spans.append((sample, start, end))
+        return spans
 
     def to(self, device: torch.device | str) -> Layout:
         """The same layout on another device."""

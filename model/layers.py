@@ -1,0 +1,120 @@
+"""The parts of a layer that know nothing of gists: initial weights, norm, rotary positions, feed-forward."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class BuildContext:
+    """What building a layer needs beyond its shape.
+
+    Attributes:
+        tp_group: tensor-parallel process group.
+        seed: initial weights are a pure function of it and of the parameter's canonical name.
+    """
+
+    tp_group: ProcessGroup
+    seed: int
+
+    def megatron(self) -> ModelParallelConfig:
+        """The configuration of megatron-core's layers. Weights are made on CPU in fp32, alike under every layout."""
+        return ModelParallelConfig(
+            tensor_model_parallel_size=self.tp_group.size(), use_cpu_initialization=True, params_dtype=torch.float32
+        )
+
+    def normal(self, name: str, std: float) -> Callable[[Tensor], Tensor]:
+        """Initialiser of the parameter with this canonical name, the same under every parallel layout."""
+        digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
+        seed = int.from_bytes(digest[:6], "big")
+
+        def init(weight: Tensor) -> Tensor:
+            return nn.init.normal_(weight, 0.0, std, generator=torch.Generator().manual_seed(seed))
+
+        return init
+
+    def column(self, name: str, inputs: int, outputs: int, std: float, stride: int = 1) -> ColumnParallelLinear:
+        """A bias-free linear layer with its outputs split over the tensor-parallel group."""
+        return ColumnParallelLinear(
+            inputs,
+            outputs,
+            config=self.megatron(),
+            init_method=self.normal(f"{name}.weight", std),
+            bias=False,
+            stride=stride,
+            tp_group=self.tp_group,
+        )
+
+    def row(self, name: str, inputs: int, outputs: int, std: float) -> RowParallelLinear:
+        """A bias-free linear layer with its inputs split over the tensor-parallel group; outputs are summed."""
+        return RowParallelLinear(
+            inputs,
+            outputs,
+            config=self.megatron(),
+            init_method=self.normal(f"{name}.weight", std),
+            bias=False,
+            input_is_parallel=True,
+            skip_bias_add=False,
+            tp_group=self.tp_group,
+        )
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm, computed in fp32."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[.., size] -> [.., size]"""
+        wide = x.float()
+        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Rotary factors of a micro-batch, fp32, [B, T, 1, head_dim / 2]; made once, shared by all layers."""
+
+    cos: Tensor
+    sin: Tensor
+
+    @classmethod
+    def of(cls, position: Tensor, config: ModelConfig) -> Rotary:
+        """position: [B, T] int64, the raw index within the document."""
+        even = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=position.device)
+        angle = position[:, :, None, None].float() / config.rope_theta ** (even / config.head_dim)
+        return cls(angle.cos(), angle.sin())
+
+    def apply(self, x: Tensor) -> Tensor:
+        """[B, T, H, D] -> same: the first half of a head is rotated against its second half (Hugging Face's convention)."""
+        a, b = x.float().chunk(2, -1)
+        return torch.cat([a * self.cos - b * self.sin, b * self.cos + a * self.sin], -1).to(x.dtype)
+
+
+class MLP(nn.Module):
+    """Gated feed-forward layer: down(silu(gate(x)) * up(x)); gate and up are one matrix."""
+
+    def __init__(self, config: ModelConfig, build: BuildContext, name: str, residual_std: float):
+        super().__init__()
+        sizes = config.hidden_size, 2 * config.ffn_size
+        # stride 2: each tensor-parallel rank holds its part of the gate and of the up projection.
+        self.gate_up = build.column(f"{name}.gate_up", *sizes, config.init_std, stride=2)
+        self.down = build.row(f"{name}.down", config.ffn_size, config.hidden_size, residual_std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, B, hidden] -> [T, B, hidden]"""
+        gate, up = self.gate_up(x)[0].chunk(2, -1)
+        return self.down(F.silu(gate) * up)[0]
