@@ -139,14 +139,13 @@ COMMANDS = {
 
 
 def _terminated(signum: int, frame: object) -> NoReturn:
+    print("data_prep: error: terminated; no output was written", file=sys.stderr)
     raise SystemExit(128 + signum)  # unwinds, so that temporary files are removed
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit status."""
     args = build_parser().parse_args(argv)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # --workers says how many processors are used
-    signal.signal(signal.SIGTERM, _terminated)
     try:
         return COMMANDS[args.command](args)
     except DataError as e:
@@ -164,4 +163,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # --workers says how many processors are used
+    signal.signal(signal.SIGTERM, _terminated)
     sys.exit(main())

@@ -21,6 +21,7 @@ from data_prep.tokenizer import (
     read_json,
 )
 
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
 KEPT_CONFIG = ("chat_template", "model_max_length", "padding_side", "add_bos_token", "add_eos_token")
 
 
@@ -128,6 +129,7 @@ def _write_huggingface(
     tokenizer = HuggingFaceTokenizer(raw, before.roles, str(path))
     config_path = path.parent / CONFIG_FILE
     config = read_json(config_path) if config_path.exists() else {}
+    template = path.parent / CHAT_TEMPLATE_FILE
     unk = {"unk_token": tokenizer.unk_token} if tokenizer.unk_token else {}
     write_directory(
         output,
@@ -136,6 +138,7 @@ def _write_huggingface(
         model=None,
         roles=tokenizer.roles | unk,
         extra_config={k: config[k] for k in KEPT_CONFIG if k in config} if isinstance(config, dict) else {},
+        extra_files={template.name: template.read_bytes()} if template.exists() else {},
         overwrite=overwrite,
     )
     return tokenizer.info

@@ -97,6 +97,9 @@ def _check_convertible(model, name: str) -> None:
         "escape_whitespaces off": not norm.escape_whitespaces,
         "treat_whitespace_as_suffix": trainer.treat_whitespace_as_suffix,
         "a model type other than BPE and unigram": trainer.model_type not in (trainer.BPE, trainer.UNIGRAM),
+        # The prefix would come again after each symbol, where the text is cut before it is normalised.
+        "add_dummy_prefix together with user-defined symbols": norm.add_dummy_prefix
+        and any(p.type == model.SentencePiece.USER_DEFINED for p in model.pieces),
         "pieces that are there twice": len(set(pieces)) < len(pieces),
     }
     found = [what for what, is_so in problems.items() if is_so]

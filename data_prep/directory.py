@@ -17,6 +17,7 @@ def write_directory(
     model: bytes | None,
     roles: dict[str, str],
     extra_config: dict | None = None,
+    extra_files: dict[str, bytes] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write all files of a tokenizer directory, whole or not at all.
@@ -26,7 +27,8 @@ def write_directory(
         tokenizer_json: bytes of tokenizer.json.
         model: bytes of tokenizer.model, or None.
         roles: 'bos_token', 'eos_token', 'pad_token', 'unk_token' -> the token, those that there are.
-        extra_config: further keys for tokenizer_config.json, such as a chat template.
+        extra_config: further keys for tokenizer_config.json, such as `padding_side`.
+        extra_files: further files, name -> content, such as a chat template.
 
     Raises:
         DataError: `target` exists and may not be replaced.
@@ -39,8 +41,8 @@ def write_directory(
     }
     with new_directory(target, overwrite, INFO_FILE) as partial:
         (partial / JSON_FILE).write_bytes(tokenizer_json)
-        if model is not None:
-            (partial / MODEL_FILE).write_bytes(model)
+        for name, content in {**(extra_files or {}), **({MODEL_FILE: model} if model is not None else {})}.items():
+            (partial / name).write_bytes(content)
         np.save(partial / WORD_STARTS_FILE, tokenizer.word_starts())
         (partial / CONFIG_FILE).write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         (partial / INFO_FILE).write_text(tokenizer.info.to_json(), encoding="utf-8")

@@ -36,7 +36,10 @@ class SentencePieceTokenizer:
     def __init__(self, raw: bytes, name: str):
         """Load a model from its bytes; `name` stands for it in errors (DataError if it is no model)."""
         self._model = parse_model(raw, name)
-        self._processor = sentencepiece.SentencePieceProcessor(model_proto=raw)
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=raw)
+        except RuntimeError as e:
+            raise DataError(f"{name}: not a usable sentencepiece model: {str(e).strip().splitlines()[-1]}") from None
         p = self._processor
         control = {x.piece: i for i, x in enumerate(self._model.pieces) if x.type == self._model.SentencePiece.CONTROL}
         gists = find_gists(control)

@@ -61,7 +61,17 @@ class ShardInfo:
         missing = [f.name for f in fields(cls) if f.name not in values]
         if missing:
             raise DataError(f"{path}: misses {', '.join(missing)}")
+        wrong = [
+            f.name for f in fields(cls) if not isinstance(values[f.name], (int, float) if f.type is float else f.type)
+        ]
+        files = values["files"] if "files" not in wrong else {}
+        if wrong or not all(_is_file_entry(files.get(kind)) for kind in ("bin", "idx")):
+            raise DataError(f"{path}: has a wrong value for {', '.join(wrong) or 'files'}")
         return cls(**{f.name: values[f.name] for f in fields(cls)})
+
+
+def _is_file_entry(entry: object) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("sha256"), str)
 
 
 @dataclass(frozen=True)
@@ -285,10 +295,19 @@ def write_shard(
         sources=sources,
         overwrite=overwrite,
     ) as writer:
+        pending: list[np.ndarray] = []  # many small documents go to the writer together
         for document in documents:
-            ids = np.asarray(document, dtype=np.int64)
-            writer.append(ids, np.array([ids.size]))
+            pending.append(np.asarray(document, dtype=np.int64))
+            if len(pending) >= 4096 or pending[-1].size >= 1 << 20:
+                _flush(writer, pending)
+        _flush(writer, pending)
         return writer.finish()
+
+
+def _flush(writer: ShardWriter, pending: list[np.ndarray]) -> None:
+    if pending:
+        writer.append(np.concatenate(pending), np.array([ids.size for ids in pending]))
+        pending.clear()
 
 
 def open_shard(prefix: str | Path) -> Shard:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.errors import DataError
-from data_prep.shards import ShardInfo, blocks, open_shard, shard_path, unigram_entropy
+from data_prep.shards import Shard, ShardInfo, blocks, open_shard, shard_path, unigram_entropy
 from data_prep.tokenizer import TokenizerInfo
 
 BLOCK = 1 << 24
@@ -28,17 +28,17 @@ def verify_shard(prefix: str, tokenizer: TokenizerInfo | None = None) -> tuple[S
             return None, [f"{prefix}: no such shard (there is no {prefix}.json, .idx or .bin)"]
         return None, [f"{e}; the shard is not complete: make it again"]
     defects = check_tokenizer(prefix, info, tokenizer) if tokenizer else []
+    try:
+        shard = open_shard(prefix)
+    except DataError as e:
+        return info, [*defects, str(e)]
     for kind in ("bin", "idx"):
         path = shard_path(prefix, f".{kind}")
-        if path.is_file() and (found := file_hash(path)) != info.files[kind]["sha256"]:
+        if (found := file_hash(path)) != info.files[kind]["sha256"]:
             defects.append(
                 f"{path}: sha256 {found[:12]}.. is not {info.files[kind]['sha256'][:12]}.. as in the sidecar; altered"
             )
-    try:
-        defects += _check_tokens(prefix, tokenizer if not defects else None)
-    except DataError as e:
-        defects.append(str(e))
-    return info, defects
+    return info, defects + _check_tokens(shard, tokenizer if not defects else None)
 
 
 def check_tokenizer(prefix: str, info: ShardInfo, tokenizer: TokenizerInfo) -> list[str]:
@@ -60,9 +60,8 @@ def file_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _check_tokens(prefix: str, tokenizer: TokenizerInfo | None) -> list[str]:
-    shard = open_shard(prefix)
-    info = shard.info
+def _check_tokens(shard: Shard, tokenizer: TokenizerInfo | None) -> list[str]:
+    info, prefix = shard.info, shard.prefix
     counts = np.zeros(max(info.vocab_size, 1), dtype=np.int64)
     for ids, _ in blocks(shard):
         bad = np.flatnonzero((ids < 0) | (ids >= info.vocab_size))
