@@ -170,6 +170,17 @@ def test_unigram_with_special_pieces_in_its_model(tmp_path, load):
     assert 1 not in loaded.encode_batch(["a</s>b"])[0]
 
 
+def test_an_end_of_document_token_that_is_not_marked_as_special(byte_level, tmp_path, load):
+    spec = json.loads((byte_level / "tokenizer.json").read_text())
+    for token in spec["added_tokens"]:
+        token["special"] = False
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    shutil.copy(byte_level / "tokenizer_config.json", tmp_path)
+    tokenizer = load(tmp_path)
+    assert tokenizer.info.eos_id == 0
+    assert 0 not in tokenizer.encode_batch(["a<|endoftext|>b"])[0]
+
+
 def test_a_model_that_spells_a_control_token_is_caught(tmp_path, load):
     tokenizer = Tokenizer(models.WordLevel({"a": 0, "</s>": 1, "[UNK]": 2}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
