@@ -1,0 +1,1 @@
+"""The training run: configuration, DeepSpeed engine, data order, steps, checkpoints, reports."""

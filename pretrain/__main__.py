@@ -1,0 +1,81 @@
+"""``python -m pretrain COMMAND``: train, export, generate, report."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from pretrain.errors import UserError
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m pretrain", description="Train and use gist-attention language models.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train, or resume, a run", description="Train; a second call resumes.")
+    train.add_argument("--config", type=Path, required=True, metavar="YAML", help="the run's configuration")
+    train.add_argument("--run-dir", type=Path, required=True, metavar="DIR", help="where everything of the run is written")
+    train.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. optimizer.lr=3e-4"
+    )
+
+    export = commands.add_parser("export", help="write a checkpoint as a Hugging Face directory")
+    export.add_argument("--run-dir", type=Path, required=True, metavar="DIR")
+    export.add_argument("--step", type=int, help="checkpoint to export (default: the newest whole one)")
+    export.add_argument("--output", type=Path, required=True, metavar="DIR", help="directory to make")
+    export.add_argument("--dtype", choices=("fp32", "bf16"), help="of the weights (default: the run's precision)")
+
+    generate = commands.add_parser("generate", help="continue a text with a run's model or an exported one")
+    source = generate.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run-dir", type=Path, metavar="DIR", help="generate from a run's checkpoint, with gists")
+    source.add_argument("--model", type=Path, metavar="HF_DIR", help="generate from an exported directory, dense")
+    generate.add_argument("--step", type=int, help="checkpoint of --run-dir (default: the newest whole one)")
+    generate.add_argument("--prompt", required=True, help="text to continue")
+    generate.add_argument("--max-new-tokens", type=int, default=64)
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 picks the likeliest token")
+    generate.add_argument("--top-p", type=float, default=1.0, help="sample from the smallest set of this probability")
+    generate.add_argument("--seed", type=int, default=0)
+
+    report = commands.add_parser("report", help="write report.html for one run, or for several to compare")
+    report.add_argument("run_dirs", type=Path, nargs="+", metavar="DIR")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    try:
+        # Each command's modules are imported late: a wrong setting is told before the heavy libraries load.
+        if args.command == "train":
+            from pretrain.config import load_config
+
+            config = load_config(args.config, args.overrides)
+            from pretrain.trainer import train
+
+            train(config, args.run_dir)
+        elif args.command == "export":
+            from pretrain.export import export
+
+            export(args.run_dir, args.step, args.output, args.dtype)
+        elif args.command == "generate":
+            from pretrain.generate import generate
+
+            for piece in generate(args):
+                print(piece, end="", flush=True)
+            print()
+        elif args.command == "report":
+            from pretrain.report import write_report
+
+            print(write_report(args.run_dirs))
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":  # all ranks meet the same error; one tells it
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

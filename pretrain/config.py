@@ -1,0 +1,301 @@
+"""The configuration of a run: YAML and ``--set`` overrides -> frozen dataclasses, every error reported at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import get_type_hints
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from model.config import GistConfig, ModelConfig, option, raise_together
+from pretrain.errors import UserError
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which tokens the run sees."""
+
+    train: tuple[str, ...] = option((), "shard prefixes (without .bin) to train on")
+    valid: tuple[str, ...] = option((), "shard prefixes to validate on; none: no validation")
+    tokenizer: str = option("", "tokenizer directory that the shards were made with")
+    raw_tokens: int = option(1024, "raw tokens per sample, whatever the chunk sizes")
+
+    def __post_init__(self):
+        errors = []
+        if not self.train:
+            errors.append("train: no shard prefix given")
+        if not self.tokenizer:
+            errors.append("tokenizer: no tokenizer directory given")
+        if self.raw_tokens < 2:
+            errors.append(f"raw_tokens: {self.raw_tokens} is below 2")
+        raise_together(errors)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, how much at a time."""
+
+    steps: int = option(1000, "optimizer steps")
+    seed: int = option(1234, "seed of the initial weights and of the order of samples")
+    global_batch: int = option(8, "samples per step, over all ranks")
+    micro_batch: int = option(1, "samples per forward pass of one rank")
+    clip: float = option(1.0, "largest gradient norm; 0 clips nothing")
+    activation_checkpointing: bool = option(False, "recompute layers in backward instead of keeping their activations")
+    valid_every: int = option(100, "steps between validations; 0: only after the last step")
+    valid_samples: int = option(16, "samples of one validation")
+
+    def __post_init__(self):
+        errors = [
+            f"{name}: {getattr(self, name)} is below 1"
+            for name in ("steps", "global_batch", "micro_batch", "valid_samples")
+            if getattr(self, name) < 1
+        ]
+        errors += [f"{n}: {getattr(self, n)} is below 0" for n in ("seed", "clip", "valid_every") if getattr(self, n) < 0]
+        if not errors and self.global_batch % self.micro_batch:
+            errors.append(f"micro_batch: {self.micro_batch} does not divide global_batch ({self.global_batch})")
+        raise_together(errors)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW. Norm weights are not decayed."""
+
+    lr: float = option(3e-4, "peak learning rate")
+    beta1: float = option(0.9, "decay of the first moment")
+    beta2: float = option(0.95, "decay of the second moment")
+    eps: float = option(1e-8, "added to the root of the second moment")
+    weight_decay: float = option(0.1, "decoupled weight decay of matrices")
+
+    def __post_init__(self):
+        errors = [f"{n}: {getattr(self, n)} is not above 0" for n in ("lr", "eps") if getattr(self, n) <= 0]
+        errors += [f"{n}: {getattr(self, n)} is not in [0, 1)" for n in ("beta1", "beta2") if not 0 <= getattr(self, n) < 1]
+        if self.weight_decay < 0:
+            errors.append(f"weight_decay: {self.weight_decay} is below 0")
+        raise_together(errors)
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Learning rate over the steps."""
+
+    kind: str = option("cosine", "cosine; wsd: warm-up, stable, linear decay; constant")
+    warmup: float = option(0.05, "part of the steps in which the rate rises linearly from 0")
+    decay: float = option(0.2, "wsd: part of the steps in which the rate falls at the end")
+    floor: float = option(0.1, "last learning rate, as a part of the peak")
+
+    def __post_init__(self):
+        errors = []
+        if self.kind not in ("cosine", "wsd", "constant"):
+            errors.append(f"kind: {self.kind!r} is not one of cosine, wsd, constant")
+        errors += [
+            f"{n}: {getattr(self, n)} is not in [0, 1]" for n in ("warmup", "decay", "floor") if not 0 <= getattr(self, n) <= 1
+        ]
+        if not errors and self.kind == "wsd" and self.warmup + self.decay > 1:
+            errors.append(f"decay: warmup ({self.warmup}) and decay ({self.decay}) together exceed 1")
+        raise_together(errors)
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the model and the data are spread over the ranks; what remains of the ranks is data parallel."""
+
+    tensor: int = option(1, "ranks that share every layer")
+    pipeline: int = option(1, "pipeline stages")
+    context: int = option(1, "ranks that share every sequence")
+    zero: int = option(1, "DeepSpeed ZeRO stage: 1 optimizer state, 2 and gradients, 3 and parameters are partitioned")
+    timeout_minutes: float = option(30.0, "a collective that takes longer ends the run")
+
+    def __post_init__(self):
+        names = ("tensor", "pipeline", "context")
+        errors = [f"{n}: {getattr(self, n)} is below 1" for n in names if getattr(self, n) < 1]
+        for name in ("pipeline", "context"):
+            if getattr(self, name) > 1:
+                errors.append(f"{name}: {getattr(self, name)} is not supported yet; set it to 1")
+        if self.zero not in (1, 2, 3):
+            errors.append(f"zero: {self.zero} is not one of 1, 2, 3")
+        if self.timeout_minutes <= 0:
+            errors.append(f"timeout_minutes: {self.timeout_minutes} is not above 0")
+        raise_together(errors)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the run's state is saved."""
+
+    every: int = option(100, "steps between checkpoints; the last step is always saved")
+    keep: int = option(3, "newest checkpoints that are kept; 0 keeps all")
+
+    def __post_init__(self):
+        errors = [f"every: {self.every} is below 1"] if self.every < 1 else []
+        if self.keep < 0:
+            errors.append(f"keep: {self.keep} is below 0")
+        raise_together(errors)
+
+
+@dataclass(frozen=True)
+class MonitorConfig:
+    """Where the figures go besides metrics.jsonl."""
+
+    wandb: bool = option(True, "also log to Weights & Biases; offline, into the run directory, when no API key is set")
+    project: str = option("unfold", "W&B project")
+    name: str = option("", "W&B run name; empty takes the run directory's name")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that defines a run."""
+
+    data: DataConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
+    gist: GistConfig = field(default_factory=GistConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    precision: str = option("bf16", "compute precision: bf16 or fp32; master weights and softmax are always fp32")
+
+    def __post_init__(self):
+        errors = []
+        if self.precision not in ("fp32", "bf16"):
+            errors.append(f"precision: {self.precision!r} is not one of fp32, bf16")
+        tensor = self.parallel.tensor
+        for name in ("kv_heads", "ffn_size"):
+            if getattr(self.model, name) % tensor:
+                errors.append(f"parallel.tensor: {tensor} does not divide model.{name} ({getattr(self.model, name)})")
+        if self.model.padded_vocab_size % tensor:
+            errors.append(f"parallel.tensor: {tensor} does not divide the padded vocabulary ({self.model.padded_vocab_size})")
+        if self.data.raw_tokens > self.model.max_position:
+            errors.append(f"data.raw_tokens: {self.data.raw_tokens} exceeds model.max_position ({self.model.max_position})")
+        raise_together(errors)
+
+    def to_dict(self) -> dict:
+        """Plain dicts and lists, as in config.yaml."""
+        plain = lambda x: [plain(v) for v in x] if isinstance(x, tuple) else x
+        return dataclasses.asdict(self, dict_factory=lambda items: {k: plain(v) for k, v in items})
+
+    def to_yaml(self) -> str:
+        """The resolved configuration as YAML."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+# Settings that may differ when a run is resumed: none of them changes what is learned or in which order.
+FREE_ON_RESUME = ("parallel.", "checkpoint.", "monitor.", "train.micro_batch", "train.activation_checkpointing",
+                  "train.valid_", "data.train", "data.valid", "data.tokenizer")  # fmt: skip
+
+
+def load_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:
+    """Read a YAML file and apply ``KEY=VALUE`` overrides with dotted keys.
+
+    Raises:
+        UserError: the file cannot be read, or keys or values are wrong; one message lists all of them.
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        raise UserError(f"--config {path}:{where} is not valid YAML ({getattr(error, 'problem', error)})") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"--config {path}: holds {type(tree).__name__}, expected sections such as `model:` and `data:`")
+    for item in overrides:
+        _override(tree, item)
+    return parse_config(tree, str(path))
+
+
+def _override(tree: dict, item: str) -> None:
+    key, sign, value = item.partition("=")
+    if not sign or not key:
+        raise UserError(f"--set {item}: expected KEY=VALUE, e.g. --set optimizer.lr=3e-4")
+    *sections, last = key.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"--set {item}: {section} is a value, not a section")
+    try:
+        tree[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"--set {item}: {value!r} is not a YAML value; quote it") from None
+
+
+def parse_config(tree: dict, source: str = "configuration") -> RunConfig:
+    """Plain dicts -> RunConfig. Raises UserError with every error."""
+    errors = _unknown_keys(tree, RunConfig, "")
+    known = _without_unknown(tree, RunConfig)
+    try:
+        config = TypeAdapter(RunConfig).validate_python(known)
+    except ValidationError as invalid:
+        for error in invalid.errors():
+            place = ".".join(str(part) for part in error["loc"])
+            if error["type"] == "value_error":  # from a __post_init__: its parts already name their keys
+                prefix = f"{place}." if place else ""
+                errors += [prefix + part for part in str(error["ctx"]["error"]).split("; ")]
+            else:
+                given = "" if error["type"] == "missing" else f" (given: {error['input']!r})"
+                errors.append(f"{place}: {error['msg'][0].lower()}{error['msg'][1:]}{given}")
+    if errors:
+        raise UserError(f"{source}: " + "; ".join(errors))
+    return config
+
+
+def _sections(kind: type) -> dict[str, type]:
+    """The fields of a configuration dataclass that are sections themselves."""
+    return {name: hint for name, hint in get_type_hints(kind).items() if dataclasses.is_dataclass(hint)}
+
+
+def _unknown_keys(tree: dict, kind: type, prefix: str) -> list[str]:
+    names = [f.name for f in dataclasses.fields(kind)]
+    sections = _sections(kind)
+    errors = []
+    for key, value in tree.items():
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, 1, 0.5)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(names)}"
+            errors.append(f"{prefix}{key}: unknown key; {hint}")
+        elif key in sections and isinstance(value, dict):
+            errors += _unknown_keys(value, sections[key], f"{prefix}{key}.")
+    return errors
+
+
+def _without_unknown(tree: dict, kind: type) -> dict:
+    sections = _sections(kind)
+    names = {f.name for f in dataclasses.fields(kind)}
+    return {
+        key: _without_unknown(value, sections[key]) if key in sections and isinstance(value, dict) else value
+        for key, value in tree.items()
+        if key in names
+    }
+
+
+def with_vocab_size(config: RunConfig, vocab_size: int) -> RunConfig:
+    """The configuration with the tokenizer's vocabulary size. Raises UserError where it does not fit."""
+    if config.model.vocab_size not in (0, vocab_size):
+        raise UserError(
+            f"model.vocab_size: {config.model.vocab_size}, but the tokenizer has {vocab_size} ids; set it to 0 to follow it"
+        )
+    try:
+        return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def flatten(tree: dict, prefix: str = "") -> dict:
+    """Nested dicts -> {dotted key: value}."""
+    flat = {}
+    for key, value in tree.items():
+        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return flat
+
+
+def changes_on_resume(old: dict, new: dict) -> list[str]:
+    """Differences between two configurations that would change what is learned, as readable lines."""
+    a, b = flatten(old), flatten(new)
+    keys = [k for k in {**a, **b} if not k.startswith(FREE_ON_RESUME)]
+    return [f"{k}: {a.get(k)!r} in the run, {b.get(k)!r} given" for k in keys if a.get(k) != b.get(k)]

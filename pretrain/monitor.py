@@ -1,0 +1,119 @@
+"""What a run says while it runs: metrics.jsonl, the progress line, Weights & Biases."""
+
+from __future__ import annotations
+
+import json
+import netrc
+import os
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from pretrain.checkpoint import write_atomically
+from pretrain.config import MonitorConfig
+
+SECONDS_BETWEEN_LINES = 10.0  # progress lines when stderr is not a terminal
+
+
+class MetricsFile:
+    """``metrics.jsonl``: one JSON object per step, appended and flushed.
+
+    Opening it at a step drops what lies after that step (work that a resume does again) and a torn last line, so the
+    file always reads like that of an undisturbed run.
+    """
+
+    def __init__(self, path: Path, step: int):
+        kept = [line for line in read_metrics(path) if line["step"] <= step] if path.exists() else []
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file = open(path, "a")
+
+    def write(self, metrics: dict) -> None:
+        self._file.write(json.dumps(metrics) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The whole lines of a metrics file; a line torn by a kill is left out."""
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
+class Progress:
+    """A progress bar on a terminal, a line every few seconds elsewhere (logs of batch jobs)."""
+
+    def __init__(self, steps: int, done: int):
+        self._steps, self._first, self._started, self._said = steps, done, time.monotonic(), 0.0
+        self._bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True) if sys.stderr.isatty() else None
+
+    def say(self, text: str) -> None:
+        """A message of its own line."""
+        tqdm.write(text, file=sys.stderr) if self._bar else print(text, file=sys.stderr, flush=True)
+
+    def step(self, metrics: dict) -> None:
+        step = metrics["step"]
+        figures = f"loss {metrics['loss']:.4f}, {metrics['raw_tokens_per_s']:,.0f} raw tokens/s"
+        if self._bar:
+            self._bar.set_postfix_str(figures, refresh=False)
+            self._bar.update(1)
+            return
+        now = time.monotonic()
+        if now - self._said >= SECONDS_BETWEEN_LINES or step == self._steps:
+            self._said = now
+            left = (now - self._started) / (step - self._first) * (self._steps - step)
+            self.say(f"step {step}/{self._steps}: {figures}, {_clock(left)} left")
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.close()
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+class WandbLog:
+    """Weights & Biases: online with an API key, else offline into the run directory. A resumed run continues its W&B run."""
+
+    def __init__(self, config: MonitorConfig, run_config: dict, run_dir: Path):
+        import wandb  # takes a second; only the rank that logs needs it
+
+        identity = run_dir / "wandb_id"
+        if not identity.exists():
+            write_atomically(identity, wandb.util.generate_id())
+        mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
+        self._run = wandb.init(
+            project=config.project,
+            name=config.name or run_dir.name,
+            id=identity.read_text(),
+            resume="allow" if mode == "online" else None,
+            dir=str(run_dir),
+            config=run_config,
+            mode=mode,
+            settings=wandb.Settings(silent=True),
+        )
+
+    def write(self, metrics: dict) -> None:
+        self._run.log({k: v for k, v in metrics.items() if k != "step"}, step=metrics["step"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _has_wandb_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (FileNotFoundError, netrc.NetrcParseError):
+        return False

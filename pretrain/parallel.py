@@ -1,0 +1,143 @@
+"""All process groups of a run, made once and handed on as one object."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+
+from pretrain.config import ParallelConfig
+from pretrain.errors import UserError
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """This rank's place in the run.
+
+    Attributes:
+        rank, world: global rank and number of ranks.
+        device: where this rank computes.
+        data_group: ranks that hold the same part of the model and see different samples.
+        tensor_group: ranks that share every layer.
+        tensor_mesh: the tensor group as a one-dimensional device mesh, for sharded checkpoints.
+    """
+
+    rank: int
+    world: int
+    device: torch.device
+    data_group: ProcessGroup
+    tensor_group: ProcessGroup
+    tensor_mesh: DeviceMesh
+
+    @property
+    def data_size(self) -> int:
+        return self.data_group.size()
+
+    @property
+    def data_rank(self) -> int:
+        return self.data_group.rank()
+
+    @property
+    def is_main(self) -> bool:
+        """The one rank that writes logs and metrics."""
+        return self.rank == 0
+
+    def mpu(self) -> ModelParallelUnit:
+        """What DeepSpeed asks of a model-parallel run."""
+        return ModelParallelUnit(self)
+
+    def sum_over_data(self, value: float) -> float:
+        """Sum of a number over the data-parallel ranks; fp64, in rank order, so the same on every run."""
+        total = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total, group=self.data_group)
+        return total.item()
+
+
+class ModelParallelUnit:
+    """The interface through which DeepSpeed learns the groups. It must not offer more: DeepSpeed reacts to what it finds."""
+
+    def __init__(self, parallel: Parallel):
+        self._parallel = parallel
+
+    def get_data_parallel_group(self):
+        return self._parallel.data_group
+
+    def get_data_parallel_world_size(self):
+        return self._parallel.data_group.size()
+
+    def get_data_parallel_rank(self):
+        return self._parallel.data_group.rank()
+
+    def get_model_parallel_group(self):
+        return self._parallel.tensor_group
+
+    def get_model_parallel_world_size(self):
+        return self._parallel.tensor_group.size()
+
+    def get_model_parallel_rank(self):
+        return self._parallel.tensor_group.rank()
+
+    get_tensor_model_parallel_group = get_model_parallel_group
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+
+
+def initialize(config: ParallelConfig) -> Parallel:
+    """Start torch.distributed and make every group. Under torchrun or SLURM the ranks come from the environment;
+    without one this process is the only rank.
+
+    Raises:
+        UserError: the ranks cannot be divided as configured.
+    """
+    # DeepSpeed insists on these variables; without a launcher this process is the only rank.
+    for name, alone in (("WORLD_SIZE", "1"), ("RANK", "0"), ("LOCAL_RANK", "0")):
+        os.environ.setdefault(name, alone)
+    world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    model_size = config.tensor * config.pipeline * config.context
+    if world % model_size:
+        raise UserError(
+            f"parallel: tensor x pipeline x context = {model_size} does not divide the {world} rank(s) that were started; "
+            f"start a multiple of {model_size}"
+        )
+    on_gpu = torch.cuda.is_available()
+    local_rank = int(os.environ["LOCAL_RANK"])
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    timeout = datetime.timedelta(minutes=config.timeout_minutes)
+    if not dist.is_initialized():
+        backend = "nccl" if on_gpu else "gloo"
+        store = {} if world > 1 else {"store": dist.HashStore()}
+        dist.init_process_group(backend, rank=rank, world_size=world, timeout=timeout, **store)
+    # DeepSpeed would compile a shared-memory all-reduce for CPU at start (about 50 s) that these runs do not need.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=config.tensor,
+            pipeline_model_parallel_size=config.pipeline,
+            context_parallel_size=config.context,
+        )
+    tensor_group = parallel_state.get_tensor_model_parallel_group()
+    return Parallel(
+        rank=rank,
+        world=world,
+        device=device,
+        data_group=parallel_state.get_data_parallel_group(),
+        tensor_group=tensor_group,
+        tensor_mesh=DeviceMesh.from_group(tensor_group, device.type),
+    )
+
+
+def shutdown() -> None:
+    """End torch.distributed cleanly."""
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()

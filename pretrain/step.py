@@ -1,0 +1,66 @@
+"""One optimizer step, and one validation: what is summed over which ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import deepspeed
+import torch
+
+from model.transformer import IGNORED, MicroBatch
+from pretrain.parallel import Parallel
+
+
+class NonFiniteLoss(ArithmeticError):
+    """The loss of a step is infinite or not a number; the weights were not touched."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Figures of a step, the same on every rank.
+
+    Attributes:
+        loss: mean cross-entropy in nats over all loss tokens of the global batch.
+        grad_norm: norm of the whole gradient before clipping.
+        loss_tokens: tokens with a target in the global batch.
+    """
+
+    loss: float
+    grad_norm: float
+    loss_tokens: int
+
+
+def train_step(engine: deepspeed.DeepSpeedEngine, batches: Sequence[MicroBatch], parallel: Parallel) -> StepResult:
+    """Forward and backward over this rank's micro-batches, then the update.
+
+    Every loss token of the global batch weighs the same, however they are spread over ranks and micro-batches: DeepSpeed
+    averages over both, so each micro-batch's sum is scaled by (ranks x micro-batches / tokens of the global batch).
+    """
+    tokens = parallel.sum_over_data(sum(int((b.labels != IGNORED).sum()) for b in batches))
+    factor = parallel.data_size * len(batches) / tokens
+    local_sum = 0.0
+    for index, batch in enumerate(batches):
+        loss = engine(batch.to(parallel.device))
+        engine.backward(loss * factor)
+        local_sum += loss.item()
+        if index + 1 == len(batches):
+            # Before the update: a bad loss must not reach the weights, and all ranks must agree on it.
+            mean = parallel.sum_over_data(local_sum) / tokens
+            if not math.isfinite(mean):
+                raise NonFiniteLoss(mean)
+        engine.step()
+    return StepResult(mean, float(engine.get_global_grad_norm()), int(tokens))
+
+
+@torch.no_grad()
+def validation_loss(engine: deepspeed.DeepSpeedEngine, batches: Sequence[MicroBatch], parallel: Parallel) -> float:
+    """Mean cross-entropy in nats over all loss tokens of the ranks' batches."""
+    engine.eval()
+    total, tokens = 0.0, 0
+    for batch in batches:
+        total += engine(batch.to(parallel.device)).item()
+        tokens += int((batch.labels != IGNORED).sum())
+    engine.train()
+    return parallel.sum_over_data(total) / parallel.sum_over_data(tokens)
