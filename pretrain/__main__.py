@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from pathlib import Path
 
 from pretrain.errors import UserError
@@ -45,6 +46,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    # Notes of libraries to their own developers; none concerns a user of this program.
+    warnings.filterwarnings("ignore", module=r"(megatron|torch\.distributed|deepspeed|pydantic)")
     try:
         # Each command's modules are imported late: a wrong setting is told before the heavy libraries load.
         if args.command == "train":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -72,6 +73,7 @@ def _train(inputs: Inputs, run_dir: Path, parallel: Parallel) -> None:
     if parallel.is_main:
         (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
         write_atomically(run_dir / "config.yaml", config.to_yaml())
+        _copy_tokenizer(inputs.tokenizer, run_dir / "tokenizer")
     engine = build_engine(config, parallel)
     done = _resume(inputs, run_dir, engine, parallel)
     outputs = _Outputs(config, run_dir, done) if parallel.is_main else None
@@ -111,6 +113,16 @@ def _train(inputs: Inputs, run_dir: Path, parallel: Parallel) -> None:
             waited = time.monotonic()
     if outputs:
         outputs.close()
+
+
+def _copy_tokenizer(tokenizer: TokenizerInfo, target: Path) -> None:
+    """The run carries its tokenizer along: export and generation need no other directory."""
+    if target.exists() or target.resolve() == tokenizer.directory.resolve():
+        return
+    partial = target.with_name(".tokenizer.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(tokenizer.directory, partial)
+    partial.rename(target)
 
 
 def _silent(text: str) -> None:
