@@ -6,17 +6,17 @@ workers. Whether a document is held out depends on its text alone: on no order, 
 
 import hashlib
 import os
+import queue
 import signal
 import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import lru_cache
-from multiprocessing import get_context, parent_process
+from itertools import cycle
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -202,42 +202,88 @@ def _encode_here(job: EncodeJob, tokenizer: Tokenizer, batches: Iterable[list[Do
 
 
 def _encode_in_pool(job: EncodeJob, batches: Iterable[list[Document]], workers: int) -> Iterator[EncodedBatch]:
-    """Encode in processes, results in order; a few batches ahead, so that memory stays bounded."""
-    # Started afresh rather than forked: tokenizer libraries have threads, which a fork would break.
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start_worker)
-    try:
-        ahead: deque = deque()
-        for batch in batches:
-            ahead.append(pool.submit(_encode_in_worker, job, batch))
-            if len(ahead) > 2 * workers:
-                yield ahead.popleft().result()
+    """Encode in processes, in turn, results in order; two batches ahead in each, so that memory stays bounded."""
+    with ExitStack() as stack:
+        pool = [stack.enter_context(_Worker(job)) for _ in range(workers)]
+        ahead: deque[_Worker] = deque()
+        for batch, worker in zip(batches, cycle(pool)):
+            if len(ahead) == 2 * workers:
+                yield ahead.popleft().receive()
+            worker.send(batch)
+            ahead.append(worker)
         while ahead:
-            yield ahead.popleft().result()
-    except BrokenProcessPool:
-        raise DataError(
-            "a worker process died (killed, or out of memory); give fewer --workers, or more memory"
-        ) from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+            yield ahead.popleft().receive()
 
 
-def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends the workers
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+class _Worker:
+    """An encoding process on a pipe of its own.
+
+    Not a concurrent.futures pool: its workers share one pipe, and one that is killed in the middle of a result leaves
+    the reader waiting for the rest for ever. Here the pipe ends with its process, on either side.
+    """
+
+    def __init__(self, job: EncodeJob):
+        # Started afresh rather than forked: tokenizer libraries have threads, which a fork would break.
+        context = get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_work, args=(theirs, job), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def __enter__(self) -> "_Worker":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._pipe.close()
+        self._process.join()
+
+    def send(self, batch: list[Document]) -> None:
+        try:
+            self._pipe.send(batch)
+        except OSError:
+            raise self._died() from None
+
+    def receive(self) -> EncodedBatch:
+        try:
+            result = self._pipe.recv()
+        except (EOFError, OSError):
+            raise self._died() from None
+        if isinstance(result, DataError):
+            raise result
+        return result
+
+    def _died(self) -> DataError:
+        self._process.join()
+        return DataError(
+            f"a worker process died (exit code {self._process.exitcode}: killed, or out of memory?); "
+            "give fewer --workers, or more memory"
+        )
 
 
-def _die_with_parent() -> None:
-    parent_process().join()  # returns when the parent is gone, even by SIGKILL
-    os._exit(1)
+def _work(pipe: Connection, job: EncodeJob) -> None:
+    """A worker's life: batches in, results out, until the parent closes the pipe or is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then closes the pipe
+    received: queue.SimpleQueue[list[Document]] = queue.SimpleQueue()
+    # Received in a thread, so that the parent never waits to send while this waits to send to it.
+    threading.Thread(target=_receive, args=(pipe, received), daemon=True).start()
+    tokenizer = load_tokenizer(job.tokenizer)
+    while True:
+        try:
+            result: EncodedBatch | DataError = encode_documents(job, tokenizer, received.get())
+        except DataError as e:
+            result = e
+        try:
+            pipe.send(result)
+        except OSError:
+            return  # nobody is waiting for it any more
 
 
-def _encode_in_worker(job: EncodeJob, documents: list[Document]) -> EncodedBatch:
-    return encode_documents(job, _loaded(job.tokenizer), documents)
-
-
-@lru_cache(maxsize=1)
-def _loaded(path: str) -> Tokenizer:
-    return load_tokenizer(path)
+def _receive(pipe: Connection, received: queue.SimpleQueue) -> None:
+    try:
+        while True:
+            received.put(pipe.recv())
+    except (EOFError, OSError):
+        os._exit(0)
 
 
 def _check_filled(writers: list[ShardWriter], documents: int, empty: int, valid_fraction: float | None) -> None:

@@ -40,6 +40,7 @@ class SentencePieceTokenizer:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=raw)
         except RuntimeError as e:
             raise DataError(f"{name}: not a usable sentencepiece model: {str(e).strip().splitlines()[-1]}") from None
+        self._by_line = _lines_are_independent(self._model)
         p = self._processor
         control = {x.piece: i for i, x in enumerate(self._model.pieces) if x.type == self._model.SentencePiece.CONTROL}
         gists = find_gists(control)
@@ -56,6 +57,14 @@ class SentencePieceTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text, int32 [n_i]. One thread: processes are how work is spread."""
+        if not self._by_line:
+            return self._encode(texts)
+        lines = [text.split("\n") for text in texts]
+        encoded = iter(self._encode([f"{line}\n" for own in lines for line in own[:-1]] + [own[-1] for own in lines]))
+        whole = [[next(encoded) for _ in own[:-1]] for own in lines]
+        return [np.concatenate([*own, next(encoded)]) for own in whole]
+
+    def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         encoded = self._processor.encode(list(texts), return_type="numpy", num_threads=1)
         return [np.asarray(ids, dtype=np.int32) for ids in encoded]
 
@@ -66,6 +75,21 @@ class SentencePieceTokenizer:
     def word_starts(self) -> np.ndarray:
         """The word-start bitmap, bool [vocab_size]."""
         return sentencepiece_word_starts(self._model)
+
+
+def _lines_are_independent(model) -> bool:
+    """Whether a unigram text may be encoded line by line, which gives the same pieces with smaller sums.
+
+    Sentencepiece adds scores in float32; over a whole document the sums grow until ties, and near ties, fall
+    otherwise than in tokenizer.json (seen on 3 of 63 speeches, on none of their 13,780 lines).
+    """
+    trainer = model.trainer_spec
+    return (
+        trainer.model_type == trainer.UNIGRAM
+        and trainer.byte_fallback  # else a line end is an unknown character, and joins with one beside it
+        and not model.normalizer_spec.add_dummy_prefix  # it belongs before the text, not before each line
+        and not any("\n" in p.piece for p in model.pieces)
+    )
 
 
 def _id_or_none(i: int) -> int | None:

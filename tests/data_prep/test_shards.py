@@ -99,6 +99,22 @@ def test_failure_leaves_the_old_shard_alone(shard):
     assert verify_shard(shard)[1] == [] and open_shard(shard).info.tokens == 46
 
 
+@pytest.mark.parametrize("survivors", [0, 1, 2])
+def test_a_replacement_cut_off_between_its_files_is_no_shard(shard, monkeypatch, survivors):
+    replaced = []
+
+    def replace(source, target):
+        if len(replaced) == survivors:
+            raise OSError("no more")
+        replaced.append(target)
+        os.rename(source, target)
+
+    monkeypatch.setattr("data_prep.files.os.replace", replace)
+    with pytest.raises(OSError, match="no more"):
+        write_shard(shard, [[1]], vocab_size=100, overwrite=True)
+    assert verify_shard(shard)[1] != [] and not shard_path(shard, ".bin.partial").exists()
+
+
 def test_two_writers_of_one_output(tmp_path):
     options = {"vocab_size": 10, "tokenizer_hash": "", "eos_appended": False}
     with ShardWriter(str(tmp_path / "s"), **options) as first:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from data_prep import encode
-from data_prep.shards import open_shard
+from data_prep.shards import open_shard, write_shard
 from tests.data_prep.texts import CONTROL, TEXTS, fuzz
 
 FILES = (".bin", ".idx", ".json")
@@ -25,7 +25,7 @@ def contents(prefix) -> dict[str, bytes]:
     return {s: open(f"{prefix}{s}", "rb").read() for s in FILES}
 
 
-def test_round_trip(any_tokenizer, load, tmp_path, run):
+def test_round_trip(any_tokenizer, load, tmp_path, run, fails):
     texts = [t for t in [*TEXTS, *fuzz(100)] if not t.isspace() and t]
     write_jsonl(tmp_path / "c.jsonl", texts)
     command = ("tokenize", "--input", tmp_path / "c.jsonl", "--tokenizer", any_tokenizer, "--output", tmp_path / "s")
@@ -40,6 +40,9 @@ def test_round_trip(any_tokenizer, load, tmp_path, run):
         assert ids[-1] == tokenizer.info.eos_id and not special & set(ids[:-1])
         assert tokenizer.decode(ids) == (text if tokenizer.info.kind == "huggingface" else text.replace("▁", " "))
     assert run("verify", tmp_path / "s", "--tokenizer", any_tokenizer)[0] == 0
+    unended = [[5], [5, tokenizer.info.eos_id]]
+    write_shard(tmp_path / "u", unended, tokenizer.info, eos_appended=True)
+    fails("verify", tmp_path / "u", "--tokenizer", any_tokenizer, words=("document 0 does not end with id",))
 
 
 def test_inspect_shows_the_text(bpe, speeches, tmp_path, run, fails):
@@ -237,7 +240,9 @@ def test_workers_do_not_outlive_a_killed_parent(running, tmp_path):
     assert [p.name for p in tmp_path.glob("s.*")] == ["s.bin.partial"]
 
 
-def test_a_killed_worker_is_named(running, tmp_path):
+@pytest.mark.parametrize("wait", [0.0, 0.13, 0.31])
+def test_a_killed_worker_is_named(running, tmp_path, wait):
+    time.sleep(wait)  # wherever it is in its work
     workers = [p for p in members(running.pid) if "spawn_main" in open(f"/proc/{p}/cmdline").read()]
     os.kill(workers[0], signal.SIGKILL)
     _, err = running.communicate(timeout=60)
