@@ -1,0 +1,151 @@
+"""Whole training runs: layouts agree, killed runs go on exactly, bad input loses nothing."""
+
+import json
+import shutil
+
+import pytest
+import yaml
+
+from pretrain.monitor import read_metrics
+from tests.conftest import run
+from tests.integration.runs import command, series, train, train_until_killed
+
+EXACT = ("step", "loss", "grad_norm", "lr", "raw_tokens", "samples", "valid_loss")
+
+
+@pytest.fixture(scope="module")
+def config(tiny, tmp_path_factory):
+    return tiny.config(tmp_path_factory.mktemp("config") / "tiny.yaml")
+
+
+@pytest.fixture(scope="module")
+def alone(config, tmp_path_factory):
+    """An undisturbed run of one process; its directory and metrics."""
+    run_dir = tmp_path_factory.mktemp("runs") / "alone"
+    return run_dir, train(config, run_dir)
+
+
+@pytest.fixture(scope="module")
+def pair(config, tmp_path_factory):
+    """An undisturbed run of two ranks, bf16, ZeRO-2."""
+    run_dir = tmp_path_factory.mktemp("runs") / "pair"
+    return run_dir, train(config, run_dir, 2, "precision=bf16", "parallel.zero=2")
+
+
+def test_metrics_of_a_run(alone):
+    run_dir, metrics = alone
+    assert [m["step"] for m in metrics] == list(range(1, 13))
+    assert [m["samples"] for m in metrics] == list(range(4, 49, 4))
+    assert [m["raw_tokens"] for m in metrics] == [128 * m["samples"] for m in metrics]
+    assert [m["step"] for m in metrics if "valid_loss" in m] == [6, 12]
+    assert metrics[-1]["loss"] < metrics[0]["loss"] - 0.3
+    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    assert config["model"]["vocab_size"] == 512, "config.yaml is resolved"
+
+
+@pytest.mark.parametrize(
+    "ranks,overrides",
+    [
+        (1, ["train.micro_batch=4"]),
+        (1, ["train.activation_checkpointing=true"]),
+        (2, ["parallel.zero=1"]),
+        (2, ["parallel.zero=2", "train.micro_batch=2"]),
+        (2, ["parallel.zero=3"]),
+        (2, ["parallel.tensor=2"]),
+    ],
+    ids=lambda value: value if isinstance(value, int) else ",".join(value),
+)
+def test_layouts_agree_with_one_process(config, alone, tmp_path, ranks, overrides):
+    """fp32: losses within 2e-6, gradient norms within 1e-5 (relative), step by step, with clipping."""
+    metrics = train(config, tmp_path / "run", ranks, *overrides)
+    for got, want in zip(metrics, alone[1], strict=True):
+        assert abs(got["loss"] - want["loss"]) <= 2e-6 * max(1, want["loss"])
+        assert abs(got["grad_norm"] - want["grad_norm"]) <= 1e-5 * want["grad_norm"]
+        assert got.get("valid_loss") == pytest.approx(want.get("valid_loss"), abs=1e-5)
+        assert (got["samples"], got["loss_tokens"]) == (want["samples"], want["loss_tokens"])
+
+
+def test_a_killed_run_writes_the_same_losses(config, pair, tmp_path):
+    run_dir = tmp_path / "killed"
+    overrides = ("precision=bf16", "parallel.zero=2")
+    for step in (2, 8):  # before the first checkpoint, and between two
+        train_until_killed(config, run_dir, 2, step, *overrides)
+    metrics = train(config, run_dir, 2, *overrides)
+    assert series(metrics, *EXACT) == series(pair[1], *EXACT)
+
+
+def test_resume_from_a_damaged_checkpoint_uses_the_older_one(config, alone, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(alone[0], run_dir)
+    newest = run_dir / "checkpoints/step-00000012"
+    part = newest / "__0_0.distcp"
+    with open(part, "r+b") as file:
+        file.truncate(part.stat().st_size - 100)
+    (run_dir / "checkpoints/step-00000009/manifest.json").write_text('{"step": 9')
+    done = run(*command(config, run_dir))
+    assert "step-00000012/__0_0.distcp: has" in done.stderr
+    assert "step-00000009/manifest.json: is damaged" in done.stderr
+    assert "resumed at step 6" in done.stderr
+    assert series(read_metrics(run_dir / "metrics.jsonl"), *EXACT) == series(alone[1], *EXACT)
+
+
+def test_a_finished_run_does_nothing_more(config, alone):
+    before = (alone[0] / "metrics.jsonl").read_text()
+    done = run(*command(config, alone[0]))
+    assert "resumed at step 12" in done.stderr
+    assert (alone[0] / "metrics.jsonl").read_text() == before
+
+
+def test_dense_attention_trains_on_the_same_tokens(config, alone, tmp_path):
+    metrics = train(config, tmp_path / "dense", 1, "model.attention=dense", "train.steps=3")
+    assert [m["loss_tokens"] for m in metrics] == [m["loss_tokens"] for m in alone[1][:3]]
+
+
+def test_wandb_offline(config, tmp_path):
+    run_dir = tmp_path / "run"
+    train(config, run_dir, 1, "monitor.wandb=true", "train.steps=2")
+    assert list((run_dir / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def refused(config, run_dir, *overrides, ranks=1) -> str:
+    """The one line that a refused run prints."""
+    done = run(*command(config, run_dir, ranks, *overrides), check=False)
+    assert done.returncode != 0
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "pretrain/" not in done.stderr.replace(str(run_dir), ""), done.stderr
+    return errors[0]
+
+
+@pytest.mark.parametrize(
+    "override,message",
+    [
+        ("gist.chunk_sizes=[0]", "gist.chunk_sizes: [0] has a size below 1"),
+        ("data.train=[nowhere]", "data.train: nowhere.bin does not exist"),
+        ("data.tokenizer=nowhere", "data.tokenizer: nowhere/tokenizer_info.json does not exist"),
+        ("train.global_batch=0", "train.global_batch: 0 is below 1"),
+        ("model.vocab_size=100", "model.vocab_size: 100, but the tokenizer has 512 ids"),
+        ("parallel.tensor=2", "parallel: tensor x pipeline x context = 2 does not divide the 1 rank(s)"),
+    ],
+)
+def test_bad_settings_end_in_one_line(config, tmp_path, override, message):
+    assert message in refused(config, tmp_path / "run", override)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_another_configuration_is_refused(config, alone, tmp_path):
+    text = refused(config, alone[0], "optimizer.lr=1e-4", "gist.sink=1")
+    assert "optimizer.lr: 0.001 in the run, 0.0001 given" in text and "gist.sink: 3 in the run, 1 given" in text
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "notes.txt").write_text("mine")
+    assert "is not empty and holds no run" in refused(config, other)
+
+
+def test_a_nan_loss_stops_before_the_update(config, tmp_path):
+    """A learning rate that explodes: the run ends, says at which step, and its checkpoints are whole."""
+    run_dir = tmp_path / "run"
+    text = refused(config, run_dir, "optimizer.lr=1e30", "train.clip=0", "schedule.warmup=0", "checkpoint.every=1")
+    assert "the loss is nan" in text and "samples" in text
+    steps = [m["step"] for m in read_metrics(run_dir / "metrics.jsonl")]
+    manifests = [json.loads(p.read_text())["step"] for p in (run_dir / "checkpoints").glob("step-*/manifest.json")]
+    assert sorted(manifests) == steps

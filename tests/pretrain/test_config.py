@@ -1,0 +1,98 @@
+"""Configuration: types, unknown keys, everything at once, what may change on resume."""
+
+import pytest
+
+from pretrain.config import changes_on_resume, load_config, parse_config
+from pretrain.errors import UserError
+
+MINIMAL = {"data": {"train": ["x"], "tokenizer": "t"}}
+
+
+def errors_of(tree) -> str:
+    with pytest.raises(UserError) as error:
+        parse_config(tree)
+    return str(error.value)
+
+
+def test_every_error_is_reported_at_once():
+    text = errors_of(
+        {
+            "data": {"trian": ["x"], "raw_tokens": "many"},
+            "modl": {},
+            "gist": {"chunk_sizes": [8, 0], "sink": -1},
+            "train": {"steps": 1.5},
+            "optimizer": {"lr": 0},
+        }
+    )
+    for part in (
+        "data.trian: unknown key; did you mean data.train?",
+        "modl: unknown key; did you mean model?",
+        "data.raw_tokens: input should be a valid integer",
+        "'many'",
+        "gist.chunk_sizes: [8, 0] has a size below 1",
+        "gist.sink: -1 is below 0",
+        "train.steps: input should be a valid integer",
+        "optimizer.lr: 0.0 is not above 0",
+    ):
+        assert part in text, text
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize(
+    "section,values,message",
+    [
+        ("model", {"kv_heads": 3}, "model.kv_heads: 3 does not divide heads (4)"),
+        ("model", {"attention": "fast"}, "'fast' is not one of gist, dense"),
+        ("parallel", {"tensor": 3}, "parallel.tensor: 3 does not divide model.kv_heads (2)"),
+        ("parallel", {"zero": 4}, "parallel.zero: 4 is not one of 1, 2, 3"),
+        ("schedule", {"kind": "wsd", "warmup": 0.6, "decay": 0.6}, "together exceed 1"),
+        ("train", {"global_batch": 6, "micro_batch": 4}, "micro_batch: 4 does not divide global_batch (6)"),
+        ("data", {"raw_tokens": 9999}, "exceeds model.max_position"),
+    ],
+)
+def test_misfits_are_refused(section, values, message):
+    assert message in errors_of({**MINIMAL, section: {**MINIMAL.get(section, {}), **values}})
+
+
+def test_sections_that_are_not_sections():
+    assert "train" in errors_of({**MINIMAL, "train": 5})
+    assert "data" in errors_of({})
+
+
+def test_file_and_overrides(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("data: {train: [x], tokenizer: t}\noptimizer: {lr: 3e-4}\n")
+    config = load_config(path, ["optimizer.lr=1e-3", "gist.chunk_sizes=[16]", "monitor.name=a b"])
+    assert (config.optimizer.lr, config.gist.chunk_sizes, config.monitor.name) == (1e-3, (16,), "a b")
+    assert load_config(path).optimizer.lr == 3e-4
+    assert parse_config(config.to_dict()) == config, "the resolved configuration reads back as itself"
+
+
+@pytest.mark.parametrize(
+    "text,overrides,message",
+    [
+        (None, [], "cannot be read"),
+        ("a: [", [], "line 1 is not valid YAML"),
+        ("- a", [], "expected sections"),
+        ("data: {train: [x], tokenizer: t}", ["optimizer.lr"], "expected KEY=VALUE"),
+        ("data: {train: [x], tokenizer: t}", ["precision.x=1"], "precision: input should be a valid string"),
+        ("data: {train: [x], tokenizer: t}", ["train.stepz=1"], "did you mean train.steps?"),
+    ],
+)
+def test_bad_files_and_overrides(tmp_path, text, overrides, message):
+    path = tmp_path / "c.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError, match="(?s)" + message.replace("?", r"\?")):
+        load_config(path, overrides)
+
+
+def test_what_may_change_on_resume():
+    old = parse_config(MINIMAL).to_dict()
+    new = parse_config(
+        {**MINIMAL, "parallel": {"zero": 3}, "checkpoint": {"every": 7}, "optimizer": {"lr": 0.1}, "train": {"steps": 9}}
+    ).to_dict()
+    assert changes_on_resume(old, new) == [
+        "train.steps: 1000 in the run, 9 given",
+        "optimizer.lr: 0.0003 in the run, 0.1 given",
+    ]
