@@ -8,7 +8,9 @@ not hold the token already, so every key counts once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +28,7 @@ class Intervals:
         row_of: [B, T] int64, the row of each token outside the sink segment (the inverse of ``rows``).
         lo, hi: [B, S, T] int32, the range of rows that a query sees in a segment; empty where ``lo == hi``.
         segment_start: [B, S + 1] int32, the first row of each segment, and R.
-        plans: memo of :meth:`plan`; shared by all layers of a micro-batch.
+        plans: what :meth:`memo` keeps; shared by all layers of a micro-batch.
     """
 
     rows: Tensor
@@ -34,7 +36,7 @@ class Intervals:
     lo: Tensor
     hi: Tensor
     segment_start: Tensor
-    plans: dict[int, list[list[QueryBlock]]] = field(default_factory=dict, repr=False, compare=False)
+    plans: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def batch(self) -> int:
@@ -53,6 +55,10 @@ class Intervals:
         names = ("rows", "row_of", "lo", "hi", "segment_start")
         return Intervals(*(getattr(self, n).to(device, non_blocking=True) for n in names))
 
+    def without(self, queries: Tensor) -> Intervals:
+        """The same row space, in which the tokens of ``queries`` (bool [B, T]) see nothing: their output is zero."""
+        return replace(self, hi=torch.where(queries[:, None], self.lo, self.hi), plans={})
+
     def dense_mask(self) -> Tensor:
         """bool [B, T, T], True where query (dim 1) sees key (dim 2). T x T memory: for tests and people, small T only."""
         row = torch.arange(self.rows.shape[1], device=self.rows.device)
@@ -65,9 +71,13 @@ class Intervals:
 
     def plan(self, block: int) -> list[list[QueryBlock]]:
         """For each sample, its queries in blocks of ``block``, with the key ranges that hold all they see."""
-        if block not in self.plans:
-            self.plans[block] = _plan(self.lo, self.hi, block)
-        return self.plans[block]
+        return self.memo(("query blocks", block), lambda: plan_blocks(self.lo, self.hi, block))
+
+    def memo(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What ``make`` returned the first time this key was asked for: plans are made once per micro-batch."""
+        if key not in self.plans:
+            self.plans[key] = make()
+        return self.plans[key]
 
 
 @dataclass(frozen=True)
@@ -79,7 +89,8 @@ class QueryBlock:
     spans: tuple[tuple[int, int, int], ...]  # (segment, first row, last row)
 
 
-def _plan(lo: Tensor, hi: Tensor, block: int) -> list[list[QueryBlock]]:
+def plan_blocks(lo: Tensor, hi: Tensor, block: int) -> list[list[QueryBlock]]:
+    """:meth:`Intervals.plan` for ranges ``lo``, ``hi`` [B, S, T]."""
     batch, segments, tokens = lo.shape
     blocks = -(-tokens // block)
     pad = blocks * block - tokens

@@ -20,7 +20,15 @@ class GistConfig:
     chunk_sizes: tuple[int, ...] = option((8, 4), "raw tokens per level-0 gist, level-0 gists per level-1 gist, ..")
     sink: int = option(3, "first raw tokens of a document that every later token sees")
     n_prev: int = option(1, "closed neighbour groups that stay visible at every level")
-    recall: str = option("none", "which queries unfold chunks: none")
+    recall: str = option("none", "which raw tokens unfold chunks: none | suffix (those after the closed context) | all")
+    topk: int | None = option(None, "gists selected per level and query head; none: the adaptive budget, see budget_ratio")
+    top_p: float | None = option(None, "instead of a number of gists: the fewest whose softmax reaches this; between 0 and 1")
+    budget_ratio: int | None = option(
+        None, "adaptive budget: T // (budget_ratio * query heads per KV head * c0) + 1 gists; none: the compression ratio"
+    )
+    share: str = option(
+        "head", "KV group of heads: head (each query head selects, all read the union) | group (one selection by summed scores)"
+    )
 
     def __post_init__(self):
         object.__setattr__(self, "chunk_sizes", tuple(self.chunk_sizes))
@@ -33,9 +41,25 @@ class GistConfig:
             errors.append(f"sink: {self.sink} is below 0")
         if self.n_prev < 0:
             errors.append(f"n_prev: {self.n_prev} is below 0")
-        if self.recall not in ("none",):
-            errors.append(f"recall: {self.recall!r} is not one of none")
+        errors += self._recall_errors()
         raise_together(errors)
+
+    def _recall_errors(self) -> list[str]:
+        errors = []
+        if self.recall not in ("none", "suffix", "all"):
+            errors.append(f"recall: {self.recall!r} is not one of none, suffix, all")
+        if self.share not in ("head", "group"):
+            errors.append(f"share: {self.share!r} is not one of head, group")
+        if self.topk is not None and self.topk < 1:
+            errors.append(f"topk: {self.topk} is below 1; leave it out for the adaptive budget")
+        if self.top_p is not None and not 0 < self.top_p < 1:
+            errors.append(f"top_p: {self.top_p} is not between 0 and 1; to select everything set a large topk")
+        if self.budget_ratio is not None and self.budget_ratio < 1:
+            errors.append(f"budget_ratio: {self.budget_ratio} is below 1; leave it out for the compression ratio")
+        budgets = [name for name in ("topk", "top_p", "budget_ratio") if getattr(self, name) is not None]
+        if len(budgets) > 1:
+            errors.append(f"{', '.join(budgets)}: set at most one of them, each is a budget of its own")
+        return errors
 
     @property
     def levels(self) -> int:

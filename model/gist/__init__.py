@@ -3,5 +3,16 @@
 from model.config import GistConfig
 from model.gist.insertion import Interleaved, interleave, max_interleaved_length
 from model.gist.layout import Layout, build_layout
+from model.gist.recall import build_recall, recalling_tokens, select_rule
 
-__all__ = ["GistConfig", "Interleaved", "Layout", "build_layout", "interleave", "max_interleaved_length"]
+__all__ = [
+    "GistConfig",
+    "Interleaved",
+    "Layout",
+    "build_layout",
+    "build_recall",
+    "interleave",
+    "max_interleaved_length",
+    "recalling_tokens",
+    "select_rule",
+]

@@ -1,0 +1,68 @@
+"""``select_gists``: checks its arguments and picks the backend."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from kernels.select.cpu import select_gists_cpu
+from kernels.select.reference import select_gists_reference
+from kernels.select.selection import Selection, SelectRule
+from kernels.tree import GistTree
+
+BACKENDS = {"reference": select_gists_reference, "cpu": select_gists_cpu}
+
+
+@torch.no_grad()
+def select_gists(
+    q: Tensor, k: Tensor, tree: GistTree, rule: SelectRule, *, scale: float | None = None, backend: str | None = None
+) -> Selection:
+    """The gists that every recalling query selects, level by level from the top. Exact, deterministic, no gradient.
+
+    Args:
+        q: [N, H, D], the recalling queries in the order of ``tree.tokens``, rotary applied.
+        k: [B, T, Hkv, D], keys in interleaved order, same dtype and device; H a multiple of Hkv.
+        tree: the hierarchy of the same B samples and T tokens, and its N queries.
+        rule: budget and sharing.
+        scale: factor on the scores, of importance to top-p only; 1 / sqrt(D) when None.
+        backend: 'reference' | 'cpu', or None for the best one on q's device.
+
+    Returns:
+        The selection, per query and KV head.
+
+    Raises:
+        ValueError: a shape, dtype, device or backend that does not fit, naming the argument.
+    """
+    check_queries(q, k, tree)
+    backend = pick_backend(backend, BACKENDS, q)
+    return BACKENDS[backend](q, k, tree, rule, 1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+
+
+def pick_backend(backend: str | None, backends: dict, q: Tensor) -> str:
+    """The named backend, or the best one for q's device; ValueError if there is none of that name."""
+    if backend is None:
+        backend = "cpu" if q.device.type == "cpu" else "reference"
+    if backend not in backends:
+        raise ValueError(f"backend: {backend!r} is not one of {', '.join(backends)}")
+    return backend
+
+
+def check_queries(q: Tensor, k: Tensor, tree: GistTree) -> None:
+    """Raise ValueError unless the queries q [N, H, D], the keys k [B, T, Hkv, D] and the tree belong together."""
+    if q.dim() != 3 or not q.is_floating_point():
+        raise ValueError(f"q: {q.dtype} {tuple(q.shape)}, expected the recalling queries, floating point [N, H, D]")
+    if q.shape[0] != tree.queries:
+        raise ValueError(f"q: {q.shape[0]} queries, the tree has {tree.queries}; take them by tree.tokens")
+    others = tree.others
+    if k.dim() != 4 or k.shape[:2] != (others.batch, others.tokens) or k.shape[3] != q.shape[2]:
+        raise ValueError(
+            f"k: shape {tuple(k.shape)}, expected [{others.batch}, {others.tokens}, Hkv, {q.shape[2]}] to fit the tree and q"
+        )
+    if k.dtype != q.dtype or k.device != q.device:
+        raise ValueError(f"k: {k.dtype} on {k.device}, but q is {q.dtype} on {q.device}; make them equal")
+    if q.shape[1] % k.shape[2]:
+        raise ValueError(f"k: {k.shape[2]} KV heads do not divide q's {q.shape[1]} heads")
+    if tree.tokens.device != q.device:
+        raise ValueError(f"tree: on {tree.tokens.device}, q on {q.device}; use tree.to(q.device)")

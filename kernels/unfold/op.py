@@ -1,0 +1,123 @@
+"""``unfold_attention`` for the recalling queries alone, ``recall_attention`` for a whole layer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.compressed import compressed_attention
+from kernels.select import Selection, SelectRule, select_gists
+from kernels.select.op import check_queries, pick_backend
+from kernels.tree import GistTree
+from kernels.unfold.cpu import unfold_attention_cpu
+from kernels.unfold.reference import unfold_attention_reference
+
+BACKENDS = {"reference": unfold_attention_reference, "cpu": unfold_attention_cpu}
+
+
+@dataclass(frozen=True)
+class RecallStats:
+    """What was read, as means over recalling queries and KV heads; zero where nothing recalls.
+
+    Attributes:
+        unfolded: scalar float32, raw tokens of the selected chunks (of the union, where heads share it) that neither the
+            query's window nor the sinks hold already.
+        selected: [L] float32, selected gists of level 0, 1, ..
+    """
+
+    unfolded: Tensor
+    selected: Tensor
+
+
+def unfold_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tree: GistTree,
+    selection: Selection,
+    *,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Attention of every recalling query over its selected gists, the raw tokens behind those of level 0, its window, sinks.
+
+    One softmax, each key once. Gradients flow to q and to whatever was attended to, selected gists included.
+
+    Args:
+        q: [N, H, D], the recalling queries in the order of ``tree.tokens``.
+        k, v: [B, T, Hkv, D] in interleaved order, same dtype and device; H a multiple of Hkv.
+        tree: the hierarchy of the same B samples and T tokens, and its N queries.
+        selection: from :func:`kernels.select.select_gists` on the same tree and number of KV heads.
+        scale: factor on the scores; 1 / sqrt(D) when None.
+        backend: 'reference' | 'cpu', or None for the best one on q's device.
+
+    Returns:
+        [N, H, D] in q's dtype.
+
+    Raises:
+        ValueError: a shape, dtype, device or backend that does not fit, naming the argument.
+    """
+    check_queries(q, k, tree)
+    if v.shape != k.shape or v.dtype != k.dtype or v.device != k.device:
+        raise ValueError(f"v: {v.dtype} {tuple(v.shape)} on {v.device}, expected the like of k: {k.dtype} {tuple(k.shape)}")
+    if selection.kv_heads != k.shape[2] or len(selection.start[0]) != tree.queries * k.shape[2] + 1:
+        raise ValueError(
+            f"selection: {len(selection.start[0]) - 1} lists for {selection.kv_heads} KV heads, expected one for each of "
+            f"{tree.queries} queries and {k.shape[2]} KV heads; select with the same tree and keys"
+        )
+    backend = pick_backend(backend, BACKENDS, q)
+    return BACKENDS[backend](q, k, v, tree, selection, 1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+
+
+def recall_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tree: GistTree,
+    rule: SelectRule,
+    *,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, RecallStats]:
+    """A layer's attention where some raw tokens recall: those unfold, all others see what the compressed mask shows.
+
+    Args:
+        q: [B, T, H, D] in interleaved order.
+        k, v: [B, T, Hkv, D], same dtype and device; H a multiple of Hkv.
+        tree: the hierarchy of the same B samples and T tokens, and which tokens recall.
+        rule: budget and sharing of the selection.
+        scale: factor on the scores; 1 / sqrt(D) when None.
+        backend: 'reference' | 'cpu' for all three steps, or None for the best one of each on q's device.
+
+    Returns:
+        [B, T, H, D] in q's dtype, and what was read.
+
+    Raises:
+        ValueError: a shape, dtype, device or backend that does not fit, naming the argument.
+    """
+    out = compressed_attention(q, k, v, tree.others, scale=scale, backend=backend)
+    if tree.queries == 0:
+        return out, RecallStats(torch.zeros((), device=q.device), torch.zeros(tree.levels, device=q.device))
+    recalling = q.flatten(0, 1).index_select(0, tree.tokens)  # [N, H, D]
+    selection = select_gists(recalling, k, tree, rule, scale=scale, backend=backend)
+    rows = unfold_attention(recalling, k, v, tree, selection, scale=scale, backend=backend)
+    out = out.flatten(0, 1).index_copy(0, tree.tokens, rows).view_as(q)
+    return out, recall_stats(tree, selection)
+
+
+def recall_stats(tree: GistTree, selection: Selection) -> RecallStats:
+    """Count what a selection reads; at least one query."""
+    lists = tree.queries * selection.kv_heads
+    device = tree.tokens.device
+    gists = selection.rows[-1].long()
+    counts = selection.start[-1].diff()
+    query = torch.repeat_interleave(torch.arange(lists, device=device), counts) // selection.kv_heads
+    at = tree.tokens[query] // tree.others.tokens * tree.others.tokens + gists
+    first, last = tree.child_lo.flatten()[at], tree.child_hi.flatten()[at]
+    # A chunk lies in the window entirely or not at all: the window begins where a chunk does.
+    unfolded = ((last - first) * (last <= tree.lo[tree.levels, query])).sum() / lists
+    selected = torch.tensor([len(rows) / lists for rows in reversed(selection.rows)], device=device)
+    return RecallStats(unfolded.float(), selected)

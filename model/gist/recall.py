@@ -1,0 +1,134 @@
+"""The gist tree of a micro-batch: what lies behind each gist, and where the recalling queries start (METHOD.md, section 6).
+
+Everything is read off the layout's intervals: the end of a token's range in a segment is a running count of that segment's
+items, wherever the token sees the segment. Built only when something recalls; forgetting alone never pays for it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.select import SelectRule
+from kernels.tree import GistTree
+from model.config import GistConfig
+from model.gist.layout import Layout
+
+
+def recalling_tokens(layout: Layout, config: GistConfig, suffix: Tensor | None = None) -> Tensor:
+    """Which tokens recall under ``config.recall``: bool [B, T].
+
+    Args:
+        layout: of the micro-batch.
+        config: ``recall`` is 'none' (no token), 'suffix' (the raw tokens of ``suffix``) or 'all' (every raw token).
+        suffix: bool [B, T], the tokens after the closed context; needed for 'suffix' only.
+
+    Raises:
+        ValueError: recall is 'suffix' and no suffix was given.
+    """
+    raw = (layout.level < 0) & (layout.doc >= 0)
+    if config.recall == "none":
+        return torch.zeros_like(raw)
+    if config.recall == "all":
+        return raw
+    if suffix is None:
+        raise ValueError("recall: 'suffix' needs to know which tokens follow the closed context; give suffix, bool [B, T]")
+    return raw & suffix
+
+
+def select_rule(config: GistConfig) -> SelectRule:
+    """The selection rule that a configuration describes."""
+    return SelectRule(
+        ratio=config.budget_ratio or config.ratio,
+        chunk=config.chunk_sizes[0],
+        topk=config.topk,
+        top_p=config.top_p,
+        share=config.share,
+    )
+
+
+def build_recall(layout: Layout, config: GistConfig, recalls: Tensor) -> GistTree:
+    """Derive the gist tree of a micro-batch and the ranges of its recalling queries.
+
+    Args:
+        layout: of the micro-batch, made with the same ``config``.
+        config: chunk sizes (their number is the number of levels) and sink.
+        recalls: bool [B, T], the tokens that recall. Gists and padding never do, whatever is set for them.
+
+    Returns:
+        The tree, on the layout's device.
+
+    Raises:
+        ValueError: ``recalls`` has another shape than the layout.
+    """
+    if recalls.shape != layout.level.shape or recalls.dtype != torch.bool:
+        raise ValueError(
+            f"recalls: {recalls.dtype} {tuple(recalls.shape)}, expected torch.bool {tuple(layout.level.shape)} like the layout"
+        )
+    intervals, levels = layout.intervals, config.levels
+    batch, tokens = recalls.shape
+    recalls = recalls & (layout.level < 0) & (layout.doc >= 0)
+    start = _document_starts(layout.doc)  # [B, T]
+    # A document's first token is raw and stands before all of the document's gists: the ends of its ranges are
+    # the document's first rows, but for the raw segment, whose range holds the token itself.
+    ends = intervals.hi[:, : levels + 1]  # [B, L+1, T]
+    first = ends.gather(2, start[:, None].expand(-1, levels + 1, -1))
+    first[:, levels] -= 1
+    child_lo, child_hi, parent = _families(layout, ends, first, config.sink)
+
+    query = recalls.flatten().nonzero()[:, 0]  # [N]
+    at = lambda x: x.transpose(0, 1).flatten(1).index_select(1, query)  # [B, S, T] -> [S, N]
+    lo, hi = at(intervals.lo), at(intervals.hi)
+    lo[:levels] = at(first[:, :levels])
+    tail = _open_tails(lo, hi, child_hi, query // tokens, levels)
+    span = torch.arange(tokens, device=query.device) - start + 1
+    splits = torch.nn.functional.pad(recalls.sum(1).cumsum(0), (1, 0)).tolist()
+    others = intervals.without(recalls)
+    span = span.flatten().index_select(0, query).int()
+    return GistTree(others, child_lo, child_hi, parent, query, tuple(splits), lo, hi, tail, span)
+
+
+def _document_starts(doc: Tensor) -> Tensor:
+    """[B, T] int64, the first token of each token's document (of its run of equal document ids)."""
+    index = torch.arange(doc.shape[1], device=doc.device).expand_as(doc)
+    is_first = torch.ones_like(doc, dtype=torch.bool)
+    torch.ne(doc[:, 1:], doc[:, :-1], out=is_first[:, 1:])
+    return index.masked_fill(~is_first, 0).cummax(1).values
+
+
+def _families(layout: Layout, ends: Tensor, first: Tensor, sink: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Children ``[lo, hi)`` and parent of the item in each row, three [B, T] int32; ends, first: [B, L+1, T] by token."""
+    intervals = layout.intervals
+    levels = ends.shape[1] - 1
+    tokens = ends.shape[2]
+    rows = intervals.rows[:, :tokens]  # [B, T], the token in each row
+    level, doc = layout.level.gather(1, rows).long(), layout.doc.gather(1, rows)
+    segment = levels - 1 - level  # [B, T] by row
+    pick = lambda x, s: x.transpose(1, 2).gather(1, rows[..., None].expand(-1, -1, levels + 1)).gather(2, s[..., None])[..., 0]
+
+    below = (segment + 1).clamp_(max=levels)
+    # A gist sees the segment below, up to itself: its children are what came since its elder sibling.
+    child_hi = pick(ends, below)
+    own_first = pick(first, below)
+    elder = torch.zeros_like(doc, dtype=torch.bool)
+    elder[:, 1:] = (doc[:, 1:] == doc[:, :-1]) & (segment[:, 1:] == segment[:, :-1])
+    child_lo = torch.where(elder, child_hi.roll(1, 1), own_first)
+    child_lo = torch.where(level == 0, torch.maximum(child_lo, own_first + sink).minimum(child_hi), child_lo)
+    is_gist = level >= 0
+    child_lo, child_hi = child_lo * is_gist, child_hi * is_gist
+
+    # The next gist one level up closes the item, if it is of the same document.
+    parent = pick(ends, (segment - 1).clamp_(min=0))
+    in_row = parent.clamp(max=tokens - 1).long()
+    has_parent = (segment > 0) & (segment.gather(1, in_row) == segment - 1) & (doc.gather(1, in_row) == doc) & (doc >= 0)
+    return child_lo, child_hi, parent.masked_fill(~has_parent, -1)
+
+
+def _open_tails(lo: Tensor, hi: Tensor, child_hi: Tensor, sample: Tensor, levels: int) -> Tensor:
+    """[L, N] int32: where the gists begin whose parent does not stand before the query. lo, hi: [S, N]; sample: [N]."""
+    tail = lo[:levels].clone()
+    for s in range(1, levels):
+        last_parent = (hi[s - 1] - 1).clamp(min=0).long()
+        behind = child_hi.flatten()[sample * child_hi.shape[1] + last_parent]
+        tail[s] = torch.where(hi[s - 1] > lo[s - 1], behind, tail[s])
+    return tail
