@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import warnings
@@ -44,6 +45,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _log_to_stderr() -> None:
+    """DeepSpeed binds its log to stdout when it is imported; stdout is for results."""
+    with contextlib.redirect_stdout(sys.stderr):
+        import deepspeed  # noqa: F401
+
+
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     # Notes of libraries to their own developers; none concerns a user of this program.
@@ -54,14 +61,18 @@ def main(argv: list[str] | None = None) -> int:
             from pretrain.config import load_config
 
             config = load_config(args.config, args.overrides)
+            _log_to_stderr()
             from pretrain.trainer import train
 
             train(config, args.run_dir)
         elif args.command == "export":
+            _log_to_stderr()
             from pretrain.export import export
 
             export(args.run_dir, args.step, args.output, args.dtype)
         elif args.command == "generate":
+            if args.run_dir:
+                _log_to_stderr()
             from pretrain.generate import generate
 
             for piece in generate(args):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import netrc
 import os
+import secrets
 import sys
 import time
 from pathlib import Path
@@ -90,7 +91,7 @@ class WandbLog:
 
         identity = run_dir / "wandb_id"
         if not identity.exists():
-            write_atomically(identity, wandb.util.generate_id())
+            write_atomically(identity, secrets.token_hex(4))
         mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
         self._run = wandb.init(
             project=config.project,

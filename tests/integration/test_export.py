@@ -1,0 +1,109 @@
+"""Export, reload with transformers, generation."""
+
+import dataclasses
+import json
+import warnings
+
+import pytest
+import torch
+
+from model.config import ModelConfig
+from model.hf.llama import entries, from_hugging_face, to_hugging_face
+from tests.conftest import module
+from tests.integration.runs import train
+
+PROMPT = "Fellow-Citizens of the Senate"
+
+
+@pytest.fixture(scope="module")
+def run_dir(tiny, tmp_path_factory):
+    """A run on two tensor-parallel ranks with untied embeddings, so that export has something to put together."""
+    root = tmp_path_factory.mktemp("export")
+    config = tiny.config(root / "c.yaml", model={"tied_embeddings": False})
+    train(config, root / "run", 2, "parallel.tensor=2", "train.steps=6")
+    return root / "run"
+
+
+@pytest.fixture(scope="module")
+def exported(run_dir):
+    output = run_dir.parent / "hf"
+    module("pretrain", "export", "--run-dir", run_dir, "--output", output)
+    return output
+
+
+def test_transformers_loads_it_without_a_word(exported):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model, info = AutoModelForCausalLM.from_pretrained(exported, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(exported)
+    assert not any(info.values())
+    assert type(model).__name__ == "LlamaForCausalLM" and model.config.vocab_size == len(tokenizer) == 512
+    proof = json.loads((exported / "export_proof.json").read_text())
+    assert proof["largest_logit_difference"] <= 1e-4
+
+
+def test_logits_equal_those_of_the_training_model(exported, run_dir):
+    """Not by the export's own proof: the checkpoint is read again, here, and compared on real text."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from model.gist import GistConfig, build_layout
+    from model.transformer import Transformer
+    from pretrain.load import load_run
+
+    run = load_run(run_dir, None)
+    ids = torch.tensor([AutoTokenizer.from_pretrained(exported).encode("The state of the Union is strong. " * 8)])
+    dense = Transformer(dataclasses.replace(run.config.model, attention="dense"), run.model.build).eval()
+    dense.load_state_dict(run.model.state_dict())
+    layout = build_layout(torch.full_like(ids, -1), torch.zeros_like(ids), GistConfig((ids.shape[1] + 1,)))
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(exported)(ids).logits
+    assert (theirs - dense.logits(ids, layout)).abs().max() <= 1e-4
+
+
+def test_generation_from_both(exported, run_dir):
+    ours = module("pretrain", "generate", "--run-dir", run_dir, "--prompt", PROMPT, "--max-new-tokens", 12).stdout
+    again = module("pretrain", "generate", "--run-dir", run_dir, "--prompt", PROMPT, "--max-new-tokens", 12).stdout
+    theirs = module("pretrain", "generate", "--model", exported, "--prompt", PROMPT, "--max-new-tokens", 12).stdout
+    for text in (ours, theirs):
+        assert text.startswith(PROMPT) and len(text.strip()) > len(PROMPT) and "<gist" not in text
+    assert ours == again
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["export", "--run-dir", "{run}", "--output", "{hf}"], "exists; name a new directory"),
+        (["export", "--run-dir", "{run}", "--step", "5", "--output", "{new}"], "has no such checkpoint; it has steps 6, 3"),
+        (["export", "--run-dir", "{new}", "--output", "{new}x"], "is not a run directory"),
+        (["generate", "--run-dir", "{run}", "--prompt", ""], "--prompt: is empty"),
+        (["generate", "--model", "{new}", "--prompt", "a"], "is not an exported model"),
+        (["generate", "--run-dir", "{run}", "--prompt", "a", "--top-p", "0"], "--top-p 0.0: is not in (0, 1]"),
+    ],
+)
+def test_bad_calls_end_in_one_line(exported, run_dir, tmp_path, arguments, message):
+    places = {"run": run_dir, "hf": exported, "new": tmp_path / "new"}
+    done = module("pretrain", *[a.format(**places) for a in arguments], check=False)
+    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_names_map_both_ways(tied):
+    shape = dict(hidden_size=32, layers=2, heads=6, kv_heads=2, head_dim=8, ffn_size=40)
+    config = ModelConfig(vocab_size=300, tied_embeddings=tied, **shape)
+    rows = {"qkv": 80, "gate_up": 80, "embedding": 384, "head": 384, "output": 32, "down": 32}
+    columns = {"output": 48, "down": 40}
+    state = {}
+    for entry in entries(config):
+        part = entry.ours.split(".")[-2]
+        shape = (32,) if "norm" in part else (rows[part], columns.get(part, 32))
+        state[entry.ours] = torch.randn(shape)
+        if part in ("embedding", "head"):
+            state[entry.ours][300:] = 0
+    theirs = to_hugging_face(state, config)
+    assert theirs["model.layers.1.self_attn.q_proj.weight"].shape == (48, 32)
+    assert ("lm_head.weight" in theirs) == (not tied)
+    back = from_hugging_face(theirs, config)
+    assert back.keys() == state.keys() and all(torch.equal(back[n], state[n]) for n in state)
