@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model.attention import Attention
 from model.config import ModelConfig
-from model.gist import Layout
+from model.gist import Layout, Recall
 from model.layers import MLP, BuildContext, RMSNorm, Rotary
 
 IGNORED = -100  # label of a position that has no target
@@ -35,16 +35,19 @@ class MicroBatch:
         ids: [B, T] int64 vocabulary ids; padding may hold any valid id.
         labels: [B, T] int64 next raw token at raw tokens, IGNORED elsewhere (gists, padding, a document's last token).
         layout: what follows from where the gists are.
+        recall: which tokens unfold chunks, and how; None where none does.
     """
 
     ids: Tensor
     labels: Tensor
     layout: Layout
+    recall: Recall | None = None
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """The same micro-batch on another device."""
         move = lambda x: x.to(device, non_blocking=True)
-        return MicroBatch(move(self.ids), move(self.labels), self.layout.to(device))
+        recall = self.recall and self.recall.to(device)
+        return MicroBatch(move(self.ids), move(self.labels), self.layout.to(device), recall)
 
 
 class Embedding(VocabParallelEmbedding):
@@ -72,13 +75,13 @@ class Layer(nn.Module):
         name = f"layers.{index}"
         residual_std = config.init_std / math.sqrt(2 * config.layers)
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.attention = Attention(config, build, f"{name}.attention", residual_std)
+        self.attention = Attention(config, build, index, residual_std)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config, build, f"{name}.mlp", residual_std)
 
-    def forward(self, x: Tensor, layout: Layout, rotary: Rotary) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout, rotary: Rotary, recall: Recall | None) -> Tensor:
         """[T, B, hidden] -> [T, B, hidden]"""
-        x = x + self.attention(self.attention_norm(x), layout, rotary)
+        x = x + self.attention(self.attention_norm(x), layout, rotary, recall)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -124,24 +127,25 @@ class Transformer(nn.Module):
         """This rank's rows of the output head, [vocab / tp, hidden]."""
         return self.embedding.weight if self.config.tied_embeddings else self.head.weight
 
-    def hidden(self, ids: Tensor, layout: Layout) -> Tensor:
+    def hidden(self, ids: Tensor, layout: Layout, recall: Recall | None = None) -> Tensor:
         """[B, T] -> [T, B, hidden] after the final norm."""
         x = self.embedding(ids)
         rotary = Rotary.of(layout.position, self.config)
         for layer in self.layers:
             if self.activation_checkpointing and self.training:
-                x = checkpoint(layer, x, layout, rotary, use_reentrant=False)
+                x = checkpoint(layer, x, layout, rotary, recall, use_reentrant=False)
             else:
-                x = layer(x, layout, rotary)
+                x = layer(x, layout, rotary, recall)
         return self.final_norm(x)
 
     def forward(self, batch: MicroBatch) -> Tensor:
         """Sum of the token losses of a micro-batch, fp32 scalar."""
-        return token_loss_sum(self.hidden(batch.ids, batch.layout), batch.labels, self.head_weight, self.build)
+        hidden = self.hidden(batch.ids, batch.layout, batch.recall)
+        return token_loss_sum(hidden, batch.labels, self.head_weight, self.build)
 
     @torch.no_grad()
-    def logits(self, ids: Tensor, layout: Layout) -> Tensor:
+    def logits(self, ids: Tensor, layout: Layout, recall: Recall | None = None) -> Tensor:
         """[B, T] -> logits over the unpadded vocabulary, [B, T, vocab_size]."""
-        parts = vocab_logits(self.hidden(ids, layout), self.head_weight, self.build)
+        parts = vocab_logits(self.hidden(ids, layout, recall), self.head_weight, self.build)
         whole = gather_from_tensor_model_parallel_region(parts, group=self.build.tp_group)
         return whole.transpose(0, 1)[..., : self.config.vocab_size]

@@ -45,6 +45,7 @@ class TrainConfig:
     micro_batch: int = option(1, "samples per forward pass of one rank")
     clip: float = option(1.0, "largest gradient norm; 0 clips nothing")
     activation_checkpointing: bool = option(False, "recompute layers in backward instead of keeping their activations")
+    recall_after: int = option(0, "steps of pure forgetting before gist.recall begins")
     valid_every: int = option(100, "steps between validations; 0: only after the last step")
     valid_samples: int = option(16, "samples of one validation")
 
@@ -54,7 +55,8 @@ class TrainConfig:
             for name in ("steps", "global_batch", "micro_batch", "valid_samples")
             if getattr(self, name) < 1
         ]
-        errors += [f"{n}: {getattr(self, n)} is below 0" for n in ("seed", "clip", "valid_every") if getattr(self, n) < 0]
+        not_negative = ("seed", "clip", "recall_after", "valid_every")
+        errors += [f"{n}: {getattr(self, n)} is below 0" for n in not_negative if getattr(self, n) < 0]
         if not errors and self.global_batch % self.micro_batch:
             errors.append(f"micro_batch: {self.micro_batch} does not divide global_batch ({self.global_batch})")
         raise_together(errors)
@@ -170,6 +172,8 @@ class RunConfig:
                 errors.append(f"parallel.tensor: {tensor} does not divide model.{name} ({getattr(self.model, name)})")
         if self.model.padded_vocab_size % tensor:
             errors.append(f"parallel.tensor: {tensor} does not divide the padded vocabulary ({self.model.padded_vocab_size})")
+        if self.gist.recall == "suffix" and self.model.attention == "gist":
+            errors.append("gist.recall: suffix needs data that says where the suffix begins; shards do not: use all or none")
         if self.data.raw_tokens > self.model.max_position:
             errors.append(f"data.raw_tokens: {self.data.raw_tokens} exceeds model.max_position ({self.model.max_position})")
         raise_together(errors)

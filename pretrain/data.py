@@ -18,7 +18,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from model.config import GistConfig
-from model.gist import build_layout, interleave, max_interleaved_length
+from model.gist import Recall, build_layout, interleave, max_interleaved_length
 from model.transformer import IGNORED, MicroBatch
 from pretrain.errors import UserError
 from pretrain.tokenizer import TokenizerInfo
@@ -134,8 +134,11 @@ class BatchBuilder:
         # Dense attention needs document spans and positions only; any gist configuration yields them.
         self._layout_config = gist or GistConfig((source.raw_tokens,))
 
-    def build(self, samples: Sequence[int]) -> MicroBatch:
-        """The micro-batch of these global sample numbers, on CPU: ids, labels and layout [len(samples), length]."""
+    def build(self, samples: Sequence[int], recall: bool = True) -> MicroBatch:
+        """The micro-batch of these global sample numbers, on CPU: ids, labels and layout [len(samples), length].
+
+        recall: False leaves recall out whatever the configuration says (the forgetting stage of a run).
+        """
         shape = (len(samples), self.length)
         ids = np.zeros(shape, np.int64)
         labels = np.full(shape, IGNORED, np.int64)
@@ -157,17 +160,18 @@ class BatchBuilder:
             used = len(made.ids)
             ids[row, :used], level[row, :used], doc[row, :used] = made.ids, made.level, made.doc
             labels[row, :used][made.level < 0] = targets
-        return self._micro_batch(ids, labels, level, doc)
+        return self._micro_batch(ids, labels, level, doc, recall)
 
     def empty(self) -> MicroBatch:
         """One sample of padding without any target, for a rank that has nothing to do but must take part."""
         shape = (1, self.length)
         nowhere = np.full(shape, -1, np.int32)
-        return self._micro_batch(np.zeros(shape, np.int64), np.full(shape, IGNORED, np.int64), nowhere, nowhere)
+        return self._micro_batch(np.zeros(shape, np.int64), np.full(shape, IGNORED, np.int64), nowhere, nowhere, False)
 
-    def _micro_batch(self, ids: np.ndarray, labels: np.ndarray, level: np.ndarray, doc: np.ndarray) -> MicroBatch:
+    def _micro_batch(self, ids: np.ndarray, labels: np.ndarray, level: np.ndarray, doc: np.ndarray, recall: bool) -> MicroBatch:
         layout = build_layout(torch.from_numpy(level), torch.from_numpy(doc), self._layout_config)
-        return MicroBatch(torch.from_numpy(ids), torch.from_numpy(labels), layout)
+        recalled = Recall.of(layout, self._layout_config) if recall else None
+        return MicroBatch(torch.from_numpy(ids), torch.from_numpy(labels), layout, recalled)
 
 
 def step_samples(step: int, global_batch: int, micro_batch: int, data_rank: int, data_size: int) -> list[list[int]]:

@@ -25,11 +25,13 @@ class StepResult:
         loss: mean cross-entropy in nats over all loss tokens of the global batch.
         grad_norm: norm of the whole gradient before clipping.
         loss_tokens: tokens with a target in the global batch.
+        unfolded: raw tokens that a recalling query unfolded, a mean over layers, ranks and micro-batches; None without recall.
     """
 
     loss: float
     grad_norm: float
     loss_tokens: int
+    unfolded: float | None = None
 
 
 def train_step(engine: deepspeed.DeepSpeedEngine, batches: Sequence[MicroBatch], parallel: Parallel) -> StepResult:
@@ -40,18 +42,22 @@ def train_step(engine: deepspeed.DeepSpeedEngine, batches: Sequence[MicroBatch],
     """
     tokens = parallel.sum_over_data(sum(int((b.labels != IGNORED).sum()) for b in batches))
     factor = parallel.data_size * len(batches) / tokens
-    local_sum = 0.0
+    local_sum, unfolded = 0.0, []
     for index, batch in enumerate(batches):
-        loss = engine(batch.to(parallel.device))
+        batch = batch.to(parallel.device)
+        loss = engine(batch)
         engine.backward(loss * factor)
         local_sum += loss.item()
+        if batch.recall:
+            unfolded += [stats.unfolded.item() for stats in batch.recall.stats.values()]
         if index + 1 == len(batches):
             # Before the update: a bad loss must not reach the weights, and all ranks must agree on it.
             mean = parallel.sum_over_data(local_sum) / tokens
             if not math.isfinite(mean):
                 raise NonFiniteLoss(mean)
         engine.step()
-    return StepResult(mean, float(engine.get_global_grad_norm()), int(tokens))
+    read = parallel.sum_over_data(sum(unfolded) / len(unfolded)) / parallel.data_size if unfolded else None
+    return StepResult(mean, float(engine.get_global_grad_norm()), int(tokens), read)
 
 
 @torch.no_grad()

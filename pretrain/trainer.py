@@ -164,14 +164,14 @@ def _metrics(config: RunConfig, step: int, result, rate: float, data_wait: float
         "raw_tokens_per_s": raw / seconds,
         "seconds": seconds,
         "data_wait_s": data_wait,
-    }
+    } | ({} if result.unfolded is None else {"unfolded_tokens": result.unfolded})
 
 
 def _train_batches(inputs: Inputs, parallel: Parallel, done: int) -> Iterator[list[MicroBatch]]:
     train = inputs.config.train
     for step in range(done, train.steps):
         samples = step_samples(step, train.global_batch, train.micro_batch, parallel.data_rank, parallel.data_size)
-        yield [inputs.train.build(numbers) for numbers in samples]
+        yield [inputs.train.build(numbers, recall=step >= train.recall_after) for numbers in samples]
 
 
 def _valid_batches(inputs: Inputs, parallel: Parallel) -> list[MicroBatch]:

@@ -92,10 +92,11 @@ class _CompressedAttention(torch.autograd.Function):
                 i, j = block.start, block.stop
                 hidden = _hidden(block, intervals.lo[b], intervals.hi[b])
                 scores = _scores(q_b[:, i:j], _span_keys(k_b, block), hidden, scale)
-                # A row that sees nothing has maximum -inf and sum 0; the clamps make its output 0 instead of nan.
+                # A row that sees nothing has maximum -inf and sum 0: its weights, output and gradients shall be 0, not nan.
                 largest = scores.amax(-1).clamp_(min=-1e30)
                 weights = scores.sub_(largest[..., None]).exp_()
-                total = weights.sum(-1).clamp_(min=1e-30)
+                total = weights.sum(-1)
+                total += total == 0
                 row_max[b, :, i * group : j * group] = largest
                 row_sum[b, :, i * group : j * group] = total
                 rows = torch.bmm(weights, _span_keys(v_b, block)).div_(total[..., None])  # [Hkv, queries * G, D]

@@ -3,12 +3,13 @@
 from model.config import GistConfig
 from model.gist.insertion import Interleaved, interleave, max_interleaved_length
 from model.gist.layout import Layout, build_layout
-from model.gist.recall import build_recall, recalling_tokens, select_rule
+from model.gist.recall import Recall, build_recall, recalling_tokens, select_rule
 
 __all__ = [
     "GistConfig",
     "Interleaved",
     "Layout",
+    "Recall",
     "build_layout",
     "build_recall",
     "interleave",

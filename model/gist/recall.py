@@ -6,13 +6,43 @@ items, wherever the token sees the segment. Built only when something recalls; f
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 
 from kernels.select import SelectRule
 from kernels.tree import GistTree
+from kernels.unfold import RecallStats
 from model.config import GistConfig
 from model.gist.layout import Layout
+
+
+@dataclass(frozen=True)
+class Recall:
+    """What the layers need to unfold chunks in a micro-batch.
+
+    Attributes:
+        tree: what lies behind each gist, and the recalling queries.
+        rule: budget and sharing of the selection.
+        stats: what each layer read, by its index; filled by the forward pass.
+    """
+
+    tree: GistTree
+    rule: SelectRule
+    stats: dict[int, RecallStats] = field(default_factory=dict, compare=False)
+
+    @classmethod
+    def of(cls, layout: Layout, config: GistConfig, suffix: Tensor | None = None) -> Recall | None:
+        """For a micro-batch; None when ``config.recall`` is 'none'. suffix: see :func:`recalling_tokens`."""
+        if config.recall == "none":
+            return None
+        recalls = recalling_tokens(layout, config, suffix)
+        return cls(build_recall(layout, config, recalls), select_rule(config))
+
+    def to(self, device: torch.device | str) -> Recall:
+        """The same on another device."""
+        return Recall(self.tree.to(device), self.rule)
 
 
 def recalling_tokens(layout: Layout, config: GistConfig, suffix: Tensor | None = None) -> Tensor:

@@ -36,7 +36,7 @@ PARALLEL = SimpleNamespace(data_size=2, device="cpu", sum_over_data=lambda x: 2 
 def batch(targets: int):
     labels = torch.full((1, 8), IGNORED)
     labels[0, :targets] = 1
-    made = SimpleNamespace(labels=labels)
+    made = SimpleNamespace(labels=labels, recall=None)
     made.to = lambda device: made
     return made
 
