@@ -321,15 +321,13 @@ def test_dense_sample_is_plainly_causal():
 
 
 def test_real_sample(tmp_path):
-    from data_prep.readers import find_sources
-    from data_prep.train import train_tokenizer
-
     words = "the people of the United States in order to form a more perfect union establish justice".split()
     text = "".join(" ".join(words[(i * 7 + j * j) % len(words)] for j in range(30)) + ".\n" for i in range(60))
     (tmp_path / "text.txt").write_text(text)
-    train_tokenizer(find_sources([str(tmp_path / "text.txt")]), tmp_path / "tok", vocab_size=300, gist_levels=2)
-    command = [sys.executable, "-m", "data_prep", "tokenize", "--input", tmp_path / "text.txt", "--tokenizer", tmp_path / "tok"]
-    subprocess.run([*map(str, command), "--output", str(tmp_path / "shard"), "--workers", "1"], cwd=ROOT, check=True)
+    train = "train-tokenizer --input text.txt --vocab-size 300 --gist-levels 2 --output tok"
+    for command in (train, "tokenize --input text.txt --tokenizer tok --output shard --workers 1"):
+        paths = [str(tmp_path / part) if part in ("text.txt", "tok", "shard") else part for part in command.split()]
+        subprocess.run([sys.executable, "-m", "data_prep", *paths], cwd=ROOT, check=True)
     data = {"train": [str(tmp_path / "shard")], "tokenizer": str(tmp_path / "tok"), "raw_tokens": 256}
     directory = make_run(tmp_path / "run", [metric(1)], data=data, model={"vocab_size": 300})
     sample = read_sample(parse_config(yaml.safe_load((directory / "config.yaml").read_text())))
