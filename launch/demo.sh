@@ -35,9 +35,11 @@ say "export to Hugging Face format, reloaded with transformers and compared"
 
 prompt="Fellow-Citizens of the Senate and House of Representatives:"
 say "generation with gists, from the checkpoint"
-"$BIN/python" -m pretrain generate --run-dir "$OUT/run" --prompt "$prompt" --max-new-tokens 48
+"$BIN/python" -m pretrain generate --run-dir "$OUT/run" --prompt "$prompt" --max-new-tokens 60 \
+    --temperature 0.7 --top-p 0.9
 say "generation by transformers, from the export"
-"$BIN/python" -m pretrain generate --model "$OUT/hf" --prompt "$prompt" --max-new-tokens 48
+"$BIN/python" -m pretrain generate --model "$OUT/hf" --prompt "$prompt" --max-new-tokens 60 \
+    --temperature 0.7 --top-p 0.9
 
 say "what was reached"
 "$BIN/python" - "$OUT" <<'PY'

@@ -98,7 +98,9 @@ Llama architecture, {parameters / 1e6:.1f} M parameters, trained with {attention
 def _prove(run: LoadedRun, directory: Path, dtype: torch.dtype) -> dict:
     """Reload with transformers and compare: logits, loading report, tokenizer. Raises UserError on any difference."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         reloaded, info = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True, dtype=torch.float32)
