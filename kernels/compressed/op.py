@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 
 from torch import Tensor
@@ -10,7 +12,8 @@ from kernels.compressed.cpu import compressed_attention_cpu
 from kernels.compressed.reference import compressed_attention_reference
 from kernels.intervals import Intervals
 
-BACKENDS = {"reference": compressed_attention_reference, "cpu": compressed_attention_cpu}
+BACKENDS = ("reference", "cpu", "triton")
+_log = logging.getLogger(__name__)
 
 
 def compressed_attention(
@@ -23,7 +26,8 @@ def compressed_attention(
         k, v: [B, T, Hkv, D], same dtype and device; H a multiple of Hkv (query head h reads KV head h // (H / Hkv)).
         intervals: the visible sets of the same B samples and T tokens.
         scale: factor on the scores; 1 / sqrt(D) when None.
-        backend: 'reference' | 'cpu', or None for the best one on q's device.
+        backend: 'reference' | 'cpu' | 'triton', or None for the one for q's device: 'triton' on a GPU, 'cpu' on the CPU. The
+            first such choice is logged; what the chosen backend cannot do is an error, never another backend.
 
     Returns:
         [B, T, H, D] in q's dtype.
@@ -33,10 +37,29 @@ def compressed_attention(
     """
     check_arguments(q, k, v, intervals)
     if backend is None:
-        backend = "cpu" if q.device.type == "cpu" else "reference"
+        backend = _default_backend(q.device.type)
     if backend not in BACKENDS:
         raise ValueError(f"backend: {backend!r} is not one of {', '.join(BACKENDS)}")
-    return BACKENDS[backend](q, k, v, intervals, 1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    if backend == "cpu" and q.device.type != "cpu":
+        raise ValueError(f"backend: 'cpu' needs tensors on the CPU, q is on {q.device}; use 'triton' or None")
+    return _implementation(backend)(q, k, v, intervals, 1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+
+
+@functools.cache
+def _default_backend(device_type: str) -> str:
+    """The backend for a kind of device; cached, so that the choice is logged once."""
+    backend = "cpu" if device_type == "cpu" else "triton"
+    _log.info("compressed attention: backend %r, since the tensors are on %r", backend, device_type)
+    return backend
+
+
+def _implementation(backend: str):
+    """The function behind a name. Triton is imported only where it is used: a CPU run does not need it."""
+    if backend == "triton":
+        from kernels.compressed.triton import compressed_attention_triton
+
+        return compressed_attention_triton
+    return compressed_attention_cpu if backend == "cpu" else compressed_attention_reference
 
 
 def check_arguments(q: Tensor, k: Tensor, v: Tensor, intervals: Intervals) -> None:
@@ -54,8 +77,6 @@ def check_arguments(q: Tensor, k: Tensor, v: Tensor, intervals: Intervals) -> No
     if not q.is_floating_point():
         raise ValueError(f"q: dtype {q.dtype} is not a floating point type")
     if (intervals.batch, intervals.tokens) != (batch, tokens):
-        raise ValueError(
-            f"intervals: made for {intervals.batch} samples of {intervals.tokens} tokens, q has {batch} of {tokens}"
-        )
+        raise ValueError(f"intervals: made for {intervals.batch} samples of {intervals.tokens} tokens, q has {batch} of {tokens}")
     if intervals.rows.device != q.device:
         raise ValueError(f"intervals: on {intervals.rows.device}, q on {q.device}; use intervals.to(q.device)")

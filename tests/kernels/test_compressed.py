@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from kernels.compressed import compressed_attention
+from kernels.compressed import compressed_attention, op
 from tests.kernels.cases import CASES, make_layout, random_qkv
 
 
@@ -77,6 +77,18 @@ def test_bad_arguments_are_named(change, message):
     intervals = make_layout(change["other"])[0].intervals if "other" in change else layout.intervals
     with pytest.raises(ValueError, match=message.replace("'", ".")):
         compressed_attention(q, k, v, intervals, backend=change.get("backend"))
+
+
+def test_the_choice_of_backend_is_logged_once(caplog):
+    layout, _ = make_layout("one level")
+    *qkv, _ = random_qkv(layout, 1, 1, 8, torch.float32)
+    op._default_backend.cache_clear()
+    with caplog.at_level("INFO", logger="kernels"):
+        for _ in range(3):
+            compressed_attention(*qkv, layout.intervals)
+            compressed_attention(*qkv, layout.intervals, backend="reference")
+    assert [r.getMessage() for r in caplog.records] == ["compressed attention: backend 'cpu', since the tensors are on 'cpu'"]
+    assert op._default_backend("cuda") == "triton"
 
 
 def test_no_token_by_token_tensor_at_32k():

@@ -1,0 +1,89 @@
+"""What the Triton kernels of compressed attention share: the names, the products, the loads, the masks.
+
+The kernels are in forward.py and backward.py, launched by triton.py, compiled without a GPU by kernels/aot.py.
+
+``rows`` are (token, query head of one KV head) pairs and ``keys`` rows of the level-sorted key buffer (kernels/compressed/
+plan.py, which makes every loop bound). Scores are in units of log2: ``exp2`` is what the hardware has.
+EXACT, for fp32: a row's largest score and its sum of exponentials are kept apart, since their joint log-sum-exp (one number
+less to hold per row, and exact enough for 16 bits) would cost half the digits of an fp32 gradient.
+
+Names: ``b_`` tile, ``p_`` pointer, ``m_`` mask, ``o_`` offsets, ``i_`` index. Compile-time sizes: H query heads, HKV key heads,
+D head dimension, BD its next power of two, S segments, BM rows and BN keys of a tile. UPCAST multiplies 16-bit tiles as
+fp32: only for Triton's interpreter, whose bf16 product is wrong.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def dot(b_a, b_b, UPCAST: tl.constexpr):
+    if UPCAST:
+        return tl.dot(b_a.to(tl.float32), b_b.to(tl.float32), input_precision="ieee")
+    else:
+        return tl.dot(b_a, b_b, input_precision="ieee")
+
+
+@triton.jit
+def load_tile(p_x, o_x, m_x, D: tl.constexpr, BD: tl.constexpr):
+    """Tile [n, BD] of rows that begin at offsets o_x [n]; zero outside the mask m_x [n] and beyond D."""
+    o_dim = tl.arange(0, BD)
+    m_tile = m_x[:, None] if BD == D else m_x[:, None] & (o_dim < D)[None, :]
+    return tl.load(p_x + o_x[:, None] + o_dim[None, :], mask=m_tile, other=0.0)
+
+
+@triton.jit
+def load_full_tile(p_x, i_first, n: tl.constexpr, stride: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+    """Tile [n, BD] of rows i_first .., all of which exist."""
+    o_dim = tl.arange(0, BD)
+    o_tile = tl.arange(0, n)[:, None] * stride + o_dim[None, :]
+    p_tile = p_x + i_first.to(tl.int64) * stride
+    if BD == D:
+        return tl.load(p_tile + o_tile)
+    else:
+        return tl.load(p_tile + o_tile, mask=(o_dim < D)[None, :], other=0.0)
+
+
+@triton.jit
+def store_tile(p_x, o_x, m_x, b_x, D: tl.constexpr, BD: tl.constexpr):
+    """Store [n, BD] to rows that begin at offsets o_x [n], where the mask m_x [n] holds."""
+    o_dim = tl.arange(0, BD)
+    m_tile = m_x[:, None] if BD == D else m_x[:, None] & (o_dim < D)[None, :]
+    tl.store(p_x + o_x[:, None] + o_dim[None, :], b_x.to(p_x.dtype.element_ty), mask=m_tile)
+
+
+@triton.jit
+def row_offsets(i_sample, i_head, o_row, tokens, H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr):
+    """Where each row begins in [B, T, H, D], int64."""
+    o_token = i_sample.to(tl.int64) * tokens + o_row // (H // HKV)
+    return o_token * (H * D) + (i_head * (H // HKV) + o_row % (H // HKV)) * D
+
+
+@triton.jit
+def in_range(o_key, b_lo, b_hi):
+    """lo <= key < hi in one comparison: a key before lo wraps around to a huge number."""
+    return (o_key - b_lo).to(tl.uint32, bitcast=True) < (b_hi - b_lo).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def listed_keys(p_plan, o_place, S: tl.constexpr):
+    """Keys at places of a block's list (its spans side by side), -1 behind its end."""
+    o_key = o_place + tl.load(p_plan + 4)
+    for s in tl.static_range(1, S):
+        o_key = tl.where(o_place >= tl.load(p_plan + 3 + 2 * s), o_place + tl.load(p_plan + 4 + 2 * s), o_key)
+    return tl.where(o_place < tl.load(p_plan + 2), o_key, -1)
+
+
+@triton.jit
+def seen_places(p_plan, p_lo, p_hi, o_token, m_row, o_place, tokens, S: tl.constexpr):
+    """bool [rows, keys]: the place lies in the row's range of some segment, moved to where that segment stands in the list.
+
+    A range never reaches over the end of its segment's part, and only the first part's may begin before it.
+    """
+    m_seen = tl.zeros([o_token.shape[0], o_place.shape[0]], tl.int1)
+    for s in tl.static_range(S):
+        i_shift = tl.load(p_plan + 4 + 2 * s)
+        b_lo = tl.load(p_lo + s * tokens + o_token, mask=m_row, other=0) - i_shift
+        b_hi = tl.load(p_hi + s * tokens + o_token, mask=m_row, other=0) - i_shift
+        m_seen = m_seen | in_range(o_place[None, :], b_lo[:, None], b_hi[:, None])
+    return m_seen

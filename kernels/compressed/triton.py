@@ -1,0 +1,162 @@
+"""Compressed attention on GPUs: launches the Triton kernels, forward and backward. Memory linear in T, bit-equal runs.
+
+Forward sorts keys and values by level (one gather each), then every block of rows runs one online softmax over what it sees.
+Backward recomputes the weights from each row's maximum and sum: d_q block by block of rows; d_k and d_v block by block of keys,
+no atomics. The sink copies come first, since their gradients are added to those of the tokens they stand for.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kernels.compressed import backward, forward
+from kernels.compressed.plan import KeyItems, key_plan, key_rows, row_plan
+from kernels.compressed.tiles import HEAD_DIMS, TABLE, Tile, Tiles, choose_tiles
+from kernels.intervals import Intervals
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# TRITON_INTERPRET=1 was set when the kernels were decorated: they run on CPU tensors, one program after another.
+INTERPRETED = not isinstance(forward.forward_kernel, triton.JITFunction)
+LOG2_E = math.log2(math.e)
+SUM_ROWS = 16  # keys of one program that adds up partial sums
+
+
+def compressed_attention_triton(
+    q: Tensor, k: Tensor, v: Tensor, intervals: Intervals, scale: float, tiles: Tiles | None = None
+) -> Tensor:
+    """As :func:`kernels.compressed.reference.compressed_attention_reference`, on a GPU, with memory linear in T.
+
+    Args:
+        q: [B, T, H, D]; k, v: [B, T, Hkv, D]; fp16, bf16 or fp32; D one of HEAD_DIMS. Copied if not contiguous.
+        intervals: what each query sees; no token may have more than one visible sink copy.
+        scale: factor on the scores.
+        tiles: tile sizes other than the table's, for tests and measurements.
+
+    Returns:
+        [B, T, H, D] in q's dtype; zero where a query sees nothing.
+
+    Raises:
+        ValueError: a dtype, head dimension, device or GPU architecture that the kernels do not serve.
+    """
+    tiles = tiles or choose_tiles(architecture(q), *_check(q))
+    return _CompressedAttention.apply(q, k, v, intervals, scale, tiles)
+
+
+def architecture(x: Tensor) -> str:
+    """The row of the tile table for the device of x."""
+    if INTERPRETED:
+        return "interpreter"
+    if x.device.type != "cuda" or torch.version.hip:
+        raise ValueError(f"q: on {x.device}; backend 'triton' needs an NVIDIA GPU, use backend='cpu' or 'reference'")
+    major, minor = torch.cuda.get_device_capability(x.device)
+    name = f"sm_{major}0"
+    if name not in TABLE:
+        raise ValueError(
+            f"q: on a GPU of compute capability {major}.{minor}; backend 'triton' has tiles for {', '.join(TABLE)}; "
+            "use backend='reference'"
+        )
+    return name
+
+
+def _check(q: Tensor) -> tuple[int, int]:
+    """Head dimension padded to a power of two, and bytes per element; ValueError if there are no kernels for q."""
+    dim = q.shape[-1]
+    if q.dtype not in DTYPES:
+        raise ValueError(f"q: dtype {q.dtype}; backend 'triton' serves fp16, bf16 and fp32, use backend='reference'")
+    if dim not in HEAD_DIMS:
+        raise ValueError(f"q: head dimension {dim} is not one of {HEAD_DIMS}; use one, or backend='reference'")
+    return triton.next_power_of_2(dim), q.element_size()
+
+
+class _CompressedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, intervals: Intervals, scale: float, tiles: Tiles) -> Tensor:
+        q = q.contiguous()
+        rows = key_rows(intervals)
+        k, v = (x.reshape(-1, *x.shape[2:]).index_select(0, rows) for x in (k, v))  # [B * R, Hkv, D]
+        batch, tokens, heads, dim = q.shape
+        kv_heads = k.shape[1]
+        out = torch.empty_like(q)
+        shift = torch.empty(batch, kv_heads, tokens * (heads // kv_heads), dtype=torch.float32, device=q.device)
+        factor = torch.empty_like(shift) if q.dtype == torch.float32 else shift  # 16 bits need none
+        plan = row_plan(intervals, heads // kv_heads, tiles.forward.rows, tiles.forward.keys)
+        with _on(q):
+            forward.forward_kernel[plan.table.shape[1], kv_heads, batch](
+                q, k, v, out, shift, factor, intervals.lo, intervals.hi, plan.table, scale * LOG2_E,
+                tokens, intervals.rows.shape[1], **_sizes(q, k, intervals), **_options(tiles.forward),
+            )  # fmt: skip
+        ctx.save_for_backward(q, k, v, out, shift, factor)
+        ctx.intervals, ctx.scale, ctx.tiles = intervals, scale, tiles
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out: Tensor):
+        q, k, v, out, shift, factor = ctx.saved_tensors
+        intervals, scale, tiles = ctx.intervals, ctx.scale, ctx.tiles
+        d_out = d_out.contiguous()
+        batch, tokens, heads, dim = q.shape
+        kv_heads = k.shape[1]
+        mean, d_q = torch.empty_like(shift), torch.empty_like(q)
+        plan = row_plan(intervals, heads // kv_heads, tiles.d_query.rows, tiles.d_query.keys)
+        with _on(q):
+            backward.d_query_kernel[plan.table.shape[1], kv_heads, batch](
+                q, k, v, out, d_out, shift, factor, mean, d_q, intervals.lo, intervals.hi, plan.table,
+                scale * LOG2_E, scale, tokens, intervals.rows.shape[1],
+                **_sizes(q, k, intervals), **_options(tiles.d_query),
+            )  # fmt: skip
+            d_k, d_v = _d_key_value(q, k, v, d_out, shift, factor, mean, intervals, scale, tiles)
+        return d_q, d_k, d_v, None, None, None
+
+
+def _d_key_value(q, k, v, d_out, shift, factor, mean, intervals: Intervals, scale: float, tiles: Tiles):
+    """d_k, d_v [B, T, Hkv, D]; k, v are sorted by level, the row statistics [B, Hkv, T * G] fp32."""
+    batch, tokens = q.shape[:2]
+    kv_heads, dim = k.shape[1:]
+    keys = intervals.rows.shape[1]
+    plan = key_plan(intervals, tiles.sink.keys, tiles.top.keys, tiles.local.keys)
+    d_k, d_v = q.new_empty(2, batch, tokens, kv_heads, dim)
+    copy_k, copy_v = torch.empty(2, batch, keys - tokens, kv_heads, dim, dtype=torch.float32, device=q.device)
+    sizes = _sizes(q, k, intervals)
+
+    def run(items: KeyItems, tile: Tile, sink: bool) -> None:
+        part_k, part_v = torch.empty(2, items.slots, kv_heads, items.tile_keys, dim, dtype=torch.float32, device=q.device)
+        if len(items.items):
+            backward.d_key_kernel[len(items.items), kv_heads](
+                q, k, v, d_out, shift, factor, mean, intervals.lo, intervals.hi, items.items, intervals.rows,
+                plan.copy_of, copy_k, copy_v, d_k, d_v, part_k, part_v, scale * LOG2_E, scale, tokens, keys,
+                COPIES=keys > tokens, **sizes, **_options(tile),
+            )  # fmt: skip
+        if len(items.sums):
+            backward.sum_parts_kernel[len(items.sums), kv_heads, items.tile_keys // SUM_ROWS](
+                part_k, part_v, items.sums, intervals.rows, plan.copy_of, copy_k, copy_v, d_k, d_v, tokens, keys,
+                HKV=kv_heads, D=dim, BD=sizes["BD"], BN=items.tile_keys, BR=SUM_ROWS, SINK=sink, COPIES=keys > tokens,
+            )  # fmt: skip
+
+    run(plan.sink, tiles.sink, True)
+    run(plan.top, tiles.top, False)
+    run(plan.local, tiles.local, False)
+    return d_k, d_v
+
+
+def _sizes(q: Tensor, k: Tensor, intervals: Intervals) -> dict[str, int | bool]:
+    """Compile-time arguments that the attention kernels share."""
+    return dict(
+        H=q.shape[2], HKV=k.shape[1], D=q.shape[3], BD=triton.next_power_of_2(q.shape[3]), S=intervals.segments,
+        EXACT=q.dtype == torch.float32, UPCAST=INTERPRETED and q.dtype == torch.bfloat16,
+    )  # fmt: skip
+
+
+def _options(tile: Tile) -> dict[str, int]:
+    return dict(BM=tile.rows, BN=tile.keys, num_warps=tile.warps, num_stages=tile.stages)
+
+
+def _on(x: Tensor):
+    """Triton launches on the current device: make it the one of x."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

@@ -1,0 +1,202 @@
+"""The Triton backend against the reference: on a GPU where there is one, else in Triton's interpreter, in its own process."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+from kernels.compressed import compressed_attention, plan
+from kernels.compressed import triton as backend
+from kernels.compressed.reference import compressed_attention_reference
+from kernels.compressed.tiles import HEAD_DIMS, TABLE
+from kernels.testing import gradients, plain_attention, uniform_intervals
+from tests.kernels.cases import CASES, make_layout, random_qkv
+
+GPU = torch.cuda.is_available()
+RUNS = GPU or backend.INTERPRETED
+DEVICE = "cuda" if GPU and not backend.INTERPRETED else "cpu"
+runs = pytest.mark.skipif(not RUNS, reason="no GPU; test_in_the_interpreter runs it in a process with TRITON_INTERPRET=1")
+# fp32 sums of some ten terms of size one: where plain PyTorch is exactly right (one visible key), 16-bit kernels may not be.
+FP32_ROUNDING = 2e-6
+
+
+@pytest.fixture(autouse=True)
+def faithful_interpreter(monkeypatch):
+    if backend.INTERPRETED:
+        from tests.kernels.interpreter import compute_like_a_gpu
+
+        compute_like_a_gpu(monkeypatch)
+
+
+@pytest.mark.skipif(RUNS, reason="a GPU, or the interpreter: the tests run here directly")
+def test_in_the_interpreter():
+    """All tests of this file on CPU tensors. TRITON_INTERPRET is read when kernels are decorated, hence the process."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not long", "-p", "no:cacheprovider", __file__]
+    environment = dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    print(result.stdout)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+
+
+def errors_at_most_twice_plain(attention, qkv, d_out, intervals, scale):
+    """out, d_q, d_k, d_v against fp64, measured by plain PyTorch in the same dtype."""
+    exact = gradients(lambda *x: compressed_attention_reference(*x, intervals, scale), [x.double() for x in qkv], d_out.double())
+    plain = gradients(lambda *x: plain_attention(*x, intervals, scale), qkv, d_out)
+    ours = gradients(attention, qkv, d_out)
+    for name, got, near, true in zip(("out", "d_q", "d_k", "d_v"), ours, plain, exact):
+        assert got.dtype == qkv[0].dtype and got.shape == true.shape
+        error, allowed = (got - true).abs().max(), 2 * (near - true).abs().max()
+        if got.dtype != torch.float32:
+            allowed += FP32_ROUNDING
+        assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
+
+
+def case(name, heads, kv_heads, dim, dtype, seed=0):
+    layout, _ = make_layout(name)
+    layout = layout.to(DEVICE)
+    *qkv, d_out = random_qkv(layout, heads, kv_heads, dim, dtype, DEVICE, seed)
+    return layout, qkv, d_out
+
+
+@runs
+@pytest.mark.parametrize("name", CASES)
+def test_error_at_most_twice_plain_pytorch(name):
+    """Every case in fp32 (whose bound is the tightest); 16 bits below."""
+    layout, qkv, d_out = case(name, 2, 1, 64, torch.float32)
+    scale = 64**-0.5
+    ours = lambda *x: compressed_attention(*x, layout.intervals, backend="triton")
+    errors_at_most_twice_plain(ours, qkv, d_out, layout.intervals, scale)
+
+
+@runs
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bits(dtype):
+    layout, qkv, d_out = case("packed documents", 2, 1, 64, dtype)
+    ours = lambda *x: compressed_attention(*x, layout.intervals, scale=0.125, backend="triton")
+    errors_at_most_twice_plain(ours, qkv, d_out, layout.intervals, 0.125)
+
+
+@runs
+@pytest.mark.parametrize("dim,dtype", [(80, torch.float32), (96, torch.bfloat16), (128, torch.float16), (256, torch.bfloat16)])
+def test_head_dimensions(dim, dtype):
+    layout, qkv, d_out = case("no sink" if dim == 96 else "closed context", 1, 1, dim, dtype)
+    ours = lambda *x: compressed_attention(*x, layout.intervals, scale=0.2, backend="triton")
+    errors_at_most_twice_plain(ours, qkv, d_out, layout.intervals, 0.2)
+
+
+@runs
+@pytest.mark.parametrize("heads,kv_heads", [(3, 3), (6, 2), (7, 1), (40, 1)])
+def test_group_sizes(heads, kv_heads):
+    layout, qkv, d_out = case("chunk of one" if heads < 40 else "shorter than the sink", heads, kv_heads, 64, torch.float32)
+    ours = lambda *x: compressed_attention(*x, layout.intervals, scale=0.1, backend="triton")
+    errors_at_most_twice_plain(ours, qkv, d_out, layout.intervals, 0.1)
+
+
+@runs
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_tiles_of_the_table(arch):
+    """The tile sizes that GPUs run, with split key blocks and long full parts."""
+    _, intervals = uniform_intervals(300, (2, 2), device=DEVICE)
+    g = torch.Generator().manual_seed(0)
+    q, k, v, d_out = (
+        torch.randn(1, intervals.tokens, h, 64, generator=g, dtype=torch.float64).to(DEVICE, torch.float16) for h in (2, 1, 1, 2)
+    )
+    tiles = TABLE[arch][64, 2]
+    ours = lambda q, k, v: backend.compressed_attention_triton(q, k, v, intervals, 0.125, tiles)
+    errors_at_most_twice_plain(ours, [q, k, v], d_out, intervals, 0.125)
+
+
+@runs
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_partial_sums(monkeypatch, dtype):
+    """Blocks of keys split into many items: as at 100k tokens, and with one head per KV head."""
+    monkeypatch.setattr(plan, "SHORTEST_SPLIT", 24)
+    layout, qkv, d_out = case("packed documents", 2, 2, 64, dtype)
+    errors_at_most_twice_plain(
+        lambda *x: compressed_attention(*x, layout.intervals, scale=0.125, backend="triton"), qkv, d_out, layout.intervals, 0.125
+    )
+    (keys,) = (p for name, p in layout.intervals.plans.items() if name[0] == "key plan")
+    assert min(keys.sink.slots, keys.top.slots, keys.local.slots) >= 8
+
+
+@runs
+def test_two_runs_are_bit_equal_and_no_uninitialised_memory_is_read(monkeypatch):
+    """Every buffer the backend allocates begins as NaN in the second run; nothing may change."""
+    layout, qkv, d_out = case("packed documents", 2, 2, 64, torch.bfloat16)
+    step = lambda: gradients(lambda *x: compressed_attention(*x, layout.intervals, backend="triton"), qkv, d_out)
+    first = step()
+
+    def poisoned(make):
+        def poisoned_make(*args, **kwargs):
+            x = make(*args, **kwargs)
+            return x.fill_(torch.nan) if x.is_floating_point() else x
+
+        return poisoned_make
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+    assert torch.empty(1).isnan() and torch.empty_like(d_out).isnan().all() and d_out.new_empty(1).isnan()
+    assert all(torch.equal(a, b) for a, b in zip(first, step()))
+
+
+@runs
+def test_hidden_keys_do_not_matter():
+    """Huge keys and values of other documents reach neither output nor gradient of a document."""
+    layout, qkv, d_out = case("packed documents", 2, 1, 64, torch.float32)
+    own = layout.doc == 2
+    d_out = d_out * own[..., None, None]
+    poisoned = [x.detach().clone() for x in qkv]
+    for x in poisoned[1:]:
+        x[~own] = 1e30
+    attention = lambda *x: compressed_attention(*x, layout.intervals, backend="triton")
+    clean, dirty = (gradients(attention, x, d_out) for x in (qkv, poisoned))
+    for a, b in zip(clean, dirty):
+        assert torch.equal(a[own], b[own])
+
+
+@runs
+def test_inputs_that_are_not_contiguous():
+    layout, qkv, d_out = case("one level", 2, 2, 64, torch.float32)
+    attention = lambda *x: compressed_attention(*x, layout.intervals, backend="triton")
+    strided = [x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in qkv]
+    ones = torch.ones(1, 1, 1, 1, device=DEVICE).expand_as(d_out)  # what sum().backward() hands back
+    for a, b in zip(gradients(attention, qkv, ones.contiguous()), gradients(attention, strided, ones)):
+        assert torch.equal(a, b)
+
+
+@runs
+@pytest.mark.parametrize(
+    "dim,dtype,message", [(72, torch.float32, "head dimension 72 is not one of"), (64, torch.float64, "float64; backend")]
+)
+def test_what_the_kernels_do_not_serve_is_refused(dim, dtype, message):
+    layout, qkv, _ = case("one level", 1, 1, dim, dtype)
+    with pytest.raises(ValueError, match=message):
+        compressed_attention(*qkv, layout.intervals, backend="triton")
+
+
+@pytest.mark.skipif(backend.INTERPRETED, reason="the interpreter takes CPU tensors")
+def test_cpu_tensors_are_refused_by_name():
+    layout, _ = make_layout("one level")
+    *qkv, _ = random_qkv(layout, 1, 1, 64, torch.float32)
+    with pytest.raises(ValueError, match="needs an NVIDIA GPU"):
+        compressed_attention(*qkv, layout.intervals, backend="triton")
+
+
+@pytest.mark.skipif(not GPU, reason="no GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dim", HEAD_DIMS)
+@pytest.mark.parametrize("chunk_sizes", [(8,), (8, 4), (4, 4), (8, 8, 4)])
+def test_long_sequences_on_a_gpu(chunk_sizes, dim, dtype):
+    _, intervals = uniform_intervals(3000, chunk_sizes, device="cuda")
+    g = torch.Generator().manual_seed(0)
+    q, k, v, d_out = (
+        torch.randn(1, intervals.tokens, h, dim, generator=g, dtype=torch.float64).to("cuda", dtype) for h in (8, 2, 2, 8)
+    )
+    ours = lambda *x: compressed_attention(*x, intervals)
+    errors_at_most_twice_plain(ours, [q, k, v], d_out, intervals, dim**-0.5)
