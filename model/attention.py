@@ -1,6 +1,10 @@
-"""Self-attention of one layer: over gists, with or without recall, or dense causal attention as the baseline."""
+"""Self-attention of one layer. Who sees whom is not decided here: an :data:`Attend` is handed in, for a micro-batch in
+training (:class:`MicroBatchAttention`), for tokens that are spread over ranks, or for new tokens before a cache."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +16,32 @@ from model.config import ModelConfig
 from model.gist import Layout, Recall
 from model.layers import BuildContext, Rotary
 
+# (layer index, q [B, T, H, D], k [B, T, Hkv, D], v [B, T, Hkv, D]) -> [B, T, H, D]; rotary applied to q and k.
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class MicroBatchAttention:
+    """Attention among the tokens of one micro-batch, as in training; an :data:`Attend`.
+
+    Attributes:
+        kind: 'gist' or 'dense'.
+        layout: of the micro-batch.
+        recall: who unfolds what, None where nothing does.
+    """
+
+    kind: str
+    layout: Layout
+    recall: Recall | None = None
+
+    def __call__(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.kind == "dense":
+            return dense_attention(q, k, v, self.layout)
+        if self.recall is None or index == 0:  # in the first layer gists hold nothing of their own yet
+            return compressed_attention(q, k, v, self.layout.intervals)
+        out, self.recall.stats[index] = recall_attention(q, k, v, self.recall.tree, self.recall.rule)
+        return out
+
 
 class Attention(nn.Module):
     """Grouped-query attention; heads are split over the tensor-parallel group by KV group."""
@@ -19,7 +49,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, build: BuildContext, index: int, residual_std: float):
         super().__init__()
         name = f"layers.{index}.attention"
-        self.kind, self.index = config.attention, index
+        self.index = index
         self.head_dim = config.head_dim
         self.group = config.heads // config.kv_heads
         # Rows ordered [KV head, (its query heads, key, value), head_dim]: any tensor-parallel size splits them evenly.
@@ -27,20 +57,14 @@ class Attention(nn.Module):
         self.qkv = build.column(f"{name}.qkv", config.hidden_size, width, config.init_std)
         self.output = build.row(f"{name}.output", config.heads * config.head_dim, config.hidden_size, residual_std)
 
-    def forward(self, x: Tensor, layout: Layout, rotary: Rotary, recall: Recall | None) -> Tensor:
-        """[T, B, hidden] -> [T, B, hidden]; recall: who unfolds what, None where nothing does."""
-        tokens, batch, _ = x.shape
-        qkv = self.qkv(x)[0].transpose(0, 1).reshape(batch, tokens, -1, self.group + 2, self.head_dim)
+    def forward(self, x: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
+        """[T, B, hidden] -> [T, B, hidden]"""
+        qkv = self.qkv(x).transpose(0, 1)  # [B, T, ..]; all of T, also where x is split along the sequence
+        qkv = qkv.reshape(*qkv.shape[:2], -1, self.group + 2, self.head_dim)
         q, k, v = qkv.split([self.group, 1, 1], 3)
         q = rotary.apply(q.flatten(2, 3))  # [B, T, H, D]
-        k, v = rotary.apply(k.squeeze(3)), v.squeeze(3)  # [B, T, Hkv, D]
-        if self.kind == "dense":
-            out = dense_attention(q, k, v, layout)
-        elif recall is None or self.index == 0:  # in the first layer gists hold nothing of their own yet
-            out = compressed_attention(q, k, v, layout.intervals)
-        else:
-            out, recall.stats[self.index] = recall_attention(q, k, v, recall.tree, recall.rule)
-        return self.output(out.flatten(2).transpose(0, 1).contiguous())[0]
+        out = attend(self.index, q, rotary.apply(k.squeeze(3)), v.squeeze(3))
+        return self.output(out.flatten(2).transpose(0, 1).contiguous())
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from megatron.core.model_parallel_config import ModelParallelConfig
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from model.config import ModelConfig
+from model.context_parallel import ContextParallel
+from model.tensor_parallel import ColumnLinear, RowLinear
 
 
 @dataclass(frozen=True)
@@ -23,10 +25,19 @@ class BuildContext:
     Attributes:
         tp_group: tensor-parallel process group.
         seed: initial weights are a pure function of it and of the parameter's canonical name.
+        sequence_parallel: split the residual stream over the tensor-parallel group along the sequence.
+        context: how the sequence is spread over ranks; None where every rank has all of it.
     """
 
     tp_group: ProcessGroup
     seed: int
+    sequence_parallel: bool = False
+    context: ContextParallel | None = None
+
+    @property
+    def sequence_split(self) -> bool:
+        """Whether sequence parallelism has an effect."""
+        return self.sequence_parallel and self.tp_group.size() > 1
 
     def megatron(self) -> ModelParallelConfig:
         """The configuration of megatron-core's layers. Weights are made on CPU in fp32, alike under every layout."""
@@ -44,44 +55,45 @@ class BuildContext:
 
         return init
 
-    def column(self, name: str, inputs: int, outputs: int, std: float, stride: int = 1) -> ColumnParallelLinear:
+    def column(self, name: str, inputs: int, outputs: int, std: float, stride: int = 1) -> ColumnLinear:
         """A bias-free linear layer with its outputs split over the tensor-parallel group."""
-        return ColumnParallelLinear(
+        return ColumnLinear(
             inputs,
             outputs,
             config=self.megatron(),
             init_method=self.normal(f"{name}.weight", std),
-            bias=False,
             stride=stride,
             tp_group=self.tp_group,
+            sequence_split=self.sequence_split,
         )
 
-    def row(self, name: str, inputs: int, outputs: int, std: float) -> RowParallelLinear:
+    def row(self, name: str, inputs: int, outputs: int, std: float) -> RowLinear:
         """A bias-free linear layer with its inputs split over the tensor-parallel group; outputs are summed."""
-        return RowParallelLinear(
+        return RowLinear(
             inputs,
             outputs,
             config=self.megatron(),
             init_method=self.normal(f"{name}.weight", std),
-            bias=False,
-            input_is_parallel=True,
-            skip_bias_add=False,
             tp_group=self.tp_group,
+            sequence_split=self.sequence_split,
         )
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm, computed in fp32."""
+    """Root-mean-square norm, computed in at least fp32."""
 
-    def __init__(self, size: int, eps: float):
+    def __init__(self, size: int, eps: float, build: BuildContext):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.eps, self.build = eps, build
 
     def forward(self, x: Tensor) -> Tensor:
         """[.., size] -> [.., size]"""
-        wide = x.float()
-        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        weight = self.weight
+        if self.build.sequence_split:  # each rank norms its part of the sequence: their gradients are summed
+            weight = copy_to_tensor_model_parallel_region(weight, group=self.build.tp_group)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -100,7 +112,7 @@ class Rotary:
 
     def apply(self, x: Tensor) -> Tensor:
         """[B, T, H, D] -> same: the first half of a head is rotated against its second half (Hugging Face's convention)."""
-        a, b = x.float().chunk(2, -1)
+        a, b = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, -1)
         return torch.cat([a * self.cos - b * self.sin, b * self.cos + a * self.sin], -1).to(x.dtype)
 
 
@@ -116,5 +128,5 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, B, hidden] -> [T, B, hidden]"""
-        gate, up = self.gate_up(x)[0].chunk(2, -1)
-        return self.down(F.silu(gate) * up)[0]
+        gate, up = self.gate_up(x).chunk(2, -1)
+        return self.down(F.silu(gate) * up)

@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from megatron.core.tensor_parallel import (
-    VocabParallelEmbedding,
-    gather_from_tensor_model_parallel_region,
-    linear_with_grad_accumulation_and_async_allreduce,
-    vocab_parallel_cross_entropy,
-)
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region, vocab_parallel_cross_entropy
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.attention import Attention
+from model.attention import Attend, Attention, MicroBatchAttention
 from model.config import ModelConfig
+from model.context_parallel import ContextAttention
 from model.gist import Layout, Recall
 from model.layers import MLP, BuildContext, RMSNorm, Rotary
+from model.tensor_parallel import VocabularyEmbedding, column_product, gather_sequence
 
 IGNORED = -100  # label of a position that has no target
 
@@ -50,21 +48,18 @@ class MicroBatch:
         return MicroBatch(move(self.ids), move(self.labels), self.layout.to(device), recall)
 
 
-class Embedding(VocabParallelEmbedding):
-    """Token embedding with the vocabulary split over the tensor-parallel group."""
+class Embedding(VocabularyEmbedding):
+    """The token embedding of a model."""
 
-    def __init__(self, config: ModelConfig, build: BuildContext, name: str):
+    def __init__(self, config: ModelConfig, build: BuildContext):
         super().__init__(
             config.padded_vocab_size,
             config.hidden_size,
-            init_method=build.normal(f"{name}.weight", config.init_std),
+            init_method=build.normal("embedding.weight", config.init_std),
             config=build.megatron(),
             tp_group=build.tp_group,
+            sequence_split=build.sequence_split,
         )
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """[B, T] int64 -> [T, B, hidden]"""
-        return super().forward(ids).transpose(0, 1).contiguous()
 
 
 class Layer(nn.Module):
@@ -74,33 +69,29 @@ class Layer(nn.Module):
         super().__init__()
         name = f"layers.{index}"
         residual_std = config.init_std / math.sqrt(2 * config.layers)
-        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, build)
         self.attention = Attention(config, build, index, residual_std)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, build)
         self.mlp = MLP(config, build, f"{name}.mlp", residual_std)
 
-    def forward(self, x: Tensor, layout: Layout, rotary: Rotary, recall: Recall | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
         """[T, B, hidden] -> [T, B, hidden]"""
-        x = x + self.attention(self.attention_norm(x), layout, rotary, recall)
+        x = x + self.attention(self.attention_norm(x), rotary, attend)
         return x + self.mlp(self.mlp_norm(x))
-
-
-def vocab_logits(x: Tensor, weight: Tensor, build: BuildContext) -> Tensor:
-    """[.., hidden] -> [.., vocab / tp]; ``weight`` is this rank's rows of the head or of the tied embedding."""
-    reduce_input_gradient = build.tp_group.size() > 1
-    return linear_with_grad_accumulation_and_async_allreduce(
-        x, weight, None, False, reduce_input_gradient, False, tp_group=build.tp_group
-    )
 
 
 def token_loss_sum(hidden: Tensor, labels: Tensor, weight: Tensor, build: BuildContext) -> Tensor:
     """Sum of the next-token cross-entropies, fp32 scalar. Positions without a target never reach the output head.
 
-    hidden: [T, B, hidden] after the final norm; labels: [B, T].
+    hidden: [T, B, hidden] after the final norm (T / n under sequence parallelism); labels: [B, T]; weight: this rank's
+    rows of the head, [vocab / n, hidden].
     """
+    if build.sequence_split:
+        hidden = gather_sequence(hidden, build.tp_group)
     targets = labels.t().reshape(-1)
     has_target = targets != IGNORED
-    logits = vocab_logits(hidden.flatten(0, 1)[has_target], weight, build)
+    rows = hidden.flatten(0, 1)[has_target]
+    logits = column_product(rows, weight, build.tp_group, input_is_gathered=build.sequence_split)
     return vocab_parallel_cross_entropy(logits.float()[:, None], targets[has_target][:, None]).sum()
 
 
@@ -116,9 +107,9 @@ class Transformer(nn.Module):
         super().__init__()
         self.config, self.build = config, build
         self.activation_checkpointing = activation_checkpointing
-        self.embedding = Embedding(config, build, "embedding")
+        self.embedding = Embedding(config, build)
         self.layers = nn.ModuleList(Layer(config, build, i) for i in range(config.layers))
-        self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.final_norm = RMSNorm(config.hidden_size, config.norm_eps, build)
         if not config.tied_embeddings:
             self.head = build.column("head", config.hidden_size, config.padded_vocab_size, config.init_std)
 
@@ -128,24 +119,41 @@ class Transformer(nn.Module):
         return self.embedding.weight if self.config.tied_embeddings else self.head.weight
 
     def hidden(self, ids: Tensor, layout: Layout, recall: Recall | None = None) -> Tensor:
-        """[B, T] -> [T, B, hidden] after the final norm."""
+        """[B, T] -> [T, B, hidden] after the final norm; under context parallelism this rank's part of T."""
+        make = partial(MicroBatchAttention, self.config.attention)
+        context = self.build.context
+        if context is None:
+            return self.run_layers(ids, layout.position, make(layout, recall))
+        attend = ContextAttention(context, make, layout, recall)
+        return self.run_layers(context.part(ids, 1), context.part(layout.position, 1), attend)
+
+    def run_layers(self, ids: Tensor, position: Tensor, attend: Attend) -> Tensor:
+        """ids, rotary positions [B, T] int64 -> [T, B, hidden] after the final norm; attend: who sees whom."""
         x = self.embedding(ids)
-        rotary = Rotary.of(layout.position, self.config)
+        rotary = Rotary.of(position, self.config)
         for layer in self.layers:
             if self.activation_checkpointing and self.training:
-                x = checkpoint(layer, x, layout, rotary, recall, use_reentrant=False)
+                x = checkpoint(layer, x, rotary, attend, use_reentrant=False)
             else:
-                x = layer(x, layout, rotary, recall)
+                x = layer(x, rotary, attend)
         return self.final_norm(x)
 
     def forward(self, batch: MicroBatch) -> Tensor:
-        """Sum of the token losses of a micro-batch, fp32 scalar."""
+        """Sum of the token losses of a micro-batch, fp32 scalar; under context parallelism of this rank's part."""
         hidden = self.hidden(batch.ids, batch.layout, batch.recall)
-        return token_loss_sum(hidden, batch.labels, self.head_weight, self.build)
+        labels = self.build.context.part(batch.labels, 1) if self.build.context else batch.labels
+        return token_loss_sum(hidden, labels, self.head_weight, self.build)
 
     @torch.no_grad()
     def logits(self, ids: Tensor, layout: Layout, recall: Recall | None = None) -> Tensor:
         """[B, T] -> logits over the unpadded vocabulary, [B, T, vocab_size]."""
-        parts = vocab_logits(self.hidden(ids, layout, recall), self.head_weight, self.build)
-        whole = gather_from_tensor_model_parallel_region(parts, group=self.build.tp_group)
-        return whole.transpose(0, 1)[..., : self.config.vocab_size]
+        return self.head_logits(self.hidden(ids, layout, recall)).transpose(0, 1)
+
+    def head_logits(self, hidden: Tensor) -> Tensor:
+        """[T, .., hidden] after the final norm -> logits over the unpadded vocabulary, [T, .., vocab_size]."""
+        build = self.build
+        if build.sequence_split:
+            hidden = gather_sequence(hidden, build.tp_group)
+        parts = column_product(hidden, self.head_weight, build.tp_group, input_is_gathered=build.sequence_split)
+        whole = gather_from_tensor_model_parallel_region(parts, group=build.tp_group)
+        return whole[..., : self.config.vocab_size]

@@ -1,0 +1,133 @@
+"""Linear layers and embedding over the tensor-parallel group, with or without sequence parallelism, on CPU and CUDA.
+
+megatron-core's layers hold the weights; their own sequence parallelism works on CUDA only, so what crosses ranks is done
+here. Under sequence parallelism the residual stream is split over the group along the sequence (dimension 0): a column
+layer gathers it, a row layer scatters the sum, and backward does the transpose of each.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    linear_with_grad_accumulation_and_async_allreduce,
+    reduce_from_tensor_model_parallel_region,
+)
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+
+def _all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
+    out = x.new_empty((x.shape[0] * group.size(), *x.shape[1:]))
+    dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+    return out
+
+
+def _reduce_scatter(x: Tensor, group: ProcessGroup) -> Tensor:
+    out = x.new_empty((x.shape[0] // group.size(), *x.shape[1:]))
+    dist.reduce_scatter_tensor(out, x.contiguous(), group=group)
+    return out
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _all_gather(x, group)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return _reduce_scatter(grad, ctx.group), None
+
+
+class _ScatterSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _reduce_scatter(x, group)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return _all_gather(grad, ctx.group), None
+
+
+class _Split(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.chunk(group.size())[group.rank()].contiguous()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return _all_gather(grad, ctx.group), None
+
+
+def gather_sequence(x: Tensor, group: ProcessGroup) -> Tensor:
+    """[T / n, ..] -> [T, ..], all ranks' parts; backward sums the ranks' gradients and keeps this rank's part."""
+    return _Gather.apply(x, group)
+
+
+def scatter_sum_sequence(x: Tensor, group: ProcessGroup) -> Tensor:
+    """[T, ..] -> [T / n, ..], this rank's part of the sum over ranks; backward gathers."""
+    return _ScatterSum.apply(x, group)
+
+
+def split_sequence(x: Tensor, group: ProcessGroup) -> Tensor:
+    """[T, ..], equal on all ranks -> [T / n, ..], this rank's part; backward gathers."""
+    return _Split.apply(x, group)
+
+
+class ColumnLinear(ColumnParallelLinear):
+    """A bias-free linear layer with its outputs split over the group."""
+
+    def __init__(self, *args, sequence_split: bool, **kwargs):
+        super().__init__(*args, bias=False, **kwargs)
+        self.sequence_split = sequence_split
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, B, inputs] (T / n under sequence parallelism) -> [T, B, outputs / n]"""
+        if self.sequence_split:
+            x = gather_sequence(x, self.tp_group)
+        return column_product(x, self.weight, self.tp_group, input_is_gathered=self.sequence_split)
+
+
+def column_product(x: Tensor, weight: Tensor, group: ProcessGroup, input_is_gathered: bool) -> Tensor:
+    """x [.., inputs], equal on all ranks, times this rank's rows of a weight -> [.., outputs / n].
+
+    input_is_gathered: x comes from :func:`gather_sequence`, whose backward sums the gradient over ranks; else it is done here.
+    """
+    sum_gradient = group.size() > 1 and not input_is_gathered
+    return linear_with_grad_accumulation_and_async_allreduce(x, weight, None, False, sum_gradient, False, tp_group=group)
+
+
+class RowLinear(RowParallelLinear):
+    """A bias-free linear layer with its inputs split over the group; outputs are summed."""
+
+    def __init__(self, *args, sequence_split: bool, **kwargs):
+        super().__init__(*args, bias=False, input_is_parallel=True, skip_bias_add=False, **kwargs)
+        self.sequence_split = sequence_split
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, B, inputs / n] -> [T, B, outputs] (T / n under sequence parallelism)"""
+        partial = linear_with_grad_accumulation_and_async_allreduce(
+            x, self.weight, None, False, False, False, tp_group=self.tp_group
+        )
+        if self.sequence_split:
+            return scatter_sum_sequence(partial, self.tp_group)
+        return reduce_from_tensor_model_parallel_region(partial, group=self.tp_group)
+
+
+class VocabularyEmbedding(VocabParallelEmbedding):
+    """Token embedding with the vocabulary split over the group."""
+
+    def __init__(self, *args, sequence_split: bool, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.sequence_split = sequence_split
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """[B, T] int64 -> [T, B, hidden] (T / n under sequence parallelism)"""
+        x = super().forward(ids).transpose(0, 1).contiguous()
+        return split_sequence(x, self.tp_group) if self.sequence_split else x

@@ -1,0 +1,63 @@
+"""Context parallelism: the plans of all ranks, played through in one process, give the attention of the whole sequence."""
+
+import numpy as np
+import pytest
+import torch
+
+from kernels.compressed import compressed_attention
+from model.context_parallel import _take, make_plan
+from model.gist import GistConfig, build_layout, interleave
+from tests.kernels.cases import CASES, make_layout, random_qkv
+
+
+def padded(layout, config, multiple):
+    """The layout padded to a multiple of the number of ranks."""
+    extra = -layout.level.shape[1] % multiple
+    pad = lambda x: torch.nn.functional.pad(x, (0, extra), value=-1)
+    return build_layout(pad(layout.level), pad(layout.doc), config)
+
+
+def play(layout, q, k, v, size):
+    """What the ranks would compute, their all-gather done by indexing."""
+    plans = [make_plan(layout, rank, size) for rank in range(size)]
+    parts = [x.chunk(size, 1) for x in (q, k, v)]
+    received = torch.stack([_take(torch.cat([parts[1][r], parts[2][r]], 2), plans[r].exported) for r in range(size)])
+    outs = []
+    for rank, plan in enumerate(plans):
+        own = torch.cat([parts[1][rank], parts[2][rank]], 2)
+        pool = torch.cat([own, received.transpose(0, 1).flatten(1, 2)], 1)
+        k_near, v_near = _take(pool, plan.source).split(k.shape[2], 2)
+        q_near = _take(torch.cat([parts[0][rank], torch.zeros_like(parts[0][rank][:, :1])], 1), plan.query_source)
+        outs.append(_take(compressed_attention(q_near, k_near, v_near, plan.layout.intervals), plan.own))
+    return torch.cat(outs, 1)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_together_compute_the_whole(name, size):
+    layout, config = make_layout(name)
+    layout = padded(layout, config, size)
+    q, k, v, d_out = random_qkv(layout, 4, 2, 8, torch.float64)
+    want = compressed_attention(q, k, v, layout.intervals)
+    got = play(layout, q, k, v, size)
+    torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
+    grads = zip(torch.autograd.grad(got, (q, k, v), d_out), torch.autograd.grad(want, (q, k, v), d_out))
+    for a, b in grads:
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("chunk_sizes", [(8,), (8, 4), (16, 8)])
+def test_what_is_sent_approaches_the_compression_ratio(chunk_sizes):
+    """One long document on 4 ranks: tokens sent per rank over tokens held, against 1 / ratio of the gists."""
+    config = GistConfig(chunk_sizes)
+    raw = 16384
+
+
+    sample = interleave(np.zeros(raw, np.int64), [raw], np.ones(1, bool), config, range(1, 1 + config.levels))
+    level, doc = (torch.from_numpy(x)[None] for x in (sample.level, sample.doc))
+    layout = padded(build_layout(level, doc, config), config, 4)
+    plan = make_plan(layout, 1, 4)
+    top_gists_held = plan.tokens_held / len(sample.ids) * (sample.level == config.levels - 1).sum()
+    # Beyond the top-level gists: sinks, the last chunks and the last sections before the border.
+    border = config.sink + 2 * sum(chunk_sizes) + 8
+    assert top_gists_held - 1 <= plan.tokens_sent <= top_gists_held + border
