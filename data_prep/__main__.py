@@ -14,9 +14,17 @@ from data_prep.errors import DataError
 
 def find_corpus(args: argparse.Namespace) -> list:
     """The corpus that the options name."""
-    from data_prep.readers import find_sources
+    from data_prep.conditions import parse_condition
+    from data_prep.sources import find_sources
 
-    return find_sources(args.input, text_key=args.text_key, separator=args.document_separator, format=args.format)
+    return find_sources(
+        args.input,
+        text_key=args.text_key,
+        separator=args.document_separator,
+        format=args.format,
+        where=[parse_condition(text) for text in args.where],
+        limit=args.max_document_mb << 20,
+    )
 
 
 def run_train_tokenizer(args: argparse.Namespace) -> int:
@@ -68,6 +76,12 @@ def run_tokenize(args: argparse.Namespace) -> int:
         workers=args.workers,
         valid_fraction=args.valid_fraction,
         append_eos=not args.no_eos,
+        min_tokens=args.min_tokens,
+        max_tokens=args.max_tokens,
+        part=args.part,
+        on_error=args.on_error,
+        backend=args.backend,
+        plot=not args.no_plot,
         overwrite=args.overwrite,
     )
     for prefix, info in summary.shards.items():
@@ -77,16 +91,24 @@ def run_tokenize(args: argparse.Namespace) -> int:
         )
     if not args.no_eos and not info.eos_appended:
         print("note: this tokenizer has no end-of-document token, so none was appended")
+    counts = summary.counts
+    left_out = {"too short": counts.short, "too long": counts.long, "filtered out": counts.filtered}
+    others = "".join(f", {n:,} {name}" for name, n in left_out.items() if n)
     print(
-        f"read {summary.documents:,} documents ({summary.empty:,} empty ones left out), {summary.text_bytes:,} bytes "
-        f"of text in {summary.seconds:.1f} s: {summary.megabytes_per_second:.2f} MB/s"
+        f"read {counts.documents:,} documents ({counts.empty:,} empty ones left out{others}), {counts.text_bytes:,} bytes "
+        f"of text in {summary.seconds:.1f} s: {summary.megabytes_per_second:.2f} MB/s; encoder: {summary.backend}"
     )
+    if summary.resumed:
+        print(f"{summary.resumed:,} of them were done by an earlier run that was cut off")
+    if summary.rejects:
+        print(f"{counts.rejected:,} documents could not be used; {summary.rejects} lists them with file and line")
+    print(f"report: {', '.join(summary.files)}")
     return 0
 
 
 def run_verify(args: argparse.Namespace) -> int:
     """Check shards; 1 if one is bad."""
-    from data_prep.shards import clean_prefix
+    from data_prep.shard_format import clean_prefix
     from data_prep.tokenizer import load_tokenizer
     from data_prep.verify import verify_shard
 
@@ -106,7 +128,7 @@ def run_verify(args: argparse.Namespace) -> int:
 def run_inspect(args: argparse.Namespace) -> int:
     """Show a shard."""
     from data_prep.describe import describe_shard
-    from data_prep.shards import clean_prefix
+    from data_prep.shard_format import clean_prefix
     from data_prep.tokenizer import load_tokenizer
 
     if args.documents and not args.tokenizer:
@@ -121,7 +143,7 @@ def run_inspect(args: argparse.Namespace) -> int:
 def run_merge(args: argparse.Namespace) -> int:
     """Concatenate shards."""
     from data_prep.merge import merge_shards
-    from data_prep.shards import clean_prefix
+    from data_prep.shard_format import clean_prefix
 
     info = merge_shards([clean_prefix(p) for p in args.input], args.output, overwrite=args.overwrite)
     print(f"{args.output}: {info.documents:,} documents, {info.tokens:,} tokens from {len(args.input)} shards")
@@ -139,8 +161,12 @@ COMMANDS = {
 
 
 def _terminated(signum: int, frame: object) -> NoReturn:
-    print("data_prep: error: terminated; no output was written", file=sys.stderr)
-    raise SystemExit(128 + signum)  # unwinds, so that temporary files are removed
+    raise SystemExit(128 + signum)  # unwinds, so that work is noted or removed
+
+
+def _stopped(what: str, command: str) -> None:
+    kept = "run the same command again to go on" if command == "tokenize" else "no output was written"
+    print(f"data_prep: error: {what}; {kept}", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -156,8 +182,11 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as e:
         message = f"{e.filename or args.command}: {e.strerror or e}"
     except KeyboardInterrupt:
-        print("data_prep: error: interrupted; no output was written", file=sys.stderr)
+        _stopped("interrupted", args.command)
         return 130
+    except SystemExit as e:
+        _stopped("terminated", args.command)
+        return int(e.code)
     print(f"data_prep: error: {message}", file=sys.stderr)
     return 1
 

@@ -62,6 +62,14 @@ def coverage(text: str) -> float:
     return value
 
 
+def part(text: str) -> tuple[int, int]:
+    """I/N with 1 <= I <= N."""
+    first, slash, last = text.partition("/")
+    if not (slash and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with 1 <= I <= N, such as 3/64")
+    return int(first), int(last)
+
+
 def separator(text: str) -> str:
     """A document separator; backslash-n, -t and -r may be written out."""
     value = text.replace("\\n", "\n").replace("\\t", "\t").replace("\\r", "\r")
@@ -78,16 +86,19 @@ def add_corpus_options(parser: Parser) -> None:
         action="extend",
         required=True,
         metavar="F",
-        help="files, directories (searched through) and quoted globs: .txt .md .jsonl .parquet",
+        help="files, directories (searched through) and quoted globs: .txt .md .jsonl .csv .parquet .arrow, each also "
+        "with .gz .zst .xz; directories of datasets.save_to_disk; hf:NAME[@CONFIG][:SPLIT] streams from the hub",
     )
     parser.add_argument(
-        "--format", choices=("txt", "jsonl", "parquet"), help="kind of all inputs, whatever their names end in"
+        "--format",
+        choices=("txt", "jsonl", "csv", "parquet", "arrow"),
+        help="kind of all inputs, whatever their names end in",
     )
     parser.add_argument(
         "--text-key",
         default="text",
         metavar="KEY",
-        help="key (jsonl) or column (parquet) that holds the text (default: text)",
+        help="key or column that holds the text (default: text)",
     )
     parser.add_argument(
         "--document-separator",
@@ -95,6 +106,10 @@ def add_corpus_options(parser: Parser) -> None:
         metavar="S",
         help=r"what separates documents in a text file, such as '\n\n\n' (default: a file is one document)",
     )
+    where_help = "take only rows of which this holds: KEY=VALUE, KEY!=VALUE, KEY>=NUMBER ..; dotted keys reach inside"
+    parser.add_argument("--where", nargs="+", action="extend", default=[], metavar="COND", help=where_help)
+    limit_help = "a longer line or document is an error, so that memory stays bounded (default: 32)"
+    parser.add_argument("--max-document-mb", type=positive, default=32, metavar="N", help=limit_help)
 
 
 def add_train_tokenizer(commands) -> None:
@@ -153,6 +168,14 @@ def add_tokenize(commands) -> None:
     p.add_argument("--workers", type=positive, default=1, metavar="N", help=workers_help)
     valid_help = "hold out this share of the documents: PREFIX_train and PREFIX_valid, split by a hash of each text"
     p.add_argument("--valid-fraction", type=fraction, metavar="F", help=valid_help)
+    skip_help = "what to do with documents that cannot be used: end (default), or list them in PREFIX.rejects.jsonl"
+    p.add_argument("--on-error", choices=("fail", "skip"), default="fail", help=skip_help)
+    p.add_argument("--part", type=part, metavar="I/N", help="make part I of N, as PREFIX-I-of-N: for job arrays")
+    p.add_argument("--min-tokens", type=count, default=0, metavar="N", help="leave shorter documents out, and count them")
+    p.add_argument("--max-tokens", type=count, default=0, metavar="N", help="leave longer documents out, and count them")
+    backend_help = "auto (default): the fast one where it proves itself identical; the files are the same"
+    p.add_argument("--backend", choices=("auto", "exact", "fast"), default="auto", help=backend_help)
+    p.add_argument("--no-plot", action="store_true", help="do not draw PREFIX.report.png")
     p.add_argument("--no-eos", action="store_true", help="do not end documents with the end-of-document id")
     p.add_argument("--overwrite", action="store_true", help="replace existing shards")
 

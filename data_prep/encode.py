@@ -1,62 +1,36 @@
-"""Corpus to shards: documents in batches to worker processes, ids back in order.
+"""Corpus to shards: documents in batches to worker processes, ids back in order, progress noted as it is made.
 
 Batches are cut by size alone and come back in the order they were read, so the files do not depend on the number of
-workers. Whether a document is held out depends on its text alone: on no order, no file name, no other document.
+workers, nor on interruptions. Whether a document is held out depends on its text alone: on no order, no file name, no
+other document.
 """
 
-import hashlib
-import os
-import queue
-import signal
-import threading
+import errno
+import itertools
+import json
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
-from itertools import cycle
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
+from data_prep.batches import Batch, EncodedBatch, EncodeJob, Reject, make_batches
 from data_prep.errors import DataError
-from data_prep.readers import Document, Source, read_documents
-from data_prep.shards import ShardInfo, ShardWriter
-from data_prep.tokenizer import Tokenizer, load_tokenizer
+from data_prep.fast import SAMPLE_CHARACTERS, choose_backend
+from data_prep.files import PARTIAL, Appended
+from data_prep.items import Document, Position
+from data_prep.journal import Counts, Journal, Record, refuse_other_work
+from data_prep.pool import encode_here, encode_in_pool
+from data_prep.readers import read_items
+from data_prep.report import write_report
+from data_prep.shard_format import ShardInfo
+from data_prep.shards import ShardWriter
+from data_prep.sources import Source, split_sources
+from data_prep.tokenizer import load_tokenizer
 
-BATCH_CHARACTERS = 1 << 20
-BATCH_DOCUMENTS = 4096
-
-
-@dataclass(frozen=True)
-class EncodeJob:
-    """What a worker has to know."""
-
-    tokenizer: str
-    append_eos: bool
-    valid_fraction: float | None
-
-
-@dataclass(frozen=True)
-class Part:
-    """Documents of one batch for one output."""
-
-    ids: np.ndarray  # int32 [sum of lengths]
-    lengths: np.ndarray  # int64 [documents]
-
-
-@dataclass(frozen=True)
-class EncodedBatch:
-    """What comes back: one part for each output."""
-
-    parts: tuple[Part, ...]
-    documents: int  # read, empty ones included
-    empty: int
-    text_bytes: int
-    consumed: int  # bytes of the input files
+COMMIT_SECONDS = 5.0  # at most this much work is lost to a kill
 
 
 @dataclass(frozen=True)
@@ -64,15 +38,18 @@ class Summary:
     """What a run did."""
 
     shards: dict[str, ShardInfo]  # prefix -> sidecar
-    documents: int
-    empty: int
-    text_bytes: int
+    counts: Counts
     seconds: float
+    backend: str
+    resumed: int  # documents that an earlier run had done
+    resumed_bytes: int
+    rejects: str | None  # the file that lists them
+    files: list[str] = field(default_factory=list)  # report and picture
 
     @property
     def megabytes_per_second(self) -> float:
-        """Text per second, start-up included."""
-        return self.text_bytes / 1e6 / max(self.seconds, 1e-9)
+        """Text per second of this run, start-up included."""
+        return (self.counts.text_bytes - self.resumed_bytes) / 1e6 / max(self.seconds, 1e-9)
 
 
 def tokenize_corpus(
@@ -83,217 +60,235 @@ def tokenize_corpus(
     workers: int = 1,
     valid_fraction: float | None = None,
     append_eos: bool = True,
+    min_tokens: int = 0,
+    max_tokens: int = 0,
+    part: tuple[int, int] | None = None,
+    on_error: str = "fail",
+    backend: str = "auto",
+    plot: bool = True,
     overwrite: bool = False,
 ) -> Summary:
     """Turn a corpus into one shard, or two (PREFIX_train, PREFIX_valid) if a part is held out.
 
+    A run that ends early, for whatever reason, keeps what it has done; the same call goes on there.
+
     Args:
-        sources: the corpus (`readers.find_sources`).
+        sources: the corpus (`sources.find_sources`).
         tokenizer: what `load_tokenizer` takes.
         workers: encoding processes; 1 encodes in this one. The files are the same for any number.
         valid_fraction: share of the documents to hold out, in (0, 1); None makes one shard.
         append_eos: end each document with the end-of-document id, if the tokenizer has one.
+        min_tokens, max_tokens: documents of fewer or more tokens are left out and counted; 0: no bound.
+        part: (i, n) makes the i-th of n parts, as PREFIX-0000i-of-0000n.
+        on_error: 'fail', or 'skip': list documents that cannot be used, and go on.
+        backend: 'auto', 'exact' or 'fast' (`fast.choose_backend`). The files are the same for any.
+        plot: also draw the histogram of lengths.
 
     Raises:
-        DataError: any bad input; no output is left then.
+        DataError: any bad input; what was finished is kept.
     """
     begin = time.monotonic()
     encoder = load_tokenizer(tokenizer)
-    job = EncodeJob(str(tokenizer), append_eos and encoder.info.eos_id is not None, valid_fraction)
-    names = [str(prefix)] if valid_fraction is None else [f"{prefix}_train", f"{prefix}_valid"]
-    documents = empty = text_bytes = 0
+    if part:
+        sources = split_sources(sources, *part)
+        prefix = f"{prefix}-{part[0]:05d}-of-{part[1]:05d}"
+    job = EncodeJob(str(tokenizer), append_eos and encoder.info.eos_id is not None, valid_fraction, min_tokens, max_tokens)
     with ExitStack() as stack:
-        writers = [
+        run = _Run(stack, sources, str(prefix), job, encoder.info, on_error, overwrite)
+        items = read_items(sources, run.position)
+        sample, items = _peek(items) if backend != "exact" else ([], items)
+        encoder, backend_line = choose_backend(encoder, backend, sample)
+        job = EncodeJob(**{**vars(job), "fast": encoder.info.kind == "huggingface" and backend_line.startswith("gigatoken")})
+        batches = make_batches(items, stop_at_problem=on_error == "fail")
+        encoded = encode_here(job, encoder, batches) if workers == 1 else encode_in_pool(job, batches, workers)
+        run.consume(encoded)
+        return run.finish(begin, backend_line, plot)
+
+
+def _peek(items: Iterator[Document]) -> tuple[list[str], Iterator[Document]]:
+    """Texts from the beginning, for the check of a fast backend, and the items with these still in front."""
+    taken, characters = [], 0
+    for item in items:
+        taken.append(item)
+        characters += len(item.text)
+        if characters >= SAMPLE_CHARACTERS or len(taken) >= 4096:
+            break
+    return [item.text[:SAMPLE_CHARACTERS] for item in taken], itertools.chain(taken, items)
+
+
+class _Run:
+    """Outputs, journal and counts of one run."""
+
+    def __init__(
+        self, stack: ExitStack, sources: list[Source], prefix: str, job: EncodeJob, info, on_error: str, overwrite: bool
+    ):
+        """Claim the outputs and go to where an earlier run stopped."""
+        self.sources, self.prefix, self.job, self.on_error = sources, prefix, job, on_error
+        names = [prefix] if job.valid_fraction is None else [f"{prefix}_train", f"{prefix}_valid"]
+        self.writers = [
             stack.enter_context(
                 ShardWriter(
                     name,
-                    vocab_size=encoder.info.vocab_size,
-                    tokenizer_hash=encoder.info.hash,
+                    vocab_size=info.vocab_size,
+                    tokenizer_hash=info.hash,
                     eos_appended=job.append_eos,
-                    sources=[s.path for s in sources],
+                    sources=list(dict.fromkeys(s.path for s in sources)),
                     overwrite=overwrite,
+                    resumable=True,
                 )
             )
             for name in names
         ]
-        total = sum(Path(s.path).stat().st_size for s in sources)
-        bar = stack.enter_context(tqdm(total=total, unit="B", unit_scale=True, desc="tokenize", disable=None))
-        batches = make_batches(read_documents(sources))
-        encoded = _encode_here(job, encoder, batches) if workers == 1 else _encode_in_pool(job, batches, workers)
-        for batch in encoded:
-            for writer, part in zip(writers, batch.parts, strict=True):
-                writer.append(part.ids, part.lengths)
-            documents, empty = documents + batch.documents, empty + batch.empty
-            text_bytes += batch.text_bytes
-            bar.update(batch.consumed)
-        _check_filled(writers, documents, empty, valid_fraction)
-        shards = {writer.prefix: writer.finish() for writer in writers}
-    return Summary(shards, documents, empty, text_bytes, time.monotonic() - begin)
-
-
-def make_batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Group documents in order, by size."""
-    batch: list[Document] = []
-    characters = 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document.text)
-        if characters >= BATCH_CHARACTERS or len(batch) >= BATCH_DOCUMENTS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-def is_held_out(raw: bytes, fraction: float) -> bool:
-    """Whether a document of these UTF-8 bytes belongs to the validation part."""
-    return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "big") < fraction * 2**64
-
-
-def encode_documents(job: EncodeJob, tokenizer: Tokenizer, documents: Sequence[Document]) -> EncodedBatch:
-    """Encode one batch.
-
-    Raises:
-        DataError: a text that cannot be encoded; names its place.
-    """
-    raws = [_utf8(document) for document in documents]
-    outputs: tuple[list[np.ndarray], ...] = ([],) if job.valid_fraction is None else ([], [])
-    eos = np.array([tokenizer.info.eos_id] if job.append_eos else [], dtype=np.int32)
-    for raw, ids in zip(raws, _encode(tokenizer, documents), strict=True):
-        if ids.size:
-            held_out = job.valid_fraction is not None and is_held_out(raw, job.valid_fraction)
-            outputs[int(held_out)].append(np.concatenate((ids, eos)))
-    parts = tuple(
-        Part(np.concatenate(output) if output else np.zeros(0, np.int32), np.array([x.size for x in output], np.int64))
-        for output in outputs
-    )
-    written = sum(len(part.lengths) for part in parts)
-    return EncodedBatch(
-        parts, len(documents), len(documents) - written, sum(map(len, raws)), sum(d.consumed for d in documents)
-    )
-
-
-def _encode(tokenizer: Tokenizer, documents: Sequence[Document]) -> list[np.ndarray]:
-    """Ids of each document; whitespace alone counts as empty, and gives none."""
-    texts = ["" if document.text.isspace() else document.text for document in documents]
-    try:
-        return tokenizer.encode_batch(texts)
-    except DataError:
-        for text, document in zip(texts, documents, strict=True):  # which one was it?
-            try:
-                tokenizer.encode_batch([text])
-            except DataError as e:
-                raise DataError(f"{document.place}: {e}") from None
-        raise
-
-
-def _utf8(document: Document) -> bytes:
-    try:
-        return document.text.encode("utf-8")
-    except UnicodeEncodeError as e:
-        raise DataError(
-            f"{document.place}: holds half of a surrogate pair (\\u{ord(document.text[e.start]):04x}), "
-            "which is not a character; correct the text"
-        ) from None
-
-
-def _encode_here(job: EncodeJob, tokenizer: Tokenizer, batches: Iterable[list[Document]]) -> Iterator[EncodedBatch]:
-    return (encode_documents(job, tokenizer, batch) for batch in batches)
-
-
-def _encode_in_pool(job: EncodeJob, batches: Iterable[list[Document]], workers: int) -> Iterator[EncodedBatch]:
-    """Encode in processes, in turn, results in order; two batches ahead in each, so that memory stays bounded."""
-    with ExitStack() as stack:
-        pool = [stack.enter_context(_Worker(job)) for _ in range(workers)]
-        ahead: deque[_Worker] = deque()
-        for batch, worker in zip(batches, cycle(pool)):
-            if len(ahead) == 2 * workers:
-                yield ahead.popleft().receive()
-            worker.send(batch)
-            ahead.append(worker)
-        while ahead:
-            yield ahead.popleft().receive()
-
-
-class _Worker:
-    """An encoding process on a pipe of its own.
-
-    Not a concurrent.futures pool: its workers share one pipe, and one that is killed in the middle of a result leaves
-    the reader waiting for the rest for ever. Here the pipe ends with its process, on either side.
-    """
-
-    def __init__(self, job: EncodeJob):
-        # Started afresh rather than forked: tokenizer libraries have threads, which a fork would break.
-        context = get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_work, args=(theirs, job), daemon=True)
-        self._process.start()
-        theirs.close()
-
-    def __enter__(self) -> "_Worker":
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._pipe.close()
-        self._process.join()
-
-    def send(self, batch: list[Document]) -> None:
-        try:
-            self._pipe.send(batch)
-        except OSError:
-            raise self._died() from None
-
-    def receive(self) -> EncodedBatch:
-        try:
-            result = self._pipe.recv()
-        except (EOFError, OSError):
-            raise self._died() from None
-        if isinstance(result, DataError):
-            raise result
-        return result
-
-    def _died(self) -> DataError:
-        self._process.join()
-        return DataError(
-            f"a worker process died (exit code {self._process.exitcode}: killed, or out of memory?); "
-            "give fewer --workers, or more memory"
+        self.counts, self.position = Counts(), Position()
+        self._journal = Journal(prefix, _settings(sources, job, info), [s.fingerprint() for s in sources])
+        stack.callback(self._journal.close)
+        self._rejects = Appended(Path(f"{prefix}.rejects.jsonl"))
+        stack.callback(self._rejects.close)
+        self._take_up(overwrite)
+        total = sum(s.size for s in sources)
+        done = sum(s.size for s in sources[: self.position.source])
+        self._bar = stack.enter_context(
+            tqdm(total=total, initial=done, unit="B", unit_scale=True, desc="tokenize", disable=None)
         )
 
+    def _take_up(self, overwrite: bool) -> None:
+        if self._journal.differing and not overwrite:
+            for writer in self.writers:
+                writer.leave()
+            refuse_other_work(self._journal, self.prefix)
+        record = self._journal.last([w.committed for w in self.writers], self._rejects.size)
+        outputs = record.outputs if record else [(0, 0)] * len(self.writers)
+        for writer, (size, documents) in zip(self.writers, outputs, strict=True):
+            writer.cut(size, documents)
+        self._rejects.cut(record.rejects if record else 0)
+        self._journal.restart(record)
+        if record:
+            self.counts, self.position = record.counts, record.position
+        self.resumed, self.resumed_bytes = self.counts.documents, self.counts.text_bytes
+        self._committed, self._between_batches = record is not None, True
 
-def _work(pipe: Connection, job: EncodeJob) -> None:
-    """A worker's life: batches in, results out, until the parent closes the pipe or is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then closes the pipe
-    received: queue.SimpleQueue[list[Document]] = queue.SimpleQueue()
-    # Received in a thread, so that the parent never waits to send while this waits to send to it.
-    threading.Thread(target=_receive, args=(pipe, received), daemon=True).start()
-    tokenizer = load_tokenizer(job.tokenizer)
-    while True:
+    def consume(self, encoded: Iterator[tuple[Batch, EncodedBatch]]) -> None:
+        """Write what comes; whatever ends the run, note how far it has come."""
+        begin = last = time.monotonic()
         try:
-            result: EncodedBatch | DataError = encode_documents(job, tokenizer, received.get())
+            for batch, result in encoded:
+                self._take(batch, result)
+                now = time.monotonic()
+                if now - last >= COMMIT_SECONDS:
+                    self._commit()
+                    last = time.monotonic()
+                tokens = sum(w.tokens for w in self.writers)
+                self._bar.set_postfix_str(f"{tokens / (now - begin) / 1e6:.2f}M tokens/s", refresh=False)
+                self._bar.update(batch.consumed)
+        except OSError as e:
+            self._keep()
+            if e.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+                raise DataError(
+                    f"{self.prefix}: {e.strerror}; {self._kept_words()}: make room and run the same command again"
+                ) from None
+            raise
         except DataError as e:
-            result = e
+            self._keep()
+            raise DataError(f"{e} ({self._kept_words()})" if self._committed else str(e)) from None
+        except BaseException:  # a signal
+            self._keep()
+            raise
+
+    def _take(self, batch: Batch, result: EncodedBatch) -> None:
+        self._between_batches = False
+        rejects = [Reject(*batch.origins[i], reason) for i, reason in result.rejects] + batch.rejects
+        rejects.sort(key=lambda reject: reject[:2])
+        if rejects and self.on_error == "fail":
+            first = rejects[0]
+            self._between_batches = True  # nothing of this one was taken
+            raise DataError(f"{self.sources[first.source].place(first.line)}: {first.reason}")
+        for writer, part in zip(self.writers, result.parts, strict=True):
+            writer.append(part.ids, part.lengths)
+        for reject in rejects:
+            entry = {"place": self.sources[reject.source].place(reject.line), "reason": reject.reason}
+            self._rejects.append((json.dumps(entry, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
+        self.counts.add(result.counts)
+        self.counts.add(Counts(documents=batch.documents, filtered=batch.filtered, rejected=len(rejects)))
+        self.position = batch.after
+        self._between_batches = True
+
+    def _commit(self) -> None:
+        self._rejects.sync()
+        outputs = tuple(writer.commit() for writer in self.writers)
+        self._journal.write(Record(self.position, self.counts, outputs, self._rejects.size))
+        self._committed = True
+
+    def _keep(self) -> None:
+        """Commit if there is anything to keep, else remove all traces."""
+        # In the middle of a batch (a full disk, a signal) only the last commit holds.
+        if self._between_batches and any(writer.documents for writer in self.writers):
+            with suppress(OSError):
+                self._commit()
+        if not self._committed:
+            self._drop()
+
+    def _drop(self) -> None:
+        for writer in self.writers:
+            writer.discard()
+        self._journal.remove()
+        self._rejects.remove()
+
+    def _kept_words(self) -> str:
+        return f"{self.counts.documents:,} documents are done and kept" if self._committed else "nothing was written"
+
+    def finish(self, begin: float, backend: str, plot: bool) -> Summary:
+        """Give everything its name."""
         try:
-            pipe.send(result)
-        except OSError:
-            return  # nobody is waiting for it any more
+            _check_filled(self.writers, self.counts, self.job.valid_fraction)
+        except DataError:
+            self._drop()
+            raise
+        shards = {writer.prefix: writer.finish() for writer in self.writers}
+        rejects = None
+        if self._rejects.size:
+            rejects = str(self._rejects.path).removesuffix(PARTIAL)
+            self._rejects.close()
+            self._rejects.path.replace(rejects)
+        else:
+            self._rejects.remove()
+            Path(f"{self.prefix}.rejects.jsonl").unlink(missing_ok=True)
+        self._journal.remove()
+        seconds = time.monotonic() - begin
+        summary = Summary(shards, self.counts, seconds, backend, self.resumed, self.resumed_bytes, rejects)
+        lengths = {writer.prefix: writer.lengths for writer in self.writers}
+        summary.files.extend(write_report(self.prefix, summary, lengths, plot))
+        return summary
 
 
-def _receive(pipe: Connection, received: queue.SimpleQueue) -> None:
-    try:
-        while True:
-            received.put(pipe.recv())
-    except (EOFError, OSError):
-        os._exit(0)
+def _settings(sources: Sequence[Source], job: EncodeJob, info) -> dict:
+    """What decides the bytes of the output, as JSON values."""
+    first = sources[0]
+    return {
+        "tokenizer": info.hash,
+        "end of document": job.append_eos,
+        "--valid-fraction": job.valid_fraction,
+        "--min-tokens": job.min_tokens,
+        "--max-tokens": job.max_tokens,
+        "--text-key": first.text_key,
+        "--document-separator": first.separator,
+        "--where": [str(condition) for condition in first.where],
+        "--max-document-mb": first.limit,
+        "input": first.path if len(sources) == 1 else None,
+    }
 
 
-def _check_filled(writers: list[ShardWriter], documents: int, empty: int, valid_fraction: float | None) -> None:
+def _check_filled(writers: list[ShardWriter], counts: Counts, valid_fraction: float | None) -> None:
     """Raise DataError, before anything is given its name, if an output would stay empty."""
-    if documents == empty:
-        raise DataError(f"--input: not one document with text in it ({documents} documents, all empty)")
+    left_out = {"empty": counts.empty, "filtered": counts.filtered, "too short": counts.short, "too long": counts.long,
+                "rejected": counts.rejected}  # fmt: skip
+    used = counts.documents - sum(left_out.values())
+    if used == 0:
+        why = ", ".join(f"{n} {name}" for name, n in left_out.items() if n) or "no document at all"
+        raise DataError(f"--input: not one document with text in it ({counts.documents} documents: {why})")
     for writer in writers:
         if writer.documents == 0:
             raise DataError(
-                f"--valid-fraction {valid_fraction}: of {documents - empty} documents none falls to "
+                f"--valid-fraction {valid_fraction}: of {used} documents none falls to "
                 f"{writer.prefix}; choose a fraction further from {0 if writer is writers[1] else 1}, "
                 "or give more documents"
             )

@@ -13,17 +13,21 @@ from data_prep.errors import DataError
 PARTIAL = ".partial"
 
 
-def open_partial(target: Path) -> BinaryIO:
+def open_partial(target: Path, keep: bool = False) -> BinaryIO:
     """Open `target` + '.partial' for writing, held against other processes until it is closed.
 
-    The lock dies with its process, so what a killed run left behind is reused and never stands in the way.
+    The lock dies with its process, so what a killed run left behind is reused and never stands in the way. Unbuffered:
+    a full disk is met where the bytes are written, and nowhere else (use `write_all`).
+
+    Args:
+        keep: leave what the file already holds.
 
     Raises:
         DataError: another running process is writing the same output.
     """
     partial = target.with_name(target.name + PARTIAL)
     busy = DataError(f"{target}: another run is writing this output now; wait for it, or choose another --output")
-    stream = open(partial, "ab")
+    stream = open(partial, "ab", buffering=0)
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # Between our open and our lock the other run may have finished and renamed this very file.
@@ -37,14 +41,57 @@ def open_partial(target: Path) -> BinaryIO:
         raise
     except OSError:
         pass  # a file system without locks: nothing protects two runs from each other there
-    stream.truncate(0)
-    stream.seek(0)
+    if not keep:
+        stream.truncate(0)
+    stream.seek(0, os.SEEK_END)
     return stream
+
+
+def write_all(stream: BinaryIO, data: bytes | memoryview) -> None:
+    """Write all of it to an unbuffered file, which may take a part at a time."""
+    left = memoryview(data).cast("B")
+    while left:
+        left = left[stream.write(left) :]
+
+
+class Appended:
+    """A file that grows beside an output while it is being made: `target` + '.partial', kept between runs."""
+
+    def __init__(self, target: Path):
+        self.path = target.with_name(target.name + PARTIAL)
+        self._stream = open(self.path, "ab", buffering=0)
+        self._stream.seek(0, os.SEEK_END)
+
+    @property
+    def size(self) -> int:
+        """Bytes so far."""
+        return self._stream.tell()
+
+    def cut(self, size: int) -> None:
+        """Throw away what comes after the first `size` bytes."""
+        self._stream.truncate(size)
+        self._stream.seek(0, os.SEEK_END)
+
+    def append(self, data: bytes) -> None:
+        """Write at the end."""
+        write_all(self._stream, data)
+
+    def sync(self) -> None:
+        """Put on disk for good."""
+        os.fsync(self._stream.fileno())
+
+    def close(self) -> None:
+        """Close; the file stays."""
+        self._stream.close()
+
+    def remove(self) -> None:
+        """Close and delete."""
+        self._stream.close()
+        self.path.unlink(missing_ok=True)
 
 
 def finish_partial(stream: BinaryIO, target: Path) -> None:
     """Put what was written to `open_partial(target)` in its place, on disk for good."""
-    stream.flush()
     os.fsync(stream.fileno())
     os.replace(target.with_name(target.name + PARTIAL), target)
     stream.close()

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -76,20 +77,32 @@ class HuggingFaceTokenizer:
         return cls(path.read_bytes(), configured_roles(path.parent) | (roles or {}), str(path))
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text, int32 [n_i].
+        """Ids of each text, int32 [n_i]; see `encode_flat`."""
+        ids, lengths = self.encode_flat(texts)
+        return np.split(ids, np.cumsum(lengths)[:-1]) if len(texts) else []
+
+    def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of all texts, int32 [sum of lengths], and their lengths, int64 [texts].
 
         Raises:
             DataError: a control id came out all the same (a model that can spell it from ordinary pieces).
         """
-        encodings = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
-        encoded = [np.array(e.ids, dtype=np.int32) for e in encodings]
-        for ids in encoded:
-            if self._forbidden[ids].any():
-                token = self._inner.id_to_token(int(ids[self._forbidden[ids]][0]))
-                raise DataError(
-                    f"the tokenizer turns the literal text {token!r} into a control id; remove it from the text"
-                )
-        return encoded
+        encoded = [e.ids for e in self._inner.encode_batch_fast(list(texts), add_special_tokens=False)]
+        lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
+        ids = np.fromiter(chain.from_iterable(encoded), np.int32, int(lengths.sum()))
+        self.refuse_control(ids)
+        return ids, lengths
+
+    def refuse_control(self, ids: np.ndarray) -> None:
+        """Raise DataError if a control id is among ids that came from a text."""
+        found = self._forbidden[ids]
+        if found.any():
+            token = self._inner.id_to_token(int(ids[found][0]))
+            raise DataError(f"the tokenizer turns the literal text {token!r} into a control id; remove it from the text")
+
+    def plain_json(self) -> str:
+        """The tokenizer.json that is in use: nothing in it alters a text or makes control ids of it."""
+        return self._inner.to_str()
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; control ids stand for nothing."""

@@ -1,179 +1,151 @@
-"""Corpus files as a stream of documents: txt, jsonl and parquet. Nothing is held beyond one document (or row group)."""
+"""Corpus files as a stream of documents. Nothing is held beyond one document (or one batch of rows of a columnar file).
 
-import glob
+A document that cannot be read is an item with a `problem`, so that whoever reads can stop or go on. Every item tells
+how to come back to the place behind it, which is what lets an interrupted run go on where it stopped.
+"""
+
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 
+from data_prep.columnar import read_arrow, read_hub, read_parquet
+from data_prep.delimited import read_csv
 from data_prep.errors import DataError
-
-SUFFIXES = {".txt": "txt", ".text": "txt", ".md": "txt", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
-BLOCK = 1 << 20
-BOM = b"\xef\xbb\xbf"
-
-
-@dataclass(frozen=True)
-class Source:
-    """One corpus file and how it is read."""
-
-    path: str
-    format: str  # "txt" | "jsonl" | "parquet"
-    text_key: str = "text"
-    separator: str | None = None  # txt: what stands between documents; None: the file is one
+from data_prep.items import BOM, Document, Position, text_of, too_long
+from data_prep.sources import Source
+from data_prep.streams import BLOCK, Line, Stream, lines, not_utf8, open_stream, reading_errors, unreadable
 
 
-@dataclass(frozen=True)
-class Document:
-    """One text, exactly as the file has it, and where it came from."""
+def read_items(sources: Sequence[Source], start: Position | None = None) -> Iterator[Document]:
+    """All documents of all sources from `start` on, in order, those that cannot be read among them.
 
-    text: str
-    place: str  # "FILE:LINE" or "FILE, row N"
-    consumed: int  # bytes of the file that it stands for, for progress
-
-
-def find_sources(
-    inputs: list[str], *, text_key: str = "text", separator: str | None = None, format: str | None = None
-) -> list[Source]:
-    """Files named by paths, directories (searched through, known suffixes) and globs: in this order, each file once.
-
-    Raises:
-        DataError: something names no file, or a file of unknown kind.
+    Nothing is raised for what a file holds; a file that breaks off is one item with a problem, and the next one follows.
     """
-    paths: dict[str, None] = {}
-    for name in inputs:
-        found = [name] if Path(name).is_file() else _search(name, every_file=format is not None)
-        paths.update(dict.fromkeys(found))
-    sources = []
-    for path in paths:
-        kind = format or SUFFIXES.get(Path(path).suffix.lower())
-        if kind is None:
-            raise DataError(
-                f"{path}: unknown kind of file; known are {', '.join(SUFFIXES)}, or say --format txt|jsonl|parquet"
-            )
-        sources.append(Source(path, kind, text_key, separator))
-    if separator is not None and not any(s.format == "txt" for s in sources):
-        raise DataError(f"--document-separator {separator!r}: none of the inputs is a text file")
-    return sources
+    start = start or Position()
+    for index in range(start.source, len(sources)):
+        at = start if index == start.source else Position(index)
+        line, consumed = at.line, 0
+        try:
+            for item in READERS[sources[index].format](sources[index], at):
+                line, consumed = item.after.line, item.consumed
+                yield item
+        except reading_errors() as e:
+            reason = unreadable(e, sources[index].compression)
+            yield Document("", index, line, Position(index + 1), consumed, reason)
 
 
-def _search(name: str, every_file: bool) -> list[str]:
-    path = Path(name)
-    if path.is_dir():
-        files = (p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
-        found = sorted(str(p) for p in files if every_file or p.suffix.lower() in SUFFIXES)
-        if not found:
-            raise DataError(f"{name}: no file in this directory has a known suffix ({', '.join(SUFFIXES)})")
-        return found
-    found = sorted(p for p in glob.glob(name, recursive=True) if Path(p).is_file())
-    if not found:
-        raise DataError(f"{name}: no such file" + (" (the pattern matches nothing)" if glob.has_magic(name) else ""))
-    return found
-
-
-def read_documents(sources: list[Source]) -> Iterator[Document]:
-    """All documents of all sources, in order.
+def read_documents(sources: Sequence[Source], start: Position | None = None) -> Iterator[Document]:
+    """All documents, in order, without those that a condition leaves out.
 
     Raises:
         DataError: a file that cannot be read as what it is; names file and line.
     """
-    for source in sources:
-        if source.format == "jsonl":
-            yield from _read_jsonl(source)
-        elif source.format == "parquet":
-            yield from _read_parquet(source)
-        else:
-            yield from _read_txt(source)
+    for item in read_items(sources, start):
+        if item.problem:
+            raise DataError(f"{sources[item.source].place(item.line)}: {item.problem}")
+        if not item.filtered:
+            yield item
 
 
-def _read_txt(source: Source) -> Iterator[Document]:
-    line = 1
-    for i, raw in enumerate(_split_file(source)):
-        text = raw.removeprefix(BOM) if i == 0 else raw
-        yield Document(_decode(text, source.path, line), f"{source.path}:{line}", len(raw))
-        line += raw.count(b"\n") + (source.separator or "").count("\n")
+def _read_txt(source: Source, at: Position) -> Iterator[Document]:
+    with open_stream(source.path, source.compression, at.offset) as stream:
+        offset, line = at.offset, at.line
+        mark = (source.separator or "").encode("utf-8")
+        for raw, size, line_ends in _pieces(stream, mark, source.limit):
+            text = raw.removeprefix(BOM) if offset == 0 else raw
+            first = line
+            offset, line = offset + size + len(mark), line + line_ends + mark.count(b"\n")
+            problem, decoded = "", ""
+            if size > source.limit:
+                problem = too_long(size, source.limit)
+            else:
+                try:
+                    decoded = text.decode("utf-8")
+                except UnicodeDecodeError as e:
+                    first += text[: e.start].count(b"\n")
+                    problem = not_utf8(text, e)
+            after = Position(at.source, offset, line) if mark else Position(at.source + 1)
+            yield Document(decoded, at.source, first, after, stream.consumed, problem)
 
 
-def _split_file(source: Source) -> Iterator[bytes]:
-    """The file's documents as bytes; a separator is searched in blocks, so the file need not fit into memory."""
-    with open(source.path, "rb") as stream:
-        if source.separator is None:
-            yield stream.read()
+def _pieces(stream: Stream, mark: bytes, limit: int) -> Iterator[tuple[bytes, int, int]]:
+    """The file's documents as (bytes, size, line ends); of one beyond the limit only the last two are right.
+
+    Args:
+        mark: what stands between documents; empty: the file is one.
+    """
+    held: list[bytes] = []  # blocks of the document that is not finished yet
+    size = ends = 0  # its bytes and line ends so far, without `tail`
+    tail = b""  # its last bytes, in which a separator may have begun
+    while block := stream.raw.read(BLOCK):
+        first, *others = (tail + block).split(mark) if mark else (block,)
+        held.append(first)
+        size, ends = size + len(first), ends + first.count(b"\n")
+        for other in others:
+            yield b"".join(held), size, ends
+            held, size, ends = [other], len(other), other.count(b"\n")
+        last = held.pop()
+        cut = max(0, len(last) - (len(mark) - 1)) if mark else len(last)
+        held.append(last[:cut])
+        tail = last[cut:]
+        size, ends = size - len(tail), ends - tail.count(b"\n")
+        if size > limit:
+            held = []
+    if size + len(tail) or not mark:
+        # Nothing after the last separator is no document; an empty file without separators is an empty one.
+        yield b"".join(held) + tail, size + len(tail), ends + tail.count(b"\n")
+
+
+def _read_jsonl(source: Source, at: Position) -> Iterator[Document]:
+    begin = max(at.offset, source.begin - 1) if source.begin else at.offset
+    with open_stream(source.path, source.compression, begin) as stream:
+        rows = lines(stream, begin, at.line, source.limit)
+        if source.begin and at.offset < source.begin:
+            # The line that reaches into this range belongs to the range before. Lines are counted from the first byte of
+            # the range, so the next one is the first only where the range begins with it.
+            skipped = next(rows, Line(b"", 0, begin, 0))
+            begin = skipped.end
+            rows = lines(stream, begin, at.line + (skipped.size > 1), source.limit)
+        end = source.end
+        if end is not None and begin >= end:
             return
-        mark = source.separator.encode("utf-8")
-        held: list[bytes] = []  # blocks of the document that is not finished yet
-        tail = b""  # its last bytes, in which a separator may have begun
-        while block := stream.read(BLOCK):
-            first, *others = (tail + block).split(mark)
-            held.append(first)
-            for other in others:
-                yield b"".join(held)
-                held = [other]
-            last = held.pop()
-            cut = max(0, len(last) - (len(mark) - 1))
-            held.append(last[:cut])
-            tail = last[cut:]
-        if last := b"".join(held) + tail:
-            yield last  # nothing after the last separator is no document
+        for line in rows:
+            text, problem, kept = _json_text(source, line, at)
+            if text is not None or problem:
+                after = Position(at.source, line.end, line.number + 1)
+                consumed = stream.consumed if source.compression else line.end - source.begin
+                yield Document(text or "", at.source, line.number, after, consumed, problem, not kept)
+            if end is not None and line.end >= end:
+                return
 
 
-def _decode(raw: bytes, path: str, first_line: int) -> str:
+def _json_text(source: Source, line: Line, at: Position) -> tuple[str | None, str, bool]:
+    """(text or None, problem, kept); neither text nor problem for a blank line."""
+    if line.size > source.limit:
+        return None, too_long(line.size, source.limit), True
+    raw = line.raw.removeprefix(BOM) if line.end == line.size else line.raw
     try:
-        return raw.decode("utf-8")
+        decoded = raw.decode("utf-8")
     except UnicodeDecodeError as e:
-        line = first_line + raw[: e.start].count(b"\n")
-        raise DataError(
-            f"{path}:{line}: not UTF-8 (byte 0x{raw[e.start]:02x}: {e.reason}); convert the file to UTF-8"
-        ) from None
-
-
-def _read_jsonl(source: Source) -> Iterator[Document]:
-    with open(source.path, "rb") as stream:
-        for number, raw in enumerate(stream, start=1):
-            line = _decode(raw.removeprefix(BOM) if number == 1 else raw, source.path, number)
-            if not line.strip():
-                continue
-            place = f"{source.path}:{number}"
-            try:
-                row = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as e:
-                reason = e.msg if isinstance(e, json.JSONDecodeError) else "nested too deeply"
-                raise DataError(f"{place}: not valid JSON: {reason}; jsonl holds one JSON object per line") from None
-            if not isinstance(row, dict):
-                raise DataError(
-                    f"{place}: {type(row).__name__} instead of a JSON object; jsonl holds one object per line"
-                )
-            yield Document(_text_of(row, source.text_key, place), place, len(raw))
-
-
-def _read_parquet(source: Source) -> Iterator[Document]:
-    import pyarrow
-    import pyarrow.parquet
-
+        return None, not_utf8(raw, e), True
+    if not decoded.strip():
+        return None, "", True
     try:
-        file = pyarrow.parquet.ParquetFile(source.path)
-    except pyarrow.ArrowException as e:
-        raise DataError(f"{source.path}: not a parquet file: {str(e).splitlines()[0]}") from None
-    with file:
-        columns = file.schema_arrow.names
-        if source.text_key not in columns:
-            raise DataError(f"{source.path}: no column {source.text_key!r}; name one of {columns} by --text-key")
-        share = Path(source.path).stat().st_size / max(1, file.metadata.num_rows)
-        row = 0
-        try:
-            for batch in file.iter_batches(batch_size=256, columns=[source.text_key]):
-                for value in batch.column(0).to_pylist():
-                    row += 1
-                    place = f"{source.path}, row {row}"
-                    yield Document(_text_of({source.text_key: value}, source.text_key, place), place, round(share))
-        except (pyarrow.ArrowException, OSError) as e:
-            raise DataError(f"{source.path}, after row {row}: unreadable: {str(e).splitlines()[0]}") from None
+        row = json.loads(decoded)
+    except (json.JSONDecodeError, RecursionError) as e:
+        reason = e.msg if isinstance(e, json.JSONDecodeError) else "nested too deeply"
+        return None, f"not valid JSON: {reason}; jsonl holds one JSON object per line", True
+    except ValueError as e:  # an integer of thousands of digits
+        return None, f"not valid JSON: {e}", True
+    if not isinstance(row, dict):
+        return None, f"{type(row).__name__} instead of a JSON object; jsonl holds one object per line", True
+    return text_of(row, source)
 
 
-def _text_of(row: dict, key: str, place: str) -> str:
-    if key not in row:
-        raise DataError(f"{place}: no key {key!r}; name one of {sorted(row)} by --text-key")
-    if not isinstance(row[key], str):
-        kind = "null" if row[key] is None else type(row[key]).__name__
-        raise DataError(f"{place}: {key!r} is {kind}, not text; correct the file, or name another key by --text-key")
-    return row[key]
+READERS: dict[str, Callable[[Source, Position], Iterator[Document]]] = {
+    "txt": _read_txt,
+    "jsonl": _read_jsonl,
+    "csv": read_csv,
+    "parquet": read_parquet,
+    "arrow": read_arrow,
+    "hub": read_hub,
+}

@@ -56,17 +56,25 @@ class SentencePieceTokenizer:
         )
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text, int32 [n_i]. One thread: processes are how work is spread."""
+        """Ids of each text, int32 [n_i]."""
+        ids, lengths = self.encode_flat(texts)
+        return np.split(ids, np.cumsum(lengths)[:-1]) if len(texts) else []
+
+    def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of all texts, int32 [sum of lengths], and their lengths, int64 [texts]."""
         if not self._by_line:
             return self._encode(texts)
-        lines = [text.split("\n") for text in texts]
-        encoded = iter(self._encode([f"{line}\n" for own in lines for line in own[:-1]] + [own[-1] for own in lines]))
-        whole = [[next(encoded) for _ in own[:-1]] for own in lines]
-        return [np.concatenate([*own, next(encoded)]) for own in whole]
+        lines = [_lines(text) for text in texts]
+        ids, lengths = self._encode([line for own in lines for line in own])
+        ends = np.cumsum([0, *map(len, lines)])
+        return ids, np.diff(np.concatenate(([0], np.cumsum(lengths)))[ends])
 
-    def _encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def _encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """One thread: processes are how work is spread."""
         encoded = self._processor.encode(list(texts), return_type="numpy", num_threads=1)
-        return [np.asarray(ids, dtype=np.int32) for ids in encoded]
+        lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
+        ids = np.concatenate(encoded) if encoded else np.zeros(0, np.int32)
+        return ids.astype(np.int32, copy=False), lengths
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; control ids stand for nothing."""
@@ -75,6 +83,12 @@ class SentencePieceTokenizer:
     def word_starts(self) -> np.ndarray:
         """The word-start bitmap, bool [vocab_size]."""
         return sentencepiece_word_starts(self._model)
+
+
+def _lines(text: str) -> list[str]:
+    """The text cut after each line feed (and at no other line end)."""
+    *whole, last = text.split("\n")
+    return [f"{line}\n" for line in whole] + ([last] if last else [])
 
 
 def _lines_are_independent(model) -> bool:

@@ -2,76 +2,31 @@
 
 One sequence per document. The files are written here rather than by megatron's builder (the tests compare the bytes):
 its import takes seconds, it appends one document at a time, and ids beyond the dtype's range wrap in it unseen.
-The index: magic, version, dtype code, number of sequences, number of document borders; then int32 lengths,
-int64 byte offsets, int64 document borders.
 """
 
 import hashlib
-import json
-import math
 import os
-import struct
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from data_prep.errors import DataError
-from data_prep.files import PARTIAL, finish_partial, open_partial
-from data_prep.tokenizer import TokenizerInfo, read_json
-
-FORMAT = 1
-MAGIC = b"MMIDIDX\x00\x00"
-HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document borders
-DTYPE_CODES = {"uint16": 8, "int32": 4}
-MAX_LENGTH = 2**31 - 1  # of a document: its length is an int32
-SUFFIXES = (".bin", ".idx", ".json")
-
-
-@dataclass(frozen=True)
-class ShardInfo:
-    """The sidecar of a shard."""
-
-    tokenizer_hash: str
-    vocab_size: int
-    dtype: str  # "uint16" | "int32"
-    documents: int
-    tokens: int
-    max_id: int
-    eos_appended: bool
-    unigram_entropy_nats: float
-    files: dict  # "bin" and "idx" -> {"bytes": int, "sha256": str}
-    sources: list = field(default_factory=list)
-
-    def to_json(self) -> str:
-        """Return the text of the sidecar."""
-        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1, ensure_ascii=False) + "\n"
-
-    @classmethod
-    def from_file(cls, path: Path) -> "ShardInfo":
-        """Read a sidecar.
-
-        Raises:
-            DataError: missing, not JSON, of another format, or with keys missing.
-        """
-        values = read_json(path)
-        if not isinstance(values, dict) or values.get("format") != FORMAT:
-            raise DataError(f"{path}: not the sidecar of a shard (format {FORMAT})")
-        missing = [f.name for f in fields(cls) if f.name not in values]
-        if missing:
-            raise DataError(f"{path}: misses {', '.join(missing)}")
-        wrong = [
-            f.name for f in fields(cls) if not isinstance(values[f.name], (int, float) if f.type is float else f.type)
-        ]
-        files = values["files"] if "files" not in wrong else {}
-        if wrong or not all(_is_file_entry(files.get(kind)) for kind in ("bin", "idx")):
-            raise DataError(f"{path}: has a wrong value for {', '.join(wrong) or 'files'}")
-        return cls(**{f.name: values[f.name] for f in fields(cls)})
-
-
-def _is_file_entry(entry: object) -> bool:
-    return isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("sha256"), str)
+from data_prep.files import PARTIAL, Appended, finish_partial, open_partial, write_all
+from data_prep.shard_format import (
+    DTYPE_CODES,
+    HEADER,
+    MAGIC,
+    MAX_LENGTH,
+    SUFFIXES,
+    ShardInfo,
+    index_bytes,
+    shard_path,
+    token_dtype,
+    unigram_entropy,
+)
+from data_prep.tokenizer import TokenizerInfo
 
 
 @dataclass(frozen=True)
@@ -89,26 +44,10 @@ class Shard:
         return self.tokens[self.starts[i] : self.starts[i] + self.lengths[i]]
 
 
-def shard_path(prefix: str, suffix: str) -> Path:
-    """PREFIX + suffix. (Path.with_suffix would cut a prefix that has a dot in it.)"""
-    return Path(f"{prefix}{suffix}")
-
-
-def clean_prefix(name: str) -> str:
-    """The prefix of a shard that may have been named by one of its files."""
-    stem, suffix = os.path.splitext(name)
-    return stem if suffix in SUFFIXES and not shard_path(name, ".idx").exists() else name
-
-
-def token_dtype(vocab_size: int) -> np.dtype:
-    """uint16 where every id fits, else int32."""
-    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.int32)
-
-
 class ShardWriter:
     """Writes one shard under temporary names; only `finish` gives it its own.
 
-    Used as a context manager: leaving it without `finish` removes what was written.
+    Used as a context manager: leaving it without `finish` removes what was written, unless `commit` was called.
     """
 
     def __init__(
@@ -120,8 +59,12 @@ class ShardWriter:
         eos_appended: bool,
         sources: Sequence[str] = (),
         overwrite: bool = False,
+        resumable: bool = False,
     ):
         """Claim PREFIX.
+
+        Args:
+            resumable: keep what an earlier writer has committed, until `cut` says how much of it holds.
 
         Raises:
             DataError: it exists and may not be replaced, another run is writing it, or a prefix ends in '/'.
@@ -140,26 +83,67 @@ class ShardWriter:
         self._hash = hashlib.sha256()
         self._lengths: list[np.ndarray] = []
         self._counts = np.zeros(vocab_size, dtype=np.int64)
+        self.documents = 0
         Path(prefix).parent.mkdir(parents=True, exist_ok=True)
-        self._finished = False
-        self._bin = open_partial(shard_path(prefix, ".bin"))
+        self._finished = self._kept = False
+        self._bin = open_partial(shard_path(prefix, ".bin"), keep=resumable)
+        self._lengths_file = Appended(shard_path(prefix, ".lengths")) if resumable else None
         try:
             refuse_existing(prefix, overwrite)
         except DataError:
-            self._discard()
+            if resumable and self._bin.tell():  # another command's unfinished work
+                self._close()
+            else:
+                self.discard()
             raise
 
     def __enter__(self) -> "ShardWriter":
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        if not self._finished:
-            self._discard()
+        if self._finished:
+            return
+        if self._kept:
+            self._close()
+        else:
+            self.discard()
 
     @property
-    def documents(self) -> int:
-        """How many documents were written so far."""
-        return sum(len(x) for x in self._lengths)
+    def committed(self) -> tuple[int, int]:
+        """What lies in the temporary files: (bytes of tokens, documents)."""
+        return self._bin.tell(), self._lengths_file.size // 4 if self._lengths_file else 0
+
+    def cut(self, size: int, documents: int) -> None:
+        """Take up the first `documents` documents, `size` bytes of tokens, of an earlier writer; drop the rest."""
+        assert self._lengths_file and self.documents == 0, "only a fresh resumable writer can take up"
+        self._bin.truncate(size)
+        self._bin.seek(0, os.SEEK_END)
+        self._lengths_file.cut(documents * 4)
+        self._kept = documents > 0
+        if not documents:
+            return
+        with open(shard_path(self.prefix, ".bin" + PARTIAL), "rb") as stream:
+            while raw := stream.read(1 << 24):
+                self._hash.update(raw)
+                self._counts += np.bincount(np.frombuffer(raw, self._dtype), minlength=self._vocab_size)
+        self._lengths = [np.fromfile(self._lengths_file.path, dtype=np.int32)]
+        self.documents = documents
+
+    def leave(self) -> None:
+        """Touch nothing: what lies here is the work of another command."""
+        self._kept = True
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens were written so far."""
+        return self._bin.tell() // self._dtype.itemsize
+
+    def commit(self) -> tuple[int, int]:
+        """Put all that was appended on disk, to be kept if the run ends here; returns what `cut` needs."""
+        os.fsync(self._bin.fileno())
+        self._lengths_file.sync()
+        self._kept = True
+        return self.committed
 
     def append(self, ids: np.ndarray, lengths: np.ndarray) -> None:
         """Append documents.
@@ -187,10 +171,13 @@ class ShardWriter:
                 f"vocabulary of {self._vocab_size}; nothing of it was written"
             )
         raw = ids.astype(self._dtype).tobytes()
-        self._bin.write(raw)
-        self._hash.update(raw)
+        write_all(self._bin, raw)
         self._lengths.append(lengths.astype(np.int32))
+        if self._lengths_file:
+            self._lengths_file.append(self._lengths[-1].tobytes())
+        self._hash.update(raw)
         self._counts += np.bincount(ids, minlength=self._vocab_size)
+        self.documents += len(lengths)
 
     def finish(self) -> ShardInfo:
         """Write index and sidecar and give all files their names, the sidecar last.
@@ -198,18 +185,17 @@ class ShardWriter:
         Raises:
             DataError: no document was written; an empty shard cannot be opened.
         """
-        if not self._lengths:
+        if not self.documents:
             raise DataError(f"{self.prefix}: not one document to write; an empty shard cannot be opened")
-        lengths = np.concatenate(self._lengths)
-        index = index_bytes(lengths, self._dtype)
+        index = index_bytes(self.lengths, self._dtype)
         with (
             open_partial(shard_path(self.prefix, ".idx")) as idx,
             open_partial(shard_path(self.prefix, ".json")) as sidecar,
         ):
-            idx.write(index)
+            write_all(idx, index)
             info = ShardInfo(
                 dtype=self._dtype.name,
-                documents=len(lengths),
+                documents=self.documents,
                 tokens=int(self._counts.sum()),
                 max_id=int(np.flatnonzero(self._counts)[-1]),
                 unigram_entropy_nats=unigram_entropy(self._counts),
@@ -219,18 +205,37 @@ class ShardWriter:
                 },
                 **self._given,
             )
-            sidecar.write(info.to_json().encode("utf-8"))
+            write_all(sidecar, info.to_json().encode("utf-8"))
             # Without its sidecar a shard is not valid, so a run that dies from here on leaves nothing that looks whole.
             shard_path(self.prefix, ".json").unlink(missing_ok=True)
             finish_partial(self._bin, shard_path(self.prefix, ".bin"))
             finish_partial(idx, shard_path(self.prefix, ".idx"))
             finish_partial(sidecar, shard_path(self.prefix, ".json"))
+        if self._lengths_file:
+            self._lengths_file.remove()
         self._finished = True
         return info
 
-    def _discard(self) -> None:
+    @property
+    def lengths(self) -> np.ndarray:
+        """Lengths of the documents so far, int32 [documents]."""
+        return np.concatenate(self._lengths) if self._lengths else np.zeros(0, np.int32)
+
+    def discard(self) -> None:
+        """Remove what was written."""
+        if self._finished:
+            return
         for suffix in SUFFIXES:
             shard_path(self.prefix, suffix + PARTIAL).unlink(missing_ok=True)
+        if self._lengths_file:
+            self._lengths_file.remove()
+        self._bin.close()
+        self._finished = True  # nothing is left to do
+
+    def _close(self) -> None:
+        for suffix in (".idx", ".json"):
+            shard_path(self.prefix, suffix + PARTIAL).unlink(missing_ok=True)
+        self._lengths_file.close()
         self._bin.close()
 
 
@@ -239,28 +244,6 @@ def refuse_existing(prefix: str, overwrite: bool) -> None:
     existing = [str(p) for p in (shard_path(prefix, s) for s in SUFFIXES) if p.exists()]
     if existing and not overwrite:
         raise DataError(f"{existing[0]}: exists already; choose another --output, or give --overwrite to replace it")
-
-
-def unigram_entropy(counts: np.ndarray) -> float:
-    """Entropy in nats of the distribution that counts [vocab] describe: the loss of a model that knows no context."""
-    p = counts[counts > 0] / counts.sum()
-    return math.fsum(-p * np.log(p))
-
-
-def index_bytes(lengths: np.ndarray, dtype: np.dtype) -> bytes:
-    """The index file of documents of these lengths, int32 [documents], each a sequence of its own."""
-    n = len(lengths)
-    pointers = np.zeros(n, dtype=np.int64)
-    np.cumsum(lengths[:-1], dtype=np.int64, out=pointers[1:])
-    header = HEADER.pack(MAGIC, 1, DTYPE_CODES[dtype.name], n, n + 1)
-    return b"".join(
-        (
-            header,
-            lengths.astype("<i4").tobytes(),
-            (pointers * dtype.itemsize).astype("<i8").tobytes(),
-            np.arange(n + 1, dtype="<i8").tobytes(),
-        )
-    )
 
 
 def write_shard(

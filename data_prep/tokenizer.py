@@ -69,6 +69,9 @@ class Tokenizer(Protocol):
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text, int32 [n_i], with nothing added before or after."""
 
+    def encode_flat(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The same as one array: ids, int32 [sum of lengths], and lengths, int64 [texts]."""
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; control ids stand for nothing."""
 

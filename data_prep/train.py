@@ -10,7 +10,8 @@ import sentencepiece
 from data_prep.adopt import write_sentencepiece
 from data_prep.errors import DataError
 from data_prep.files import check_new_directory
-from data_prep.readers import Source, read_documents
+from data_prep.readers import read_documents
+from data_prep.sources import Source
 from data_prep.tokenizer import INFO_FILE, TokenizerInfo
 
 MAX_LINE = 4000  # bytes; sentencepiece drops longer lines without a word, so they are cut here
@@ -33,7 +34,7 @@ def train_tokenizer(
     """Train a tokenizer and write its directory. The same input gives the same bytes, on any machine.
 
     Args:
-        sources: the corpus (`readers.find_sources`).
+        sources: the corpus (`sources.find_sources`).
         vocab_size: the total: pieces, 256 bytes, unk, bos, eos, pad, gists and user symbols.
         gist_levels: how many gist tokens there are, `<gist0>` and up.
         model_type: 'bpe' or 'unigram'.

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.errors import DataError
-from data_prep.shards import Shard, ShardInfo, blocks, open_shard, shard_path, unigram_entropy
+from data_prep.shard_format import ShardInfo, shard_path, unigram_entropy
+from data_prep.shards import Shard, blocks, open_shard
 from data_prep.tokenizer import TokenizerInfo
 
 BLOCK = 1 << 24

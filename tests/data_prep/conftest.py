@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data_prep.__main__ import main
-from data_prep.readers import find_sources
+from data_prep.sources import find_sources
 from data_prep.tokenizer import load_tokenizer
 from data_prep.train import train_tokenizer
 

@@ -8,7 +8,8 @@ import pytest
 
 from data_prep import readers
 from data_prep.errors import DataError
-from data_prep.readers import find_sources, read_documents
+from data_prep.readers import read_documents
+from data_prep.sources import find_sources
 
 
 def texts(*inputs, **options) -> list[str]:
@@ -48,8 +49,8 @@ def test_separators_in_any_block_size(tmp_path, monkeypatch, block, separator, r
 def test_places_name_lines(tmp_path):
     (tmp_path / "a.txt").write_text("1\n2\n\n\n5\n\n7")
     (tmp_path / "b.jsonl").write_text('\n{"text": "x"}\n')
-    documents = list(read_documents(find_sources([str(tmp_path)], separator="\n\n")))
-    places = [(d.text, d.place.split("/")[-1]) for d in documents]
+    sources = find_sources([str(tmp_path)], separator="\n\n")
+    places = [(d.text, sources[d.source].place(d.line).split("/")[-1]) for d in read_documents(sources)]
     assert places == [("1\n2", "a.txt:1"), ("\n5", "a.txt:4"), ("7", "a.txt:7"), ("x", "b.jsonl:2")]
 
 
@@ -91,7 +92,7 @@ def test_directories_globs_and_repeats(tmp_path):
         ("a.jsonl", b'{"text": 3}\n', ("a.jsonl:1", "'text' is int")),
         ("a.parquet", b"PAR1 not really", ("a.parquet", "not a parquet file")),
         ("a.parquet", b"", ("a.parquet", "not a parquet file")),
-        ("a.csv", b"x", ("a.csv", "unknown kind", "--format")),
+        ("a.pdf", b"x", ("a.pdf", "unknown kind", "--format")),
     ],
 )
 def test_bad_files_end_in_one_line(tmp_path, name, content, words):

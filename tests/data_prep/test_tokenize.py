@@ -1,28 +1,15 @@
 """`tokenize` from text to shard and back, through the command line."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 
-from data_prep import encode
+from data_prep import batches
 from data_prep.shards import open_shard, write_shard
-from tests.data_prep.texts import CONTROL, TEXTS, fuzz
-
-FILES = (".bin", ".idx", ".json")
-
-
-def write_jsonl(path, texts) -> None:
-    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
-
-
-def contents(prefix) -> dict[str, bytes]:
-    return {s: open(f"{prefix}{s}", "rb").read() for s in FILES}
+from tests.data_prep.texts import CONTROL, TEXTS, contents, fuzz, write_jsonl
 
 
 def test_round_trip(any_tokenizer, load, tmp_path, run, fails):
@@ -61,7 +48,7 @@ def test_inspect_shows_the_text(bpe, speeches, tmp_path, run, fails):
 
 @pytest.mark.parametrize("name", ["bpe", "byte_level"])
 def test_files_are_the_same_for_any_number_of_workers(name, request, speeches, tmp_path, run, monkeypatch):
-    monkeypatch.setattr(encode, "BATCH_CHARACTERS", 50_000)
+    monkeypatch.setattr(batches, "BATCH_CHARACTERS", 50_000)
     tokenizer = request.getfixturevalue(name)
     results = []
     for workers in (1, 2, 3):
@@ -75,7 +62,7 @@ def test_files_are_the_same_for_any_number_of_workers(name, request, speeches, t
 def test_batch_size_does_not_matter(bpe, speeches, tmp_path, run, monkeypatch):
     command = ("tokenize", "--input", speeches, "--tokenizer", bpe, "--output")
     run(*command, tmp_path / "a")
-    monkeypatch.setattr(encode, "BATCH_DOCUMENTS", 1)
+    monkeypatch.setattr(batches, "BATCH_DOCUMENTS", 1)
     run(*command, tmp_path / "b")
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
@@ -138,20 +125,6 @@ def test_control_literals_in_every_format(bpe, tmp_path, run, load):
         assert not set(ids) & set(range(7)) and tokenizer.decode(ids) == CONTROL
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_bad_document_ends_the_run_and_leaves_nothing(bpe, tmp_path, fails, monkeypatch, workers):
-    monkeypatch.setattr(encode, "BATCH_DOCUMENTS", 3)
-    lines = [json.dumps({"text": f"good {i}"}) for i in range(20)]
-    lines[13] = '{"text": "half \\ud83d"}'
-    (tmp_path / "c.jsonl").write_text("\n".join(lines))
-    command = ("tokenize", "--input", tmp_path / "c.jsonl", "--tokenizer", bpe, "--output", tmp_path / "s")
-    fails(*command, "--workers", workers, words=("c.jsonl:14", "surrogate", "\\ud83d"))
-    lines[13] = "{"
-    (tmp_path / "c.jsonl").write_text("\n".join(lines))
-    fails(*command, "--workers", workers, "--valid-fraction", 0.5, words=("c.jsonl:14", "not valid JSON"))
-    assert [p.name for p in tmp_path.iterdir()] == ["c.jsonl"]
-
-
 def test_refusals(bpe, unigram, speeches, tmp_path, fails, run):
     good = ("tokenize", "--input", speeches, "--tokenizer", bpe, "--output", tmp_path / "s")
     assert run(*good)[0] == 0
@@ -187,67 +160,6 @@ def test_refusals(bpe, unigram, speeches, tmp_path, fails, run):
     (tmp_path / "file").write_text("")
     fails("tokenize", "--input", speeches, "--tokenizer", bpe, "--output", tmp_path / "file" / "t", words=("file",))
     assert not list(tmp_path.glob("t*"))
-
-
-@pytest.fixture
-def running(bpe, tmp_path):
-    """A `tokenize` process with two workers in the middle of its work, in a process group of its own."""
-    write_jsonl(tmp_path / "c.jsonl", ["the people of the United States " * 200] * 20_000)
-    options = ["--input", tmp_path / "c.jsonl", "--tokenizer", bpe, "--output", tmp_path / "s", "--workers", "2"]
-    command = [sys.executable, "-m", "data_prep", "tokenize", *map(str, options)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    partial = tmp_path / "s.bin.partial"
-    wait_for(lambda: partial.exists() and partial.stat().st_size > 0)
-    yield process
-    process.kill()
-    process.wait()
-
-
-def wait_for(condition, seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
-
-
-def members(group: int) -> list[int]:
-    """Processes of a group that still run (zombies do not)."""
-    found = []
-    for entry in os.listdir("/proc"):
-        try:
-            state, _, pgrp = open(f"/proc/{int(entry)}/stat").read().rsplit(")", 1)[1].split()[:3]
-        except (ValueError, OSError):
-            continue
-        if int(pgrp) == group and state != "Z":
-            found.append(int(entry))
-    return found
-
-
-@pytest.mark.parametrize(("sign", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_leaves_no_files_and_no_processes(running, tmp_path, sign, status):
-    running.send_signal(sign)
-    _, err = running.communicate(timeout=30)
-    assert running.returncode == status and err.count("\n") == 1 and "no output was written" in err
-    assert not list(tmp_path.glob("s.*"))
-    wait_for(lambda: not members(running.pid))
-
-
-def test_workers_do_not_outlive_a_killed_parent(running, tmp_path):
-    assert len(members(running.pid)) >= 3
-    running.kill()
-    running.wait()
-    wait_for(lambda: not members(running.pid))
-    assert [p.name for p in tmp_path.glob("s.*")] == ["s.bin.partial"]
-
-
-@pytest.mark.parametrize("wait", [0.0, 0.13, 0.31])
-def test_a_killed_worker_is_named(running, tmp_path, wait):
-    time.sleep(wait)  # wherever it is in its work
-    workers = [p for p in members(running.pid) if "spawn_main" in open(f"/proc/{p}/cmdline").read()]
-    os.kill(workers[0], signal.SIGKILL)
-    _, err = running.communicate(timeout=60)
-    assert running.returncode == 1 and "worker process died" in err and err.count("\n") == 1, err
-    assert not list(tmp_path.glob("s.*"))
 
 
 def test_help_and_errors_come_without_heavy_imports():

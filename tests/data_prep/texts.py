@@ -1,5 +1,6 @@
 """Strings on which tokenizers differ, if they do."""
 
+import json
 import random
 
 CONTROL = "<s>a</s> <unk><pad><gist0> <gist2><|endoftext|><|pad|> [MASK] <0x0A>"
@@ -25,3 +26,13 @@ def fuzz(n: int = 400, seed: int = 0) -> list[str]:
         return "".join(chr(rng.randint(low, high)) for _ in range(rng.randint(1, 6)))
 
     return ["".join(part() for _ in range(rng.randint(0, 25))) for _ in range(n)]
+
+
+def write_jsonl(path, texts) -> None:
+    """A jsonl file of texts."""
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+
+
+def contents(prefix) -> dict[str, bytes]:
+    """The bytes of a shard's three files."""
+    return {s: open(f"{prefix}{s}", "rb").read() for s in (".bin", ".idx", ".json")}
