@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 
 from pretrain.errors import UserError
+from pretrain.generate import add_arguments as add_generate_arguments
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -30,15 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--dtype", choices=("fp32", "bf16"), help="of the weights (default: the run's precision)")
 
     generate = commands.add_parser("generate", help="continue a text with a run's model or an exported one")
-    source = generate.add_mutually_exclusive_group(required=True)
-    source.add_argument("--run-dir", type=Path, metavar="DIR", help="generate from a run's checkpoint, with gists")
-    source.add_argument("--model", type=Path, metavar="HF_DIR", help="generate from an exported directory, dense")
-    generate.add_argument("--step", type=int, help="checkpoint of --run-dir (default: the newest whole one)")
-    generate.add_argument("--prompt", required=True, help="text to continue")
-    generate.add_argument("--max-new-tokens", type=int, default=64)
-    generate.add_argument("--temperature", type=float, default=0.0, help="0 picks the likeliest token")
-    generate.add_argument("--top-p", type=float, default=1.0, help="sample from the smallest set of this probability")
-    generate.add_argument("--seed", type=int, default=0)
+    add_generate_arguments(generate)
 
     report = commands.add_parser("report", help="write report.html for one run, or for several to compare")
     report.add_argument("run_dirs", type=Path, nargs="+", metavar="DIR")

@@ -1,59 +1,126 @@
-"""``python -m pretrain generate``: a text, continued."""
+"""``python -m pretrain generate``: a text, continued, or a question on a context, answered."""
 
 from __future__ import annotations
 
-from argparse import Namespace
-from collections.abc import Iterable, Iterator
+import copy
+import dataclasses
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tokenizers import Tokenizer
-
-from model.generation import Sampling, generate_tokens
 from pretrain.errors import UserError
 
 
+def add_arguments(parser: ArgumentParser) -> None:
+    """The command's flags."""
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run-dir", type=Path, metavar="DIR", help="generate from a run's checkpoint, with gists")
+    source.add_argument("--model", type=Path, metavar="HF_DIR", help="generate from an exported directory, dense")
+    parser.add_argument("--step", type=int, help="checkpoint of --run-dir (default: the newest whole one)")
+    text = parser.add_mutually_exclusive_group(required=True)
+    text.add_argument(
+        "--prompt", action="append", help="text to continue; several of them are continued together, and printed in turn"
+    )
+    text.add_argument("--prompt-file", type=Path, metavar="FILE", help="a file with the text to continue")
+    parser.add_argument(
+        "--context-file",
+        type=Path,
+        metavar="FILE",
+        help="a text that is folded into gists first, and closed; the prompt is a question on it",
+    )
+    parser.add_argument(
+        "--grow",
+        action="store_true",
+        help="with --context-file: give prompt and answer gists as their chunks close (without a context this is always so)",
+    )
+    parser.add_argument("--recall", choices=("none", "suffix", "all"), help="who unfolds chunks (default: the run's gist.recall)")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 picks the likeliest token")
+    parser.add_argument("--top-p", type=float, default=1.0, help="sample from the smallest set of this probability")
+    parser.add_argument("--seed", type=int, default=0)
+
+
 def generate(args: Namespace) -> Iterator[str]:
-    """Yield the prompt, then the continuation in pieces of text as they come. args: of the command line."""
+    """Yield prompt and continuation in pieces of text as they come; of several prompts each when it is whole."""
+    _check(args)
+    prompts = args.prompt or [_read(args.prompt_file, "--prompt-file")]
+    if not all(prompts):
+        raise UserError(f"{'--prompt' if args.prompt else '--prompt-file'}: is empty; give at least one character")
+    pieces = (_from_run if args.run_dir else _from_export)(args, prompts)
+    if len(prompts) == 1:
+        yield prompts[0]
+        yield from (piece for _, piece in pieces)
+        return
+    texts = list(prompts)
+    for number, piece in pieces:
+        texts[number] += piece
+    yield "\n\n".join(f"[{number}] {text}" for number, text in enumerate(texts, 1))
+
+
+def _check(args: Namespace) -> None:
     if args.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {args.max_new_tokens}: is below 1")
     if args.temperature < 0:
         raise UserError(f"--temperature {args.temperature}: is below 0")
     if not 0 < args.top_p <= 1:
         raise UserError(f"--top-p {args.top_p}: is not in (0, 1]")
-    if not args.prompt:
-        raise UserError("--prompt: is empty; give at least one character")
-    sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
-    yield args.prompt
-    yield from _from_run(args, sampling) if args.run_dir else _from_export(args.model, args.prompt, sampling)
+    if not all(args.stop):
+        raise UserError("--stop: is empty; give at least one character")
+    given = {"--context-file": args.context_file, "--grow": args.grow, "--recall": args.recall, "--step": args.step}
+    if args.model and any(given.values()):
+        names = ", ".join(name for name, value in given.items() if value)
+        raise UserError(f"{names}: needs --run-dir; an exported model runs without gists")
+    if args.grow and not args.context_file:
+        raise UserError("--grow: needs --context-file; without a context the text always gets gists as it grows")
 
 
-def _from_run(args: Namespace, sampling: Sampling) -> Iterator[str]:
-    from pretrain.load import load_run  # heavy libraries only after the arguments are checked
+def _read(path: Path, flag: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{flag} {path}: cannot be read as text ({error})") from None
+
+
+def _sampling(args: Namespace):
+    from model.generation import Sampling
+
+    return Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
+
+
+def _from_run(args: Namespace, prompts: list[str]) -> Iterator[tuple[int, str]]:
+    context = None if args.context_file is None else _read(args.context_file, "--context-file")
+    from model.generation import Decoder  # heavy libraries only after the arguments are checked
+    from model.text import stream_text
+    from pretrain.load import load_run
 
     run = load_run(args.run_dir, args.step)
-    tokenizer = run.tokenizer.tokenizer()
-    prompt = tokenizer.encode(args.prompt, add_special_tokens=False).ids
-    stop = [i for i in (run.tokenizer.eos_id,) if i is not None]
+    info, tokenizer = run.tokenizer, run.tokenizer.tokenizer()
+    encode: Callable[[str], list[int]] = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+    if not all(encode(prompt) for prompt in prompts):
+        raise UserError(f"{'--prompt' if args.prompt else '--prompt-file'}: has no token; give some text")
     gist = run.config.gist if run.config.model.attention == "gist" else None
-    tokens = generate_tokens(
-        run.model, prompt, gist, run.tokenizer.gist_ids, run.tokenizer.word_starts, stop, sampling
-    )
-    yield from _decode(tokenizer, prompt, tokens)
+    if args.recall and gist is None:
+        raise UserError(f"--recall: {args.run_dir} was trained with dense attention, which has nothing to recall")
+    if args.recall:
+        gist = dataclasses.replace(gist, recall=args.recall)
+    decoder = Decoder(run.model, gist, info.gist_ids, info.word_starts, grow=args.grow or context is None)
+    first = decoder.start()
+    if context is not None:
+        decoder.read_context(first, encode(context))
+    # The context is read once, whatever the number of questions.
+    sequences = [first, *(copy.deepcopy(first) for _ in prompts[1:])]
+    for sequence, prompt in zip(sequences, prompts):
+        if context is None:
+            decoder.read_context(sequence, encode(prompt), close=False)
+        else:
+            decoder.read_suffix(sequence, encode(prompt))
+    stop_ids = [i for i in (info.eos_id,) if i is not None]
+    yield from stream_text(decoder, sequences, _sampling(args), tokenizer.decode, stop_ids, args.stop)
 
 
-def _decode(tokenizer: Tokenizer, prompt: list[int], tokens: Iterable[int]) -> Iterator[str]:
-    """Text of the tokens as it becomes certain: a character may need several byte tokens."""
-    ids, shown = list(prompt), tokenizer.decode(prompt)
-    for token in tokens:
-        ids.append(token)
-        text = tokenizer.decode(ids)
-        if text.endswith("\N{REPLACEMENT CHARACTER}"):
-            continue
-        yield text[len(shown) :]
-        shown = text
-
-
-def _from_export(directory: Path, prompt: str, sampling: Sampling) -> Iterator[str]:
+def _from_export(args: Namespace, prompts: list[str]) -> Iterator[tuple[int, str]]:
+    directory, sampling = args.model, _sampling(args)
     if not (directory / "config.json").is_file():
         raise UserError(f"--model {directory}: is not an exported model (it has no config.json)")
     import torch
@@ -62,7 +129,13 @@ def _from_export(directory: Path, prompt: str, sampling: Sampling) -> Iterator[s
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = AutoModelForCausalLM.from_pretrained(directory)
     torch.manual_seed(sampling.seed)
-    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False, return_token_type_ids=False)
     how = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p} if sampling.temperature else {}
-    out = model.generate(**inputs, max_new_tokens=sampling.max_new_tokens, **(how or {"do_sample": False}))
-    yield tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    how = {"max_new_tokens": sampling.max_new_tokens, **(how or {"do_sample": False})}
+    if args.stop:
+        how |= {"stop_strings": args.stop, "tokenizer": tokenizer}
+    for number, prompt in enumerate(prompts):
+        inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False, return_token_type_ids=False)
+        out = model.generate(**inputs, **how)
+        text = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        ends = [at for at in (text.find(stop) for stop in args.stop) if at >= 0]
+        yield number, text[: min(ends, default=len(text))]

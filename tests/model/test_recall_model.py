@@ -1,25 +1,13 @@
 """The model with recall: gradients reach what was unfolded, the first layer never recalls, everything selected is dense."""
 
 import numpy as np
-import pytest
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
 
 from model.config import GistConfig, ModelConfig
 from model.gist import Recall, build_layout, interleave
-from model.layers import BuildContext
 from model.transformer import IGNORED, MicroBatch, Transformer
 
 VOCAB = 60
-
-
-@pytest.fixture(scope="module")
-def build():
-    if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        parallel_state.initialize_model_parallel()
-    yield BuildContext(parallel_state.get_tensor_model_parallel_group(), 1)
 
 
 def make(build, layers=3):
