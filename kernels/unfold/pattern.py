@@ -7,11 +7,12 @@ A row is a query of one KV head (with its ``r`` query heads side by side), and i
   of ``TILE``. So a chunk is read once for many queries, and nothing is multiplied that was not selected.
 
 Attention and its gradients are then three products with that matrix: rows x keys at its entries (:meth:`Pattern.against`),
-entries x keys (:meth:`Pattern.mix`) and entries transposed x rows (:meth:`Pattern.spread`).
+entries x keys (:meth:`Pattern.mix`) and entries transposed x rows (:meth:`Pattern.spread_`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -23,88 +24,64 @@ from kernels.tree import GistTree
 
 # Rows per tile. A chunk's last tile is padded; larger tiles pad more, smaller ones read the chunk more often.
 TILE = 16
+# Numbers (slots * r * D) that one copy of rows in tiles may hold: it must stay in the cache, or each product waits for memory.
+NUMBERS = 2**19
 
 
 @dataclass(frozen=True)
 class Chunks:
-    """The key groups of one sample: a level-0 gist, then the raw tokens behind it, padded to the longest.
+    """The key groups of a micro-batch: a level-0 gist, then the raw tokens behind it, padded to the longest.
 
     Attributes:
-        first: row of the sample's first level-0 gist; G of them follow.
-        index: [G, C] int64, rows of the level-sorted buffer; padding repeats the gist.
+        index: [G, C] int64, rows of the level-sorted buffers of all samples, back to back; padding repeats the gist.
         empty: [G, C] bool, the padding.
-        end: [G] int32, row after the group's last raw token.
+        end: [G] int32, row (of its sample) after the group's last raw token.
+        shift: [B] int64; the gist in row i of sample b has the group i + shift[b].
     """
 
-    first: int
     index: Tensor
     empty: Tensor
     end: Tensor
+    shift: Tensor
 
 
-def chunks_of(tree: GistTree, sample: int) -> Chunks:
-    """The chunks of a sample; made once per micro-batch."""
-    return tree.others.memo(("chunks", sample), lambda: _chunks_of(tree, sample))
+def chunks_of(tree: GistTree) -> Chunks:
+    """The chunks of a micro-batch; made once."""
+    return tree.others.memo("chunks", lambda: _chunks_of(tree))
 
 
-def _chunks_of(tree: GistTree, sample: int) -> Chunks:
-    first, last = tree.others.segment_start[sample, tree.levels - 1 : tree.levels + 1].tolist()
-    lo, hi = (x[sample, first:last, None].long() for x in (tree.child_lo, tree.child_hi))
-    longest = int((hi - lo).max()) if last > first else 0
+def _chunks_of(tree: GistTree) -> Chunks:
+    first, last = tree.others.segment_start[:, tree.levels - 1 : tree.levels + 1].long().unbind(1)
+    count = last - first
+    before = count.cumsum(0) - count
+    sample = torch.arange(len(count)).repeat_interleave(count)
+    gist = torch.arange(len(sample)) + (first - before)[sample]
+    lo, hi = (x[sample, gist].long()[:, None] for x in (tree.child_lo, tree.child_hi))  # [G, 1]
+    longest = int((hi - lo).max()) if len(gist) else 0
     raw = lo + torch.arange(longest)  # [G, C - 1]
-    gist = torch.arange(first, last)[:, None]
     empty = torch.nn.functional.pad(raw >= hi, (1, 0))
-    index = torch.cat([gist, raw.where(raw < hi, gist)], 1)
-    return Chunks(first, index, empty, tree.child_hi[sample, first:last])
+    index = torch.cat([gist[:, None], raw.where(raw < hi, gist[:, None])], 1)
+    return Chunks(index + (sample * tree.others.rows.shape[1])[:, None], empty, tree.child_hi[sample, gist], before - first)
 
 
-@dataclass(frozen=True)
-class Keys:
-    """Keys (or values, or their gradients) of one sample, as both kinds of pieces read them.
-
-    Attributes:
-        rows: [Hkv, R, D], level-sorted.
-        chunks: [Hkv * G, C, D], by :class:`Chunks`.
-    """
-
-    rows: Tensor
-    chunks: Tensor
-
-    @classmethod
-    def of(cls, x: Tensor, tree: GistTree, sample: int) -> Keys:
-        """From x [T, Hkv, D], in at least fp32."""
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        rows = x.index_select(0, tree.others.rows[sample]).transpose(0, 1).contiguous()
-        index = chunks_of(tree, sample).index
-        return cls(rows, rows.index_select(1, index.flatten()).view(-1, index.shape[1], x.shape[2]))
-
-    def of_heads(self, heads: slice) -> Keys:
-        """Views of some KV heads: what is added to them is added here."""
-        rows = self.rows[heads]
-        return Keys(rows, self.chunks.unflatten(0, (len(self.rows), -1))[heads].flatten(0, 1))
-
-    def zeros_like(self) -> Keys:
-        return Keys(torch.zeros_like(self.rows), torch.zeros_like(self.chunks))
-
-    def unsorted(self, tree: GistTree, sample: int) -> Tensor:
-        """[T, Hkv, D], every key's contributions from both kinds of pieces summed: the transpose of :meth:`of`."""
-        index = chunks_of(tree, sample).index.flatten()
-        chunks = self.chunks.view(self.rows.shape[0], -1, self.rows.shape[2])
-        by_row = self.rows.clone()
-        for head, part in zip(by_row, chunks):
-            head.index_add_(0, index, part)
-        by_row = by_row.transpose(0, 1)
-        tokens = tree.others.tokens
-        out = by_row.index_select(0, tree.others.row_of[sample])
-        return out.index_add_(0, tree.others.rows[sample, tokens:], by_row[tokens:])
+def sort_keys(x: Tensor, tree: GistTree) -> Tensor:
+    """[B, T, Hkv, D] -> [Hkv, B * R, D] in at least fp32, the samples' level-sorted buffers back to back."""
+    rows = tree.others.rows + torch.arange(len(x))[:, None] * x.shape[1]
+    x = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(0, 1)
+    return x.index_select(0, rows.flatten()).transpose(0, 1).contiguous()
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Queries (or gradients of outputs) of a block: by_row [Hkv, n, r, D], and as tiles [tiles, TILE * r, D]."""
-
-    by_row: Tensor
-    tiles: Tensor
+def unsort_keys(x: Tensor, tree: GistTree) -> Tensor:
+    """The transpose of :func:`sort_keys`: [Hkv, B * R, D] -> [B, T, Hkv, D]; sink copies are added to their tokens."""
+    intervals = tree.others
+    batch, tokens = intervals.batch, intervals.tokens
+    by_row = x.transpose(0, 1)
+    sample = torch.arange(batch)[:, None]
+    row_of = intervals.row_of + sample * intervals.rows.shape[1]
+    out = by_row.index_select(0, row_of.flatten())
+    sinks = by_row.unflatten(0, (batch, -1))[:, tokens:].flatten(0, 1)
+    out.index_add_(0, (intervals.rows[:, tokens:] + sample * tokens).flatten(), sinks)
+    return out.unflatten(0, (batch, tokens))
 
 
 @dataclass(frozen=True)
@@ -129,51 +106,60 @@ class Local:
     spans: tuple[tuple[int, int], ...]
     hidden: Tensor
 
+    def rows(self, by_row: Tensor) -> Tensor:
+        """[Hkv, n, r, ..] -> [Hkv, queries * r, ..]"""
+        return by_row[:, self.start : self.stop].flatten(1, 2)
+
     def keys(self, rows: Tensor) -> Tensor:
-        """[Hkv, R, D] -> [Hkv, keys, D]"""
+        """[Hkv, B * R, D] -> [Hkv, keys, D]"""
         return torch.cat([rows[:, first:last] for first, last in self.spans], 1)
 
 
 class Pattern:
-    """The matrix of some recalling queries of one sample and some KV heads (below: Hkv of them), Hkv * n rows.
+    """The matrix of some recalling queries: ``n`` queries, Hkv * n rows.
 
     Args:
         tree, selection: as for unfolding.
-        sample: to which the queries belong.
-        blocks: consecutive blocks of queries; each is a local piece.
-        heads: the KV heads.
+        blocks: samples and their blocks of queries, consecutive; each is a local piece.
         group: query heads per KV head, ``r``.
     """
 
-    def __init__(self, tree: GistTree, selection: Selection, sample: int, blocks: list[QueryBlock], heads: slice, group: int):
-        self.start, self.stop = blocks[0].start, blocks[-1].stop
-        self.queries = self.stop - self.start
-        self.heads, self.kv_heads, self.group = heads, heads.stop - heads.start, group
-        self.at = (slice(self.start, self.stop), slice(heads.start * group, heads.stop * group))  # in [N, H, D]
-        self.local = [_local(tree, selection, block, heads, self.start) for block in blocks]
-        self._make_tiles(tree, selection, heads, chunks_of(tree, sample))
+    def __init__(self, tree: GistTree, selection: Selection, blocks: list[tuple[int, QueryBlock]], group: int):
+        self.at = slice(blocks[0][1].start, blocks[-1][1].stop)  # in [N, H, D]
+        self.queries = self.at.stop - self.at.start
+        self.kv_heads, self.group = selection.kv_heads, group
+        self.local = [_local(tree, selection, *block, self.at.start) for block in blocks]
+        self._make_tiles(tree, selection, chunks_of(tree))
 
-    def _make_tiles(self, tree: GistTree, selection: Selection, heads: slice, chunks: Chunks) -> None:
-        """tile_chunk [tiles] (which chunk of which head), slot_row [tiles * TILE] (row, or one past the last), hidden."""
+    def _make_tiles(self, tree: GistTree, selection: Selection, chunks: Chunks) -> None:
+        """Fill the tiles.
+
+        tile_keys: [tiles, C] int64, the keys, counted over the level-sorted rows of all heads.
+        slot_row: [tiles * TILE] int64, the row in each slot, or one past the last in an empty slot.
+        hidden: [tiles, TILE, C] bool, what a row does not attend to.
+        """
         groups = len(chunks.end)
-        gist, query, head = _selected(selection, tree.levels - 1, slice(self.start, self.stop), heads)
+        gist, query, head = _selected(selection, tree.levels - 1, self.at)
         row = head * self.queries + query
-        chunk = head * groups + (gist - chunks.first)
+        sample = tree.tokens[self.at] // tree.others.tokens  # [n]
+        chunk = head * groups + gist + chunks.shift[sample][query]
         order = chunk.int().argsort(stable=True)
         chunk, row = chunk[order], row[order]
         count = torch.bincount(chunk, minlength=self.kv_heads * groups)
         tiles = (count + TILE - 1) // TILE
         # Where a chunk's tiles begin among all slots, less where its pairs begin among all pairs.
         shift = (tiles.cumsum(0) - tiles) * TILE - (count.cumsum(0) - count)
-        self.tile_chunk = torch.arange(len(tiles)).repeat_interleave(tiles)
-        self.slot_row = torch.full((len(self.tile_chunk) * TILE,), self.kv_heads * self.queries)
+        tile_chunk = torch.arange(len(tiles)).repeat_interleave(tiles)
+        tile_head = tile_chunk // max(groups, 1)
+        tile_group = tile_chunk - tile_head * groups
+        self.tile_keys = chunks.index.index_select(0, tile_group) + (tile_head * tree.others.rows.numel())[:, None]
+        self.slot_row = torch.full((len(tile_chunk) * TILE,), self.kv_heads * self.queries)
         self.slot_row[torch.arange(len(chunk)) + shift[chunk]] = row
         # Of a chunk that lies in a query's window only the gist is new: the window begins where a chunk does.
-        window = torch.nn.functional.pad(tree.lo[tree.levels, self.start : self.stop].repeat(self.kv_heads), (0, 1))
-        group_of_tile = self.tile_chunk % max(groups, 1)
-        near = chunks.end[group_of_tile][:, None] > window[self.slot_row].view(-1, TILE)
+        window = torch.nn.functional.pad(tree.lo[tree.levels, self.at].repeat(self.kv_heads), (0, 1))
+        near = chunks.end[tile_group][:, None] > window[self.slot_row].view(-1, TILE)
         raw = torch.arange(chunks.index.shape[1]) > 0
-        self.hidden = chunks.empty[group_of_tile][:, None] | (near[..., None] & raw)  # [tiles, TILE, C]
+        self.hidden = chunks.empty[tile_group][:, None] | (near[..., None] & raw)  # [tiles, TILE, C]
 
     def by_row(self, x: Tensor) -> Tensor:
         """Its part of x [N, H, D], in at least fp32: [Hkv, n, r, D]."""
@@ -184,17 +170,14 @@ class Pattern:
         """The reverse: [Hkv, n, r, D] -> [n, Hkv * r, D]."""
         return by_row.transpose(0, 1).flatten(1, 2)
 
-    def rows(self, by_row: Tensor) -> Rows:
-        """From [Hkv, n, r, D]."""
-        tiles = self._padded(by_row.flatten(2)).index_select(0, self.slot_row)
-        return Rows(by_row, tiles.view(-1, TILE * self.group, by_row.shape[3]))
-
-    def against(self, rows: Rows, keys: Keys) -> Entries:
-        """Products of rows and keys at the entries; hidden entries too."""
-        keys = keys.of_heads(self.heads)
-        part = lambda p: rows.by_row[:, p.start : p.stop].flatten(1, 2)
-        local = [torch.bmm(part(p), p.keys(keys.rows).transpose(1, 2)) for p in self.local]
-        return Entries(local, torch.bmm(rows.tiles, keys.chunks.index_select(0, self.tile_chunk).transpose(1, 2)))
+    def against(self, by_row: Tensor, keys: Tensor) -> Entries:
+        """Products of rows [Hkv, n, r, D] and keys [Hkv, B * R, D] at the entries; hidden entries too."""
+        local = [torch.bmm(p.rows(by_row), p.keys(keys).transpose(1, 2)) for p in self.local]
+        rows = self._padded(by_row.flatten(2))
+        chunks = by_row.new_empty(len(self.tile_keys), TILE * self.group, self.tile_keys.shape[1])
+        for tiles in self._slices(by_row.shape[3]):
+            torch.bmm(self._in_tiles(rows, tiles), self._keys_of(tiles, keys).transpose(1, 2), out=chunks[tiles])
+        return Entries(local, chunks)
 
     def hide_(self, entries: Entries) -> None:
         """Set the entries of keys that a row does not attend to to -inf."""
@@ -213,71 +196,91 @@ class Pattern:
     def total(self, entries: Entries) -> Tensor:
         """The sum of each row's entries: [Hkv, n, r]."""
         local = torch.cat([self._of_piece(x.sum(-1), p) for x, p in zip(entries.local, self.local)], 1)
-        return self._add_tiles(local[..., None], entries.chunks.sum(-1, keepdim=True))[..., 0]
+        padded = self._padded(local)
+        padded.index_add_(0, self.slot_row, entries.chunks.sum(-1).view(-1, self.group))
+        return padded[:-1].view_as(local)
 
     def less_(self, entries: Entries, per_row: Tensor, padding: float = 0.0) -> None:
         """Subtract a number of each row, [Hkv, n, r], from its entries; ``padding`` from those of empty slots."""
         for x, p in zip(entries.local, self.local):
-            x.sub_(per_row[:, p.start : p.stop].flatten(1)[..., None])
+            x.sub_(p.rows(per_row)[..., None])
         entries.chunks.sub_(self._padded(per_row, padding).index_select(0, self.slot_row).view(-1, TILE * self.group, 1))
 
-    def mix(self, entries: Entries, keys: Keys) -> Tensor:
-        """Entries x keys: [Hkv, n, r, D]."""
-        keys = keys.of_heads(self.heads)
-        parts = [self._of_piece(torch.bmm(x, p.keys(keys.rows)), p) for x, p in zip(entries.local, self.local)]
-        tiles = torch.bmm(entries.chunks, keys.chunks.index_select(0, self.tile_chunk))
-        return self._add_tiles(torch.cat(parts, 1), tiles)
+    def mix(self, entries: Entries, keys: Tensor) -> Tensor:
+        """Entries x keys [Hkv, B * R, D]: [Hkv, n, r, D]."""
+        parts = [self._of_piece(torch.bmm(x, p.keys(keys)), p) for x, p in zip(entries.local, self.local)]
+        by_row = torch.cat(parts, 1)
+        rows = self._padded(by_row.flatten(2))
+        for tiles in self._slices(by_row.shape[3]):
+            part = torch.bmm(entries.chunks[tiles], self._keys_of(tiles, keys))
+            rows.index_add_(0, self.slot_row[self._slots(tiles)], part.view(-1, rows.shape[1]))
+        return rows[:-1].view(by_row.shape)
 
-    def spread_(self, entries: Entries, rows: Rows, keys: Keys) -> None:
-        """Add entries transposed x rows to ``keys``."""
-        keys = keys.of_heads(self.heads)
+    def spread_(self, entries: Entries, by_row: Tensor, keys: Tensor) -> None:
+        """Add entries transposed x rows [Hkv, n, r, D] to ``keys`` [Hkv, B * R, D], contiguous."""
         for x, p in zip(entries.local, self.local):
-            part = torch.bmm(x.transpose(1, 2), rows.by_row[:, p.start : p.stop].flatten(1, 2))  # [Hkv, keys, D]
+            part = torch.bmm(x.transpose(1, 2), p.rows(by_row))  # [Hkv, keys, D]
             at = 0
             for first, last in p.spans:
-                keys.rows[:, first:last] += part[:, at : at + last - first]
+                keys[:, first:last] += part[:, at : at + last - first]
                 at += last - first
-        keys.chunks.index_add_(0, self.tile_chunk, torch.bmm(entries.chunks.transpose(1, 2), rows.tiles))
+        rows = self._padded(by_row.flatten(2))
+        for tiles in self._slices(by_row.shape[3]):
+            part = torch.bmm(entries.chunks[tiles].transpose(1, 2), self._in_tiles(rows, tiles))
+            keys.flatten(0, 1).index_add_(0, self.tile_keys[tiles].flatten(), part.flatten(0, 1))
 
     def _of_piece(self, x: Tensor, piece: Local) -> Tensor:
         """[Hkv, queries * r, ..] -> [Hkv, queries, r, ..]"""
         return x.unflatten(1, (piece.stop - piece.start, self.group))
 
+    def _slices(self, dim: int) -> Iterator[slice]:
+        """The tiles, as many at a time as fit the cache."""
+        tiles = len(self.tile_keys)
+        step = max(1, NUMBERS // (TILE * self.group * dim))
+        return (slice(i, min(i + step, tiles)) for i in range(0, tiles, step))
+
+    def _slots(self, tiles: slice) -> slice:
+        return slice(tiles.start * TILE, tiles.stop * TILE)
+
+    def _keys_of(self, tiles: slice, keys: Tensor) -> Tensor:
+        """[Hkv, B * R, D] -> [tiles, C, D]"""
+        index = self.tile_keys[tiles]
+        return keys.flatten(0, 1).index_select(0, index.flatten()).view(*index.shape, -1)
+
+    def _in_tiles(self, rows: Tensor, tiles: slice) -> Tensor:
+        """Padded rows [Hkv * n + 1, r * D] -> [tiles, TILE * r, D]."""
+        picked = rows.index_select(0, self.slot_row[self._slots(tiles)])
+        return picked.view(tiles.stop - tiles.start, TILE * self.group, -1)
+
     def _padded(self, x: Tensor, value: float = 0.0) -> Tensor:
         """[Hkv, n, d] -> [Hkv * n + 1, d]: one more row, which the empty slots of tiles refer to."""
         return torch.cat([x.flatten(0, 1), x.new_full((1, x.shape[2]), value)])
 
-    def _add_tiles(self, by_row: Tensor, tiles: Tensor) -> Tensor:
-        """by_row [Hkv, n, r, d] plus what its rows have in tiles [tiles, TILE * r, d]."""
-        padded = self._padded(by_row.flatten(2))
-        return padded.index_add_(0, self.slot_row, tiles.reshape(-1, padded.shape[1]))[:-1].view(by_row.shape)
+
+def _selected(selection: Selection, segment: int, queries: slice) -> tuple[Tensor, Tensor, Tensor]:
+    """What some queries selected in a segment: row, number of query, KV head, three [pairs] int64."""
+    ends = selection.start[segment][queries.start * selection.kv_heads : queries.stop * selection.kv_heads + 1]
+    rows = selection.rows[segment][int(ends[0]) : int(ends[-1])].long()
+    owner = torch.arange(len(ends) - 1).repeat_interleave(ends.diff())
+    query = owner // selection.kv_heads
+    return rows, query, owner - query * selection.kv_heads
 
 
-def _selected(selection: Selection, segment: int, queries: slice, heads: slice) -> tuple[Tensor, Tensor, Tensor]:
-    """What some queries and KV heads selected in a segment: row, number of query, number of head, three [pairs] int64."""
-    start = selection.start[segment]
-    lists = lambda x: x.view(-1, selection.kv_heads)[queries, heads].flatten()
-    first, count = lists(start[:-1]), lists(start.diff())
-    owner = torch.arange(len(count)).repeat_interleave(count)
-    place = torch.arange(len(owner)) + (first - (count.cumsum(0) - count))[owner]
-    width = heads.stop - heads.start
-    return selection.rows[segment].index_select(0, place).long(), owner // width, owner % width
-
-
-def _local(tree: GistTree, selection: Selection, block: QueryBlock, heads: slice, origin: int) -> Local:
+def _local(tree: GistTree, selection: Selection, sample: int, block: QueryBlock, origin: int) -> Local:
     """The local piece of one block of queries; ``origin`` is the first query of the pattern."""
-    at, shape = slice(block.start, block.stop), (heads.stop - heads.start, block.stop - block.start)
+    at, shape = slice(block.start, block.stop), (selection.kv_heads, block.stop - block.start)
+    offset = sample * tree.others.rows.shape[1]
     spans, hidden = [], []
     for s, first, last in block.spans:
         if s == tree.levels - 1:
             continue  # level-0 gists go with their chunks
         if s < tree.levels:
-            rows, query, head = _selected(selection, s, at, heads)
+            rows, query, head = _selected(selection, s, at)
             hide = torch.ones(*shape, last - first, dtype=torch.bool)
             hide[head, query, rows - first] = False
         else:
             row = torch.arange(first, last, dtype=torch.int32)
             hide = ((row < tree.lo[s, at, None]) | (row >= tree.hi[s, at, None])).expand(*shape, -1)
-        spans.append((first, last))
+        spans.append((first + offset, last + offset))
         hidden.append(hide)
     return Local(block.start - origin, block.stop - origin, tuple(spans), torch.cat(hidden, 2))

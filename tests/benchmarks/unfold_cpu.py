@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.unfold_cpu [--raw 2048 8192] [--threads 1]
 
-One document of c = (8, 4), 8 heads of 64, fp32, random keys. "tenth": the last tenth of the tokens recalls; "every tenth":
+One document of c = (8, 4), 8 heads of 64, fp32, random keys. "suffix": the last tenth of the tokens recalls; "every tenth":
 every tenth token; "all": all raw tokens. Times are CPU seconds of this process (best of --repeats), so that a busy machine
 disturbs them less.
 """

@@ -76,8 +76,9 @@ def test_patterns_of_any_size_agree(monkeypatch):
     *qkv, d_out = random_qkv(layout, 6, 3, 6, torch.float64)
     rule = make_rule("adaptive, small ratio", config, "head")
     whole, _ = run("cpu", qkv, d_out, tree, rule)
-    monkeypatch.setattr("kernels.unfold.cpu.NUMBERS", 1)
+    monkeypatch.setattr("kernels.unfold.cpu.CHUNKS", 1)
     monkeypatch.setattr("kernels.unfold.cpu.BLOCK", 7)
+    monkeypatch.setattr("kernels.unfold.pattern.NUMBERS", 1)
     for a, b in zip(run("cpu", qkv, d_out, tree, rule)[0], whole):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
 
