@@ -71,3 +71,27 @@ def uniform_intervals(
     return level, Intervals(
         batch(rows, int64), batch(row_of, int64), batch(lo, int32), batch(hi, int32), batch(segment_start, int32)
     )
+
+
+def sampled_attention(
+    q: Tensor, k: Tensor, v: Tensor, intervals: Intervals, tokens: Tensor, scale: float, dtype: torch.dtype
+) -> Tensor:
+    """Attention of a few tokens, key by key: exact at any length where no T x T reference fits. Differentiable.
+
+    Args:
+        q: [1, T, H, D]; k, v: [1, T, Hkv, D]; tokens: [n] int64, the tokens whose output is wanted.
+        dtype: in which to compute: fp64 for the truth, q's own for what plain PyTorch makes of it.
+
+    Returns:
+        [n, H, D] in ``dtype``. Memory: n x (most keys that one of the tokens sees) x Hkv x D.
+    """
+    lo, hi = intervals.lo[0, :, tokens].tolist(), intervals.hi[0, :, tokens].tolist()  # [S][n]
+    rows = [torch.cat([torch.arange(a[i], b[i]) for a, b in zip(lo, hi)]) for i in range(len(tokens))]
+    seen = torch.nn.utils.rnn.pad_sequence([r.to(q.device) for r in rows], batch_first=True, padding_value=-1)  # [n, keys]
+    # A key's gradient is summed over the tokens before it is rounded, as a matrix product would: hence the wide gather.
+    wide = torch.promote_types(dtype, torch.float32)
+    key, value = (x[0].to(wide)[intervals.rows[0, seen.clamp(min=0)]].to(dtype) for x in (k, v))  # [n, keys, Hkv, D]
+    query = q[0, tokens].to(dtype).unflatten(1, (k.shape[2], -1))  # [n, Hkv, G, D]
+    scores = (torch.einsum("nhgd,nkhd->nhgk", query, key) * scale).to(wide)
+    weights = scores.masked_fill(seen[:, None, None] < 0, -torch.inf).softmax(-1).to(dtype)
+    return torch.einsum("nhgk,nkhd->nhgd", weights, value).flatten(1, 2)

@@ -1,0 +1,203 @@
+"""Compiles every kernel for GPUs that need not be there, and says what each program takes: registers, spills, shared memory.
+
+    python -m kernels.aot [--arch sm_80 sm_90] [--dtype bf16 fp16 fp32] [--dim 64 ..] [--check] [--output docs/benchmarks]
+
+Writes ``compressed_aot.json`` (one entry per architecture, kernel, head dimension and dtype; entries not compiled this time
+stay as they were) and ``compressed_aot.md``, the same as a table. ``--check`` writes nothing: it compares with what is
+committed and fails where something got worse. No driver is touched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kernels.compressed import backward, forward
+from kernels.compressed.tiles import HEAD_DIMS, Tile, Tiles, choose_tiles
+from kernels.compressed.triton import SUM_ROWS
+
+ARCHITECTURES = {"sm_80": (80, "sm_80"), "sm_90": (90, "sm_90a"), "sm_100": (100, "sm_100a")}  # capability, ptxas name
+SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448}  # bytes a program can have
+# Bytes per thread, stores and loads together. 16 bits: a few words. fp32 products run without tensor cores, each thread
+# holding whole rows of its operands: at head dimension 256 no tile is small enough; these kernels are for exactness, not speed.
+SPILL_LIMIT = {"bf16": 64, "fp16": 64, "fp32": 1100}
+DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
+HEADS, KV_HEADS, SEGMENTS = 32, 8, 4  # two gist levels; the number of segments changes nothing but a short unrolled loop
+VERSION = f"triton {triton.__version__}"
+TABLE = Path(__file__).parent.parent / "docs" / "benchmarks" / "compressed_aot"
+_FP32 = {"p_shift", "p_factor", "p_mean", "p_copy_k", "p_copy_v", "p_part_k", "p_part_v"}
+_INT32 = {"p_lo", "p_hi", "p_plan", "p_items", "p_sums", "p_copy_of"}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one compiled kernel takes, per thread (registers, spills) or per program (shared memory)."""
+
+    tile: str
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+
+    def worse_than(self, other: Report) -> list[str]:
+        """The figures that grew, in words; a different tile is no reason to look away."""
+        names = ("registers", "spill_bytes", "shared_bytes")
+        return [f"{n} {getattr(other, n)} -> {getattr(self, n)}" for n in names if getattr(self, n) > getattr(other, n)]
+
+    def excess(self, arch: str, dtype: str) -> list[str]:
+        """The stated bounds that are broken, in words."""
+        errors = []
+        if self.spill_bytes > SPILL_LIMIT[dtype]:
+            errors.append(f"spills {self.spill_bytes} bytes, more than {SPILL_LIMIT[dtype]}")
+        if self.shared_bytes > SHARED_LIMIT[arch]:
+            errors.append(f"{self.shared_bytes} bytes of shared memory, {arch} has {SHARED_LIMIT[arch]}")
+        return errors
+
+
+def programs(tiles: Tiles) -> dict[str, tuple[triton.JITFunction, Tile, dict]]:
+    """Every program that forward and backward launch: name -> kernel, tile, compile-time flags of its own."""
+    return {
+        "forward": (forward.forward_kernel, tiles.forward, {}),
+        "d_query": (backward.d_query_kernel, tiles.d_query, {}),
+        "d_key top": (backward.d_key_kernel, tiles.top, dict(COPIES=True)),
+        "d_key local": (backward.d_key_kernel, tiles.local, dict(COPIES=True)),
+        "d_key sink": (backward.d_key_kernel, tiles.sink, dict(COPIES=True)),
+        "sum_parts": (backward.sum_parts_kernel, Tile(SUM_ROWS, tiles.top.keys, 4, 3), dict(SINK=False, COPIES=True)),
+        "sum_parts sink": (backward.sum_parts_kernel, Tile(SUM_ROWS, tiles.sink.keys, 4, 3), dict(SINK=True, COPIES=True)),
+    }
+
+
+def compile_program(arch: str, name: str, dim: int, dtype: str, tile: Tile | None = None) -> Report:
+    """Compile one program of :func:`programs` for 32/8 heads; ``tile`` replaces the table's."""
+    block_dim = triton.next_power_of_2(dim)
+    kernel, table_tile, flags = programs(choose_tiles(arch, block_dim, DTYPES[dtype]))[name]
+    tile = tile or table_tile
+    sizes = dict(
+        H=HEADS, HKV=KV_HEADS, D=dim, BD=block_dim, S=SEGMENTS, BM=tile.rows, BN=tile.keys, BR=tile.rows, UPCAST=False,
+        EXACT=dtype == "fp32", **flags,
+    )  # fmt: skip
+    constants = {n: sizes[n] for n in kernel.arg_names if n in sizes}
+    signature = {n: "constexpr" if n in sizes else _type(n, dtype) for n in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if n.startswith("p_")}
+    capability, ptxas_name = ARCHITECTURES[arch]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    options = dict(num_warps=tile.warps, num_stages=tile.stages)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    registers, spill = _registers(compiled.asm["ptx"], ptxas_name)
+    return Report(describe(tile), registers, spill, compiled.metadata.shared)
+
+
+def describe(tile: Tile) -> str:
+    """A tile as the table names it."""
+    return f"{tile.rows}x{tile.keys}, {tile.warps} warps, {tile.stages} stages"
+
+
+def _type(name: str, dtype: str) -> str:
+    if not name.startswith("p_"):
+        return "fp32" if name in ("scale", "d_scale") else "i32"
+    return "*" + ("fp32" if name in _FP32 else "i32" if name in _INT32 else "i64" if name == "p_rows" else dtype)
+
+
+def _registers(ptx: str, ptxas_name: str) -> tuple[int, int]:
+    """Registers and spilled bytes (stores and loads together) per thread, as the assembler reports them."""
+    nvidia = triton.knobs.nvidia
+    ptxas = nvidia.ptxas_blackwell if ptxas_name.startswith("sm_1") else nvidia.ptxas
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [ptxas.path, "-v", f"--gpu-name={ptxas_name}", file.name, "-o", "/dev/null"]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    stores, loads = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text).groups()
+    return int(re.search(r"Used (\d+) registers", text)[1]), int(stores) + int(loads)
+
+
+def key_of(arch: str, name: str, dim: int, dtype: str) -> str:
+    """The name of one entry of the table."""
+    return f"{arch} | {name} | {dim} | {dtype}"
+
+
+def load_table(path: Path = TABLE) -> tuple[str, dict[str, Report]]:
+    """What the committed table was made with, and its entries; none if there is no table."""
+    file = path.with_suffix(".json")
+    if not file.exists():
+        return VERSION, {}
+    content = json.loads(file.read_text())
+    return content["made_with"], {k: Report(**v) for k, v in content["programs"].items()}
+
+
+def write_table(table: dict[str, Report], path: Path = TABLE) -> None:
+    """Write the table as JSON and as a page."""
+    entries = {k: asdict(table[k]) for k in sorted(table)}
+    path.with_suffix(".json").write_text(json.dumps({"made_with": VERSION, "programs": entries}, indent=1) + "\n")
+    lines = [
+        "# Compressed attention: what the compiled kernels take",
+        "",
+        f"Made by `python -m kernels.aot` with {VERSION}, for {HEADS}/{KV_HEADS} heads and two gist levels; no GPU involved.",
+        "Registers and spilled bytes per thread (255 registers is the limit), shared memory in bytes per program.",
+        "",
+        "| arch | kernel | head dim | dtype | tile (rows x keys) | registers | spills | shared |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for k, r in sorted(table.items(), key=lambda item: _order(item[0])):
+        lines.append(f"| {k} | {r.tile} | {r.registers} | {r.spill_bytes} | {r.shared_bytes} |")
+    path.with_suffix(".md").write_text("\n".join(lines) + "\n")
+
+
+def _order(key: str) -> tuple:
+    arch, name, dim, dtype = key.split(" | ")
+    return int(arch[3:]), int(dim), dtype, name
+
+
+def check(key: str, report: Report, committed: tuple[str, dict[str, Report]]) -> list[str]:
+    """What is wrong with a report: a bound broken, nothing committed, or worse than what is committed.
+
+    The last only with the compiler that made the table: another one allocates registers differently.
+    """
+    arch, *_, dtype = key.split(" | ")
+    made_with, table = committed
+    errors = report.excess(arch, dtype)
+    if key not in table:
+        errors.append("not in the committed table")
+    elif made_with == VERSION:
+        errors += report.worse_than(table[key])
+    return [f"{key}: {e}" for e in errors]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=["sm_80", "sm_90"])
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--dim", nargs="+", type=int, choices=HEAD_DIMS, default=list(HEAD_DIMS))
+    parser.add_argument("--check", action="store_true", help="compare with the committed table instead of writing it")
+    parser.add_argument("--output", type=Path, default=TABLE.parent)
+    args = parser.parse_args()
+    path = args.output / TABLE.name
+    committed = load_table(path)
+    table, errors = dict(committed[1]), []
+    for arch in args.arch:
+        for dim in args.dim:
+            for dtype in args.dtype:
+                for name in programs(choose_tiles(arch, triton.next_power_of_2(dim), DTYPES[dtype])):
+                    start = time.perf_counter()
+                    key = key_of(arch, name, dim, dtype)
+                    report = table[key] = compile_program(arch, name, dim, dtype)
+                    errors += check(key, report, committed if args.check else (VERSION, table))
+                    print(f"{key}: {report} ({time.perf_counter() - start:.1f} s)", flush=True)
+    if not args.check:
+        write_table(table, path)
+    print(*errors, sep="\n", file=sys.stderr)
+    return 1 if errors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""The kernels compile for GPUs that are not here, and take no more registers and memory than the committed table says."""
+
+import importlib.util
+
+import pytest
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+from kernels import aot
+from kernels.compressed.tiles import HEAD_DIMS, TABLE, Tile, choose_tiles
+
+TILES = choose_tiles("sm_90", 128, 2)
+ALL = [
+    (arch, name, dim, dtype)
+    for arch in ("sm_80", "sm_90")
+    for dim in HEAD_DIMS
+    for dtype in aot.DTYPES
+    for name in aot.programs(TILES)
+]
+# What training uses most, one padded head dimension, one exact kernel. All of it takes ten minutes: `python -m kernels.aot
+# --check`, or this test with -m long.
+SOME = [
+    *[("sm_90", name, 128, "bf16") for name in aot.programs(TILES)],
+    *[("sm_80", name, 128, "bf16") for name in ("forward", "d_query", "d_key top", "d_key local")],
+    ("sm_90", "forward", 80, "fp16"),
+    ("sm_90", "d_key local", 64, "fp32"),
+]
+
+
+def compile_and_check(arch, name, dim, dtype):
+    report = aot.compile_program(arch, name, dim, dtype)
+    assert not aot.check(aot.key_of(arch, name, dim, dtype), report, aot.load_table())
+
+
+@pytest.mark.parametrize("arch,name,dim,dtype", SOME)
+def test_compiles_within_bounds(arch, name, dim, dtype):
+    compile_and_check(arch, name, dim, dtype)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("arch,name,dim,dtype", [x for x in ALL if x not in SOME])
+def test_all_compile_within_bounds(arch, name, dim, dtype):
+    compile_and_check(arch, name, dim, dtype)
+
+
+def test_the_committed_table_is_whole_and_within_bounds():
+    """Every program of every architecture, head dimension and dtype, with the tiles that the code has now."""
+    _, table = aot.load_table()
+    for arch, name, dim, dtype in ALL:
+        report = table[aot.key_of(arch, name, dim, dtype)]
+        assert not report.excess(arch, dtype)
+        tile = aot.programs(TABLE[arch][max(64, 1 << (dim - 1).bit_length()), aot.DTYPES[dtype]])[name][1]
+        assert report.tile == aot.describe(tile)
+
+
+def test_a_worse_kernel_is_found():
+    """The check fails on a larger tile: spills, shared memory, and growth against the table."""
+    key = aot.key_of("sm_90", "forward", 128, "bf16")
+    large = aot.compile_program("sm_90", "forward", 128, "bf16", Tile(128, 256, 4, 3))
+    made_with, table = aot.load_table()
+    wrong = "\n".join(aot.check(key, large, (aot.VERSION, table)))
+    assert "spills" in wrong and "spill_bytes 0 ->" in wrong and "of shared memory, sm_90 has" in wrong
+    assert "registers" not in "\n".join(aot.check(key, large, ("another compiler", table)))
+    assert aot.check(key, large, (aot.VERSION, {}))[-1].endswith("not in the committed table")
