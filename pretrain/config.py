@@ -35,6 +35,10 @@ class DataConfig:
         raise_together(errors)
 
 
+# What train.allow_changes may name: other settings decide which weights there are or which samples a step sees.
+CHANGEABLE_ON_RESUME = ("optimizer", "schedule", "train.steps", "train.clip", "precision")
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """How long, how much at a time."""
@@ -48,6 +52,8 @@ class TrainConfig:
     recall_after: int = option(0, "steps of pure forgetting before gist.recall begins")
     valid_every: int = option(100, "steps between validations; 0: only after the last step")
     valid_samples: int = option(16, "samples of one validation")
+    init_from: str = option("", "run or checkpoint directory whose weights (nothing else) a new run starts from")
+    allow_changes: tuple[str, ...] = option((), "settings or sections that may differ on resume, e.g. [optimizer.lr, schedule]")
 
     def __post_init__(self):
         errors = [
@@ -59,6 +65,9 @@ class TrainConfig:
         errors += [f"{n}: {getattr(self, n)} is below 0" for n in not_negative if getattr(self, n) < 0]
         if not errors and self.global_batch % self.micro_batch:
             errors.append(f"micro_batch: {self.micro_batch} does not divide global_batch ({self.global_batch})")
+        for name in self.allow_changes:
+            if not name.startswith(CHANGEABLE_ON_RESUME):
+                errors.append(f"allow_changes: {name!r} is not one of {', '.join(CHANGEABLE_ON_RESUME)} or a setting in them")
         raise_together(errors)
 
 
@@ -126,15 +135,45 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When the run's state is saved."""
+    """When the run's state is saved, how much of it is kept, and when the run stops by itself."""
 
     every: int = option(100, "steps between checkpoints; the last step is always saved")
     keep: int = option(3, "newest checkpoints that are kept; 0 keeps all")
+    keep_every: int = option(0, "checkpoints at multiples of so many steps are kept for good; 0: none")
+    background: bool = option(True, "training goes on while the copied state is written; needs host memory for one copy")
+    deadline_minutes: float = option(30.0, "a save that takes longer has failed; the ranks that are late are named")
+    stop_after_minutes: float = option(0.0, "save and stop when the process has run so long (a job's time limit); 0: never")
 
     def __post_init__(self):
         errors = [f"every: {self.every} is below 1"] if self.every < 1 else []
-        if self.keep < 0:
-            errors.append(f"keep: {self.keep} is below 0")
+        names = ("keep", "keep_every", "stop_after_minutes")
+        errors += [f"{n}: {getattr(self, n)} is below 0" for n in names if getattr(self, n) < 0]
+        if self.deadline_minutes <= 0:
+            errors.append(f"deadline_minutes: {self.deadline_minutes} is not above 0")
+        raise_together(errors)
+
+
+@dataclass(frozen=True)
+class FaultConfig:
+    """What happens when a step goes wrong or does not end."""
+
+    max_skips: int = option(3, "steps in a row without a finite loss and gradient that make the run roll back")
+    spike_z: float = option(20.0, "a loss so many robust standard deviations above the recent median rolls back; 0: never")
+    spike_window: int = option(64, "recent losses that a spike is measured against")
+    spike_steps: int = option(1, "steps, up to the one with the spike, whose samples are quarantined")
+    max_rollbacks: int = option(3, "rollbacks after which the run ends instead")
+    hang_minutes: float = option(30.0, "without progress for so long, every rank writes its stacks and the job ends; 0: never")
+    straggler_factor: float = option(1.5, "a rank that computes so many times longer than the median is named in the metrics")
+
+    def __post_init__(self):
+        names = ("max_skips", "spike_steps")
+        errors = [f"{n}: {getattr(self, n)} is below 1" for n in names if getattr(self, n) < 1]
+        names = ("spike_z", "max_rollbacks", "hang_minutes")
+        errors += [f"{n}: {getattr(self, n)} is below 0" for n in names if getattr(self, n) < 0]
+        if self.spike_window < 8:
+            errors.append(f"spike_window: {self.spike_window} is below 8")
+        if self.straggler_factor <= 1:
+            errors.append(f"straggler_factor: {self.straggler_factor} is not above 1")
         raise_together(errors)
 
 
@@ -159,6 +198,7 @@ class RunConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    faults: FaultConfig = field(default_factory=FaultConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     precision: str = option("bf16", "compute precision: bf16 or fp32; master weights and softmax are always fp32")
 
@@ -189,8 +229,8 @@ class RunConfig:
 
 
 # Settings that may differ when a run is resumed: none of them changes what is learned or in which order.
-FREE_ON_RESUME = ("parallel.", "checkpoint.", "monitor.", "train.micro_batch", "train.activation_checkpointing",
-                  "train.valid_", "data.train", "data.valid", "data.tokenizer")  # fmt: skip
+FREE_ON_RESUME = ("parallel.", "checkpoint.", "faults.", "monitor.", "train.micro_batch", "train.activation_checkpointing",
+                  "train.valid_", "train.allow_changes", "data.train", "data.valid", "data.tokenizer")  # fmt: skip
 
 
 def load_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:
@@ -298,8 +338,8 @@ def flatten(tree: dict, prefix: str = "") -> dict:
     return flat
 
 
-def changes_on_resume(old: dict, new: dict) -> list[str]:
-    """Differences between two configurations that would change what is learned, as readable lines."""
+def changes_on_resume(old: dict, new: dict) -> dict[str, str]:
+    """Differences between two configurations that would change what is learned: {dotted key: readable line}."""
     a, b = flatten(old), flatten(new)
     keys = [k for k in {**a, **b} if not k.startswith(FREE_ON_RESUME)]
-    return [f"{k}: {a.get(k)!r} in the run, {b.get(k)!r} given" for k in keys if a.get(k) != b.get(k)]
+    return {k: f"{k}: {a.get(k)!r} in the run, {b.get(k)!r} given" for k in keys if a.get(k) != b.get(k)}

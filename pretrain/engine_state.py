@@ -1,93 +1,146 @@
 """The engine's weights and optimizer state under canonical names, whatever ZeRO stage and tensor-parallel size.
 
-Every parameter yields three fp32 tensors: ``model.NAME`` (master weight), ``exp_avg.NAME`` and ``exp_avg_sq.NAME``. What a
-tensor-parallel rank holds a part of is handed over as a DTensor, so that torch.distributed.checkpoint sees whole tensors
-and any layout can read what another wrote. A parameter split in strides (gate and up in one matrix) is several tensors.
+Every parameter yields three fp32 tensors: ``model.NAME`` (master weight), ``exp_avg.NAME`` and ``exp_avg_sq.NAME``. ZeRO gives
+each data-parallel rank a run of a parameter's elements; of a matrix that is up to three rectangles (the rest of a row, whole
+rows, the beginning of a row). Each rank writes and reads exactly its own rectangles, so neither needs communication or
+memory beyond them, and any layout can read what another wrote. A parameter split in strides (gate and up in one matrix)
+is several tensors.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import deepspeed
 import torch
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-)
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
+
+from pretrain.parallel import Parallel
+from pretrain.tensor_files import TensorDirectory
 
 KINDS = ("model", "exp_avg", "exp_avg_sq")
+RECTANGLES = 3  # that a run of a matrix's elements can consist of
+ADAM_STEP = "optimizer.step"
 
 
-def piece_names(name: str, parameter: nn.Parameter) -> list[str]:
-    """Names of the checkpoint tensors of a parameter."""
-    stride = _stride(parameter)
-    return [name] if stride == 1 else [f"{name}.{i}" for i in range(stride)]
+@dataclass(frozen=True)
+class Fragment:
+    """A rectangle of a checkpoint tensor that this rank holds.
+
+    Attributes:
+        name: the whole tensor's.
+        offsets, shape: of the rectangle within it.
+        whole: the whole tensor's shape.
+        which: 0 to 2, different for the rectangles that one parameter's run consists of.
+        writes: whether this rank writes it; ranks that share a replicated parameter all read it, one writes.
+        values: its elements, a flat view of the optimizer's memory.
+    """
+
+    name: str
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+    whole: tuple[int, ...]
+    which: int
+    writes: bool
+    values: Tensor
 
 
-def _stride(parameter: nn.Parameter) -> int:
-    return parameter.partition_stride if getattr(parameter, "tensor_model_parallel", False) else 1
+def rectangles(start: int, stop: int, shape: tuple[int, ...]) -> Iterator[tuple[tuple, tuple, int]]:
+    """The elements start..stop of a row-major tensor as (offsets, shape, which), in order."""
+    if start >= stop:
+        return
+    if len(shape) == 1:
+        yield (start,), (stop - start,), 0
+        return
+    rows, columns = shape
+    row, column = divmod(start, columns)
+    if column:
+        part = min(stop - start, columns - column)
+        yield (row, column), (1, part), 1
+        start, row = start + part, row + 1
+    if full := max(0, stop - start) // columns:
+        yield (row, 0), (full, columns), 0
+        start, row = start + full * columns, row + full
+    if start < stop:
+        yield (row, 0), (1, stop - start), 2
 
 
-def to_pieces(parameter: nn.Parameter, local: Tensor, mesh: DeviceMesh | None) -> list[Tensor]:
-    """This rank's fp32 tensor of a parameter as checkpoint tensors; ``mesh`` None means that it is whole."""
-    if not getattr(parameter, "tensor_model_parallel", False):
-        return [local]
-    dim = parameter.partition_dim
-    chunks = [chunk.contiguous() for chunk in local.chunk(_stride(parameter), dim)]
-    return chunks if mesh is None else [DTensor.from_local(c, mesh, [Shard(dim)], run_check=False) for c in chunks]
+def pieces(name: str, parameter: nn.Parameter) -> list[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of the checkpoint tensors of a parameter, as far as this rank's tensor-parallel part reaches."""
+    shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 keeps the shape there
+    stride = parameter.partition_stride if _is_split(parameter) else 1
+    if stride == 1:
+        return [(name, shape)]
+    assert parameter.partition_dim == 0, name  # so that a piece is a run of elements
+    part = (shape[0] // stride, *shape[1:])
+    return [(f"{name}.{i}", part) for i in range(stride)]
 
 
-def from_pieces(parameter: nn.Parameter, pieces: list[Tensor]) -> Tensor:
-    """The inverse of :func:`to_pieces`."""
-    local = [piece.to_local() if isinstance(piece, DTensor) else piece for piece in pieces]
-    return local[0] if len(local) == 1 else torch.cat(local, parameter.partition_dim)
+def _is_split(parameter: nn.Parameter) -> bool:
+    return getattr(parameter, "tensor_model_parallel", False)
 
 
-def _named_tensors(engine) -> Iterator[tuple[str, nn.Parameter, str]]:
+def fragments(engine: deepspeed.DeepSpeedEngine, parallel: Parallel) -> Iterator[Fragment]:
+    """Everything of weights and optimizer that this rank holds."""
+    tensor_rank, tensor_size = parallel.tensor_group.rank(), parallel.tensor_group.size()
     for name, parameter in engine.module.named_parameters():
+        split = _is_split(parameter)
+        owner = split or tensor_rank == 0
         for kind in KINDS:
-            yield name, parameter, kind
+            first, run = _run(engine, parameter, kind)
+            begin = 0  # of the piece among the parameter's elements
+            for piece, shape in pieces(f"{kind}.{name}", parameter):
+                end = begin + math.prod(shape)
+                a, b = max(first, begin), min(first + len(run), end)
+                shift, whole = [0] * len(shape), list(shape)
+                if split:
+                    shift[parameter.partition_dim] = tensor_rank * shape[parameter.partition_dim]
+                    whole[parameter.partition_dim] *= tensor_size
+                for offsets, part, which in rectangles(a - begin, b - begin, shape):
+                    values = run[a - first : a - first + math.prod(part)]
+                    offsets = tuple(x + y for x, y in zip(offsets, shift))
+                    yield Fragment(piece, offsets, part, tuple(whole), which, owner, values)
+                    a += math.prod(part)
+                begin = end
 
 
-def read_state(engine: deepspeed.DeepSpeedEngine, mesh: DeviceMesh) -> dict[str, Tensor]:
-    """Checkpoint tensors of weights and optimizer. A collective: all ranks call it."""
-    state = {}
-    for name, parameter, kind in _named_tensors(engine):
-        local = safe_get_full_fp32_param(parameter) if kind == "model" else safe_get_full_optimizer_state(parameter, kind)
-        for piece_name, piece in zip(piece_names(name, parameter), to_pieces(parameter, local, mesh)):
-            state[f"{kind}.{piece_name}"] = piece
-    state["optimizer.step"] = torch.as_tensor(_adam_states(engine)[0]["step"]).detach().clone().float().cpu()
-    return state
+def _run(engine, parameter: nn.Parameter, kind: str) -> tuple[int, Tensor]:
+    """The number of the first of a parameter's elements that this rank's optimizer holds, and those elements, flat."""
+    zero, key = engine.optimizer, None if kind == "model" else kind
+    if hasattr(parameter, "ds_id"):  # ZeRO-3: equal parts, the last ones padded
+        held, _ = zero._get_fp32_opt_state_partition(parameter, release_swap_buffers=True, optim_state_key=key)
+        first = len(held) * torch.distributed.get_rank(parameter.ds_process_group)
+        return first, held[: max(0, parameter.ds_numel - first)]
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return 0, torch.empty(0)
+    return mapping.lp_fragment_address.start, mapping.get_hp_fragment(key)
 
 
-def empty_state(engine: deepspeed.DeepSpeedEngine, mesh: DeviceMesh) -> dict[str, Tensor]:
-    """Tensors of the same names and shapes, to be filled by a load."""
-    state = {}
-    for name, parameter, kind in _named_tensors(engine):
-        shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 keeps the whole shape there
-        local = torch.empty(shape, dtype=torch.float32, device=engine.device)
-        for piece_name, piece in zip(piece_names(name, parameter), to_pieces(parameter, local, mesh)):
-            state[f"{kind}.{piece_name}"] = piece
-    state["optimizer.step"] = torch.zeros(())
-    return state
+def adam_step(engine: deepspeed.DeepSpeedEngine) -> Tensor:
+    """Updates done so far (skipped steps are none), fp32 [1] on CPU."""
+    return torch.as_tensor(_adam_states(engine)[0]["step"]).detach().float().cpu().reshape(1)
 
 
-def write_state(engine: deepspeed.DeepSpeedEngine, state: dict[str, Tensor]) -> None:
-    """Put checkpoint tensors into weights and optimizer; the inverse of :func:`read_state`. A collective."""
-    for name, parameter, kind in _named_tensors(engine):
-        value = from_pieces(parameter, [state[f"{kind}.{n}"] for n in piece_names(name, parameter)])
-        if kind == "model":
-            safe_set_full_fp32_param(parameter, value)
-        else:
-            safe_set_full_optimizer_state(parameter, value, kind)
-    for adam in _adam_states(engine):
-        adam["step"].copy_(state["optimizer.step"])
+@torch.no_grad()
+def load_state(engine: deepspeed.DeepSpeedEngine, parallel: Parallel, source: TensorDirectory, weights_only: bool) -> None:
+    """Fill weights and, unless ``weights_only``, optimizer state from a checkpoint's tensors. A collective.
+
+    Raises:
+        UserError: a tensor is missing or of another shape.
+    """
+    for fragment in fragments(engine, parallel):
+        if weights_only and not fragment.name.startswith("model."):
+            continue
+        source.expect(fragment.name, fragment.whole)
+        values = source.read(fragment.name, fragment.offsets, fragment.shape)
+        fragment.values.copy_(values.reshape(-1))
+    if not weights_only:
+        source.expect(ADAM_STEP, (1,))
+        for adam in _adam_states(engine):
+            adam["step"].copy_(source.read(ADAM_STEP)[0])
     _refresh_compute_weights(engine)
 
 

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 
 from model.layers import BuildContext
 from model.transformer import Transformer
 from pretrain import parallel as parallel_groups
 from pretrain.checkpoint import Manifest, find_checkpoint
 from pretrain.config import ParallelConfig, RunConfig, parse_config
-from pretrain.engine_state import from_pieces, piece_names, to_pieces
+from pretrain.engine_state import pieces
 from pretrain.errors import UserError
+from pretrain.tensor_files import TensorDirectory
 from pretrain.tokenizer import TokenizerInfo, load_tokenizer
 
 
@@ -47,14 +47,12 @@ def load_run(run_dir: Path, step: int | None) -> LoadedRun:
     return LoadedRun(model.to(parallel.device).eval(), config, manifest, tokenizer)
 
 
+@torch.no_grad()
 def read_weights(model: Transformer, directory: Path) -> None:
     """Fill a model that holds every parameter whole from a checkpoint directory."""
-    named = dict(model.named_parameters())
-    state = {}
-    for name, parameter in named.items():
-        pieces = to_pieces(parameter, torch.empty_like(parameter, dtype=torch.float32), None)
-        state.update({f"model.{n}": piece for n, piece in zip(piece_names(name, parameter), pieces)})
-    dcp.load(state, checkpoint_id=str(directory))
-    with torch.no_grad():
-        for name, parameter in named.items():
-            parameter.copy_(from_pieces(parameter, [state[f"model.{n}"] for n in piece_names(name, parameter)]))
+    source = TensorDirectory(directory)
+    for name, parameter in model.named_parameters():
+        parts = pieces(f"model.{name}", parameter)
+        for piece, shape in parts:
+            source.expect(piece, shape)
+        parameter.copy_(torch.cat([source.read(piece) for piece, _ in parts]))

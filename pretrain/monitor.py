@@ -13,7 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from pretrain.checkpoint import write_atomically
-from pretrain.config import MonitorConfig
+from pretrain.config import MonitorConfig, RunConfig
 
 SECONDS_BETWEEN_LINES = 10.0  # progress lines when stderr is not a terminal
 
@@ -22,19 +22,35 @@ class MetricsFile:
     """``metrics.jsonl``: one JSON object per step, appended and flushed.
 
     Opening it at a step drops what lies after that step (work that a resume does again) and a torn last line, so the
-    file always reads like that of an undisturbed run.
+    file always reads like that of an undisturbed run. Lines that cannot be written are kept and written with the next.
+
+    Attributes:
+        trouble: why the file is behind, '' when every line is in it.
     """
 
     def __init__(self, path: Path, step: int):
         kept = [line for line in read_metrics(path) if line["step"] <= step] if path.exists() else []
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = open(path, "a")
+        self._path, self._waiting, self.trouble = path, b"", ""
+        self._file = open(path, "ab", buffering=0)
 
-    def write(self, metrics: dict) -> None:
-        self._file.write(json.dumps(metrics) + "\n")
-        self._file.flush()
+    def write(self, metrics: dict) -> str:
+        """Append a line; returns what is new in ``trouble``."""
+        self._waiting += (json.dumps(metrics) + "\n").encode()
+        before, self.trouble = self.trouble, self._flush()
+        return self.trouble if not before else ""
+
+    def _flush(self) -> str:
+        try:
+            while self._waiting:
+                written = self._file.write(self._waiting)
+                self._waiting = self._waiting[written:]  # a disk that fills up takes a part; the rest follows on
+        except OSError as error:
+            return f"{self._path}: cannot be written ({error.strerror})"
+        return ""
 
     def close(self) -> None:
+        self._flush()
         self._file.close()
 
 
@@ -49,6 +65,14 @@ def read_metrics(path: Path) -> list[dict]:
     return lines
 
 
+def print_line(text: str) -> None:
+    """A message of its own line on stderr."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:  # the log's disk is full; that must not end the run
+        pass
+
+
 class Progress:
     """A progress bar on a terminal, a line every few seconds elsewhere (logs of batch jobs)."""
 
@@ -58,11 +82,12 @@ class Progress:
 
     def say(self, text: str) -> None:
         """A message of its own line."""
-        tqdm.write(text, file=sys.stderr) if self._bar else print(text, file=sys.stderr, flush=True)
+        tqdm.write(text, file=sys.stderr) if self._bar else print_line(text)
 
     def step(self, metrics: dict) -> None:
         step = metrics["step"]
-        figures = f"loss {metrics['loss']:.4f}, {metrics['raw_tokens_per_s']:,.0f} raw tokens/s"
+        loss = "not finite" if metrics["loss"] is None else f"{metrics['loss']:.4f}"
+        figures = f"loss {loss}, {metrics['raw_tokens_per_s']:,.0f} raw tokens/s"
         if self._bar:
             self._bar.set_postfix_str(figures, refresh=False)
             self._bar.update(1)
@@ -118,3 +143,33 @@ def _has_wandb_key() -> bool:
         return netrc.netrc().authenticators("api.wandb.ai") is not None
     except (FileNotFoundError, netrc.NetrcParseError):
         return False
+
+
+class Outputs:
+    """Where the main rank writes."""
+
+    def __init__(self, config: RunConfig, run_dir: Path, done: int):
+        self._config, self._run_dir = config, run_dir
+        self.metrics = MetricsFile(run_dir / "metrics.jsonl", done)
+        self._wandb = WandbLog(config.monitor, config.to_dict(), run_dir) if config.monitor.wandb else None
+        self.progress = Progress(config.train.steps, done)
+
+    def reopen(self, done: int) -> None:
+        """Go on after ``done`` steps, earlier than where the outputs are."""
+        self.metrics.close()
+        self.metrics = MetricsFile(self._run_dir / "metrics.jsonl", done)
+        self.progress.close()
+        self.progress = Progress(self._config.train.steps, done)
+
+    def write(self, metrics: dict) -> None:
+        if trouble := self.metrics.write(metrics):
+            self.progress.say(f"error: {trouble}; the lines are kept and written later")
+        if self._wandb:
+            self._wandb.write(metrics)
+        self.progress.step(metrics)
+
+    def close(self) -> None:
+        self.progress.close()
+        self.metrics.close()
+        if self._wandb:
+            self._wandb.close()

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import DeviceMesh
 
 from pretrain.config import ParallelConfig
 from pretrain.errors import UserError
@@ -26,7 +25,6 @@ class Parallel:
         device: where this rank computes.
         data_group: ranks that hold the same part of the model and see different samples.
         tensor_group: ranks that share every layer.
-        tensor_mesh: the tensor group as a one-dimensional device mesh, for sharded checkpoints.
     """
 
     rank: int
@@ -34,7 +32,6 @@ class Parallel:
     device: torch.device
     data_group: ProcessGroup
     tensor_group: ProcessGroup
-    tensor_mesh: DeviceMesh
 
     @property
     def data_size(self) -> int:
@@ -132,7 +129,6 @@ def initialize(config: ParallelConfig) -> Parallel:
         device=device,
         data_group=parallel_state.get_data_parallel_group(),
         tensor_group=tensor_group,
-        tensor_mesh=DeviceMesh.from_group(tensor_group, device.type),
     )
 
 

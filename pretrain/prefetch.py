@@ -34,7 +34,8 @@ def prefetch(items: Iterator[Item], depth: int = 2) -> Iterator[Item]:
         except BaseException as error:  # handed to the consumer, which raises it
             put((_END, error))
 
-    threading.Thread(target=work, daemon=True, name="prefetch").start()
+    thread = threading.Thread(target=work, daemon=True, name="prefetch")
+    thread.start()
     try:
         while True:
             item, error = ready.get()
@@ -45,3 +46,4 @@ def prefetch(items: Iterator[Item], depth: int = 2) -> Iterator[Item]:
             yield item
     finally:
         stop.set()
+        thread.join()  # what makes the items may be asked again from the beginning at once

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,25 +14,25 @@ from model.transformer import IGNORED, MicroBatch
 from pretrain.parallel import Parallel
 
 
-class NonFiniteLoss(ArithmeticError):
-    """The loss of a step is infinite or not a number; the weights were not touched."""
-
-
 @dataclass(frozen=True)
 class StepResult:
-    """Figures of a step, the same on every rank.
+    """Figures of a step; but for ``busy_s`` the same on every rank.
 
     Attributes:
         loss: mean cross-entropy in nats over all loss tokens of the global batch.
-        grad_norm: norm of the whole gradient before clipping.
+        grad_norm: norm of the whole gradient before clipping; infinite when the step was skipped.
         loss_tokens: tokens with a target in the global batch.
         unfolded: raw tokens that a recalling query unfolded, a mean over layers, ranks and micro-batches; None without recall.
+        skipped: loss or gradient were not finite, and neither weights nor optimizer were touched.
+        busy_s: seconds that this rank worked before it first waited for the others' losses.
     """
 
     loss: float
     grad_norm: float
     loss_tokens: int
-    unfolded: float | None = None
+    unfolded: float | None
+    skipped: bool
+    busy_s: float
 
 
 def train_step(engine: deepspeed.DeepSpeedEngine, batches: Sequence[MicroBatch], parallel: Parallel) -> StepResult:
@@ -42,22 +43,25 @@ def train_step(engine: deepspeed.DeepSpeedEngine, batches: Sequence[MicroBatch],
     """
     tokens = parallel.sum_over_data(sum(int((b.labels != IGNORED).sum()) for b in batches))
     factor = parallel.data_size * len(batches) / tokens
+    began = time.monotonic()
     local_sum, unfolded = 0.0, []
     for index, batch in enumerate(batches):
         batch = batch.to(parallel.device)
         loss = engine(batch)
-        engine.backward(loss * factor)
         local_sum += loss.item()
-        if batch.recall:
-            unfolded += [stats.unfolded.item() for stats in batch.recall.stats.values()]
         if index + 1 == len(batches):
-            # Before the update: a bad loss must not reach the weights, and all ranks must agree on it.
+            busy = time.monotonic() - began
             mean = parallel.sum_over_data(local_sum) / tokens
             if not math.isfinite(mean):
-                raise NonFiniteLoss(mean)
+                # DeepSpeed skips a step whose gradient is not finite. This makes it so wherever the bad loss arose.
+                factor = math.nan
+        engine.backward(loss * factor)
+        if batch.recall:
+            unfolded += [stats.unfolded.item() for stats in batch.recall.stats.values()]
         engine.step()
     read = parallel.sum_over_data(sum(unfolded) / len(unfolded)) / parallel.data_size if unfolded else None
-    return StepResult(mean, float(engine.get_global_grad_norm()), int(tokens), read)
+    skipped = bool(engine.optimizer.overflow)
+    return StepResult(mean, float(engine.get_global_grad_norm()), int(tokens), read, skipped, busy)
 
 
 @torch.no_grad()

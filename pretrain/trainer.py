@@ -4,29 +4,33 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
-import shutil
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import deepspeed
 import torch.distributed as dist
-import yaml
 
 from model.transformer import MicroBatch
 from pretrain import parallel as parallel_groups
-from pretrain.checkpoint import Manifest, load_checkpoint, newest_whole, save_checkpoint, write_atomically
-from pretrain.config import RunConfig, changes_on_resume, with_vocab_size
+from pretrain.checkpoint import Manifest
+from pretrain.config import RunConfig, with_vocab_size
 from pretrain.data import BatchBuilder, TokenSource, step_samples
 from pretrain.engine import accumulation_steps, build_engine, learning_rate, set_learning_rate
 from pretrain.errors import UserError
-from pretrain.monitor import MetricsFile, Progress, WandbLog
+from pretrain.faults import FAULTS, FaultGuard, Rollback, finite_or_none, read_quarantine, write_quarantine
+from pretrain.monitor import Outputs, print_line
 from pretrain.parallel import Parallel
 from pretrain.prefetch import prefetch
-from pretrain.step import NonFiniteLoss, train_step, validation_loss
+from pretrain.resume import check_run_dir, load_newest, merged_quarantine, prepare_run_dir, warm_start
+from pretrain.saving import Saver, SaveResult
+from pretrain.signals import Boundary, Signals, agree, process_seconds, take_request, time_is_up
+from pretrain.step import StepResult, train_step, validation_loss
 from pretrain.tokenizer import TokenizerInfo, load_tokenizer
+from pretrain.watchdog import Stragglers, Watchdog, limit_groups
+
+TIME_LIMIT = 3  # index into signals.STOPS
 
 
 @dataclass(frozen=True)
@@ -58,182 +62,282 @@ def train(config: RunConfig, run_dir: Path) -> None:
     """Train, or go on training, in ``run_dir``. Every rank calls it."""
     inputs = open_inputs(config)
     config = inputs.config
-    _check_run_dir(run_dir, config)
+    allowed = check_run_dir(run_dir, config)
     deepspeed.utils.logger.setLevel(logging.WARNING)
-    parallel = parallel_groups.initialize(config.parallel)
-    try:
-        accumulation_steps(config, parallel.data_size)  # refuses before the model is built
-        _train(inputs, run_dir, parallel)
-    finally:
-        parallel_groups.shutdown()
+    with Signals() as signals:
+        parallel = parallel_groups.initialize(config.parallel)
+        try:
+            accumulation_steps(config, parallel.data_size)  # refuses before the model is built
+            say = print_line if parallel.is_main else _silent
+            for line in allowed:
+                say(f"changed by train.allow_changes: {line}")
+            with Watchdog(run_dir, parallel, 60 * config.faults.hang_minutes) as watchdog:
+                _Run(inputs, run_dir, parallel, signals, watchdog, say).to_the_end()
+        finally:
+            parallel_groups.shutdown()
 
 
-def _train(inputs: Inputs, run_dir: Path, parallel: Parallel) -> None:
-    config = inputs.config
-    if parallel.is_main:
-        (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-        write_atomically(run_dir / "config.yaml", config.to_yaml())
-        _copy_tokenizer(inputs.tokenizer, run_dir / "tokenizer")
-    engine = build_engine(config, parallel)
-    done = _resume(inputs, run_dir, engine, parallel)
-    outputs = _Outputs(config, run_dir, done) if parallel.is_main else None
-    say = outputs.progress.say if outputs else _silent
-    if done:
-        say(f"resumed at step {done}")
-    batches = prefetch(_train_batches(inputs, parallel, done))
-    waited = time.monotonic()
-    for step in range(done, config.train.steps):
+class _RollBack(Exception):
+    """Leave the steps, go back to the last good checkpoint."""
+
+    def __init__(self, fault: int, step: int, loss: float):
+        super().__init__(fault, step, loss)
+        self.fault, self.step, self.loss = fault, step, loss
+
+
+class _Run:
+    """One rank's part of a run, from start to end or to a stop."""
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        run_dir: Path,
+        parallel: Parallel,
+        signals: Signals,
+        watchdog: Watchdog,
+        say: Callable[[str], None],
+    ):
+        self.inputs, self.config, self.run_dir, self.parallel = inputs, inputs.config, run_dir, parallel
+        self.signals, self.watchdog, self.say = signals, watchdog, say
+        self.quarantine = read_quarantine(run_dir)
+        self.guard = FaultGuard(self.config.faults)
+        self.stragglers = Stragglers(self.config.faults.straggler_factor)
+        if parallel.is_main:
+            prepare_run_dir(run_dir, self.config, inputs.tokenizer)
+        self.engine = build_engine(self.config, parallel)
+        limit_groups(60 * self.config.parallel.timeout_minutes)
+        self.outputs: Outputs | None = None
+        self.saver = Saver(run_dir, self.engine, parallel, self.config.checkpoint, self._objection)
+        self.failed_save = ""
+
+    def to_the_end(self) -> None:
+        """Train until the last step or until something stops the run; the state is then saved."""
+        done = self._begin()
+        while True:
+            self._open_outputs(done)
+            try:
+                stop = self._steps(done)
+                break
+            except _RollBack as fault:
+                done = self._roll_back(fault)
+        self._finish(stop)
+
+    def _begin(self) -> int:
+        """Bring the engine to where the run is; returns the steps done."""
+        done = self._resume()
+        if done is not None:
+            self.say(f"resumed at step {done}")
+            return done
+        if self.config.train.init_from:
+            source = warm_start(Path(self.config.train.init_from), self.inputs.tokenizer, self.engine, self.parallel)
+            self.say(f"weights from {source}")
+        return 0
+
+    def _resume(self) -> int | None:
+        fresh = self._manifest(0)
+        manifest = load_newest(self.run_dir, fresh, self.quarantine, self.engine, self.parallel, self.say)
+        if manifest is None:
+            return None
+        self.quarantine = merged_quarantine(manifest, self.quarantine)
+        self.guard.restore(manifest.skipped, manifest.recent_losses)
+        return manifest.step
+
+    def _steps(self, done: int) -> str:
+        """Train from step ``done`` on; returns why the run is to stop, '' at its end."""
+        config, waited = self.config, time.monotonic()
+        batches = prefetch(self._batches(done))
         try:
-            micro_batches = next(batches)
-        except StopIteration:
-            raise AssertionError("the batches end with the steps") from None
-        ready = time.monotonic()
-        rate = learning_rate(step, config.train.steps, config.optimizer.lr, config.schedule)
-        set_learning_rate(engine, rate)
-        try:
-            result = train_step(engine, micro_batches, parallel)
-        except NonFiniteLoss as bad:
+            for step in range(done, config.train.steps):
+                self.watchdog.beat(step + 1, "training")
+                micro_batches = next(batches)
+                data_wait = time.monotonic() - waited
+                rate = learning_rate(step, config.train.steps, config.optimizer.lr, config.schedule)
+                set_learning_rate(self.engine, rate)
+                result = train_step(self.engine, micro_batches, self.parallel)
+                agreed = self._agree(step + 1, result, data_wait)
+                metrics = self._metrics(step, result, rate, data_wait, time.monotonic() - waited)
+                if stragglers := self.stragglers.add(agreed.busy):
+                    metrics["stragglers"] = stragglers
+                if step == done:
+                    metrics["startup_s"] = process_seconds()
+                waited = time.monotonic()
+                last = step + 1 == config.train.steps
+                if self._validation_due(step + 1, last):
+                    metrics["valid_loss"] = self._validate(step + 1)
+                    waited = time.monotonic()
+                if last or agreed.stop or agreed.save or (step + 1) % config.checkpoint.every == 0:
+                    self._save(step + 1, metrics)
+                    waited = time.monotonic()
+                else:
+                    self._write(metrics)
+                if agreed.stop and not last:
+                    return agreed.stop
+            return ""
+        finally:
+            batches.close()
+
+    def _agree(self, step: int, result: StepResult, data_wait: float) -> Boundary:
+        """Exchange wishes and faults with the other ranks; raises _RollBack when a fault calls for it."""
+        if result.skipped:
+            first, stop = self._sample_range(step, step)
+            self.say(f"step {step}: loss {result.loss} or its gradient is not finite; skipped samples {first}..{stop - 1}")
+        fault = self.guard.judge(step, result.loss, result.skipped)
+        stop = self.signals.received
+        main = self.parallel.is_main
+        if main and time_is_up(self.config.checkpoint.stop_after_minutes):
+            stop = max(stop, TIME_LIMIT)
+        request = main and take_request(self.run_dir)
+        agreed = agree(self.parallel, stop, request, fault, data_wait + result.busy_s)
+        if agreed.fault:
+            raise _RollBack(agreed.fault, step, result.loss)
+        return agreed
+
+    def _roll_back(self, fault: _RollBack) -> int:
+        """Take the guilty samples out and load the last checkpoint before them; returns the steps done there."""
+        first_step, last_step = self.guard.guilty_steps(fault.fault, fault.step)
+        first, stop = self._sample_range(first_step, last_step)
+        what = f"step {fault.step}: {FAULTS[fault.fault]} (loss {fault.loss:.4f})"
+        limit = self.config.faults.max_rollbacks
+        if len(self.quarantine.rollbacks) >= limit:
             raise UserError(
-                f"step {step + 1}: the loss is {bad}; stopped before the update. The newest checkpoint is untouched; "
-                "lower optimizer.lr or look at samples "
-                f"{step * config.train.global_batch}..{(step + 1) * config.train.global_batch - 1}"
-            ) from None
-        now = time.monotonic()
-        metrics = _metrics(config, step, result, rate, ready - waited, now - waited)
-        waited = now
-        last = step + 1 == config.train.steps
-        if inputs.valid and (last or config.train.valid_every and (step + 1) % config.train.valid_every == 0):
-            metrics["valid_loss"] = validation_loss(engine, _valid_batches(inputs, parallel), parallel)
-            say(f"step {step + 1}: validation loss {metrics['valid_loss']:.4f}")
-            waited = time.monotonic()
-        if outputs:
-            outputs.write(metrics)
-        if last or (step + 1) % config.checkpoint.every == 0:
-            save_checkpoint(run_dir, engine, parallel, _manifest(inputs, step + 1), config.checkpoint.keep)
-            waited = time.monotonic()
-    if outputs:
-        outputs.close()
+                f"{what} after {limit} rollbacks (faults.max_rollbacks); the newest checkpoints are untouched. Lower "
+                f"optimizer.lr or look at samples {first}..{stop - 1}"
+            )
+        self.saver.wait()
+        self._tell_saves()
+        self.watchdog.beat(fault.step, "rollback")
+        self.quarantine = self.quarantine.extended(Rollback(fault.step, FAULTS[fault.fault], first, stop))
+        done = self._resume()
+        if done is None:
+            raise UserError(
+                f"{what}, and there is no checkpoint before step {first_step} to roll back to. Lower optimizer.lr, save more "
+                f"often (checkpoint.every) or look at samples {first}..{stop - 1}"
+            )
+        if self.parallel.is_main:
+            write_quarantine(self.run_dir, self.quarantine)
+        self.say(f"{what}: rolled back to step {done}; samples {first}..{stop - 1} are left out from now on")
+        return done
 
+    def _finish(self, stop: str) -> None:
+        """Wait for the last save on all ranks; say how the run ended."""
+        self.saver.wait()
+        self._tell_saves()
+        failed = [self.failed_save]
+        dist.broadcast_object_list(failed, src=0)  # also the barrier: no rank leaves while another still writes
+        if self.outputs:
+            self.outputs.close()
+        if failed[0]:
+            raise UserError(f"the last checkpoint could not be written ({failed[0]}); the older ones are untouched")
+        if stop:
+            self.say(f"stopped by {stop}; the state is saved, the same command goes on from there")
 
-def _copy_tokenizer(tokenizer: TokenizerInfo, target: Path) -> None:
-    """The run carries its tokenizer along: export and generation need no other directory."""
-    if target.exists() or target.resolve() == tokenizer.directory.resolve():
-        return
-    partial = target.with_name(".tokenizer.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(tokenizer.directory, partial)
-    partial.rename(target)
+    def _save(self, step: int, metrics: dict) -> None:
+        self.watchdog.beat(step, "saving")
+        # The line is written before the checkpoint can be whole: a resume must find it.
+        metrics["checkpoint_pause_s"] = self.saver.copy(self._manifest(step))
+        self._write(metrics)
+        self.saver.start()
+
+    def _write(self, metrics: dict) -> None:
+        for result in self._tell_saves():
+            metrics["checkpoint_s"] = result.seconds
+            if result.error:
+                metrics["checkpoint_error"] = result.error
+        if self.outputs:
+            self.outputs.write(metrics)
+
+    def _tell_saves(self) -> list[SaveResult]:
+        results = self.saver.poll()
+        for result in results:
+            self.failed_save = result.error
+            if result.error:
+                what = f"checkpoint of step {result.step} FAILED: {result.error}"
+                self.say(f"error: {what}. Training goes on; older checkpoints are untouched")
+        return results
+
+    def _objection(self) -> str:
+        """A checkpoint must not be newer than the metrics on disk: a resume would leave a gap in them."""
+        return self.outputs.metrics.trouble if self.outputs else ""
+
+    def _open_outputs(self, done: int) -> None:
+        if not self.parallel.is_main:
+            return
+        if self.outputs:
+            self.outputs.reopen(done)
+        else:
+            self.outputs = Outputs(self.config, self.run_dir, done)
+        self.say = self.outputs.progress.say
+
+    def _validation_due(self, step: int, last: bool) -> bool:
+        every = self.config.train.valid_every
+        return bool(self.inputs.valid) and (last or bool(every) and step % every == 0)
+
+    def _validate(self, step: int) -> float:
+        self.watchdog.beat(step, "validation")
+        loss = validation_loss(self.engine, self._valid_batches(), self.parallel)
+        self.say(f"step {step}: validation loss {loss:.4f}")
+        return loss
+
+    def _batches(self, done: int) -> Iterator[list[MicroBatch]]:
+        train, parallel = self.config.train, self.parallel
+        for step in range(done, train.steps):
+            indices = step_samples(step, train.global_batch, train.micro_batch, parallel.data_rank, parallel.data_size)
+            numbers = [[self.quarantine.number(i) for i in micro_batch] for micro_batch in indices]
+            yield [self.inputs.train.build(n, recall=step >= train.recall_after) for n in numbers]
+
+    def _valid_batches(self) -> list[MicroBatch]:
+        """The same samples at every validation; ranks take turns, and a rank without one repeats none."""
+        valid, parallel = self.inputs.valid, self.parallel
+        numbers = range(min(self.config.train.valid_samples, valid.source.samples_per_epoch))
+        rounds = -(-len(numbers) // parallel.data_size)
+        mine = [i * parallel.data_size + parallel.data_rank for i in range(rounds)]
+        return [valid.build([n]) if n in numbers else valid.empty() for n in mine]
+
+    def _sample_range(self, first_step: int, last_step: int) -> tuple[int, int]:
+        """Global sample numbers from the first of one step to past the last of another (steps counted from 1)."""
+        batch = self.config.train.global_batch
+        return self.quarantine.number((first_step - 1) * batch), self.quarantine.number(last_step * batch - 1) + 1
+
+    def _metrics(self, step: int, result: StepResult, rate: float, data_wait: float, seconds: float) -> dict:
+        config = self.config
+        samples, raw = (step + 1) * config.train.global_batch, config.train.global_batch * config.data.raw_tokens
+        metrics = {
+            "step": step + 1,
+            "loss": finite_or_none(result.loss),
+            "grad_norm": finite_or_none(result.grad_norm),
+            "lr": rate,
+            "raw_tokens": samples * config.data.raw_tokens,
+            "samples": samples,
+            "sample_range": "{}-{}".format(*self._sample_range(step + 1, step + 1)),
+            "loss_tokens": result.loss_tokens,
+            "raw_tokens_per_s": raw / seconds,
+            "seconds": seconds,
+            "data_wait_s": data_wait,
+        }
+        if result.unfolded is not None:
+            metrics["unfolded_tokens"] = result.unfolded
+        if result.skipped:
+            metrics["skipped"] = True
+        return metrics
+
+    def _manifest(self, step: int) -> Manifest:
+        config, samples = self.config, step * self.config.train.global_batch
+        names = ("torch", "deepspeed", "megatron-core", "numpy", "safetensors")
+        return Manifest(
+            step=step,
+            samples=samples,
+            next_sample=self.quarantine.number(samples),
+            raw_tokens=samples * config.data.raw_tokens,
+            config=config.to_dict(),
+            tokenizer_hash=self.inputs.tokenizer.hash,
+            data=self.inputs.train.source.fingerprint,
+            versions={name: importlib.metadata.version(name) for name in names},
+            world=self.parallel.world,
+            skipped=list(self.guard.skipped),
+            recent_losses=list(self.guard.recent),
+            quarantine=self.quarantine.to_list(),
+        )
 
 
 def _silent(text: str) -> None:
     pass
-
-
-class _Outputs:
-    """Where the main rank writes."""
-
-    def __init__(self, config: RunConfig, run_dir: Path, done: int):
-        self._metrics = MetricsFile(run_dir / "metrics.jsonl", done)
-        self._wandb = WandbLog(config.monitor, config.to_dict(), run_dir) if config.monitor.wandb else None
-        self.progress = Progress(config.train.steps, done)
-
-    def write(self, metrics: dict) -> None:
-        self._metrics.write(metrics)
-        if self._wandb:
-            self._wandb.write(metrics)
-        self.progress.step(metrics)
-
-    def close(self) -> None:
-        self.progress.close()
-        self._metrics.close()
-        if self._wandb:
-            self._wandb.close()
-
-
-def _metrics(config: RunConfig, step: int, result, rate: float, data_wait: float, seconds: float) -> dict:
-    samples = (step + 1) * config.train.global_batch
-    raw = config.train.global_batch * config.data.raw_tokens
-    return {
-        "step": step + 1,
-        "loss": result.loss,
-        "grad_norm": result.grad_norm,
-        "lr": rate,
-        "raw_tokens": samples * config.data.raw_tokens,
-        "samples": samples,
-        "loss_tokens": result.loss_tokens,
-        "raw_tokens_per_s": raw / seconds,
-        "seconds": seconds,
-        "data_wait_s": data_wait,
-    } | ({} if result.unfolded is None else {"unfolded_tokens": result.unfolded})
-
-
-def _train_batches(inputs: Inputs, parallel: Parallel, done: int) -> Iterator[list[MicroBatch]]:
-    train = inputs.config.train
-    for step in range(done, train.steps):
-        samples = step_samples(step, train.global_batch, train.micro_batch, parallel.data_rank, parallel.data_size)
-        yield [inputs.train.build(numbers, recall=step >= train.recall_after) for numbers in samples]
-
-
-def _valid_batches(inputs: Inputs, parallel: Parallel) -> list[MicroBatch]:
-    """The same samples at every validation; ranks take turns, and a rank without one repeats none."""
-    numbers = range(min(inputs.config.train.valid_samples, inputs.valid.source.samples_per_epoch))
-    rounds = -(-len(numbers) // parallel.data_size)
-    mine = [i * parallel.data_size + parallel.data_rank for i in range(rounds)]
-    return [inputs.valid.build([n]) if n in numbers else inputs.valid.empty() for n in mine]
-
-
-def _manifest(inputs: Inputs, step: int) -> Manifest:
-    config = inputs.config
-    samples = step * config.train.global_batch
-    names = ("torch", "deepspeed", "megatron-core", "numpy")
-    return Manifest(
-        step=step,
-        samples=samples,
-        raw_tokens=samples * config.data.raw_tokens,
-        config=config.to_dict(),
-        tokenizer_hash=inputs.tokenizer.hash,
-        data=inputs.train.source.fingerprint,
-        versions={name: importlib.metadata.version(name) for name in names},
-    )
-
-
-def _resume(inputs: Inputs, run_dir: Path, engine, parallel: Parallel) -> int:
-    """Load the newest whole checkpoint, if there is one; returns the steps done."""
-    found = [newest_whole(run_dir, _complain) if parallel.is_main else None]
-    dist.broadcast_object_list(found, src=0)  # one rank decides, so that all load the same
-    if found[0] is None:
-        return 0
-    directory, manifest = found[0]
-    fresh = _manifest(inputs, manifest.step)
-    differing = [n for n in ("tokenizer_hash", "data") if getattr(manifest, n) != getattr(fresh, n)]
-    if differing:
-        raise UserError(f"--run-dir {run_dir}: the run was made with another {' and '.join(differing)}; use a new run directory")
-    load_checkpoint(directory, engine, parallel)
-    return manifest.step
-
-
-def _complain(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def _check_run_dir(run_dir: Path, config: RunConfig) -> None:
-    """Refuse a directory that is no run, and a configuration that would change what the run learns."""
-    if run_dir.exists() and not run_dir.is_dir():
-        raise UserError(f"--run-dir {run_dir}: is a file")
-    saved = run_dir / "config.yaml"
-    if not saved.exists():
-        if run_dir.is_dir() and any(run_dir.iterdir()):
-            raise UserError(f"--run-dir {run_dir}: is not empty and holds no run (no config.yaml); name another directory")
-        return
-    try:
-        old = yaml.safe_load(saved.read_text())
-        changes = changes_on_resume(old, config.to_dict())
-    except (yaml.YAMLError, AttributeError, UnicodeDecodeError):
-        raise UserError(f"{saved}: is damaged; restore it from the manifest of a checkpoint") from None
-    if changes and any((run_dir / "checkpoints").glob("step-*")):
-        raise UserError(
-            f"--run-dir {run_dir}: holds a run with other settings, which would change what is learned: {'; '.join(changes)}. "
-            "Use the run's settings, or a new run directory"
-        )
-
-

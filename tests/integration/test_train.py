@@ -77,12 +77,12 @@ def test_resume_from_a_damaged_checkpoint_uses_the_older_one(config, alone, tmp_
     run_dir = tmp_path / "run"
     shutil.copytree(alone[0], run_dir)
     newest = run_dir / "checkpoints/step-00000012"
-    part = newest / "__0_0.distcp"
+    part = newest / "shard-00001-model-00001-of-00003.safetensors"
     with open(part, "r+b") as file:
         file.truncate(part.stat().st_size - 100)
     (run_dir / "checkpoints/step-00000009/manifest.json").write_text('{"step": 9')
     done = run(*command(config, run_dir))
-    assert "step-00000012/__0_0.distcp: has" in done.stderr
+    assert "step-00000012/shard-00001-model-00001-of-00003.safetensors: has" in done.stderr
     assert "step-00000009/manifest.json: is damaged" in done.stderr
     assert "resumed at step 6" in done.stderr
     assert series(read_metrics(run_dir / "metrics.jsonl"), *EXACT) == series(alone[1], *EXACT)

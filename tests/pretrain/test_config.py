@@ -92,7 +92,7 @@ def test_what_may_change_on_resume():
     new = parse_config(
         {**MINIMAL, "parallel": {"zero": 3}, "checkpoint": {"every": 7}, "optimizer": {"lr": 0.1}, "train": {"steps": 9}}
     ).to_dict()
-    assert changes_on_resume(old, new) == [
-        "train.steps: 1000 in the run, 9 given",
-        "optimizer.lr: 0.0003 in the run, 0.1 given",
-    ]
+    assert changes_on_resume(old, new) == {
+        "train.steps": "train.steps: 1000 in the run, 9 given",
+        "optimizer.lr": "optimizer.lr: 0.0003 in the run, 0.1 given",
+    }

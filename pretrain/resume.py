@@ -1,0 +1,138 @@
+"""How a run begins: its directory is checked, then it goes on from a checkpoint, from another run's weights, or afresh."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import deepspeed
+import torch
+import yaml
+
+from pretrain.checkpoint import (
+    Manifest,
+    agree_on_newest,
+    checkpoint_directories,
+    find_checkpoint,
+    from_main,
+    read_manifest,
+    remove_leftovers,
+    write_atomically,
+)
+from pretrain.config import RunConfig, changes_on_resume, parse_config
+from pretrain.engine_state import load_state
+from pretrain.errors import UserError
+from pretrain.faults import Quarantine, Rollback
+from pretrain.parallel import Parallel
+from pretrain.tensor_files import TensorDirectory
+from pretrain.tokenizer import TokenizerInfo
+
+
+def check_run_dir(run_dir: Path, config: RunConfig) -> list[str]:
+    """Refuse a directory that is no run, and a configuration that would change what the run learns.
+
+    Returns what train.allow_changes lets differ, as readable lines.
+    """
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"--run-dir {run_dir}: is a file")
+    saved = run_dir / "config.yaml"
+    if not saved.exists():
+        if run_dir.is_dir() and any(run_dir.iterdir()):
+            raise UserError(f"--run-dir {run_dir}: is not empty and holds no run (no config.yaml); name another directory")
+        return []
+    try:
+        tree = yaml.safe_load(saved.read_text())
+        old = parse_config(tree, str(saved)).to_dict()  # settings that are newer than the run get their defaults
+    except (yaml.YAMLError, AttributeError, UnicodeDecodeError):
+        raise UserError(f"{saved}: is damaged; restore it from the manifest of a checkpoint") from None
+    changes = changes_on_resume(old, config.to_dict())
+    if not changes or not checkpoint_directories(run_dir):
+        return []
+    allowed = tuple(config.train.allow_changes)
+    refused = [line for key, line in changes.items() if not any(key == a or key.startswith(f"{a}.") for a in allowed)]
+    if refused:
+        raise UserError(
+            f"--run-dir {run_dir}: holds a run with other settings, which would change what is learned: {'; '.join(refused)}. "
+            "Use the run's settings, name what may change in train.allow_changes, or use a new run directory"
+        )
+    return list(changes.values())
+
+
+def prepare_run_dir(run_dir: Path, config: RunConfig, tokenizer: TokenizerInfo) -> None:
+    """What the main rank writes before training."""
+    (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+    remove_leftovers(run_dir)
+    write_atomically(run_dir / "config.yaml", config.to_yaml())
+    target = run_dir / "tokenizer"  # carried along: export and generation need no other directory
+    if target.exists() or target.resolve() == tokenizer.directory.resolve():
+        return
+    partial = target.with_name(".tokenizer.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(tokenizer.directory, partial)
+    partial.rename(target)
+
+
+def load_newest(
+    run_dir: Path,
+    fresh: Manifest,
+    quarantine: Quarantine,
+    engine: deepspeed.DeepSpeedEngine,
+    parallel: Parallel,
+    say: Callable[[str], None],
+) -> Manifest | None:
+    """Load the newest checkpoint that is whole and has not learned from quarantined samples; None when there is none.
+
+    A collective. fresh: a manifest of this run, to compare tokenizer and data with.
+    """
+    found = agree_on_newest(run_dir, parallel, quarantine.objection, say)
+    if found is None:
+        return None
+    directory, manifest = found
+    differing = [n for n in ("tokenizer_hash", "data") if getattr(manifest, n) != getattr(fresh, n)]
+    if differing:
+        raise UserError(f"--run-dir {run_dir}: the run was made with another {' and '.join(differing)}; use a new run directory")
+    tensors = TensorDirectory(directory)
+    load_state(engine, parallel, tensors, weights_only=False)
+    if manifest.world == parallel.world:  # another number of ranks has other generators; it begins with its seed
+        _restore_random_states(tensors, parallel)
+    return manifest
+
+
+def _restore_random_states(tensors: TensorDirectory, parallel: Parallel) -> None:
+    torch.set_rng_state(tensors.read(f"rng.{parallel.rank}.cpu"))
+    name = f"rng.{parallel.rank}.cuda"
+    if parallel.device.type == "cuda" and name in tensors.shapes:
+        torch.cuda.set_rng_state(tensors.read(name), parallel.device)
+
+
+def merged_quarantine(manifest: Manifest, quarantine: Quarantine) -> Quarantine:
+    """The run's quarantine, also if its file was lost: a checkpoint holds what was in it."""
+    theirs = [Rollback(**r) for r in manifest.quarantine]
+    return Quarantine([*theirs, *(r for r in quarantine.rollbacks if r not in theirs)])
+
+
+def warm_start(path: Path, tokenizer: TokenizerInfo, engine: deepspeed.DeepSpeedEngine, parallel: Parallel) -> Path:
+    """Begin with the weights of the run or checkpoint directory ``path``; returns the checkpoint's. A collective.
+
+    Raises:
+        UserError: there is no whole checkpoint, or it is of another tokenizer or another model.
+    """
+    source, error = from_main(parallel, lambda: _warm_start_source(path, tokenizer))
+    if error:
+        raise UserError(f"train.init_from: {error}")
+    load_state(engine, parallel, TensorDirectory(source), weights_only=True)
+    return source
+
+
+def _warm_start_source(path: Path, tokenizer: TokenizerInfo) -> tuple[Path, str]:
+    try:
+        if (path / "checkpoints").is_dir():
+            source, manifest = find_checkpoint(path, None, lambda text: None)
+        else:
+            source, manifest = path, read_manifest(path)
+    except UserError as error:
+        return path, f"{path} is no whole checkpoint and holds none ({error})"
+    if manifest.tokenizer_hash != tokenizer.hash:
+        return source, f"{path} was trained with another tokenizer, whose ids mean other tokens"
+    return source, ""
