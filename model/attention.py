@@ -54,7 +54,7 @@ class Attention(nn.Module):
         self.group = config.heads // config.kv_heads
         # Rows ordered [KV head, (its query heads, key, value), head_dim]: any tensor-parallel size splits them evenly.
         width = (config.heads + 2 * config.kv_heads) * config.head_dim
-        self.qkv = build.column(f"{name}.qkv", config.hidden_size, width, config.init_std)
+        self.qkv = build.column(f"{name}.qkv", config.hidden_size, width, config.init_std, bias=config.qkv_bias)
         self.output = build.row(f"{name}.output", config.heads * config.head_dim, config.hidden_size, residual_std)
 
     def forward(self, x: Tensor, rotary: Rotary, attend: Attend) -> Tensor:

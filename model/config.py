@@ -79,6 +79,31 @@ def raise_together(errors: list[str]) -> None:
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched for sequences longer than those of the first training."""
+
+    kind: str = option("default", "default: not at all; llama3: slow frequencies by factor, as Llama 3.1 and 3.2 do")
+    factor: float = option(8.0, "llama3: what slow frequencies are divided by")
+    low_freq_factor: float = option(1.0, "llama3: turns within original_max_position below which a frequency counts as slow")
+    high_freq_factor: float = option(4.0, "llama3: turns above which a frequency stays; in between it is interpolated")
+    original_max_position: int = option(8192, "llama3: longest sequence of the first training")
+
+    def __post_init__(self):
+        errors = []
+        if self.kind not in ("default", "llama3"):
+            errors.append(f"kind: {self.kind!r} is not one of default, llama3")
+        if self.factor < 1:
+            errors.append(f"factor: {self.factor} is below 1")
+        if not 0 < self.low_freq_factor < self.high_freq_factor:
+            errors.append(
+                f"high_freq_factor: {self.high_freq_factor} must be above low_freq_factor ({self.low_freq_factor}), that above 0"
+            )
+        if self.original_max_position < 1:
+            errors.append(f"original_max_position: {self.original_max_position} is below 1")
+        raise_together(errors)
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A decoder of Llama shape: RMSNorm, SwiGLU, grouped-query attention, rotary positions."""
 
@@ -91,6 +116,8 @@ class ModelConfig:
     ffn_size: int = option(704, "width of the gated feed-forward layer")
     max_position: int = option(4096, "longest raw sequence that the model is meant for (recorded in exports)")
     rope_theta: float = option(10000.0, "base of the rotary frequencies")
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+    qkv_bias: bool = option(False, "query, key and value projections have a bias, as in Qwen2")
     norm_eps: float = option(1e-5, "epsilon of RMSNorm")
     tied_embeddings: bool = option(True, "share the input embedding with the output head")
     init_std: float = option(0.02, "standard deviation of initial weights; residual outputs get it / sqrt(2 * layers)")

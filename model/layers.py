@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -55,14 +56,17 @@ class BuildContext:
 
         return init
 
-    def column(self, name: str, inputs: int, outputs: int, std: float, stride: int = 1) -> ColumnLinear:
-        """A bias-free linear layer with its outputs split over the tensor-parallel group."""
+    def column(
+        self, name: str, inputs: int, outputs: int, std: float, stride: int = 1, bias: bool = False
+    ) -> ColumnLinear:
+        """A linear layer with its outputs split over the tensor-parallel group; a bias starts at zero."""
         return ColumnLinear(
             inputs,
             outputs,
             config=self.megatron(),
             init_method=self.normal(f"{name}.weight", std),
             stride=stride,
+            bias=bias,
             tp_group=self.tp_group,
             sequence_split=self.sequence_split,
         )
@@ -96,6 +100,18 @@ class RMSNorm(nn.Module):
         return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
 
+def rotary_frequencies(config: ModelConfig, device: torch.device | str = "cpu") -> Tensor:
+    """Radians per position of every pair of a head's dimensions, fp32 [head_dim / 2]."""
+    even = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device)
+    frequency = 1.0 / config.rope_theta ** (even / config.head_dim)
+    scaling = config.rope_scaling
+    if scaling.kind == "default":
+        return frequency
+    turns = scaling.original_max_position * frequency / (2 * math.pi)
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    return torch.lerp(frequency / scaling.factor, frequency, kept.clamp(0, 1))
+
+
 @dataclass(frozen=True)
 class Rotary:
     """Rotary factors of a micro-batch, fp32, [B, T, 1, head_dim / 2]; made once, shared by all layers."""
@@ -106,8 +122,7 @@ class Rotary:
     @classmethod
     def of(cls, position: Tensor, config: ModelConfig) -> Rotary:
         """position: [B, T] int64, the raw index within the document."""
-        even = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=position.device)
-        angle = position[:, :, None, None].float() / config.rope_theta ** (even / config.head_dim)
+        angle = position[:, :, None, None].float() * rotary_frequencies(config, position.device)
         return cls(angle.cos(), angle.sin())
 
     def apply(self, x: Tensor) -> Tensor:

@@ -81,26 +81,28 @@ def split_sequence(x: Tensor, group: ProcessGroup) -> Tensor:
 
 
 class ColumnLinear(ColumnParallelLinear):
-    """A bias-free linear layer with its outputs split over the group."""
+    """A linear layer with its outputs, and its bias where it has one, split over the group."""
 
     def __init__(self, *args, sequence_split: bool, **kwargs):
-        super().__init__(*args, bias=False, **kwargs)
+        super().__init__(*args, **kwargs)
         self.sequence_split = sequence_split
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, B, inputs] (T / n under sequence parallelism) -> [T, B, outputs / n]"""
         if self.sequence_split:
             x = gather_sequence(x, self.tp_group)
-        return column_product(x, self.weight, self.tp_group, input_is_gathered=self.sequence_split)
+        return column_product(x, self.weight, self.tp_group, self.sequence_split, self.bias)
 
 
-def column_product(x: Tensor, weight: Tensor, group: ProcessGroup, input_is_gathered: bool) -> Tensor:
-    """x [.., inputs], equal on all ranks, times this rank's rows of a weight -> [.., outputs / n].
+def column_product(
+    x: Tensor, weight: Tensor, group: ProcessGroup, input_is_gathered: bool, bias: Tensor | None = None
+) -> Tensor:
+    """x [.., inputs], equal on all ranks, times this rank's rows of a weight, plus its bias -> [.., outputs / n].
 
     input_is_gathered: x comes from :func:`gather_sequence`, whose backward sums the gradient over ranks; else it is done here.
     """
     sum_gradient = group.size() > 1 and not input_is_gathered
-    return linear_with_grad_accumulation_and_async_allreduce(x, weight, None, False, sum_gradient, False, tp_group=group)
+    return linear_with_grad_accumulation_and_async_allreduce(x, weight, bias, False, sum_gradient, False, tp_group=group)
 
 
 class RowLinear(RowParallelLinear):

@@ -1,9 +1,12 @@
-"""The Llama family: names and shapes of Hugging Face's ``LlamaForCausalLM`` and of our parameters."""
+"""Models of Llama shape: names and shapes of Hugging Face's ``LlamaForCausalLM`` and ``Qwen2ForCausalLM``, and of ours.
+
+The two differ in one thing that we have: Qwen2's query, key and value projections have a bias (``model.qkv_bias``).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,26 +15,28 @@ from model.config import ModelConfig
 
 Split = Callable[[Tensor, ModelConfig], list[Tensor]]
 Join = Callable[[Sequence[Tensor], ModelConfig], Tensor]
+Condition = Callable[[ModelConfig], bool]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One parameter of ours and the Hugging Face parameters that hold it. ``{i}`` stands for the layer."""
+    """One parameter of ours, the Hugging Face parameters that hold it, and which models have it. ``{i}`` stands for the layer."""
 
     ours: str
     theirs: tuple[str, ...]
     split: Split = lambda x, config: [x]
     join: Join = lambda parts, config: parts[0]
+    present: Condition = lambda config: True
 
 
 def _split_qkv(x: Tensor, config: ModelConfig) -> list[Tensor]:
     group = config.heads // config.kv_heads
-    rows = x.view(config.kv_heads, group + 2, config.head_dim, -1)
+    rows = x.view(config.kv_heads, group + 2, config.head_dim, *x.shape[1:])
     return [part.flatten(0, 2) for part in rows.split([group, 1, 1], 1)]
 
 
 def _join_qkv(parts: Sequence[Tensor], config: ModelConfig) -> Tensor:
-    rows = [part.view(config.kv_heads, -1, config.head_dim, part.shape[-1]) for part in parts]
+    rows = [part.view(config.kv_heads, -1, config.head_dim, *part.shape[1:]) for part in parts]
     return torch.cat(rows, 1).flatten(0, 2)
 
 
@@ -53,6 +58,13 @@ NAMES = (
         _split_qkv,
         _join_qkv,
     ),
+    Entry(
+        "layers.{i}.attention.qkv.bias",
+        tuple(f"model.layers.{{i}}.self_attn.{name}_proj.bias" for name in "qkv"),
+        _split_qkv,
+        _join_qkv,
+        lambda config: config.qkv_bias,
+    ),
     Entry("layers.{i}.attention.output.weight", ("model.layers.{i}.self_attn.o_proj.weight",)),
     Entry("layers.{i}.mlp_norm.weight", ("model.layers.{i}.post_attention_layernorm.weight",)),
     Entry(
@@ -63,20 +75,20 @@ NAMES = (
     ),
     Entry("layers.{i}.mlp.down.weight", ("model.layers.{i}.mlp.down_proj.weight",)),
     Entry("final_norm.weight", ("model.norm.weight",)),
-    Entry("head.weight", ("lm_head.weight",), _cut_vocabulary, _pad_vocabulary),
+    Entry("head.weight", ("lm_head.weight",), _cut_vocabulary, _pad_vocabulary, lambda config: not config.tied_embeddings),
 )
 
 
 def entries(config: ModelConfig) -> list[Entry]:
-    """The map written out for every layer; a tied model has no head."""
+    """The map of one model, written out for every layer."""
     result = []
     for entry in NAMES:
-        if entry.ours == "head.weight" and config.tied_embeddings:
+        if not entry.present(config):
             continue
         layers = range(config.layers) if "{i}" in entry.ours else [0]
         for i in layers:
             theirs = tuple(name.format(i=i) for name in entry.theirs)
-            result.append(Entry(entry.ours.format(i=i), theirs, entry.split, entry.join))
+            result.append(replace(entry, ours=entry.ours.format(i=i), theirs=theirs))
     return result
 
 
@@ -94,12 +106,33 @@ def from_hugging_face(state: dict[str, Tensor], config: ModelConfig) -> dict[str
     return {e.ours: e.join([state[name] for name in e.theirs], config) for e in entries(config)}
 
 
+def _rope_parameters(config: ModelConfig) -> dict:
+    scaling = config.rope_scaling
+    if scaling.kind == "default":
+        return {"rope_type": "default", "rope_theta": config.rope_theta}
+    return {
+        "rope_type": scaling.kind,
+        "rope_theta": config.rope_theta,
+        "factor": scaling.factor,
+        "low_freq_factor": scaling.low_freq_factor,
+        "high_freq_factor": scaling.high_freq_factor,
+        "original_max_position_embeddings": scaling.original_max_position,
+    }
+
+
+def _family(config: ModelConfig) -> dict:
+    """The keys in which the two families differ."""
+    if config.qkv_bias:
+        return {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "use_sliding_window": False}
+    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": False, "mlp_bias": False}
+
+
 def hf_config(config: ModelConfig, dtype: str, bos: int | None, eos: int | None, pad: int | None) -> dict:
     """``config.json``. Keys of both generations are written (rope_parameters / rope_theta, dtype / torch_dtype): a reader
     that misses its own would silently fall back to defaults."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+    rope = _rope_parameters(config)
+    is_scaled = rope["rope_type"] != "default"
+    return _family(config) | {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.ffn_size,
@@ -111,10 +144,8 @@ def hf_config(config: ModelConfig, dtype: str, bos: int | None, eos: int | None,
         "max_position_embeddings": config.max_position,
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
-        "rope_scaling": None,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "attention_bias": False,
-        "mlp_bias": False,
+        "rope_scaling": {k: v for k, v in rope.items() if k != "rope_theta"} if is_scaled else None,
+        "rope_parameters": rope,
         "tie_word_embeddings": config.tied_embeddings,
         "initializer_range": config.init_std,
         "bos_token_id": bos,
