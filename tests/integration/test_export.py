@@ -64,11 +64,35 @@ def test_logits_equal_those_of_the_training_model(exported, run_dir):
 
 def test_generation_from_both(exported, run_dir):
     ours = module("pretrain", "generate", "--run-dir", run_dir, "--prompt", PROMPT, "--max-new-tokens", 12).stdout
-    again = module("pretrain", "generate", "--run-dir", run_dir, "--prompt", PROMPT, "--max-new-tokens", 12).stdout
     theirs = module("pretrain", "generate", "--model", exported, "--prompt", PROMPT, "--max-new-tokens", 12).stdout
     for text in (ours, theirs):
         assert text.startswith(PROMPT) and len(text.strip()) > len(PROMPT) and "<gist" not in text
-    assert ours == again
+    assert ours == generated("--run-dir", run_dir, "--prompt", PROMPT, "--max-new-tokens", 12) + "\n"
+
+
+def generated(*arguments) -> str:
+    """What the command prints, in this process."""
+    from pretrain.__main__ import build_parser
+    from pretrain.generate import generate
+
+    return "".join(generate(build_parser().parse_args(["generate", *map(str, arguments)])))
+
+
+def test_questions_on_a_context(run_dir, tmp_path):
+    """The context is read once; every question gets the answer that it gets alone, up to its stop text."""
+    context, prompt = tmp_path / "context.txt", tmp_path / "prompt.txt"
+    context.write_text("The Congress shall meet, and the President shall speak of the state of the Union. " * 12)
+    common = ("--run-dir", run_dir, "--context-file", context, "--recall", "suffix", "--max-new-tokens", 10)
+    questions = ("What of it?", "Who speaks?")
+    alone = [generated(*common, "--prompt", question) for question in questions]
+    both = generated(*common, "--prompt", questions[0], "--prompt", questions[1])
+    assert both == f"[1] {alone[0]}\n\n[2] {alone[1]}"
+    assert alone[0] != generated("--run-dir", run_dir, "--prompt", questions[0], "--max-new-tokens", 10), "the context counts"
+    answer = alone[0].removeprefix(questions[0])
+    prompt.write_text(questions[0])
+    stopped = generated(*common, "--prompt-file", prompt, "--stop", answer[2:4])
+    assert stopped == questions[0] + answer[: answer.find(answer[2:4])]
+    assert generated(*common, "--prompt", questions[0], "--grow").startswith(questions[0])
 
 
 @pytest.mark.parametrize(
@@ -78,6 +102,7 @@ def test_generation_from_both(exported, run_dir):
         (["export", "--run-dir", "{run}", "--step", "5", "--output", "{new}"], "has no such checkpoint; it has steps 6, 3"),
         (["export", "--run-dir", "{new}", "--output", "{new}x"], "is not a run directory"),
         (["generate", "--run-dir", "{run}", "--prompt", ""], "--prompt: is empty"),
+        (["generate", "--model", "{hf}", "--prompt", "a", "--recall", "all"], "--recall: needs --run-dir"),
         (["generate", "--model", "{new}", "--prompt", "a"], "is not an exported model"),
         (["generate", "--run-dir", "{run}", "--prompt", "a", "--top-p", "0"], "--top-p 0.0: is not in (0, 1]"),
     ],
@@ -87,6 +112,24 @@ def test_bad_calls_end_in_one_line(exported, run_dir, tmp_path, arguments, messa
     done = module("pretrain", *[a.format(**places) for a in arguments], check=False)
     assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["--grow"], "--grow: needs --context-file"),
+        (["--context-file", "{new}"], "--context-file {new}: cannot be read"),
+        (["--max-new-tokens", "0"], "--max-new-tokens 0: is below 1"),
+        (["--temperature", "-1"], "--temperature -1.0: is below 0"),
+        (["--stop", ""], "--stop: is empty"),
+    ],
+)
+def test_wrong_settings_are_named_before_anything_is_loaded(tmp_path, arguments, message):
+    from pretrain.errors import UserError
+
+    fill = lambda text: text.format(new=tmp_path / "new")
+    with pytest.raises(UserError, match=message.format(new=tmp_path / "new")):
+        generated("--run-dir", tmp_path, "--prompt", "a", *map(fill, arguments))
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -1,0 +1,149 @@
+"""The cache's parts: growing arrays, the outline of a growing document, what a step reads."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from model.buffers import Growable
+from model.cache import Reads, Rows
+from model.config import GistConfig
+from model.gist import build_layout, build_recall, interleave
+from model.gist.outline import Outline
+from model.gist.placement import GistPlacement
+from model.prefill_attention import short_sample
+from tests.benchmarks import decode_cpu
+
+
+def test_growable():
+    grown, parts, allocations = Growable([2, 0, 3], 1, torch.float32, "cpu"), [], set()
+    for _ in range(1000):
+        parts.append(torch.randn(2, 1, 3))
+        grown.append(parts[-1])
+        allocations.add(grown.memory.data_ptr())
+    assert torch.equal(grown.rows, torch.cat(parts, 1))
+    assert len(allocations) <= math.log2(1000) and grown.memory.shape[1] < 2048
+    grown.truncate(7)
+    grown.append(parts[0])
+    assert torch.equal(grown.rows, torch.cat(parts[:7] + parts[:1], 1))
+
+
+def test_rows_count_every_read():
+    reads = Reads()
+    rows = Rows(2, 4, torch.float32, torch.device("cpu"), reads)
+    k, v = torch.randn(2, 30, 2, 4)
+    rows.append(k[:20], v[:20])
+    rows.append(k[20:], v[20:])
+    assert torch.equal(rows.keys(3, 9), k[3:9].transpose(0, 1)) and torch.equal(rows.values(0, 1), v[:1].transpose(0, 1))
+    at = torch.tensor([[1, 29, 1], [0, 5, 7]])
+    assert torch.equal(rows.keys_at(at)[1], k[[0, 5, 7], 1]) and torch.equal(rows.values_at(at)[0], v[[1, 29, 1], 0])
+    assert (reads.keys, reads.values) == (2 * 6 + 6, 2 * 1 + 6)
+
+
+def document(config: GistConfig, raw: int, suffix: int) -> torch.Tensor:
+    """Levels of a closed context and a suffix, [T]."""
+    starts = np.random.default_rng(raw).random(50) < 0.3
+    ids = np.random.default_rng(1).integers(0, 50, raw)
+    level = interleave(ids, [raw], starts, config, range(50, 50 + config.levels), close=True).level
+    return torch.from_numpy(np.append(level, np.full(suffix, -1))).long()
+
+
+CONFIGS = [GistConfig((4,)), GistConfig((3, 2)), GistConfig((2, 2, 2), sink=0, n_prev=0), GistConfig((5, 3, 2), sink=9, n_prev=2)]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: str(c.chunk_sizes))
+@pytest.mark.parametrize("raw,suffix", [(83, 12), (7, 4), (1, 1), (0, 6), (40, 0)])
+def test_outline_is_the_layout_of_the_whole(config, raw, suffix):
+    level = document(config, raw, suffix)
+    layout = build_layout(level[None], torch.zeros_like(level)[None], config)
+    intervals, segments = layout.intervals, config.levels + 1
+    recalls = level < 0
+    expected = build_recall(layout, config, recalls[None])
+    for seed in range(3):
+        outline, sights = Outline(config), []
+        for part in torch.tensor_split(level, sorted(np.random.default_rng(seed).integers(0, len(level) + 1, 4).tolist())):
+            if len(part):
+                sights.append(outline.append(part))
+        join = lambda name: torch.cat([getattr(s, name) for s in sights], -1)  # noqa: B023
+        start = intervals.segment_start[0, :segments, None]
+        lo, hi = (x[0, :segments] - start for x in (intervals.lo, intervals.hi))
+        assert torch.equal(join("hi"), hi.long())
+        assert torch.equal(join("lo"), lo.long())
+        assert torch.equal(join("sinks"), (intervals.hi - intervals.lo)[0, -1].long())
+        assert torch.equal(join("upto")[-1] - 1, layout.position[0])
+        # The tree needs the sight of its queries alone.
+        whole = Outline(config)
+        tree = whole.tree(whole.append(level).at(recalls))
+        for name in ("child_lo", "child_hi", "parent", "tail", "span"):
+            assert torch.equal(getattr(tree, name).long(), getattr(expected, name).long()), name
+        assert torch.equal(tree.lo[:-1], expected.lo[:-1]) and torch.equal(tree.hi[:-1], expected.hi[:-1])
+        assert torch.equal((tree.hi - tree.lo)[-1], (expected.hi - expected.lo)[-1])
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: str(c.chunk_sizes))
+def test_short_sample_shows_what_the_layout_shows(config):
+    level = document(config, 83, 5)
+    layout = build_layout(level[None], torch.zeros_like(level)[None], config)
+    mask = layout.intervals.dense_mask()[0]
+    for begin, end in ((0, 9), (50, 51), (60, len(level)), (len(level) - 1, len(level))):
+        outline = Outline(config)
+        if begin:
+            outline.append(level[:begin])
+        spans, own, intervals = short_sample(outline.append(level[begin:end]))
+        token_of = [(level == config.levels - 1 - s).nonzero()[:, 0][a:b] for s, a, b in spans]
+        token_of = torch.cat(token_of)  # which token each place of the short sample holds
+        assert token_of[own].tolist() == list(range(begin, end))
+        seen = torch.zeros(end - begin, len(level), dtype=torch.bool)
+        for i, row in enumerate(intervals.dense_mask()[0][own]):
+            seen[i, token_of[row]] = True
+        assert torch.equal(seen, mask[begin:end])
+
+
+@pytest.mark.parametrize("close", [False, True])
+def test_placement_token_by_token_is_insertion(close):
+    """Read at once or in any pieces; what is taken off again is put back."""
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        config = GistConfig(tuple(rng.integers(1, 7, rng.integers(1, 4)).tolist()), sink=int(rng.integers(0, 5)))
+        gists, starts = range(50, 50 + config.levels), rng.random(50) < rng.choice([0.0, 0.2, 0.8])
+        raw = rng.integers(0, 50, rng.integers(0, 120))
+        placement, ids, level = GistPlacement(config, starts, gists), [], []
+        pieces = np.split(raw, np.sort(rng.integers(0, len(raw) + 1, 20)))
+        for number, piece in enumerate(pieces):
+            feed = placement.push(piece.tolist(), close and number == len(pieces) - 1)
+            kept = len(ids) - feed.drop
+            assert all(l < 0 for l in level[kept:])
+            ids, level = ids[:kept] + feed.ids, level[:kept] + feed.level
+        whole = interleave(raw, [len(raw)], starts, config, gists, close=close)
+        same = len(whole.ids) if close else len(ids) - len(placement.chunk)
+        assert ids[:same] == whole.ids[:same].tolist() and level[:same] == whole.level[:same].tolist()
+        assert not close or len(ids) == same
+        assert len(placement.chunk) <= config.sink + config.chunk_sizes[0] * 3 // 2
+
+
+def test_keys_read_grow_like_the_logarithm(build):
+    """Counted by the cache for c = (8, 8, 8, 8) and a fixed k; a scan of all level-0 gists would read an eighth of T."""
+    decoder = decode_cpu.decoder(build, GistConfig(decode_cpu.SIZES, recall="suffix", topk=4), layers=2, head_dim=2)
+    tops, counts = [], []
+    for raw in (4**n for n in range(5, 11)):  # 1k .. 1M
+        sequence = decode_cpu.filled(decoder, raw)
+        counts.append(decode_cpu.keys_read(decoder, sequence, layer=1))
+        tops.append(sequence.cache.outline.counts[0])
+    below = np.array(counts) - tops  # the top level is scanned: T / 4096 gists, 226 of them at 1M
+    # At most 4 heads * 4 parents with 8 children each and an open group on three levels, 16 chunks, the windows.
+    assert max(below) <= 3 * (16 * 8 + 8) + 16 * 12 + 2 * 12 + 3
+    assert max(below) < 3 * below[0], "a factor of 1024 in length"
+    assert counts[-1] < 4**10 / 1000 and counts[0] > 4 * 8, "it does unfold"
+
+
+def test_a_dense_step_reads_everything(build):
+    decoder = decode_cpu.decoder(build, None, layers=2, head_dim=8)
+    assert decode_cpu.keys_read(decoder, decode_cpu.filled(decoder, 1000), layer=1) == 1001
+
+
+def test_the_first_layer_reads_windows_and_top_gists_only(build):
+    decoder = decode_cpu.decoder(build, GistConfig((8, 8), recall="suffix", topk=4), layers=2, head_dim=8)
+    sequence = decode_cpu.filled(decoder, 4096)
+    top = sequence.cache.outline.counts[0]
+    assert top <= decode_cpu.keys_read(decoder, sequence, layer=0) <= top + 2 * 8 + 2 * 12 + 3 + 1
