@@ -60,6 +60,7 @@ class Embedding(VocabularyEmbedding):
             tp_group=build.tp_group,
             sequence_split=build.sequence_split,
         )
+        self.build = build
 
 
 class Layer(nn.Module):

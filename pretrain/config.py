@@ -117,17 +117,27 @@ class ParallelConfig:
     tensor: int = option(1, "ranks that share every layer")
     pipeline: int = option(1, "pipeline stages")
     context: int = option(1, "ranks that share every sequence")
+    context_method: str = option("gists", "what context ranks exchange: gists and border chunks; ulysses: heads for sequence")
+    sequence: bool = option(False, "also split norms and residuals over the tensor-parallel ranks, along the sequence")
     zero: int = option(1, "DeepSpeed ZeRO stage: 1 optimizer state, 2 and gradients, 3 and parameters are partitioned")
+    offload: str = option("none", "what ZeRO keeps in host memory: none, optimizer, or all (parameters too; zero: 3)")
     timeout_minutes: float = option(30.0, "a collective that takes longer ends the run")
 
     def __post_init__(self):
         names = ("tensor", "pipeline", "context")
         errors = [f"{n}: {getattr(self, n)} is below 1" for n in names if getattr(self, n) < 1]
-        for name in ("pipeline", "context"):
-            if getattr(self, name) > 1:
-                errors.append(f"{name}: {getattr(self, name)} is not supported yet; set it to 1")
         if self.zero not in (1, 2, 3):
             errors.append(f"zero: {self.zero} is not one of 1, 2, 3")
+        if self.context_method not in ("gists", "ulysses"):
+            errors.append(f"context_method: {self.context_method!r} is not one of gists, ulysses")
+        if self.offload not in ("none", "optimizer", "all"):
+            errors.append(f"offload: {self.offload!r} is not one of none, optimizer, all")
+        if self.offload == "all" and self.zero != 3:
+            errors.append(f"offload: all needs zero: 3 (it is {self.zero}); or set offload: optimizer")
+        if self.offload == "optimizer" and self.zero == 1:
+            errors.append("offload: optimizer needs zero: 2 or 3 (it is 1)")
+        if self.pipeline > 1 and self.zero > 1:
+            errors.append(f"zero: {self.zero} with pipeline: {self.pipeline}; DeepSpeed's pipeline works with zero: 1 only")
         if self.timeout_minutes <= 0:
             errors.append(f"timeout_minutes: {self.timeout_minutes} is not above 0")
         raise_together(errors)
@@ -206,17 +216,40 @@ class RunConfig:
         errors = []
         if self.precision not in ("fp32", "bf16"):
             errors.append(f"precision: {self.precision!r} is not one of fp32, bf16")
-        tensor = self.parallel.tensor
-        for name in ("kv_heads", "ffn_size"):
-            if getattr(self.model, name) % tensor:
-                errors.append(f"parallel.tensor: {tensor} does not divide model.{name} ({getattr(self.model, name)})")
-        if self.model.padded_vocab_size % tensor:
-            errors.append(f"parallel.tensor: {tensor} does not divide the padded vocabulary ({self.model.padded_vocab_size})")
+        errors += self._layout_errors()
         if self.gist.recall == "suffix" and self.model.attention == "gist":
             errors.append("gist.recall: suffix needs data that says where the suffix begins; shards do not: use all or none")
         if self.data.raw_tokens > self.model.max_position:
             errors.append(f"data.raw_tokens: {self.data.raw_tokens} exceeds model.max_position ({self.model.max_position})")
         raise_together(errors)
+
+    def _layout_errors(self) -> list[str]:
+        """Why the model cannot be spread as configured."""
+        parallel, model = self.parallel, self.model
+        tensor, errors = parallel.tensor, []
+        for name in ("kv_heads", "ffn_size", "padded_vocab_size"):
+            if getattr(model, name) % tensor:
+                errors.append(
+                    f"parallel.tensor: {tensor} does not divide model.{name} ({getattr(model, name)}); "
+                    f"{_largest_divisor(getattr(model, name), tensor)} would do"
+                )
+        if model.layers % parallel.pipeline:
+            errors.append(
+                f"parallel.pipeline: {parallel.pipeline} does not divide model.layers ({model.layers}); "
+                f"{_largest_divisor(model.layers, parallel.pipeline)} would do"
+            )
+        if parallel.context > 1 and parallel.context_method == "ulysses":
+            kv_heads = model.kv_heads // tensor
+            if kv_heads % parallel.context:
+                errors.append(
+                    f"parallel.context: {parallel.context} does not divide the {kv_heads} KV heads of a rank, as ulysses needs; "
+                    f"{_largest_divisor(kv_heads, parallel.context)} would do, or context_method: gists"
+                )
+        elif parallel.context > 1 and model.attention == "dense":
+            errors.append("parallel.context: dense attention has no gists to exchange; set context_method: ulysses")
+        elif parallel.context > 1 and self.gist.recall != "none":
+            errors.append("parallel.context: recall reads chunks that gists alone do not bring; set context_method: ulysses")
+        return errors
 
     def to_dict(self) -> dict:
         """Plain dicts and lists, as in config.yaml."""
@@ -226,6 +259,11 @@ class RunConfig:
     def to_yaml(self) -> str:
         """The resolved configuration as YAML."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+def _largest_divisor(number: int, most: int) -> int:
+    """The largest divisor of ``number`` that is at most ``most``."""
+    return max(d for d in range(1, most + 1) if number % d == 0)
 
 
 # Settings that may differ when a run is resumed: none of them changes what is learned or in which order.

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import deepspeed
+import torch
+from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
+from model.config import GistConfig
+from model.context_parallel import ContextParallel
 from model.layers import BuildContext
+from model.pipeline import canonical_name, layer_specs, stage_loss
 from model.transformer import Transformer
 from pretrain.config import RunConfig, ScheduleConfig
 from pretrain.engine_state import allocate_optimizer_state
@@ -28,7 +35,12 @@ def accumulation_steps(config: RunConfig, data_size: int) -> int:
 
 def deepspeed_config(config: RunConfig, data_size: int) -> dict:
     """The DeepSpeed configuration of a run."""
-    optimizer = config.optimizer
+    optimizer, parallel = config.optimizer, config.parallel
+    zero = {"stage": parallel.zero, "overlap_comm": False}
+    if parallel.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if parallel.offload == "all":
+        zero["offload_param"] = {"device": "cpu"}
     return {
         "train_micro_batch_size_per_gpu": config.train.micro_batch,
         "gradient_accumulation_steps": accumulation_steps(config, data_size),
@@ -46,24 +58,72 @@ def deepspeed_config(config: RunConfig, data_size: int) -> dict:
                 "fused": True,
             },
         },
-        "zero_optimization": {"stage": config.parallel.zero, "overlap_comm": False},
+        "zero_optimization": zero,
         "bf16": {"enabled": config.precision == "bf16"},
         "data_types": {"grad_accum_dtype": "fp32"},
+        # Partitioned sends would cut the residual stream apart, which sequence parallelism has done already.
+        "pipeline": {
+            "pipe_partitioned": False,
+            "grad_partitioned": False,
+            "use_reentrant": False,
+            "activation_checkpoint_interval": int(config.train.activation_checkpointing),
+        },
     }
 
 
 def build_engine(config: RunConfig, parallel: Parallel) -> deepspeed.DeepSpeedEngine:
-    """Model and optimizer under DeepSpeed. Matrices decay, norm weights do not."""
-    build = BuildContext(parallel.tensor_group, config.train.seed)
-    model = Transformer(config.model, build, config.train.activation_checkpointing)
+    """Model and optimizer under DeepSpeed: a plain module, or a PipelineModule where there are stages.
+
+    Matrices decay, norm weights do not.
+    """
+    context = None
+    if parallel.context_group.size() > 1:
+        context = ContextParallel(parallel.context_group, config.parallel.context_method)
+    build = BuildContext(parallel.tensor_group, config.train.seed, config.parallel.sequence, context)
+    model = _pipeline(config, build, parallel) if parallel.stages > 1 else Transformer(
+        config.model, build, config.train.activation_checkpointing
+    )
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    mpu = {} if parallel.stages > 1 else {"mpu": parallel.mpu()}  # a PipelineModule brings its own
     engine, *_ = deepspeed.initialize(
-        model=model, model_parameters=groups, config=deepspeed_config(config, parallel.data_size), mpu=parallel.mpu()
+        model=model, model_parameters=groups, config=deepspeed_config(config, parallel.data_size), **mpu
     )
+    if parallel.stages > 1:
+        _check_agreement(engine, parallel)
     allocate_optimizer_state(engine)
     return engine
+
+
+def _pipeline(config: RunConfig, build: BuildContext, parallel: Parallel) -> PipelineModule:
+    topology = PipeModelDataParallelTopology(
+        num_pp=parallel.stages, num_mp=parallel.tensor_group.size(), num_dp=parallel.replica_group.size()
+    )
+    gist = config.gist if config.model.attention == "gist" else GistConfig((config.data.raw_tokens,))
+    model = PipelineModule(
+        layer_specs(config.model, gist, build),
+        topology=topology,
+        loss_fn=partial(stage_loss, build),
+        partition_method="type:LayerStage",
+        activation_checkpoint_interval=int(config.train.activation_checkpointing),
+        seed_layers=False,
+    )
+    model.canonical_name = canonical_name(config.model.layers)
+    return model
+
+
+def _check_agreement(engine: deepspeed.DeepSpeedEngine, parallel: Parallel) -> None:
+    """DeepSpeed's topology and megatron-core's groups must place every rank alike."""
+    grid = engine.grid
+    ranks = torch.distributed.get_process_group_ranks
+    pairs = {
+        "stage": (grid.get_stage_id(), parallel.stage),
+        "data-parallel ranks": (ranks(grid.get_data_parallel_group()), ranks(parallel.replica_group)),
+        "tensor-parallel ranks": (ranks(grid.get_slice_parallel_group()), ranks(parallel.tensor_group)),
+    }
+    for what, (theirs, ours) in pairs.items():
+        assert theirs == ours, f"{what}: DeepSpeed has {theirs}, megatron-core {ours}"
 
 
 def learning_rate(step: int, steps: int, peak: float, schedule: ScheduleConfig) -> float:

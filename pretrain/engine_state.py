@@ -85,9 +85,12 @@ def _is_split(parameter: nn.Parameter) -> bool:
 def fragments(engine: deepspeed.DeepSpeedEngine, parallel: Parallel) -> Iterator[Fragment]:
     """Everything of weights and optimizer that this rank holds."""
     tensor_rank, tensor_size = parallel.tensor_group.rank(), parallel.tensor_group.size()
+    rename = getattr(engine.module, "canonical_name", str)  # a pipeline numbers its layers in its own way
     for name, parameter in engine.module.named_parameters():
+        name = rename(name)
         split = _is_split(parameter)
-        owner = split or tensor_rank == 0
+        # The last stage has the tied embedding too; the first one writes it.
+        owner = (split or tensor_rank == 0) and not (parallel.stage > 0 and name.startswith("embedding."))
         for kind in KINDS:
             first, run = _run(engine, parameter, kind)
             begin = 0  # of the piece among the parameter's elements

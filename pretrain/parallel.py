@@ -23,15 +23,23 @@ class Parallel:
     Attributes:
         rank, world: global rank and number of ranks.
         device: where this rank computes.
-        data_group: ranks that hold the same part of the model and see different samples.
+        data_group: ranks that see different samples, with the same part of the model and of every sequence.
+        replica_group: ranks that hold the same part of the model: data_group x context_group. Gradients are averaged over
+            it, and ZeRO partitions over it.
         tensor_group: ranks that share every layer.
+        context_group: ranks that share every sequence, in the order of its parts.
+        stage, stages: pipeline stage of this rank, and how many there are.
     """
 
     rank: int
     world: int
     device: torch.device
     data_group: ProcessGroup
+    replica_group: ProcessGroup
     tensor_group: ProcessGroup
+    context_group: ProcessGroup
+    stage: int
+    stages: int
 
     @property
     def data_size(self) -> int:
@@ -52,8 +60,15 @@ class Parallel:
 
     def sum_over_data(self, value: float) -> float:
         """Sum of a number over the data-parallel ranks; fp64, in rank order, so the same on every run."""
+        return self._sum(value, self.data_group)
+
+    def sum_over_replicas(self, value: float) -> float:
+        """Sum of a number over the data- and context-parallel ranks; as :meth:`sum_over_data`."""
+        return self._sum(value, self.replica_group)
+
+    def _sum(self, value: float, group: ProcessGroup) -> float:
         total = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total, group=self.data_group)
+        dist.all_reduce(total, group=group)
         return total.item()
 
 
@@ -64,13 +79,13 @@ class ModelParallelUnit:
         self._parallel = parallel
 
     def get_data_parallel_group(self):
-        return self._parallel.data_group
+        return self._parallel.replica_group
 
     def get_data_parallel_world_size(self):
-        return self._parallel.data_group.size()
+        return self._parallel.replica_group.size()
 
     def get_data_parallel_rank(self):
-        return self._parallel.data_group.rank()
+        return self._parallel.replica_group.rank()
 
     def get_model_parallel_group(self):
         return self._parallel.tensor_group
@@ -128,7 +143,11 @@ def initialize(config: ParallelConfig) -> Parallel:
         world=world,
         device=device,
         data_group=parallel_state.get_data_parallel_group(),
+        replica_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         tensor_group=tensor_group,
+        context_group=parallel_state.get_context_parallel_group(),
+        stage=parallel_state.get_pipeline_model_parallel_rank(),
+        stages=config.pipeline,
     )
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import deepspeed
 import torch
 
+from model.pipeline import stage_inputs
 from model.transformer import IGNORED, MicroBatch
 from pretrain.parallel import Parallel
 
@@ -42,8 +43,10 @@ def train_step(engine: deepspeed.DeepSpeedEngine, batches: Sequence[MicroBatch],
     averages over both, so each micro-batch's sum is scaled by (ranks x micro-batches / tokens of the global batch).
     """
     tokens = parallel.sum_over_data(sum(int((b.labels != IGNORED).sum()) for b in batches))
-    factor = parallel.data_size * len(batches) / tokens
+    factor = parallel.replica_group.size() * len(batches) / tokens
     began = time.monotonic()
+    if parallel.stages > 1:
+        return _pipeline_step(engine, batches, factor, int(tokens), began)
     local_sum, unfolded = 0.0, []
     for index, batch in enumerate(batches):
         batch = batch.to(parallel.device)
@@ -51,7 +54,7 @@ def train_step(engine: deepspeed.DeepSpeedEngine, batches: Sequence[MicroBatch],
         local_sum += loss.item()
         if index + 1 == len(batches):
             busy = time.monotonic() - began
-            mean = parallel.sum_over_data(local_sum) / tokens
+            mean = parallel.sum_over_replicas(local_sum) / tokens
             if not math.isfinite(mean):
                 # DeepSpeed skips a step whose gradient is not finite. This makes it so wherever the bad loss arose.
                 factor = math.nan
@@ -64,13 +67,28 @@ def train_step(engine: deepspeed.DeepSpeedEngine, batches: Sequence[MicroBatch],
     return StepResult(mean, float(engine.get_global_grad_norm()), int(tokens), read, skipped, busy)
 
 
+def _pipeline_step(
+    engine: deepspeed.PipelineEngine, batches: Sequence[MicroBatch], factor: float, tokens: int, began: float
+) -> StepResult:
+    """The same through DeepSpeed's pipeline, which averages the scaled losses over micro-batches and ranks itself."""
+    loss = engine.train_batch(iter([stage_inputs(batch, factor) for batch in batches])).item()
+    skipped = bool(engine.optimizer.overflow)
+    return StepResult(loss, float(engine.get_global_grad_norm()), tokens, None, skipped, time.monotonic() - began)
+
+
 @torch.no_grad()
 def validation_loss(engine: deepspeed.DeepSpeedEngine, batches: Sequence[MicroBatch], parallel: Parallel) -> float:
     """Mean cross-entropy in nats over all loss tokens of the ranks' batches."""
     engine.eval()
-    total, tokens = 0.0, 0
-    for batch in batches:
-        total += engine(batch.to(parallel.device)).item()
-        tokens += int((batch.labels != IGNORED).sum())
+    tokens = parallel.sum_over_data(sum(int((b.labels != IGNORED).sum()) for b in batches))
+    if parallel.stages > 1:
+        factor = parallel.replica_group.size() * len(batches) / tokens
+        inputs = iter([stage_inputs(batch, factor) for batch in batches])
+        engine.reset_activation_shape()  # a validation batch is one sample, whatever train.micro_batch is
+        mean = engine.eval_batch(inputs, num_micro_batches=len(batches)).item()
+        engine.reset_activation_shape()
+    else:
+        total = sum(engine(batch.to(parallel.device)).item() for batch in batches)
+        mean = parallel.sum_over_replicas(total) / tokens
     engine.train()
-    return parallel.sum_over_data(total) / parallel.sum_over_data(tokens)
+    return mean

@@ -33,7 +33,15 @@ class FakeEngine:
         return 1.5
 
 
-PARALLEL = SimpleNamespace(data_size=2, device="cpu", sum_over_data=lambda x: 2 * x)
+TWICE = lambda x: 2 * x
+PARALLEL = SimpleNamespace(
+    data_size=2,
+    stages=1,
+    device="cpu",
+    sum_over_data=TWICE,
+    sum_over_replicas=TWICE,
+    replica_group=SimpleNamespace(size=lambda: 2),
+)
 
 
 def batch(targets: int):

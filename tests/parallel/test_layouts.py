@@ -1,0 +1,77 @@
+"""Every parallel layout gives the losses of one process, step by step: fp32 within 2e-6, gradient norms within 1e-5."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.integration.runs import train
+
+STEPS = "train.steps=10"
+
+# name: (ranks, settings). All train the same global batch of packed documents with clipping.
+LAYOUTS = {
+    "micro_batch 4": (1, ["train.micro_batch=4"]),
+    "activation checkpointing": (1, ["train.activation_checkpointing=true"]),
+    "dp2 zero1": (2, ["parallel.zero=1"]),
+    "dp2 zero2 micro_batch 2": (2, ["parallel.zero=2", "train.micro_batch=2"]),
+    "dp2 zero3": (2, ["parallel.zero=3"]),
+    "dp2 zero2 offload": (2, ["parallel.zero=2", "parallel.offload=optimizer"]),
+    "dp2 zero3 offload": (2, ["parallel.zero=3", "parallel.offload=all"]),
+    "tp2": (2, ["parallel.tensor=2"]),
+    "tp2 sequence": (2, ["parallel.tensor=2", "parallel.sequence=true"]),
+    "tp2 dp2 zero3": (4, ["parallel.tensor=2", "parallel.zero=3"]),
+    "pp2": (2, ["parallel.pipeline=2"]),
+    "pp2 checkpointing": (2, ["parallel.pipeline=2", "train.activation_checkpointing=true"]),
+    "pp2 dp2 micro_batch 2": (4, ["parallel.pipeline=2", "train.micro_batch=2"]),
+    "tp2 pp2": (4, ["parallel.tensor=2", "parallel.pipeline=2"]),
+    "tp2 pp2 sequence": (4, ["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"]),
+    "cp2": (2, ["parallel.context=2"]),
+    "cp2 tp2 sequence": (4, ["parallel.context=2", "parallel.tensor=2", "parallel.sequence=true"]),
+    "cp2 dp2 zero2": (4, ["parallel.context=2", "parallel.zero=2"]),
+    "cp2 pp2": (4, ["parallel.context=2", "parallel.pipeline=2"]),
+    "ulysses2": (2, ["parallel.context=2", "parallel.context_method=ulysses"]),
+    "ulysses2 pp2": (4, ["parallel.context=2", "parallel.context_method=ulysses", "parallel.pipeline=2"]),
+}
+# The rest runs with `make test-long`; each kind of parallelism is in the short list.
+SHORT = ("activation checkpointing", "dp2 zero2 micro_batch 2", "dp2 zero3 offload", "tp2 sequence", "pp2 checkpointing",
+         "tp2 pp2", "cp2", "cp2 pp2", "ulysses2")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def config(tiny, tmp_path_factory):
+    return tiny.config(tmp_path_factory.mktemp("layouts") / "tiny.yaml")
+
+
+@pytest.fixture(scope="module")
+def alone(config, tmp_path_factory):
+    return train(config, tmp_path_factory.mktemp("alone") / "run", 1, STEPS)
+
+
+@pytest.mark.parametrize("name", [n if n in SHORT else pytest.param(n, marks=pytest.mark.long) for n in LAYOUTS])
+def test_a_layout_gives_the_losses_of_one_process(name, config, alone, tmp_path):
+    ranks, settings = LAYOUTS[name]
+    metrics = train(config, tmp_path / "run", ranks, STEPS, *settings)
+    for got, want in zip(metrics, alone, strict=True):
+        assert abs(got["loss"] - want["loss"]) <= 2e-6 * max(1, want["loss"])
+        assert abs(got["grad_norm"] - want["grad_norm"]) <= 1e-5 * want["grad_norm"]
+        assert got.get("valid_loss") == pytest.approx(want.get("valid_loss"), abs=1e-5)
+        assert (got["samples"], got["loss_tokens"]) == (want["samples"], want["loss_tokens"])
+
+
+def test_a_pipeline_with_recall_and_untied_embeddings(tiny, tmp_path):
+    """Recall is rebuilt on each stage; the head is a weight of its own."""
+    config = tiny.config(tmp_path / "c.yaml", model={"tied_embeddings": False}, gist={"chunk_sizes": [4, 2], "recall": "all"})
+    alone = train(config, tmp_path / "alone", 1, "train.steps=4")
+    pipeline = train(config, tmp_path / "pipeline", 2, "train.steps=4", "parallel.pipeline=2")
+    for got, want in zip(pipeline, alone, strict=True):
+        assert abs(got["loss"] - want["loss"]) <= 2e-6 * want["loss"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["dp2 zero3", "tp2 sequence", "pp2", "cp2"])
+def test_bf16_layouts_stay_close(name, config, tmp_path):
+    alone = train(config, tmp_path / "alone", 1, STEPS, "precision=bf16")
+    ranks, settings = LAYOUTS[name]
+    metrics = train(config, tmp_path / "run", ranks, STEPS, "precision=bf16", *settings)
+    for got, want in zip(metrics, alone, strict=True):
+        assert abs(got["loss"] - want["loss"]) <= 3e-3 * want["loss"]
