@@ -2,26 +2,29 @@
 
 The order of samples is a pure function of (seed, number): an epoch lays the documents in an order drawn from
 (seed, epoch), cuts that stream into windows of R raw tokens and draws the order of the windows. The state of the data
-is therefore one integer, and ranks, micro-batches and chunk sizes do not change what is seen.
+is therefore one integer, and ranks, micro-batches and chunk sizes do not change what is seen. Where sources have weights,
+each is such a stream of its own, and `pretrain.blend` tells which one gives a sample.
 """
 
 from __future__ import annotations
 
-import json
-import os
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from model.config import GistConfig
 from model.gist import Recall, build_layout, interleave, max_interleaved_length
 from model.transformer import IGNORED, MicroBatch
+from pretrain.blend import make_blend, parse_entry
 from pretrain.errors import UserError
+from pretrain.shards import Shard, open_shards
 from pretrain.tokenizer import TokenizerInfo
+
+GROUPS = 1 << 20  # documents are shuffled in at most so many runs, so that entering an epoch takes milliseconds
 
 
 @dataclass(frozen=True)
@@ -34,91 +37,150 @@ class Segment:
 
 
 class TokenSource:
-    """Documents of one or more shards as fixed windows of raw tokens, in a reproducible order.
+    """Documents of shards as fixed windows of raw tokens, in a reproducible order, from one source or a blend of several.
 
     Raises:
-        UserError: a shard is missing, cut short, of another tokenizer, or holds ids outside the vocabulary.
+        UserError: a shard is missing, cut short, of another tokenizer, or holds ids outside the vocabulary; weights that
+            cannot be; a source with less than one sample.
     """
 
-    def __init__(self, prefixes: Sequence[str], raw_tokens: int, seed: int, tokenizer: TokenizerInfo, setting: str):
-        """setting: the configuration key that named the prefixes, for messages."""
-        self.raw_tokens, self.seed = raw_tokens, seed
-        self.fingerprint = [_check_shard(prefix, tokenizer, setting) for prefix in prefixes]
-        self._shards = [IndexedDataset(prefix) for prefix in prefixes]
-        lengths = [np.asarray(shard.sequence_lengths, np.int64) for shard in self._shards]
-        self._lengths = np.concatenate(lengths)
-        self._shard_first = np.cumsum([0] + [len(x) for x in lengths])
-        self.tokens = int(self._lengths.sum())
+    def __init__(
+        self,
+        entries: Sequence[str],
+        raw_tokens: int,
+        seed: int,
+        tokenizer: TokenizerInfo,
+        setting: str,
+        cache: str | Path = "",
+    ):
+        """Open the shards.
+
+        Args:
+            entries: prefixes, globs of prefixes or URLs, each with an optional weight (`blend.parse_entry`).
+            setting: the configuration key that named them, for messages.
+            cache: directory for remote shards.
+        """
+        self.raw_tokens = raw_tokens
+        parsed = [parse_entry(entry, setting) for entry in entries]
+        self._blend = make_blend(parsed, setting)
+        groups = [[entry.pattern for entry in parsed]] if self._blend is None else [[entry.pattern] for entry in parsed]
+        self._shards: list[Shard] = []
+        self._streams: list[_Stream] = []
+        for number, patterns in enumerate(groups):
+            shards = open_shards(patterns, tokenizer, setting, cache)
+            first = sum(len(shard.lengths) for shard in self._shards)
+            self._shards += shards
+            # One source alone is drawn by the seed itself; further ones must not share its draws.
+            key = [seed, 0] if self._blend is None else [seed, number + 1]
+            self._streams.append(_Stream(shards, first, raw_tokens, key, f"{setting}: {', '.join(patterns)}"))
+        self._shard_first = np.cumsum([0] + [len(shard.lengths) for shard in self._shards])
+        self.tokens = sum(stream.tokens for stream in self._streams)
+        self.samples_per_epoch = sum(stream.samples_per_epoch for stream in self._streams)
+
+    @property
+    def fingerprint(self) -> list[str]:
+        """What decides the samples: the hash of each source's tokens and, in a blend, its weights."""
+        return [stream.fingerprint for stream in self._streams] + ([] if self._blend is None else [repr(self._blend)])
+
+    def fingerprint_until(self, samples: int) -> list[str]:
+        """What decided the first ``samples`` samples: a source or a change of weights that comes later is not in it."""
+        if self._blend is None:
+            return self.fingerprint
+        counters = self._blend.counters(samples)
+        given = [f"{s.fingerprint} {n}" for s, n in zip(self._streams, counters) if n]
+        return [*given, self._blend.history(samples)]
+
+    def counters(self, samples: int) -> list[int]:
+        """How many of the first ``samples`` samples came from each source."""
+        return [samples] if self._blend is None else self._blend.counters(samples)
+
+    def segments(self, sample: int) -> list[Segment]:
+        """The pieces of documents that make up a global sample number; they sum to ``raw_tokens``."""
+        source, number = (0, sample) if self._blend is None else self._blend.locate(sample)
+        return self._streams[source].segments(number)
+
+    def read(self, pieces: Sequence[Segment]) -> np.ndarray:
+        """int64 [sum of lengths]; a copy, since views must not outlive the mapped file."""
+        out = np.empty(sum(piece.length for piece in pieces), np.int64)
+        at = 0
+        shards = np.searchsorted(self._shard_first, [piece.document for piece in pieces], side="right") - 1
+        for piece, shard in zip(pieces, shards.tolist()):
+            local = piece.document - int(self._shard_first[shard])
+            self._shards[shard].read(local, piece.offset, out[at : at + piece.length])
+            at += piece.length
+        return out
+
+
+class _Stream:
+    """The windows of one source."""
+
+    def __init__(self, shards: list[Shard], first_document: int, raw_tokens: int, key: list[int], name: str):
+        """first_document: number of its first document over all shards. key: two integers that choose its order."""
+        self._first, self._raw_tokens, self._key = first_document, raw_tokens, key
+        self._lengths = np.concatenate([shard.lengths for shard in shards])
+        self._run = -(-len(self._lengths) // GROUPS)  # neighbouring documents that stay together: 1 below GROUPS documents
+        self._run_starts = np.arange(0, len(self._lengths), self._run)
+        self._run_tokens = np.add.reduceat(self._lengths, self._run_starts, dtype=np.int64)
+        self.tokens = int(self._run_tokens.sum())
         self.samples_per_epoch = self.tokens // raw_tokens
+        hashes = "".join(shard.sha256 for shard in shards)
+        self.fingerprint = shards[0].sha256 if len(shards) == 1 else hashlib.sha256(hashes.encode()).hexdigest()
+        self._epoch = -1
         if not self.samples_per_epoch:
             raise UserError(
-                f"{setting}: {', '.join(prefixes)} hold {self.tokens} tokens, less than one sample of "
-                f"data.raw_tokens = {raw_tokens}"
+                f"{name} hold {self.tokens} tokens, less than one sample of data.raw_tokens = {raw_tokens}"
             )
-        self._epoch = -1
 
     def _enter_epoch(self, epoch: int) -> None:
         if epoch == self._epoch:
             return
-        draw = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
-        self._order = draw.permutation(len(self._lengths))
-        self._ends = np.cumsum(self._lengths[self._order])
-        self._windows = draw.permutation(self.samples_per_epoch)
+        seed, source = self._key
+        draw = np.random.Generator(np.random.Philox(key=[seed, epoch + (source << 40)]))
+        self._order = draw.permutation(len(self._run_tokens))
+        self._ends = np.cumsum(self._run_tokens[self._order])
+        self._rounds = [int(x) for x in draw.integers(1, 1 << 62, 4)]
         self._epoch = epoch
 
     def segments(self, sample: int) -> list[Segment]:
-        """The pieces of documents that make up a global sample number; they sum to ``raw_tokens``."""
+        """The pieces of this source's sample number ``sample``."""
         epoch, index = divmod(sample, self.samples_per_epoch)
         self._enter_epoch(epoch)
-        at = int(self._windows[index]) * self.raw_tokens
-        stop = at + self.raw_tokens
+        at = shuffled(index, self.samples_per_epoch, self._rounds) * self._raw_tokens
+        stop = at + self._raw_tokens
         place = int(np.searchsorted(self._ends, at, side="right"))
-        pieces = []
+        pieces: list[Segment] = []
         while at < stop:
-            document = int(self._order[place])
-            offset = int(self._lengths[document] - (self._ends[place] - at))
-            length = min(stop, int(self._ends[place])) - at
-            if length:
-                pieces.append(Segment(document, offset, length))
-            at += length
+            run = int(self._order[place])
+            end = int(self._ends[place])
+            position = end - int(self._run_tokens[run])  # of the document, in the epoch's stream
+            first = run * self._run
+            for document in range(first, min(first + self._run, len(self._lengths))):
+                following = position + int(self._lengths[document])
+                if following > at and at < stop:
+                    length = min(stop, following) - at
+                    pieces.append(Segment(self._first + document, at - position, length))
+                    at += length
+                position = following
             place += 1
         return pieces
 
-    def read(self, pieces: Sequence[Segment]) -> np.ndarray:
-        """int64 [sum of lengths]; a copy, since views must not outlive the mapped file."""
-        parts = []
-        for piece in pieces:
-            shard = int(np.searchsorted(self._shard_first, piece.document, side="right")) - 1
-            local = piece.document - int(self._shard_first[shard])
-            parts.append(self._shards[shard].get(local, piece.offset, piece.length))
-        return np.concatenate(parts).astype(np.int64)
 
+def shuffled(index: int, size: int, rounds: Sequence[int]) -> int:
+    """The place of ``index`` in a permutation of range(size), which is nowhere written down.
 
-def _check_shard(prefix: str, tokenizer: TokenizerInfo, setting: str) -> str:
-    """Check a shard against its sidecar and the tokenizer without reading its tokens; returns the hash of its tokens."""
-    sidecar = Path(f"{prefix}.json")
-    for suffix in (".bin", ".idx", ".json"):
-        if not Path(prefix + suffix).is_file():
-            raise UserError(f"{setting}: {prefix}{suffix} does not exist; make the shard with `python -m data_prep tokenize`")
-    try:
-        meta = json.loads(sidecar.read_text())
-        files, shard_hash, max_id = meta["files"], meta["tokenizer_hash"], meta["max_id"]
-    except (ValueError, KeyError, UnicodeDecodeError) as error:
-        raise UserError(f"{setting}: {sidecar} is damaged ({error}); make the shard again") from None
-    for suffix in ("bin", "idx"):
-        size, expected = os.path.getsize(f"{prefix}.{suffix}"), files[suffix]["bytes"]
-        if size != expected:
-            raise UserError(
-                f"{setting}: {prefix}.{suffix} has {size} bytes, {expected} were written; restore it or make it again"
-            )
-    if shard_hash != tokenizer.hash:
-        raise UserError(
-            f"{setting}: {prefix} was made with another tokenizer (hash {shard_hash[:12]}, data.tokenizer "
-            f"{tokenizer.directory} has {tokenizer.hash[:12]}); name the tokenizer it was made with, or tokenize again"
-        )
-    if max_id >= tokenizer.vocab_size:
-        raise UserError(f"{setting}: {prefix} holds token id {max_id}, the vocabulary has {tokenizer.vocab_size} ids")
-    return files["bin"]["sha256"]
+    A Feistel network over the next power of 4, walked until it falls into the range.
+    """
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    while True:
+        left, right = index >> half, index & mask
+        for key in rounds:
+            mixed = ((right + key) * 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+            mixed = ((mixed ^ (mixed >> 29)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+            left, right = right, left ^ (mixed >> 32 & mask)
+        index = left << half | right
+        if index < size:
+            return index
 
 
 class BatchBuilder:
