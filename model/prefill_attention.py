@@ -33,9 +33,7 @@ class PrefillAttention:
         rule: how gists are selected; None where nothing recalls.
     """
 
-    def __init__(
-        self, cache: SequenceCache, sight: Sight, recalls: Tensor, rule: SelectRule | None, device: torch.device
-    ):
+    def __init__(self, cache: SequenceCache, sight: Sight, recalls: Tensor, rule: SelectRule | None, device: torch.device):
         self.cache, self.sight, self.rule = cache, sight, rule
         if not cache.outline.levels:
             return

@@ -116,9 +116,7 @@ def unfold(query: Query, layer: Sequence[Rows], outline: Outline, sight: Sight, 
         order, valid = _compact(taken.any(1))
         pick = lambda x: x.gather(2, order[:, None].expand(-1, x.shape[1], -1))  # noqa: B023
         chosen = rows.gather(1, order.cpu())
-        query.see(
-            pick(scores).masked_fill(~valid[:, None], -torch.inf), layer[s].values_at(chosen.to(order.device))
-        )
+        query.see(pick(scores).masked_fill(~valid[:, None], -torch.inf), layer[s].values_at(chosen.to(order.device)))
         parents = chosen, (pick(taken) & valid[:, None]).cpu()
     if parents is None:
         return
@@ -143,9 +141,7 @@ def _expand(lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
     return members.where(exist, lo[..., None]), exist
 
 
-def _candidates(
-    outline: Outline, segment: int, rows: Tensor, by: Tensor, tail: int, count: int
-) -> tuple[Tensor, Tensor]:
+def _candidates(outline: Outline, segment: int, rows: Tensor, by: Tensor, tail: int, count: int) -> tuple[Tensor, Tensor]:
     """Children of the selected parents, then gists whose parent is not closed yet: ascending, so that ties go to the earlier.
 
     rows: [Hkv, K] parents; by: bool [Hkv, heads, K], who selected them. Returns [Hkv, n] and bool [Hkv, heads, n].

@@ -64,10 +64,11 @@ def main(argv: list[str] | None = None) -> int:
 
             export(args.run_dir, args.step, args.output, args.dtype)
         elif args.command == "generate":
+            from pretrain.generate import check, generate
+
+            check(args)
             if args.run_dir:
                 _log_to_stderr()
-            from pretrain.generate import generate
-
             for piece in generate(args):
                 print(piece, end="", flush=True)
             print()

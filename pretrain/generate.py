@@ -42,11 +42,13 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def generate(args: Namespace) -> Iterator[str]:
-    """Yield prompt and continuation in pieces of text as they come; of several prompts each when it is whole."""
-    _check(args)
+    """Yield prompt and continuation in pieces of text as they come; of several prompts each when it is whole.
+
+    args: of the command line, checked.
+    """
     prompts = args.prompt or [_read(args.prompt_file, "--prompt-file")]
     if not all(prompts):
-        raise UserError(f"{'--prompt' if args.prompt else '--prompt-file'}: is empty; give at least one character")
+        raise UserError(f"--prompt-file {args.prompt_file}: is empty; give at least one character")
     pieces = (_from_run if args.run_dir else _from_export)(args, prompts)
     if len(prompts) == 1:
         yield prompts[0]
@@ -58,7 +60,10 @@ def generate(args: Namespace) -> Iterator[str]:
     yield "\n\n".join(f"[{number}] {text}" for number, text in enumerate(texts, 1))
 
 
-def _check(args: Namespace) -> None:
+def check(args: Namespace) -> None:
+    """Raise UserError for settings that are wrong whatever the model; nothing heavy is loaded for it."""
+    if args.prompt and not all(args.prompt):
+        raise UserError("--prompt: is empty; give at least one character")
     if args.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {args.max_new_tokens}: is below 1")
     if args.temperature < 0:

@@ -68,14 +68,19 @@ def test_generation_from_both(exported, run_dir):
     for text in (ours, theirs):
         assert text.startswith(PROMPT) and len(text.strip()) > len(PROMPT) and "<gist" not in text
     assert ours == generated("--run-dir", run_dir, "--prompt", PROMPT, "--max-new-tokens", 12) + "\n"
+    stop = theirs.removeprefix(PROMPT)[3:5]
+    stopped = generated("--model", exported, "--prompt", PROMPT, "--max-new-tokens", 12, "--stop", stop)
+    assert stopped == theirs[: theirs.find(stop, len(PROMPT))]
 
 
 def generated(*arguments) -> str:
     """What the command prints, in this process."""
     from pretrain.__main__ import build_parser
-    from pretrain.generate import generate
+    from pretrain.generate import check, generate
 
-    return "".join(generate(build_parser().parse_args(["generate", *map(str, arguments)])))
+    args = build_parser().parse_args(["generate", *map(str, arguments)])
+    check(args)
+    return "".join(generate(args))
 
 
 def test_questions_on_a_context(run_dir, tmp_path):
