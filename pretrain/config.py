@@ -19,9 +19,14 @@ from pretrain.errors import UserError
 class DataConfig:
     """Which tokens the run sees."""
 
-    train: tuple[str, ...] = option((), "shard prefixes (without .bin) to train on")
+    train: tuple[str, ...] = option(
+        (),
+        "shards to train on: prefixes (without .bin), globs or URLs; `PREFIX weight=0.7` gives each entry its share of the "
+        "samples, `PREFIX weight=0.7,12000:0.2` changes it from a sample on",
+    )
     valid: tuple[str, ...] = option((), "shard prefixes to validate on; none: no validation")
     tokenizer: str = option("", "tokenizer directory that the shards were made with")
+    cache: str = option("", "directory for shards fetched from URLs; empty: ~/.cache/unfold/shards")
     raw_tokens: int = option(1024, "raw tokens per sample, whatever the chunk sizes")
 
     def __post_init__(self):
@@ -268,7 +273,8 @@ def _largest_divisor(number: int, most: int) -> int:
 
 # Settings that may differ when a run is resumed: none of them changes what is learned or in which order.
 FREE_ON_RESUME = ("parallel.", "checkpoint.", "faults.", "monitor.", "train.micro_batch", "train.activation_checkpointing",
-                  "train.valid_", "train.allow_changes", "data.train", "data.valid", "data.tokenizer")  # fmt: skip
+                  "train.valid_", "train.allow_changes", "data.train", "data.valid", "data.tokenizer",
+                  "data.cache")  # fmt: skip
 
 
 def load_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:

@@ -75,7 +75,7 @@ def prepare_run_dir(run_dir: Path, config: RunConfig, tokenizer: TokenizerInfo) 
 
 def load_newest(
     run_dir: Path,
-    fresh: Manifest,
+    inputs_until: Callable[[int], dict],
     quarantine: Quarantine,
     engine: deepspeed.DeepSpeedEngine,
     parallel: Parallel,
@@ -83,13 +83,13 @@ def load_newest(
 ) -> Manifest | None:
     """Load the newest checkpoint that is whole and has not learned from quarantined samples; None when there is none.
 
-    A collective. fresh: a manifest of this run, to compare tokenizer and data with.
+    A collective. inputs_until: what decides the samples before a global number, as the fields of a manifest that must be equal.
     """
     found = agree_on_newest(run_dir, parallel, quarantine.objection, say)
     if found is None:
         return None
     directory, manifest = found
-    differing = [n for n in ("tokenizer_hash", "data") if getattr(manifest, n) != getattr(fresh, n)]
+    differing = [n for n, value in inputs_until(manifest.next_sample).items() if getattr(manifest, n) != value]
     if differing:
         raise UserError(f"--run-dir {run_dir}: the run was made with another {' and '.join(differing)}; use a new run directory")
     tensors = TensorDirectory(directory)

@@ -53,7 +53,7 @@ def open_inputs(config: RunConfig) -> Inputs:
     length_multiple = config.parallel.context * (config.parallel.tensor if config.parallel.sequence else 1)
 
     def builder(prefixes: tuple[str, ...], setting: str) -> BatchBuilder:
-        source = TokenSource(prefixes, config.data.raw_tokens, config.train.seed, tokenizer, setting)
+        source = TokenSource(prefixes, config.data.raw_tokens, config.train.seed, tokenizer, setting, config.data.cache)
         return BatchBuilder(source, gist, tokenizer, length_multiple)
 
     train = builder(config.data.train, "data.train")
@@ -137,8 +137,7 @@ class _Run:
         return 0
 
     def _resume(self) -> int | None:
-        fresh = self._manifest(0)
-        manifest = load_newest(self.run_dir, fresh, self.quarantine, self.engine, self.parallel, self.say)
+        manifest = load_newest(self.run_dir, self._inputs_until, self.quarantine, self.engine, self.parallel, self.say)
         if manifest is None:
             return None
         self.quarantine = merged_quarantine(manifest, self.quarantine)
@@ -323,6 +322,11 @@ class _Run:
             metrics["skipped"] = True
         return metrics
 
+    def _inputs_until(self, sample: int) -> dict:
+        """What decided the samples before a global number: a source that joins the blend later changes nothing of it."""
+        source = self.inputs.train.source
+        return {"tokenizer_hash": self.inputs.tokenizer.hash, "data": source.fingerprint_until(sample)}
+
     def _manifest(self, step: int) -> Manifest:
         config, samples = self.config, step * self.config.train.global_batch
         names = ("torch", "deepspeed", "megatron-core", "numpy", "safetensors")
@@ -332,8 +336,7 @@ class _Run:
             next_sample=self.quarantine.number(samples),
             raw_tokens=samples * config.data.raw_tokens,
             config=config.to_dict(),
-            tokenizer_hash=self.inputs.tokenizer.hash,
-            data=self.inputs.train.source.fingerprint,
+            **self._inputs_until(self.quarantine.number(samples)),
             versions={name: importlib.metadata.version(name) for name in names},
             world=self.parallel.world,
             skipped=list(self.guard.skipped),
