@@ -167,14 +167,24 @@ def test_everything_recalled_is_attention_over_everything(build):
 
 @pytest.mark.parametrize("gist", [GistConfig((4, 2), recall="suffix"), GistConfig((8,)), None], ids=["recall", "forget", "dense"])
 def test_fp32_gives_the_same_tokens(build, gist):
-    decoder = make_decoder(build, gist, grow=True)
-    decoder.model.float()
-    decoder = generation.Decoder(decoder.model, gist, GISTS, STARTS, grow=True)
+    decoder = generation.Decoder(make_decoder(build, gist).model.float(), gist, GISTS, STARTS, grow=True)
     sequence = read(decoder, 90, 5)
     for _, token in decoder.stream([sequence], Sampling(30)):
         expected = recomputed(decoder, sequence).float()
         expected[list(GISTS)] = -torch.inf
         assert token == int(expected.argmax())
+
+
+@pytest.mark.parametrize("gist", [GistConfig((4, 2), recall="suffix"), None], ids=["recall", "dense"])
+def test_bf16(build, gist):
+    """Its logits are as far from those of fp64 weights as recomputation's, within a factor."""
+    exact = make_decoder(build, gist)
+    decoder = generation.Decoder(make_decoder(build, gist).model.bfloat16(), gist, GISTS, STARTS)
+    sequence = read(decoder, 50, 4)
+    for _ in decoder.stream([sequence], Sampling(6)):
+        true = recomputed(exact, sequence)
+        error, plain = ((x.double() - true).abs().mean() for x in (sequence.logits, recomputed(decoder, sequence)))
+        assert sequence.logits.dtype == torch.bfloat16 and error <= 2 * plain
 
 
 def test_gist_ids_and_stop_ids_are_never_emitted(build):
