@@ -1,4 +1,4 @@
-"""``python -m pretrain COMMAND``: train, export, generate, report."""
+"""``python -m pretrain COMMAND``: train, export, generate, checkpoints, report."""
 
 from __future__ import annotations
 
@@ -33,9 +33,24 @@ def build_parser() -> argparse.ArgumentParser:
     generate = commands.add_parser("generate", help="continue a text with a run's model or an exported one")
     add_generate_arguments(generate)
 
+    add_checkpoints_arguments(commands.add_parser("checkpoints", help="list, verify, show, prune or convert checkpoints"))
+
     report = commands.add_parser("report", help="write report.html for one run, or for several to compare")
     report.add_argument("run_dirs", type=Path, nargs="+", metavar="DIR")
     return parser
+
+
+def add_checkpoints_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", type=Path, metavar="DIR", help="run directory")
+    parser.add_argument("--step", type=int, help="the checkpoint meant (default: --verify all, else the newest whole one)")
+    action = parser.add_mutually_exclusive_group()
+    action.add_argument("--verify", action="store_true", help="read every file and compare it with its hash")
+    action.add_argument("--show", action="store_true", help="print what a checkpoint holds")
+    action.add_argument("--prune", action="store_true", help="remove checkpoints beyond --keep and --keep-every")
+    action.add_argument("--convert", type=Path, metavar="FILE", help="write a checkpoint as one safetensors file")
+    parser.add_argument("--keep", type=int, default=1, metavar="N", help="--prune: newest whole ones that stay (default 1)")
+    parser.add_argument("--keep-every", type=int, default=0, metavar="M", help="--prune: multiples of M stay")
+    parser.add_argument("--optimizer", action="store_true", help="--convert: the optimizer's moments too, not only weights")
 
 
 def _log_to_stderr() -> None:
@@ -72,6 +87,11 @@ def main(argv: list[str] | None = None) -> int:
             for piece in generate(args):
                 print(piece, end="", flush=True)
             print()
+        elif args.command == "checkpoints":
+            from pretrain.checkpoints import run_command
+
+            for line in run_command(args):
+                print(line)
         elif args.command == "report":
             from pretrain.report import write_report
 

@@ -16,11 +16,14 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
 from pretrain.errors import UserError
-from pretrain.parallel import Parallel
+
+if TYPE_CHECKING:  # listing checkpoints needs none of the heavy libraries behind it
+    from pretrain.parallel import Parallel
 
 MANIFEST = "manifest.json"
 FORMAT = 2

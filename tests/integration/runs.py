@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+
+import psutil
 
 from pretrain.monitor import read_metrics
 from tests.conftest import ROOT, run
@@ -29,20 +33,78 @@ def train(config: Path, run_dir: Path, ranks: int = 1, *overrides: str) -> list[
     return read_metrics(run_dir / "metrics.jsonl")
 
 
+class Process:
+    """A training run in the background, with all its ranks; what it prints goes to a log beside the run directory."""
+
+    def __init__(self, line: list[str], run_dir: Path, file_limit: int = 0):
+        """file_limit: no file may grow beyond so many bytes, as on a full disk; 0 sets no limit."""
+        self.log, self.metrics = run_dir.with_suffix(".log"), run_dir / "metrics.jsonl"
+        self._before = self._inode()
+        limit = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))) if file_limit else None
+        # The log goes through a pipe: the limit is not meant for it.
+        self._process = subprocess.Popen(
+            line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=limit
+        )
+        self._copy = threading.Thread(target=self._copy_log, daemon=True)
+        self._copy.start()
+
+    def _copy_log(self) -> None:
+        with open(self.log, "wb") as out:
+            while data := self._process.stdout.read1():
+                out.write(data)
+                out.flush()
+
+    def _inode(self) -> int:
+        return self.metrics.stat().st_ino if self.metrics.exists() else 0
+
+    def steps_done(self) -> int:
+        """Steps in the metrics that this process has opened; it replaces the file of the process before."""
+        if self._inode() == self._before:
+            return 0
+        return max((m["step"] for m in read_metrics(self.metrics)), default=0)
+
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+    def wait_for(self, condition, seconds: float = 240) -> None:
+        """Wait until the condition holds or the process has ended."""
+        deadline = time.monotonic() + seconds
+        while self.running() and not condition():
+            assert time.monotonic() < deadline, self.text()[-3000:]
+            time.sleep(0.01)
+
+    def ranks(self) -> list[psutil.Process]:
+        """The processes that train: the launcher's children, or the process itself."""
+        try:
+            launcher = psutil.Process(self._process.pid)
+            return [p for p in launcher.children() if "pretrain" in p.cmdline()] or [launcher]
+        except psutil.NoSuchProcess:
+            return []
+
+    def kill(self) -> None:
+        """SIGKILL to every process of the run."""
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self.end()
+
+    def end(self, seconds: float = 240) -> int:
+        """Wait for the end; returns the exit code."""
+        code = self._process.wait(seconds)
+        self._copy.join(10)
+        return code
+
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+
 def train_until_killed(config: Path, run_dir: Path, ranks: int, step: int, *overrides: str) -> None:
     """Start a run and kill all its processes with SIGKILL once a step's metrics are written."""
-    log = run_dir.with_suffix(".log")
-    with open(log, "w") as out:
-        process = subprocess.Popen(
-            command(config, run_dir, ranks, *overrides), cwd=ROOT, stdout=out, stderr=out, start_new_session=True
-        )
-    metrics = run_dir / "metrics.jsonl"
-    deadline = time.monotonic() + 300
-    while not (metrics.exists() and any(m["step"] >= step for m in read_metrics(metrics))):
-        assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process = Process(command(config, run_dir, ranks, *overrides), run_dir)
+    process.wait_for(lambda: process.steps_done() >= step)
+    assert process.running(), process.text()[-3000:]
+    process.kill()
 
 
 def series(metrics: list[dict], *names: str) -> list[tuple]:

@@ -1,0 +1,41 @@
+"""``python -m pretrain`` in which chosen samples make the loss bad, as broken data or broken hardware would.
+
+    python -m tests.integration.faulty nan=3,4 spike=9 train --config ..
+"""
+
+import sys
+
+from model.transformer import Transformer
+from pretrain.__main__ import main
+from pretrain.data import BatchBuilder
+
+FACTORS = {"nan": float("nan"), "spike": 10.0}
+
+
+def spoil(factor_of: dict[int, float]) -> None:
+    """Multiply the loss of every micro-batch that holds one of these global sample numbers."""
+    build, forward, marked = BatchBuilder.build, Transformer.forward, []
+
+    def marking_build(self, samples, *args, **kwargs):
+        batch = build(self, samples, *args, **kwargs)
+        marked.extend((batch.ids, factor_of[n]) for n in samples if n in factor_of and self.source.samples_per_epoch > 20)
+        return batch
+
+    def spoiled_forward(self, batch):
+        loss = forward(self, batch)
+        for ids, factor in marked:
+            if batch.ids is ids:
+                loss = loss * factor
+        return loss
+
+    BatchBuilder.build, Transformer.forward = marking_build, spoiled_forward
+
+
+if __name__ == "__main__":
+    rest = sys.argv[1:]
+    factors = {}
+    while "=" in rest[0]:
+        kind, numbers = rest.pop(0).split("=")
+        factors |= {int(n): FACTORS[kind] for n in numbers.split(",")}
+    spoil(factors)
+    sys.exit(main(rest))

@@ -1,0 +1,119 @@
+"""The saver on its own: late and failing ranks, keeping, what a failed save leaves behind."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from pretrain import saving
+from pretrain.checkpoint import Manifest, checkpoint_directories, newest_whole, step_of, superfluous
+from pretrain.config import CheckpointConfig
+from pretrain.errors import UserError
+from pretrain.tensor_files import Chunk
+
+
+def manifest(step: int) -> Manifest:
+    return Manifest(step, step, step, step, {}, "hash", [], {}, 1, [], [], [])
+
+
+class FakeStaging:
+    """A state of one vector."""
+
+    def __init__(self, *_):
+        pass
+
+    def copy(self) -> None:
+        pass
+
+    def files(self) -> dict:
+        return {"shard-00001.safetensors": [Chunk("x", (0,), (3,), torch.float32, lambda: torch.arange(3.0))]}
+
+
+@pytest.fixture
+def make(tmp_path, monkeypatch):
+    store = dist.HashStore()
+    monkeypatch.setattr(saving, "_Staging", FakeStaging)
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+    (tmp_path / "checkpoints").mkdir()
+
+    def make(world=1, objection="", **settings):
+        parallel = SimpleNamespace(rank=0, world=world, is_main=True)
+        return saving.Saver(tmp_path, None, parallel, CheckpointConfig(**settings), lambda: objection), store
+
+    return make
+
+
+def save(saver, step: int) -> saving.SaveResult:
+    saver.copy(manifest(step))
+    saver.start()
+    saver.wait()
+    (result,) = saver.poll()
+    return result
+
+
+def steps(run_dir) -> list[int]:
+    return [step_of(d) for d in checkpoint_directories(run_dir)]
+
+
+def test_saves_and_keeps(make, tmp_path):
+    saver, _ = make(keep=2, keep_every=3)
+    assert [save(saver, step).error for step in range(1, 8)] == [""] * 7
+    assert steps(tmp_path) == [7, 6, 3]
+    assert newest_whole(tmp_path, print)[1].files["shard-00001.safetensors"]["bytes"] > 0
+    assert not list((tmp_path / "checkpoints").glob(".*")), "nothing hidden is left"
+
+
+def test_what_is_kept():
+    directories = [SimpleNamespace(name=f"step-{step:08d}") for step in (9, 8, 6, 4, 2)]
+    gone = lambda *rules: [step_of(d) for d in superfluous(directories, *rules)]
+    assert gone(0, 0) == [] and gone(2, 0) == [6, 4, 2] and gone(1, 4) == [6, 2] and gone(9, 0) == []
+
+
+def test_a_newer_damaged_checkpoint_does_not_push_out_good_ones(make, tmp_path):
+    saver, _ = make(keep=1)
+    save(saver, 3)
+    (tmp_path / "checkpoints/step-00000009").mkdir()
+    save(saver, 4)
+    assert steps(tmp_path) == [9, 4] and newest_whole(tmp_path, lambda text: None)[1].step == 4
+
+
+def test_a_late_rank_is_named(make, tmp_path):
+    saver, store = make(world=3, deadline_minutes=0.005)
+    store.set("unfold/save/1/2", json.dumps({"files": {}}))
+    assert save(saver, 1).error == "rank 1 not done after checkpoint.deadline_minutes = 0.005"
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_a_failing_rank_is_named(make, tmp_path):
+    saver, store = make(world=2)
+    save_one = lambda number: store.set(f"unfold/save/{number}/1", json.dumps({"error": "No space left on device"}))
+    save_one(1)
+    assert save(saver, 1).error == "rank 1: No space left on device" and steps(tmp_path) == []
+    store.set("unfold/save/2/1", json.dumps({"files": {}}))
+    assert not save(saver, 2).error and steps(tmp_path) == [2], "the next save is not disturbed"
+
+
+def test_an_unwritable_directory_and_metrics_that_lag_fail_the_save(make, tmp_path):
+    saver, _ = make()
+    assert not save(saver, 1).error
+    lagging, _ = make(objection="metrics.jsonl: cannot be written")
+    assert save(lagging, 2).error == "metrics.jsonl: cannot be written"
+    assert steps(tmp_path) == [1]
+    (tmp_path / "checkpoints").rename(tmp_path / "aside")
+    (tmp_path / "checkpoints").write_text("in the way")
+    assert "File exists" in save(saver, 3).error or "Not a directory" in save(saver, 3).error
+
+
+def test_manifests_of_other_formats_are_refused(make, tmp_path):
+    save(make()[0], 1)
+    path = tmp_path / "checkpoints/step-00000001/manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 1, "more": 2}))
+    said = []
+    assert newest_whole(tmp_path, said.append) is None and "is of format 1, this version reads format 2" in said[0]
+    path.write_text("[]")
+    with pytest.raises(UserError, match="manifest.json: is damaged"):
+        from pretrain.checkpoint import read_manifest
+
+        read_manifest(path.parent)

@@ -1,0 +1,92 @@
+"""Sharded safetensors: what is written is read, by us and by torch.distributed.checkpoint, and damage is named."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
+
+from pretrain.engine_state import rectangles
+from pretrain.errors import UserError
+from pretrain.tensor_files import Chunk, TensorDirectory, write_tensor_file
+
+
+def write_in_runs(directory, tensors: dict[str, torch.Tensor], cuts: dict[str, list[int]]) -> None:
+    """As ranks do: each run of a tensor's elements is cut into rectangles, those of a kind share a file."""
+    for rank in range(max(len(c) for c in cuts.values()) - 1):
+        files = {}
+        for name, tensor in tensors.items():
+            at, flat = cuts[name][rank], tensor.reshape(-1)
+            for offsets, shape, which in rectangles(at, cuts[name][rank + 1], tuple(tensor.shape)):
+                values = flat[at : at + math.prod(shape)]
+                at += len(values)
+                files.setdefault(which, []).append(Chunk(name, offsets, shape, tensor.dtype, lambda v=values: v))
+        for which, chunks in files.items():
+            write_tensor_file(directory / f"shard-{rank}-{which}.safetensors", chunks)
+
+
+@pytest.fixture
+def written(tmp_path):
+    torch.manual_seed(0)
+    tensors = {
+        "matrix": torch.randn(7, 5),
+        "vector": torch.randn(11),
+        "state": torch.randint(0, 256, (8,), dtype=torch.uint8),
+        "half": torch.randn(4, 6).bfloat16(),
+    }
+    cuts = {"matrix": [0, 3, 22, 35], "vector": [0, 11, 11, 11], "state": [0, 0, 8, 8], "half": [0, 1, 23, 24]}
+    write_in_runs(tmp_path, tensors, cuts)
+    return tmp_path, tensors
+
+
+def test_every_run_is_covered_once():
+    draw = np.random.default_rng(0)
+    for _ in range(300):
+        shape = tuple(int(n) for n in draw.integers(1, 8, size=draw.integers(1, 3)))
+        start, stop = sorted(int(n) for n in draw.integers(0, math.prod(shape) + 1, size=2))
+        numbers, kinds = torch.arange(math.prod(shape)).view(shape), []
+        covered = []
+        for offsets, part, which in rectangles(start, stop, shape):
+            covered += numbers[tuple(slice(o, o + n) for o, n in zip(offsets, part))].flatten().tolist()
+            kinds.append(which)
+        assert covered == list(range(start, stop)) and len(set(kinds)) == len(kinds)
+
+
+def test_read_whole_and_in_parts(written):
+    directory, tensors = written
+    source = TensorDirectory(directory)
+    assert source.shapes == {name: tuple(t.shape) for name, t in tensors.items()}
+    for name, tensor in tensors.items():
+        assert torch.equal(source.read(name), tensor) and source.dtype(name) == tensor.dtype
+    assert torch.equal(source.read("matrix", (2, 1), (4, 3)), tensors["matrix"][2:6, 1:4])
+
+
+def test_torch_distributed_checkpoint_reads_the_same_directory(written):
+    directory, tensors = written
+    state = {name: torch.zeros_like(t) for name, t in tensors.items()}
+    dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(directory)), no_dist=True)
+    assert all(torch.equal(state[name], tensors[name]) for name in tensors)
+
+
+def test_safetensors_reads_a_file(tmp_path):
+    value = torch.randn(3, 4)
+    facts = write_tensor_file(tmp_path / "a.safetensors", [Chunk("x", (0, 0), (3, 4), torch.float32, lambda: value)])
+    assert torch.equal(load_file(tmp_path / "a.safetensors")["x"], value)
+    assert facts["bytes"] == (tmp_path / "a.safetensors").stat().st_size
+
+
+def test_misfits_are_named(written):
+    directory, _ = written
+    source = TensorDirectory(directory)
+    with pytest.raises(UserError, match="holds no tensor other"):
+        source.expect("other", (1,))
+    with pytest.raises(UserError, match=r"matrix is \[7, 5\], this model needs \[7, 6\]"):
+        source.expect("matrix", (7, 6))
+    (directory / "shard-1-0.safetensors").unlink()
+    with pytest.raises(UserError, match="holds 12 of the 24 elements of half"):
+        TensorDirectory(directory)
+    (directory / "shard-0-0.safetensors").write_bytes(b"\x00" * 20)
+    with pytest.raises(UserError, match="shard-0-0.safetensors: is damaged"):
+        TensorDirectory(directory)
