@@ -1,6 +1,7 @@
 """Command line: python -m data_prep COMMAND --help."""
 
 import argparse
+import json
 import os
 import signal
 import sys
@@ -63,6 +64,45 @@ def print_tokenizer(output: str, info) -> None:
     """Say what was written."""
     gists = ", ".join(f"{t} = {i}" for t, i in zip(info.gist_tokens, info.gist_ids, strict=True)) or "none"
     print(f"{output}: {info.kind}, {info.vocab_size:,} ids, gists: {gists}; hash {info.hash[:12]}..")
+
+
+def run_clean(args: argparse.Namespace) -> int:
+    """Leave documents out."""
+    from data_prep.clean import Rules, clean_corpus
+
+    names = ("min_words", "max_words", "quality", "language", "exact", "near", "mask_pii")
+    rules = Rules(**{name: getattr(args, name) for name in names})
+    done = clean_corpus(find_corpus(args), args.output, rules, on_error=args.on_error, overwrite=args.overwrite)
+    print(f"{args.output}: {done.kept:,} of {done.documents:,} documents; masked in {done.masked:,}")
+    for reason, n in sorted(done.dropped.items(), key=lambda entry: -entry[1]):
+        print(f"  left out: {n:,} {reason}")
+    print(f"{args.output}.dropped.jsonl lists them with file and line")
+    return 0
+
+
+def run_stats(args: argparse.Namespace) -> int:
+    """Add up shards."""
+    import numpy as np
+
+    from data_prep.describe import length_histogram
+    from data_prep.report import draw_lengths, length_statistics
+    from data_prep.shard_format import clean_prefix
+    from data_prep.shards import open_shard
+
+    shards = [open_shard(clean_prefix(prefix)) for prefix in args.prefixes]
+    lengths = np.concatenate([shard.lengths for shard in shards])
+    totals = {"shards": len(shards), "documents": len(lengths), "tokens": int(lengths.sum(dtype=np.int64))}
+    totals["bytes"] = sum(shard.info.files["bin"]["bytes"] for shard in shards)
+    if args.json:
+        print(json.dumps({**totals, "lengths": length_statistics(lengths)}))
+    else:
+        print(", ".join(f"{n:,} {name}" for name, n in totals.items()))
+        figures = length_statistics(lengths)
+        print(f"tokens in a document: {figures['shortest']:,} to {figures['longest']:,}, mean {figures['mean']:,.1f}")
+        print(*length_histogram(lengths), sep="\n")
+    if args.plot:
+        print(draw_lengths(args.plot, {shard.prefix: shard.lengths for shard in shards}))
+    return 0
 
 
 def run_tokenize(args: argparse.Namespace) -> int:
@@ -153,7 +193,9 @@ def run_merge(args: argparse.Namespace) -> int:
 COMMANDS = {
     "train-tokenizer": run_train_tokenizer,
     "import-tokenizer": run_import_tokenizer,
+    "clean": run_clean,
     "tokenize": run_tokenize,
+    "stats": run_stats,
     "verify": run_verify,
     "inspect": run_inspect,
     "merge": run_merge,

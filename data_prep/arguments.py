@@ -180,6 +180,28 @@ def add_tokenize(commands) -> None:
     p.add_argument("--overwrite", action="store_true", help="replace existing shards")
 
 
+def add_clean(commands) -> None:
+    """Options of clean."""
+    p = commands.add_parser(
+        "clean",
+        help="leave out duplicates and poor texts before tokenising",
+        description="Write the documents that stay as jsonl, and list the others beside it. Without options all stay.",
+    )
+    add_corpus_options(p)
+    p.add_argument("--output", required=True, metavar="F.jsonl")
+    p.add_argument("--exact", action="store_true", help="leave out texts that came before (white space does not count)")
+    near_help = "leave out texts of which a share of the 5-word shingles came before in one text (MinHash), such as 0.8"
+    p.add_argument("--near", type=fraction, metavar="SHARE", help=near_help)
+    p.add_argument("--min-words", type=count, default=0, metavar="N")
+    p.add_argument("--max-words", type=count, default=0, metavar="N", help="0 (default): no bound")
+    p.add_argument("--quality", action="store_true", help="leave out what simple rules on words and lines call poor")
+    language_help = "leave out what has fewer than two of the commonest words of this language"
+    p.add_argument("--language", choices=("en", "de", "fr", "es"), help=language_help)
+    p.add_argument("--mask-pii", action="store_true", help="write <email> and <ip> for e-mail addresses and IPv4 numbers")
+    p.add_argument("--on-error", choices=("fail", "skip"), default="fail", help="documents that cannot be read")
+    p.add_argument("--overwrite", action="store_true", help="replace an existing output")
+
+
 def add_shard_commands(commands) -> None:
     """Options of verify, inspect and merge."""
     p = commands.add_parser(
@@ -199,6 +221,13 @@ def add_shard_commands(commands) -> None:
     p.add_argument("--max-chars", type=count, default=2000, metavar="N", help=chars_help)
 
     p = commands.add_parser(
+        "stats", help="figures of shards", description="Add up shards and show the lengths of their documents."
+    )
+    p.add_argument("prefixes", nargs="+", metavar="PREFIX")
+    p.add_argument("--json", action="store_true", help="as JSON")
+    p.add_argument("--plot", metavar="F.png", help="draw the lengths")
+
+    p = commands.add_parser(
         "merge", help="several shards into one", description="Concatenate shards of the same tokenizer."
     )
     p.add_argument("--input", nargs="+", action="extend", required=True, metavar="PREFIX")
@@ -210,6 +239,6 @@ def build_parser() -> Parser:
     """The whole command line."""
     parser = Parser(prog="python -m data_prep", description="Corpora to tokenizers to token shards.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
-    for add in (add_train_tokenizer, add_import_tokenizer, add_tokenize, add_shard_commands):
+    for add in (add_train_tokenizer, add_import_tokenizer, add_clean, add_tokenize, add_shard_commands):
         add(commands)
     return parser
