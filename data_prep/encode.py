@@ -11,14 +11,14 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tqdm import tqdm
 
 from data_prep.batches import Batch, EncodedBatch, EncodeJob, Reject, make_batches
 from data_prep.errors import DataError
-from data_prep.fast import SAMPLE_CHARACTERS, choose_backend
+from data_prep.fast import SAMPLE_CHARACTERS, FastTokenizer, choose_backend
 from data_prep.files import PARTIAL, Appended
 from data_prep.items import Document, Position
 from data_prep.journal import Counts, Journal, Record, refuse_other_work
@@ -31,6 +31,7 @@ from data_prep.sources import Source, split_sources
 from data_prep.tokenizer import load_tokenizer
 
 COMMIT_SECONDS = 5.0  # at most this much work is lost to a kill
+POOL_BYTES = 500_000_000  # of input, from which on processes pay for their start with the fast backend
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ def tokenize_corpus(
     Args:
         sources: the corpus (`sources.find_sources`).
         tokenizer: what `load_tokenizer` takes.
-        workers: encoding processes; 1 encodes in this one. The files are the same for any number.
+        workers: encoding processes; 1 encodes in this one (as the fast backend does where there is little to do). The
+            files are the same for any number.
         valid_fraction: share of the documents to hold out, in (0, 1); None makes one shard.
         append_eos: end each document with the end-of-document id, if the tokenizer has one.
         min_tokens, max_tokens: documents of fewer or more tokens are left out and counted; 0: no bound.
@@ -98,7 +100,9 @@ def tokenize_corpus(
         items = read_items(sources, run.position)
         sample, items = _peek(items) if backend != "exact" else ([], items)
         encoder, backend_line = choose_backend(encoder, backend, sample)
-        job = EncodeJob(**{**vars(job), "fast": encoder.info.kind == "huggingface" and backend_line.startswith("gigatoken")})
+        job = replace(job, fast=isinstance(encoder, FastTokenizer))
+        if job.fast and sum(source.size for source in sources) < POOL_BYTES:
+            workers = 1  # it is done before other processes would have begun
         batches = make_batches(items, stop_at_problem=on_error == "fail")
         encoded = encode_here(job, encoder, batches) if workers == 1 else encode_in_pool(job, batches, workers)
         run.consume(encoded)
@@ -150,6 +154,13 @@ class _Run:
         self._bar = stack.enter_context(
             tqdm(total=total, initial=done, unit="B", unit_scale=True, desc="tokenize", disable=None)
         )
+        self._named = False  # whether the outputs have their names
+        stack.callback(self._leave)
+
+    def _leave(self) -> None:
+        """However the run ends: where nothing was finished, no trace stays."""
+        if not (self._committed or self._named):
+            self._drop()
 
     def _take_up(self, overwrite: bool) -> None:
         if self._journal.differing and not overwrite:
@@ -219,13 +230,11 @@ class _Run:
         self._committed = True
 
     def _keep(self) -> None:
-        """Commit if there is anything to keep, else remove all traces."""
+        """Commit if there is anything to keep."""
         # In the middle of a batch (a full disk, a signal) only the last commit holds.
         if self._between_batches and any(writer.documents for writer in self.writers):
             with suppress(OSError):
                 self._commit()
-        if not self._committed:
-            self._drop()
 
     def _drop(self) -> None:
         for writer in self.writers:
@@ -241,9 +250,10 @@ class _Run:
         try:
             _check_filled(self.writers, self.counts, self.job.valid_fraction)
         except DataError:
-            self._drop()
+            self._committed = False  # going on would end here again
             raise
         shards = {writer.prefix: writer.finish() for writer in self.writers}
+        self._named = True
         rejects = None
         if self._rejects.size:
             rejects = str(self._rejects.path).removesuffix(PARTIAL)

@@ -1,0 +1,69 @@
+"""How fast samples come: reading, insertion of gists and layout, on one core.
+
+    python -m tests.benchmarks.loader_speed [--raw-tokens 8192] [--chunk-sizes 8 4] [--seconds 3]
+
+Makes a shard of random ids in documents of 100 to 3,000 tokens, and prints raw tokens per second of processor time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from model.gist import GistConfig
+from pretrain.data import BatchBuilder, TokenSource
+from pretrain.tokenizer import TokenizerInfo
+
+VOCAB, DOCUMENTS = 32_000, 20_000
+
+
+def write_shard(prefix: Path, tokenizer_hash: str) -> None:
+    """A shard as `data_prep tokenize` writes it."""
+    draw = np.random.default_rng(0)
+    lengths = draw.integers(100, 3000, DOCUMENTS).astype(np.int32)
+    tokens = draw.integers(0, VOCAB, int(lengths.sum()), dtype=np.uint16)
+    offsets = (np.cumsum(lengths, dtype=np.int64) - lengths) * 2
+    header = b"MMIDIDX\x00\x00" + (1).to_bytes(8, "little") + b"\x08" + DOCUMENTS.to_bytes(8, "little")
+    index = header + (DOCUMENTS + 1).to_bytes(8, "little") + lengths.tobytes() + offsets.tobytes()
+    index += np.arange(DOCUMENTS + 1, dtype=np.int64).tobytes()
+    files = {"bin": tokens.tobytes(), "idx": index}
+    for kind, raw in files.items():
+        Path(f"{prefix}.{kind}").write_bytes(raw)
+    entries = {kind: {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()} for kind, raw in files.items()}
+    Path(f"{prefix}.json").write_text(json.dumps({"tokenizer_hash": tokenizer_hash, "max_id": VOCAB - 1, "files": entries}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--raw-tokens", type=int, default=8192)
+    parser.add_argument("--chunk-sizes", type=int, nargs="+", default=[8, 4])
+    parser.add_argument("--seconds", type=float, default=3)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    starts = np.random.default_rng(1).random(VOCAB) < 0.6
+    gist_ids = tuple(range(len(args.chunk_sizes)))
+    tokenizer = TokenizerInfo(Path("tokenizer"), VOCAB, gist_ids, None, None, None, "hash", starts)
+    with tempfile.TemporaryDirectory() as name:
+        write_shard(Path(name) / "s", "hash")
+        source = TokenSource([f"{name}/s"], args.raw_tokens, 1, tokenizer, "data.train")
+        builder = BatchBuilder(source, GistConfig(tuple(args.chunk_sizes)), tokenizer)
+        builder.build([0])
+        ways = {"reading": lambda n: source.read(source.segments(n)), "whole samples": lambda n: builder.build([n])}
+        for what, make in ways.items():
+            sample, begin = 0, time.process_time()
+            while time.process_time() - begin < args.seconds:
+                make(sample)
+                sample += 1
+            speed = sample * args.raw_tokens / (time.process_time() - begin) / 1e6
+            print(f"{what}: {speed:.1f}M raw tokens/s of one core (R {args.raw_tokens}, c {tuple(args.chunk_sizes)})")
+
+
+if __name__ == "__main__":
+    main()
