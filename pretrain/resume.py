@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
 import shutil
-from collections.abc import Callable
+import socket
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import deepspeed
@@ -28,6 +33,9 @@ from pretrain.parallel import Parallel
 from pretrain.tensor_files import TensorDirectory
 from pretrain.tokenizer import TokenizerInfo
 
+LOCK = ".lock"
+LOCK_SECONDS = 15.0
+
 
 def check_run_dir(run_dir: Path, config: RunConfig) -> list[str]:
     """Refuse a directory that is no run, and a configuration that would change what the run learns.
@@ -38,7 +46,8 @@ def check_run_dir(run_dir: Path, config: RunConfig) -> list[str]:
         raise UserError(f"--run-dir {run_dir}: is a file")
     saved = run_dir / "config.yaml"
     if not saved.exists():
-        if run_dir.is_dir() and any(run_dir.iterdir()):
+        ours = (LOCK, "heartbeat")  # a start that was killed before it wrote anything else
+        if run_dir.is_dir() and any(path.name not in ours for path in run_dir.iterdir()):
             raise UserError(f"--run-dir {run_dir}: is not empty and holds no run (no config.yaml); name another directory")
         return []
     try:
@@ -57,6 +66,33 @@ def check_run_dir(run_dir: Path, config: RunConfig) -> list[str]:
             "Use the run's settings, name what may change in train.allow_changes, or use a new run directory"
         )
     return list(changes.values())
+
+
+@contextlib.contextmanager
+def only_writer(run_dir: Path) -> Iterator[None]:
+    """Hold the run directory's lock, which the system frees when the process ends, however it ends.
+
+    Raises:
+        UserError: another process holds it, also after a few seconds (ranks outlive a killed launcher by moments).
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with open(run_dir / LOCK, "a+") as file:
+        deadline = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    file.seek(0)
+                    raise UserError(f"--run-dir {run_dir}: another process trains there ({file.read().strip()})") from None
+                time.sleep(0.2)
+            except OSError:  # a file system without locks
+                break
+        file.truncate(0)
+        file.write(f"host {socket.gethostname()}, pid {os.getpid()}\n")
+        file.flush()
+        yield
 
 
 def prepare_run_dir(run_dir: Path, config: RunConfig, tokenizer: TokenizerInfo) -> None:

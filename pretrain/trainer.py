@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import logging
 import time
@@ -23,7 +24,7 @@ from pretrain.faults import FAULTS, FaultGuard, Rollback, finite_or_none, read_q
 from pretrain.monitor import Outputs, print_line
 from pretrain.parallel import Parallel
 from pretrain.prefetch import prefetch
-from pretrain.resume import check_run_dir, load_newest, merged_quarantine, prepare_run_dir, warm_start
+from pretrain.resume import check_run_dir, load_newest, merged_quarantine, only_writer, prepare_run_dir, warm_start
 from pretrain.saving import Saver, SaveResult
 from pretrain.signals import Boundary, Signals, agree, process_seconds, take_request, time_is_up
 from pretrain.step import StepResult, train_step, validation_loss
@@ -74,10 +75,26 @@ def train(config: RunConfig, run_dir: Path) -> None:
             say = print_line if parallel.is_main else _silent
             for line in allowed:
                 say(f"changed by train.allow_changes: {line}")
-            with Watchdog(run_dir, parallel, 60 * config.faults.hang_minutes) as watchdog:
+            with _locked(run_dir, parallel), Watchdog(run_dir, parallel, 60 * config.faults.hang_minutes) as watchdog:
                 _Run(inputs, run_dir, parallel, signals, watchdog, say).to_the_end()
         finally:
             parallel_groups.shutdown()
+
+
+@contextlib.contextmanager
+def _locked(run_dir: Path, parallel: Parallel) -> Iterator[None]:
+    """The main rank holds the run directory's lock; all ranks hear when it cannot."""
+    with contextlib.ExitStack() as held:
+        refusal = [""]
+        if parallel.is_main:
+            try:
+                held.enter_context(only_writer(run_dir))
+            except (UserError, OSError) as error:
+                refusal = [str(error) if isinstance(error, UserError) else f"--run-dir {run_dir}: cannot be written ({error.strerror})"]
+        dist.broadcast_object_list(refusal, src=0)
+        if refusal[0]:
+            raise UserError(refusal[0])
+        yield
 
 
 class _RollBack(Exception):

@@ -20,6 +20,7 @@ from pretrain.parallel import Parallel
 
 EXIT_CODE = 70  # of a process that its watchdog ended
 SECONDS_FOR_OTHERS = 3.0  # between a rank's stacks and its end, so that the other ranks can write theirs
+POLL_SECONDS = 0.5  # between looks at the launcher and the clock
 STRAGGLER_STEPS = 20  # that a rank's time is averaged over
 
 
@@ -28,7 +29,8 @@ class Watchdog:
 
     ``heartbeat/rank-N.json`` tells when the rank last gave a sign of life and when it last got on. When nothing gets on for
     the limit, the rank writes the stacks of all its threads to stderr and ``stacks/rank-N.txt``, says which ranks are
-    behind, and ends; the launcher then ends the others.
+    behind, and ends; the launcher then ends the others. A rank whose launcher was killed ends too: torchrun's ranks would
+    outlive it, and write into the run directory beside those of a restart.
     """
 
     def __init__(self, run_dir: Path, parallel: Parallel, limit_seconds: float):
@@ -36,6 +38,7 @@ class Watchdog:
         self._run_dir, self._rank, self._world, self._limit = run_dir, parallel.rank, parallel.world, limit_seconds
         self._every = min(10.0, limit_seconds / 10) if limit_seconds else 10.0
         self._last, self._step, self._phase = time.time(), 0, "start"
+        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
 
@@ -55,12 +58,24 @@ class Watchdog:
         return self._run_dir / "heartbeat" / f"rank-{rank:05d}.json"
 
     def _watch(self) -> None:
+        next_sign = 0.0
         while not self._end.is_set():
-            self._write_heartbeat()
+            if self._launcher not in (None, os.getppid()):
+                self._leave_orphaned()
+            if time.time() >= next_sign:
+                next_sign = time.time() + self._every
+                self._write_heartbeat()
             if self._limit and time.time() - self._last > self._limit:
                 self._give_up()
-            self._end.wait(self._every)
+            self._end.wait(min(POLL_SECONDS, self._every))
         self._write_heartbeat()
+
+    def _leave_orphaned(self) -> None:
+        try:
+            print(f"error: rank {self._rank}: the launcher is gone; the rank ends", file=sys.stderr, flush=True)
+        except OSError:  # its pipe is gone too
+            pass
+        os._exit(EXIT_CODE)
 
     def _write_heartbeat(self) -> None:
         state = {"rank": self._rank, "host": socket.gethostname(), "pid": os.getpid(), "step": self._step,

@@ -73,6 +73,12 @@ class Process:
             assert time.monotonic() < deadline, self.text()[-3000:]
             time.sleep(0.01)
 
+    def kill_launcher(self) -> list[psutil.Process]:
+        """SIGKILL to the launcher alone; returns the ranks, which it leaves behind."""
+        ranks = self.ranks()
+        os.kill(self._process.pid, signal.SIGKILL)
+        return ranks
+
     def ranks(self) -> list[psutil.Process]:
         """The processes that train: the launcher's children, or the process itself."""
         try:
@@ -82,10 +88,12 @@ class Process:
             return []
 
     def kill(self) -> None:
-        """SIGKILL to every process of the run."""
+        """SIGKILL to every process of the run; torchrun's ranks have sessions of their own."""
         try:
-            os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
+            launcher = psutil.Process(self._process.pid)
+            for process in [*launcher.children(recursive=True), launcher]:
+                process.kill()
+        except psutil.NoSuchProcess:
             pass
         self.end()
 

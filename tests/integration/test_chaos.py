@@ -44,7 +44,7 @@ class Chaos:
     def round(self, disaster: str, ranks: int, overrides: tuple[str, ...]) -> bool:
         """Start, strike at a random moment, damage files; whether the run was still going when it struck."""
         limit = 100_000 if "full disk" in disaster else 0
-        hang = ("faults.hang_minutes=0.5",) if "stop a rank" in disaster else ()
+        hang = ("faults.hang_minutes=0.3",) if "stop a rank" in disaster else ()
         process = Process(command(self.config, self.run_dir, ranks, *overrides, *hang), self.run_dir, limit)
         first = self._first_step(process)
         target = first + self.draw.randrange(4)

@@ -5,8 +5,11 @@ import shutil
 import signal
 import sys
 
+import psutil
 import pytest
 
+from pretrain.errors import UserError
+from pretrain.resume import only_writer
 from tests.conftest import module, run
 from tests.integration.runs import Process, command, read_metrics, series, train
 
@@ -106,6 +109,20 @@ def test_a_full_disk_fails_saves_and_nothing_else(config, tmp_path):
     assert any("File too large" in m.get("checkpoint_error", "") for m in read_metrics(run_dir / "metrics.jsonl"))
     assert [p.name for p in (run_dir / "checkpoints").iterdir()] == ["step-00000001"]
     assert "resumed at step 1\n" in run(*command(config, run_dir)).stderr
+
+
+def test_a_killed_launcher_leaves_no_rank_and_no_second_writer_behind(config, tmp_path):
+    run_dir = tmp_path / "run"
+    process = Process(command(config, run_dir, 2, "train.steps=5000"), run_dir)
+    process.wait_for(lambda: process.steps_done() >= 2)
+    with pytest.raises(UserError, match=r"another process trains there \(host .*, pid \d+\)"), only_writer(run_dir):
+        pass
+    ranks = process.kill_launcher()
+    assert len(ranks) == 2
+    psutil.wait_procs(ranks, timeout=60)
+    assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks)
+    with only_writer(run_dir):
+        pass
 
 
 @pytest.fixture(scope="module")
