@@ -1,4 +1,4 @@
-"""``python -m pretrain COMMAND``: train, export, generate, checkpoints, report."""
+"""``python -m pretrain COMMAND``: train, export, generate, checkpoints, plan, report."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pathlib import Path
 
 from pretrain.errors import UserError
 from pretrain.generate import add_arguments as add_generate_arguments
+from pretrain.plan import add_arguments as add_plan_arguments
+from pretrain.plan import plan_command
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -34,6 +36,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_generate_arguments(generate)
 
     add_checkpoints_arguments(commands.add_parser("checkpoints", help="list, verify, show, prune or convert checkpoints"))
+
+    plan = commands.add_parser("plan", help="memory, communication and time of a run on a cluster, without GPUs")
+    add_plan_arguments(plan)
 
     report = commands.add_parser("report", help="write report.html for one run, or for several to compare")
     report.add_argument("run_dirs", type=Path, nargs="+", metavar="DIR")
@@ -91,6 +96,10 @@ def main(argv: list[str] | None = None) -> int:
             from pretrain.checkpoints import run_command
 
             for line in run_command(args):
+                print(line)
+        elif args.command == "plan":
+            _log_to_stderr()
+            for line in plan_command(args):
                 print(line)
         elif args.command == "report":
             from pretrain.report import write_report
