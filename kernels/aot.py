@@ -28,7 +28,8 @@ from kernels.compressed.tiles import HEAD_DIMS, Tile, Tiles, choose_tiles
 from kernels.compressed.triton import SUM_ROWS
 
 ARCHITECTURES = {"sm_80": (80, "sm_80"), "sm_90": (90, "sm_90a"), "sm_100": (100, "sm_100a")}  # capability, ptxas name
-SHARED_LIMIT = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448}  # bytes a program can have
+# Bytes a program can have; for sm_80 what sm_86 and sm_89 have, which use the same tiles (an A100 has 166912).
+SHARED_LIMIT = {"sm_80": 101376, "sm_90": 232448, "sm_100": 232448}
 # Bytes per thread, stores and loads together. 16 bits: a few words. fp32 products run without tensor cores, each thread
 # holding whole rows of its operands: at head dimension 256 no tile is small enough; these kernels are for exactness, not speed.
 SPILL_LIMIT = {"bf16": 64, "fp16": 64, "fp32": 1100}

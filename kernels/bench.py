@@ -265,12 +265,14 @@ def _speed(way: str, ms: float, flops: float, peak: float) -> dict:
 
 
 def plan_figures(shape: Shape) -> dict:
-    """Tiled keys per query of the Triton forward kernel and the time to plan, from fresh intervals."""
-    from kernels.compressed.tiles import TABLE
-
+    """On CUDA: tiled keys per row of the forward kernel, and the time to plan once per micro-batch, from fresh intervals."""
     if shape.args.device != "cuda":
         return {}
-    tiles, group = TABLE["sm_90"][128, 2], shape.args.heads // shape.args.kv_heads
+    from kernels.compressed.tiles import choose_tiles
+    from kernels.compressed.triton import architecture
+
+    dim, group = 1 << (shape.args.dim - 1).bit_length(), shape.args.heads // shape.args.kv_heads
+    tiles = choose_tiles(architecture(shape.q), dim, shape.q.element_size())
 
     def plan():
         fresh = shape.intervals.to(shape.args.device)
@@ -319,7 +321,7 @@ def _line(r: dict, other: dict) -> str:
     return "| " + " | ".join(cells + [""] * (len(COLUMNS) - len(cells))) + " |"
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cuda = torch.cuda.is_available()
     chunks = lambda text: tuple(int(c) for c in text.split(","))
@@ -334,13 +336,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=0.5, help="time to repeat each measurement for")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"))
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     args.device = "cuda" if cuda else "cpu"
     return args
 
 
-def main() -> int:
-    args = parse()
+def main(arguments: list[str] | None = None) -> int:
+    args = parse(arguments)
     torch.set_num_threads(args.threads)
     processor = next((l.split(":")[1].strip() for l in open("/proc/cpuinfo") if l.startswith("model name")), "CPU")
     device = torch.cuda.get_device_name() if args.device == "cuda" else f"{processor}, {args.threads} thread(s)"

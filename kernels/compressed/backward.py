@@ -123,27 +123,13 @@ def _write_key_gradient(
 
 
 @triton.jit
-def _add(b_sum, b_lost, b_x, EXACT: tl.constexpr):
-    """b_sum + b_x; EXACT: compensated, b_lost being what rounding has added too much so far."""
-    if EXACT:
-        b_x -= b_lost
-        b_new = b_sum + b_x
-        return b_new, (b_new - b_sum) - b_x
-    else:
-        return b_sum + b_x, b_lost
-
-
-@triton.jit
 def _d_key_step(
-    b_dk, b_dv, b_lost_k, b_lost_v, b_k, b_v, p_q, p_do, p_shift, p_factor, p_mean, p_lo, p_hi,
+    b_dk, b_dv, b_k, b_v, p_q, p_do, p_shift, p_factor, p_mean, p_lo, p_hi,
     i_sample, i_head, o_row, m_row, o_key, tokens, scale,
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
     MASKED: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Add one tile of rows; everything is transposed, [keys, rows], so that the weights need no transposing.
-
-    A key's gradient is one sum over all heads of its group: compensated in fp32, where plain PyTorch adds up head by head.
-    """
+    """Add one tile of rows; everything is transposed, [keys, rows], so that the weights need no transposing."""
     o_q = row_offsets(i_sample, i_head, o_row, tokens, H, HKV, D)
     b_q = load_tile(p_q, o_q, m_row, D, BD)
     b_do = load_tile(p_do, o_q, m_row, D, BD)
@@ -156,12 +142,12 @@ def _d_key_step(
         b_lo = tl.load(p_lo + o_row // (H // HKV), mask=m_row, other=0)
         b_hi = tl.load(p_hi + o_row // (H // HKV), mask=m_row, other=0)
         b_p = tl.where(in_range(o_key[:, None], b_lo[None, :], b_hi[None, :]), b_p, 0.0)
-    b_dv, b_lost_v = _add(b_dv, b_lost_v, dot(b_p.to(b_do.dtype), b_do, UPCAST), EXACT)
+    b_dv += dot(b_p.to(b_do.dtype), b_do, UPCAST)
     b_ds = b_p * (dot(b_v, tl.trans(b_do), UPCAST) - b_mean[None, :])
     if MASKED:
         b_ds = tl.where(b_p > 0, b_ds, 0.0)
-    b_dk, b_lost_k = _add(b_dk, b_lost_k, dot(b_ds.to(b_q.dtype), b_q, UPCAST), EXACT)
-    return b_dk, b_dv, b_lost_k, b_lost_v
+    b_dk += dot(b_ds.to(b_q.dtype), b_q, UPCAST)
+    return b_dk, b_dv
 
 
 @triton.jit
@@ -193,18 +179,16 @@ def d_key_kernel(
     o_bound = (i_sample.to(tl.int64) * S + i_segment) * tokens
     b_dk = tl.zeros([BN, BD], tl.float32)
     b_dv = tl.zeros([BN, BD], tl.float32)
-    b_lost_k = tl.zeros([BN, BD], tl.float32)
-    b_lost_v = tl.zeros([BN, BD], tl.float32)
     for i in range(row_first, row_full, BM):
         o_row = i + tl.arange(0, BM)
-        b_dk, b_dv, b_lost_k, b_lost_v = _d_key_step(
-            b_dk, b_dv, b_lost_k, b_lost_v, b_k, b_v, p_q, p_do, p_shift, p_factor, p_mean, p_lo + o_bound, p_hi + o_bound,
+        b_dk, b_dv = _d_key_step(
+            b_dk, b_dv, b_k, b_v, p_q, p_do, p_shift, p_factor, p_mean, p_lo + o_bound, p_hi + o_bound,
             i_sample, i_head, o_row, o_row < row_full, o_key, tokens, scale, H, HKV, D, BD, True, EXACT, UPCAST,
         )  # fmt: skip
     for i in range(row_full, row_last, BM):
         o_row = i + tl.arange(0, BM)
-        b_dk, b_dv, b_lost_k, b_lost_v = _d_key_step(
-            b_dk, b_dv, b_lost_k, b_lost_v, b_k, b_v, p_q, p_do, p_shift, p_factor, p_mean, p_lo + o_bound, p_hi + o_bound,
+        b_dk, b_dv = _d_key_step(
+            b_dk, b_dv, b_k, b_v, p_q, p_do, p_shift, p_factor, p_mean, p_lo + o_bound, p_hi + o_bound,
             i_sample, i_head, o_row, o_row < row_last, o_key, tokens, scale, H, HKV, D, BD, False, EXACT, UPCAST,
         )  # fmt: skip
     b_dk *= d_scale

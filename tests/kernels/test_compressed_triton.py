@@ -153,7 +153,7 @@ def test_hidden_keys_do_not_matter():
     d_out = d_out * own[..., None, None]
     poisoned = [x.detach().clone() for x in qkv]
     for x in poisoned[1:]:
-        x[~own] = 1e30
+        x[~own] = 1e38  # products with them overflow
     attention = lambda *x: compressed_attention(*x, layout.intervals, backend="triton")
     clean, dirty = (gradients(attention, x, d_out) for x in (qkv, poisoned))
     for a, b in zip(clean, dirty):

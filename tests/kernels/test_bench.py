@@ -1,0 +1,40 @@
+"""The benchmark prints figures only for what computes the right thing."""
+
+import json
+
+import pytest
+import torch
+
+from kernels import bench
+
+SMALL = "--raw 96 --chunks 8,4 --heads 2 --kv-heads 1 --dim 16 --dtype float32 --seconds 0 --only".split()
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the shape is one for the CPU")
+
+
+def run(tmp_path, *only):
+    threads = torch.get_num_threads()
+    try:
+        status = bench.main([*SMALL, *only, "--output", str(tmp_path)])
+    finally:
+        torch.set_num_threads(threads)
+    return status, json.loads((tmp_path / "compressed_cpu.json").read_text())["results"]
+
+
+def test_figures_and_ratios(tmp_path):
+    status, (dense, ours) = run(tmp_path, "dense SDPA", "ours")
+    assert status == 0 and ours["forward_ms"] > 0 and ours["backward_ms"] > 0 and dense["forward_ms"] > 0
+    assert "refused" not in (tmp_path / "compressed_cpu.md").read_text()
+
+
+@pytest.mark.parametrize("wrong", ["out", "d_k"])
+def test_a_wrong_contestant_gets_no_figures(tmp_path, monkeypatch, wrong):
+    def almost(shape):
+        right = bench.ours(shape)
+        if wrong == "out":
+            return lambda q, k, v: right(q, k, v) * (1 + 1e-4)
+        return lambda q, k, v: right(q, k.detach(), v) + 0 * k.sum()
+
+    monkeypatch.setitem(bench.CONTESTANTS, "ours", almost)
+    status, (ours,) = run(tmp_path, "ours")
+    assert status == 1 and ours["refused"].startswith(f"{wrong} is off by") and "forward_ms" not in ours
+    assert "refused" in (tmp_path / "compressed_cpu.md").read_text()
