@@ -89,8 +89,10 @@ def _locked(run_dir: Path, parallel: Parallel) -> Iterator[None]:
         if parallel.is_main:
             try:
                 held.enter_context(only_writer(run_dir))
-            except (UserError, OSError) as error:
-                refusal = [str(error) if isinstance(error, UserError) else f"--run-dir {run_dir}: cannot be written ({error.strerror})"]
+            except UserError as error:
+                refusal = [str(error)]
+            except OSError as error:
+                refusal = [f"--run-dir {run_dir}: cannot be written ({error.strerror})"]
         dist.broadcast_object_list(refusal, src=0)
         if refusal[0]:
             raise UserError(refusal[0])
