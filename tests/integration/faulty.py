@@ -3,9 +3,12 @@
     python -m tests.integration.faulty nan=3,4 spike=9 train --config ..
 """
 
+import math
 import sys
 
+from model.pipeline import stage_inputs
 from model.transformer import Transformer
+from pretrain import step
 from pretrain.__main__ import main
 from pretrain.data import BatchBuilder
 
@@ -28,7 +31,11 @@ def spoil(factor_of: dict[int, float]) -> None:
                 loss = loss * factor
         return loss
 
+    def spoiled_inputs(batch, factor):
+        return stage_inputs(batch, factor * math.prod(f for ids, f in marked if batch.ids is ids))
+
     BatchBuilder.build, Transformer.forward = marking_build, spoiled_forward
+    step.stage_inputs = spoiled_inputs  # what a pipeline is fed with
 
 
 if __name__ == "__main__":

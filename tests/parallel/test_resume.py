@@ -1,0 +1,31 @@
+"""A run that is killed again and again, each time resumed under another kind of layout, writes the losses of one process."""
+
+from tests.conftest import run
+from tests.integration.runs import command, read_metrics, train, train_until_killed
+from tests.parallel.test_layouts import LAYOUTS, STEPS
+
+
+def test_a_run_moves_through_layouts(tiny, tmp_path):
+    config = tiny.config(tmp_path / "c.yaml")
+    alone = train(config, tmp_path / "alone", 1, STEPS)
+    run_dir = tmp_path / "moved"
+    for step, name in ((4, "pp2"), (7, "cp2")):
+        ranks, settings = LAYOUTS[name]
+        train_until_killed(config, run_dir, ranks, step, STEPS, *settings)
+    ranks, settings = LAYOUTS["tp2"]
+    for got, want in zip(train(config, run_dir, ranks, STEPS, *settings), alone, strict=True):
+        assert abs(got["loss"] - want["loss"]) <= 2e-6 * max(1, want["loss"])
+        assert abs(got["grad_norm"] - want["grad_norm"]) <= 1e-5 * want["grad_norm"]
+        assert got["samples"] == want["samples"]
+
+
+def test_a_pipeline_skips_a_bad_step(tiny, tmp_path):
+    """One poisoned sample: the last stage's NaN reaches no stage's weights, and all stages count the step as skipped."""
+    config = tiny.config(tmp_path / "c.yaml", data={"valid": []})
+    line = command(config, tmp_path / "run", 2, "train.steps=5", "parallel.pipeline=2")
+    start = line[: line.index("-m", line.index("torch.distributed.run") + 1)]
+    done = run(*start, "-m", "tests.integration.faulty", "nan=9", *line[line.index("train") :])
+    assert "step 3: loss nan or its gradient is not finite; skipped samples 8..11" in done.stderr
+    metrics = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [bool(m.get("skipped")) for m in metrics] == [False, False, True, False, False]
+    assert metrics[-1]["loss"] < metrics[0]["loss"]
