@@ -81,6 +81,7 @@ def _write_configs(run: LoadedRun, directory: Path, dtype: str) -> None:
 def _model_card(run: LoadedRun) -> str:
     parameters = sum(p.numel() for p in run.model.parameters())
     model, gist = run.config.model, run.config.gist
+    architecture = hf_config(model, run.config.precision, None, None, None)["architectures"][0]
     attention = f"gist attention, chunk sizes {list(gist.chunk_sizes)}" if model.attention == "gist" else "dense attention"
     return f"""---
 library_name: transformers
@@ -89,8 +90,8 @@ tags: [gist, sparse-attention]
 ---
 # {run.config.monitor.name or "A language model trained with unfold"}
 
-Llama architecture, {parameters / 1e6:.1f} M parameters, trained with {attention} on {run.manifest.raw_tokens:,} raw tokens
-({run.manifest.step:,} steps). Loaded plainly it runs as a dense Llama model.
+{architecture}, {parameters / 1e6:.1f} M parameters, trained with {attention} on {run.manifest.raw_tokens:,} raw tokens
+({run.manifest.step:,} steps). Loaded plainly it runs as a dense model of that architecture.
 """
 
 
