@@ -335,6 +335,9 @@ class _Run:
             "seconds": seconds,
             "data_wait_s": data_wait,
         }
+        by_source = self.inputs.train.source.counters(self._sample_range(step + 1, step + 1)[1])
+        if len(by_source) > 1:
+            metrics["source_samples"] = by_source
         if result.unfolded is not None:
             metrics["unfolded_tokens"] = result.unfolded
         if result.skipped:

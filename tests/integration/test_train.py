@@ -100,6 +100,16 @@ def test_dense_attention_trains_on_the_same_tokens(config, alone, tmp_path):
     assert [m["loss_tokens"] for m in metrics] == [m["loss_tokens"] for m in alone[1][:3]]
 
 
+def test_a_blend_counts_its_sources(tiny, config, tmp_path):
+    """Also with a source added on resume: what was seen stays as it was."""
+    run_dir = tmp_path / "run"
+    train_until_killed(config, run_dir, 1, 7, f"data.train=['{tiny.train} weight=0.75', '{tiny.valid} weight=0.25']")
+    later = f"data.train=['{tiny.train} weight=0.75,32:0.5', '{tiny.valid} weight=0.25,32:0.5']"
+    counts = [m["source_samples"] for m in train(config, run_dir, 1, later)]
+    assert counts[7] == [24, 8] and counts[11] == [32, 16]
+    assert [sum(c) for c in counts] == list(range(4, 49, 4))
+
+
 def test_wandb_offline(config, tmp_path):
     run_dir = tmp_path / "run"
     train(config, run_dir, 1, "monitor.wandb=true", "train.steps=2")
