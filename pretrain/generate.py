@@ -130,8 +130,10 @@ def _from_export(args: Namespace, prompts: list[str]) -> Iterator[tuple[int, str
         raise UserError(f"--model {directory}: is not an exported model (it has no config.json)")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
     tokenizer = AutoTokenizer.from_pretrained(directory)
+    logging.disable_progress_bar()  # it would stand in the middle of the text
     model = AutoModelForCausalLM.from_pretrained(directory)
     torch.manual_seed(sampling.seed)
     how = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p} if sampling.temperature else {}
