@@ -67,11 +67,14 @@ def test_a_pipeline_with_recall_and_untied_embeddings(tiny, tmp_path):
         assert abs(got["loss"] - want["loss"]) <= 2e-6 * want["loss"]
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("name", ["dp2 zero3", "tp2 sequence", "pp2", "cp2"])
+BF16 = ["pp2", *(pytest.param(n, marks=pytest.mark.long) for n in ("dp2 zero3", "tp2 sequence", "cp2"))]
+
+
+@pytest.mark.parametrize("name", BF16)
 def test_bf16_layouts_stay_close(name, config, tmp_path):
     alone = train(config, tmp_path / "alone", 1, STEPS, "precision=bf16")
     ranks, settings = LAYOUTS[name]
     metrics = train(config, tmp_path / "run", ranks, STEPS, "precision=bf16", *settings)
     for got, want in zip(metrics, alone, strict=True):
         assert abs(got["loss"] - want["loss"]) <= 3e-3 * want["loss"]
+        assert abs(got["grad_norm"] - want["grad_norm"]) <= 0.05 * want["grad_norm"], "gradients of a micro-batch are missing"
