@@ -266,6 +266,18 @@ class RunConfig:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
 
+def accumulation_steps(config: RunConfig, data_size: int) -> int:
+    """Micro-batches of one rank per step. Raises UserError when the global batch cannot be divided."""
+    samples_at_once = config.train.micro_batch * data_size
+    if config.train.global_batch % samples_at_once:
+        next_fit = -(-config.train.global_batch // samples_at_once) * samples_at_once
+        raise UserError(
+            f"train.global_batch: {config.train.global_batch} is not a multiple of train.micro_batch x data-parallel ranks = "
+            f"{config.train.micro_batch} x {data_size}; set it to {next_fit}"
+        )
+    return config.train.global_batch // samples_at_once
+
+
 def _largest_divisor(number: int, most: int) -> int:
     """The largest divisor of ``number`` that is at most ``most``."""
     return max(d for d in range(1, most + 1) if number % d == 0)

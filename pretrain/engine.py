@@ -15,22 +15,9 @@ from model.context_parallel import ContextParallel
 from model.layers import BuildContext
 from model.pipeline import canonical_name, layer_specs, stage_loss
 from model.transformer import Transformer
-from pretrain.config import RunConfig, ScheduleConfig
+from pretrain.config import RunConfig, ScheduleConfig, accumulation_steps
 from pretrain.engine_state import allocate_optimizer_state
-from pretrain.errors import UserError
 from pretrain.parallel import Parallel
-
-
-def accumulation_steps(config: RunConfig, data_size: int) -> int:
-    """Micro-batches of one rank per step. Raises UserError when the global batch cannot be divided."""
-    samples_at_once = config.train.micro_batch * data_size
-    if config.train.global_batch % samples_at_once:
-        next_fit = -(-config.train.global_batch // samples_at_once) * samples_at_once
-        raise UserError(
-            f"train.global_batch: {config.train.global_batch} is not a multiple of train.micro_batch x data-parallel ranks = "
-            f"{config.train.micro_batch} x {data_size}; set it to {next_fit}"
-        )
-    return config.train.global_batch // samples_at_once
 
 
 def deepspeed_config(config: RunConfig, data_size: int) -> dict:

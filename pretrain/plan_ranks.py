@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pretrain.config import RunConfig
+from pretrain.config import RunConfig, accumulation_steps
 from pretrain.errors import UserError
 from pretrain.plan_hardware import Cluster
 
@@ -24,8 +24,6 @@ class Division:
     @classmethod
     def of(cls, config: RunConfig, gpus: int) -> Division:
         """Raises UserError where the GPUs or the global batch cannot be divided as configured."""
-        from pretrain.engine import accumulation_steps  # DeepSpeed takes seconds to load
-
         parallel = config.parallel
         model_size = parallel.tensor * parallel.pipeline * parallel.context
         if gpus % model_size:

@@ -16,9 +16,9 @@ import torch.distributed as dist
 from model.transformer import MicroBatch
 from pretrain import parallel as parallel_groups
 from pretrain.checkpoint import Manifest
-from pretrain.config import RunConfig, with_vocab_size
+from pretrain.config import RunConfig, accumulation_steps, with_vocab_size
 from pretrain.data import BatchBuilder, TokenSource, step_samples
-from pretrain.engine import accumulation_steps, build_engine, learning_rate, set_learning_rate
+from pretrain.engine import build_engine, learning_rate, set_learning_rate
 from pretrain.errors import UserError
 from pretrain.faults import FAULTS, FaultGuard, Rollback, finite_or_none, read_quarantine, write_quarantine
 from pretrain.monitor import Outputs, print_line
