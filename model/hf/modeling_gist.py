@@ -1,0 +1,276 @@
+"""Gist attention for exported models: the stock classes of ``transformers``, with gists hidden inside ``forward``.
+
+Loaded by ``AutoModelForCausalLM.from_pretrained(.., trust_remote_code=True, attn_implementation="gist")``. Raw tokens go in,
+logits of raw tokens come out: gists are put among them on the way to the layers and taken off before the output head.
+With any other ``attn_implementation`` the classes are the stock ones. Works with transformers 4.57 and later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, SmolLM3ForCausalLM
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation.logits_process import SuppressTokensLogitsProcessor
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_utils import AttentionInterface
+
+from .gist_attention import GistPass
+from .gist_sequence import GistSequence, GistSettings
+
+GIST = "gist"
+IGNORED = -100
+
+
+class GistCache(Cache):
+    """What a batch of sequences has computed so far. Its length is that of the raw input, padding included.
+
+    Keys and values are kept per sequence, layer and segment (every gist level, raw tokens), in memory that doubles.
+    """
+
+    def __init__(self, sequences: Sequence[GistSequence]):
+        super().__init__(layers=[])
+        self.sequences, self.length = list(sequences), 0
+
+    def get_seq_length(self, *args, **kwargs) -> int:
+        return self.length
+
+    def get_mask_sizes(self, query, *args, **kwargs) -> tuple[int, int]:
+        return self.length + (query if isinstance(query, int) else query.shape[0]), 0
+
+    def get_max_cache_shape(self, *args, **kwargs) -> int:
+        return -1
+
+    get_max_length = get_max_cache_shape
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.length > 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Sequence i goes on as ``beam_idx[i]`` did; only what goes on more than once is copied."""
+        taken, chosen = set(), []
+        for i in beam_idx.tolist():
+            chosen.append(self.sequences[i].copy() if i in taken else self.sequences[i])
+            taken.add(i)
+        # Copies are made before any of the originals goes on.
+        self.sequences = chosen
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.reorder_cache(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.reorder_cache(torch.arange(len(self.sequences)).repeat_interleave(repeats))
+
+    def reset(self) -> None:
+        self.sequences = [GistSequence(s.settings, s.device) for s in self.sequences]
+        self.length = 0
+
+    def crop(self, *args, **kwargs) -> None:
+        raise NotImplementedError("a gist cache cannot be cropped: assisted generation and prompt lookup do not work with gists")
+
+
+def gist_attention_forward(
+    module, query, key, value, attention_mask, dropout=0.0, scaling=None, sliding_window=None, gist_pass=None, **kwargs
+):
+    """An attention function of transformers. query [1, H, N, D], key, value [1, Hkv, N, D] -> [1, N, H, D], no weights."""
+    if gist_pass is None:
+        raise ValueError(
+            'attn_implementation="gist": this class does not put gists in; load the export with AutoModelForCausalLM and '
+            "trust_remote_code=True, and call the whole model rather than its layers"
+        )
+    if sliding_window is not None:
+        raise ValueError(f"sliding_window: {sliding_window}; gist attention has no sliding window, set it to null in config.json")
+    if dropout:
+        raise ValueError(f"attention_dropout: {dropout}; gist attention has none, set it to 0 in config.json")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out = gist_pass.attend(module.layer_idx, query[0], key[0], value[0], scale)
+    return out.transpose(0, 1)[None].contiguous(), None
+
+
+AttentionInterface.register(GIST, gist_attention_forward)
+
+
+class GistForCausalLM:
+    """What turns a stock ``..ForCausalLM`` into one with gists; to be inherited from before it."""
+
+    _can_compile_fullgraph = False  # what is computed depends on the tokens
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        gist_query_start: int | Tensor | None = None,
+        gist_grow: bool | None = None,
+        **kwargs,
+    ):
+        """The stock forward pass, with gists.
+
+        Args:
+            input_ids: [B, n] raw tokens that follow those in ``past_key_values``.
+            attention_mask: [B, n] or [B, cached + n], 0 at padding, on either side; gists never see it.
+            position_ids: ignored: positions are those of the raw tokens without padding.
+            past_key_values: what a former call returned; its sequences go on.
+            labels: [B, n]; the loss is that of training: next raw token at raw tokens, none for padding.
+            logits_to_keep: as in the stock classes.
+            gist_query_start: how many raw tokens of each sequence, from its start and without padding, are context: they
+                are folded into gists and closed, what follows them (a question, its answer) recalls. One number or [B].
+                Without it a prompt is folded as it is, and what is read after it recalls.
+            gist_grow: whether what follows a closed context gets gists as its chunks close. By default it does not.
+        """
+        if self.config._attn_implementation != GIST:
+            if gist_query_start is not None or gist_grow is not None:
+                raise ValueError('gist_query_start, gist_grow: need attn_implementation="gist"')
+            return super().forward(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                labels=labels,
+                use_cache=use_cache,
+                logits_to_keep=logits_to_keep,
+                **kwargs,
+            )
+        if input_ids is None or inputs_embeds is not None:
+            raise ValueError("inputs_embeds: gists are placed by token ids; give input_ids alone")
+        if kwargs.pop("output_attentions", None) or getattr(self.config, "output_attentions", False):
+            raise ValueError("output_attentions: gist attention keeps no weights; load with attn_implementation='eager' for them")
+        real = _real_tokens(input_ids, attention_mask)
+        cache = self._gist_cache(past_key_values, input_ids)
+        parts, ids, columns = self._read(cache, input_ids, real, gist_query_start, gist_grow)
+        return_dict = kwargs.pop("return_dict", None)
+        num_items = {k: kwargs.pop(k) for k in ("num_items_in_batch",) if k in kwargs}
+        for name in ("cache_position", "past_key_value"):
+            kwargs.pop(name, None)
+        outputs = self.model(
+            input_ids=torch.tensor([ids], device=input_ids.device),
+            position_ids=torch.cat([sight.position for _, sight in parts])[None],
+            use_cache=False,
+            gist_pass=GistPass(parts),
+            **kwargs,
+        )
+        raw = lambda x: _spread(x[0], columns, real)
+        hidden = raw(outputs.last_hidden_state)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden[:, kept])
+        loss = None
+        if labels is not None:
+            labels = _targets(labels, real)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **num_items)
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        states = getattr(outputs, "hidden_states", None)
+        result = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=cache if use_cache else None,
+            hidden_states=None if states is None else tuple(raw(x) for x in states),
+        )
+        return result.to_tuple() if return_dict is False else result
+
+    def _gist_cache(self, cache: Cache | None, input_ids: Tensor) -> GistCache:
+        """The cache to go on with; an empty stock cache, such as generate() makes, stands for a new one."""
+        if isinstance(cache, GistCache) and cache.sequences:
+            if len(cache.sequences) != len(input_ids):
+                raise ValueError(f"past_key_values: holds {len(cache.sequences)} sequences, input_ids {len(input_ids)}")
+            return cache
+        if cache is not None and (not isinstance(cache, (GistCache, DynamicCache)) or cache.get_seq_length()):
+            raise ValueError(
+                f"past_key_values: a {type(cache).__name__}; gists need the cache of their own that forward and generate return"
+            )
+        settings = GistSettings.of(self.config)
+        return GistCache([GistSequence(settings, input_ids.device) for _ in input_ids])
+
+    def _read(self, cache: GistCache, input_ids: Tensor, real: Tensor, query_start, grow: bool | None):
+        """Enter the new raw tokens into the sequences of the cache.
+
+        Returns:
+            (sequence, sight) of all that read something; the interleaved ids of all of them, side by side; where in these
+            the new raw tokens are, sequence by sequence, [tokens] int64.
+        """
+        if query_start is not None:
+            query_start = torch.as_tensor(query_start).reshape(-1).tolist()
+            if len(query_start) not in (1, len(input_ids)) or min(query_start) < 0:
+                raise ValueError(
+                    f"gist_query_start: {query_start} for {len(input_ids)} sequences; give one number or one each, not below 0"
+                )
+        starts = [None] if query_start is None else query_start
+        parts, ids, columns = [], [], []
+        for i, sequence in enumerate(cache.sequences):
+            tokens = input_ids[i][real[i]].tolist()
+            if tokens and not 0 <= min(tokens) <= max(tokens) < self.config.vocab_size:
+                raise ValueError(f"input_ids: sequence {i} has an id outside the vocabulary of {self.config.vocab_size}")
+            feed = sequence.read(tokens, starts[i if len(starts) > 1 else 0], grow)
+            if not feed.ids:
+                continue
+            parts.append((sequence, sequence.append(feed)))
+            # Tokens that are read again stand before the new ones, which are the last raw ones.
+            places = [len(ids) + place for place, level in enumerate(feed.level) if level < 0]
+            columns += places[len(places) - len(tokens) :]
+            ids += feed.ids
+        if not ids:
+            raise ValueError("input_ids: no token; attention_mask hides all of them")
+        cache.length += input_ids.shape[1]
+        return parts, ids, torch.tensor(columns, dtype=torch.int64, device=input_ids.device)
+
+    def _get_logits_processor(self, *args, **kwargs):
+        """Gist ids are never generated, whatever the generation configuration says."""
+        processors = super()._get_logits_processor(*args, **kwargs)
+        if self.config._attn_implementation == GIST:
+            reserved = list(GistSettings.of(self.config).reserved_ids)
+            processors.insert(0, SuppressTokensLogitsProcessor(reserved, device=self.device))
+        return processors
+
+
+def _real_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """[B, n] bool, False at padding."""
+    if attention_mask is None:
+        return torch.ones_like(input_ids, dtype=torch.bool)
+    batch, n = input_ids.shape
+    if attention_mask.dim() != 2 or len(attention_mask) != batch or attention_mask.shape[1] < n:
+        raise ValueError(
+            f"attention_mask: {tuple(attention_mask.shape)}; gist attention takes one of 0 and 1 for each token, ({batch}, {n}) "
+            "or longer by what was read before"
+        )
+    return attention_mask[:, attention_mask.shape[1] - n :] != 0
+
+
+def _spread(rows: Tensor, columns: Tensor, real: Tensor) -> Tensor:
+    """rows [N, hidden] of interleaved tokens -> those of the raw tokens in their places, [B, n, hidden]; padding is zero."""
+    out = rows.new_zeros(*real.shape, rows.shape[-1])
+    places = real.flatten().nonzero()[:, 0].to(rows.device)
+    return out.flatten(0, 1).index_copy(0, places, rows.index_select(0, columns.to(rows.device))).view_as(out)
+
+
+def _targets(labels: Tensor, real: Tensor) -> Tensor:
+    """[B, n]: no target at padding, nor for a sequence's first token, which only padding stands before."""
+    first = real & (real.cumsum(1) == 1)
+    return labels.masked_fill((~real | first).to(labels.device), IGNORED)
+
+
+class GistLlamaForCausalLM(GistForCausalLM, LlamaForCausalLM):
+    """Llama (and the first SmolLMs) with gists."""
+
+
+class GistQwen2ForCausalLM(GistForCausalLM, Qwen2ForCausalLM):
+    """Qwen2 with gists."""
+
+
+class GistQwen3ForCausalLM(GistForCausalLM, Qwen3ForCausalLM):
+    """Qwen3 with gists."""
+
+
+class GistMistralForCausalLM(GistForCausalLM, MistralForCausalLM):
+    """Mistral with gists."""
+
+
+class GistSmolLM3ForCausalLM(GistForCausalLM, SmolLM3ForCausalLM):
+    """SmolLM3 with gists."""

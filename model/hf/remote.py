@@ -1,0 +1,41 @@
+"""What an export ships so that ``transformers`` can run it with gists: files of code, and entries of config.json."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from model.config import GistConfig
+from model.hf.gist_sequence import GistSettings, pack_word_starts
+
+FILES = ("modeling_gist.py", "gist_attention.py", "gist_sequence.py")
+
+
+def remote_code_files() -> dict[str, str]:
+    """File name -> content, to be written beside config.json."""
+    return {name: Path(__file__).with_name(name).read_text() for name in FILES}
+
+
+def config_entries(
+    architecture: str, gist: GistConfig, gist_ids: Sequence[int], reserved_ids: Sequence[int], word_starts: np.ndarray
+) -> dict:
+    """The entries of config.json that go with :func:`remote_code_files`.
+
+    ``model_type`` and ``architectures`` stay those of the stock model: loaded plainly, it is a dense one.
+
+    Args:
+        architecture: the stock class, such as 'LlamaForCausalLM'.
+        gist: how tokens are folded and recalled.
+        gist_ids: one id per level.
+        reserved_ids: every gist id of the vocabulary; never generated.
+        word_starts: [vocab] bool.
+    """
+    known = {field.name for field in dataclasses.fields(GistSettings)}
+    entry = {name: value for name, value in dataclasses.asdict(gist).items() if name in known}
+    entry |= {"chunk_sizes": list(gist.chunk_sizes), "token_ids": list(gist_ids), "reserved_ids": list(reserved_ids)}
+    entry["word_starts"] = pack_word_starts(torch.from_numpy(np.ascontiguousarray(word_starts)))
+    return {"gist": entry, "auto_map": {"AutoModelForCausalLM": f"modeling_gist.Gist{architecture}"}}
