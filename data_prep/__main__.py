@@ -7,7 +7,7 @@ import signal
 import sys
 from typing import NoReturn
 
-from data_prep.arguments import build_parser
+from data_prep.arguments import SUPERVISED_KEYS, build_parser
 from data_prep.errors import DataError
 
 # The commands import what they need themselves, so that --help and usage errors come at once.
@@ -16,12 +16,16 @@ from data_prep.errors import DataError
 def find_corpus(args: argparse.Namespace) -> list:
     """The corpus that the options name."""
     from data_prep.conditions import parse_condition
+    from data_prep.fields import SupervisedFields
     from data_prep.sources import find_sources
 
+    if args.command == "tokenize-supervised":
+        kind = {"fields": SupervisedFields(**{name: getattr(args, f"{name}_key") for name in SUPERVISED_KEYS})}
+    else:
+        kind = {"text_key": args.text_key, "separator": args.document_separator}
     return find_sources(
         args.input,
-        text_key=args.text_key,
-        separator=args.document_separator,
+        **kind,
         format=args.format,
         where=[parse_condition(text) for text in args.where],
         limit=args.max_document_mb << 20,
@@ -93,6 +97,10 @@ def run_stats(args: argparse.Namespace) -> int:
     lengths = np.concatenate([shard.lengths for shard in shards])
     totals = {"shards": len(shards), "documents": len(lengths), "tokens": int(lengths.sum(dtype=np.int64))}
     totals["bytes"] = sum(shard.info.files["bin"]["bytes"] for shard in shards)
+    if supervised := [shard.spans for shard in shards if shard.spans]:
+        totals["context_tokens"] = sum(int(spans.context.sum(dtype=np.int64)) for spans in supervised)
+        totals["answers"] = sum(len(spans.ranges) for spans in supervised)
+        totals["answer_tokens"] = sum(spans.loss_tokens for spans in supervised)
     if args.json:
         print(json.dumps({**totals, "lengths": length_statistics(lengths)}))
     else:
@@ -107,22 +115,41 @@ def run_stats(args: argparse.Namespace) -> int:
 
 def run_tokenize(args: argparse.Namespace) -> int:
     """Make shards."""
+    return make_shards(args, min_tokens=args.min_tokens)
+
+
+def run_tokenize_supervised(args: argparse.Namespace) -> int:
+    """Make shards of questions and answers."""
+    from data_prep.supervised import SupervisedJob
+    from data_prep.templates import find_template
+
+    if args.truncate and not args.max_tokens:
+        raise DataError(f"--truncate {args.truncate}: needs --max-tokens, to which contexts are cut")
+    corpus = find_corpus(args)
+    template = find_template(args.template, args.tokenizer)
+    names = ("chat_context", "allow_empty_context", "max_question", "truncate")
+    job = SupervisedJob(corpus[0].fields, *template, **{name: getattr(args, name) for name in names})
+    return make_shards(args, corpus, supervised=job)
+
+
+def make_shards(args: argparse.Namespace, corpus: list | None = None, **options: object) -> int:
+    """Tokenise, and say what came of it."""
     from data_prep.encode import tokenize_corpus
 
     summary = tokenize_corpus(
-        find_corpus(args),
+        corpus or find_corpus(args),
         args.tokenizer,
         args.output,
         workers=args.workers,
         valid_fraction=args.valid_fraction,
         append_eos=not args.no_eos,
-        min_tokens=args.min_tokens,
         max_tokens=args.max_tokens,
         part=args.part,
         on_error=args.on_error,
         backend=args.backend,
         plot=not args.no_plot,
         overwrite=args.overwrite,
+        **options,
     )
     for prefix, info in summary.shards.items():
         print(
@@ -138,6 +165,8 @@ def run_tokenize(args: argparse.Namespace) -> int:
         f"read {counts.documents:,} documents ({counts.empty:,} empty ones left out{others}), {counts.text_bytes:,} bytes "
         f"of text in {summary.seconds:.1f} s: {summary.megabytes_per_second:.2f} MB/s; encoder: {summary.backend}"
     )
+    if counts.truncated:
+        print(f"{counts.truncated:,} contexts were cut to --max-tokens")
     if summary.resumed:
         print(f"{summary.resumed:,} of them were done by an earlier run that was cut off")
     if summary.rejects:
@@ -195,6 +224,7 @@ COMMANDS = {
     "import-tokenizer": run_import_tokenizer,
     "clean": run_clean,
     "tokenize": run_tokenize,
+    "tokenize-supervised": run_tokenize_supervised,
     "stats": run_stats,
     "verify": run_verify,
     "inspect": run_inspect,
@@ -207,7 +237,7 @@ def _terminated(signum: int, frame: object) -> NoReturn:
 
 
 def _stopped(what: str, command: str) -> None:
-    kept = "run the same command again to go on" if command == "tokenize" else "no output was written"
+    kept = "run the same command again to go on" if command.startswith("tokenize") else "no output was written"
     print(f"data_prep: error: {what}; {kept}", file=sys.stderr)
 
 

@@ -11,6 +11,7 @@ from data_prep.files import check_new_directory
 from data_prep.huggingface_backend import HuggingFaceTokenizer, parse_tokenizer
 from data_prep.sentencepiece_backend import SentencePieceTokenizer, parse_model
 from data_prep.tokenizer import (
+    CHAT_TEMPLATE_FILE,
     CONFIG_FILE,
     INFO_FILE,
     JSON_FILE,
@@ -21,7 +22,6 @@ from data_prep.tokenizer import (
     read_json,
 )
 
-CHAT_TEMPLATE_FILE = "chat_template.jinja"
 KEPT_CONFIG = ("chat_template", "model_max_length", "padding_side", "add_bos_token", "add_eos_token")
 
 

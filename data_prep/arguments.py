@@ -3,6 +3,15 @@
 import argparse
 from typing import NoReturn
 
+# Of supervised data; the names of data_prep.fields.SupervisedFields, which is not imported for --help alone.
+SUPERVISED_KEYS = {
+    "context": "the context",
+    "question": "the question",
+    "answer": "the answer",
+    "turns": "a list of questions and answers",
+    "messages": "the messages of a chat",
+}
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line."""
@@ -79,7 +88,24 @@ def separator(text: str) -> str:
 
 
 def add_corpus_options(parser: Parser) -> None:
-    """Options that say what the corpus is."""
+    """Options that say what the corpus of texts is."""
+    add_input_options(parser)
+    parser.add_argument(
+        "--text-key",
+        default="text",
+        metavar="KEY",
+        help="key or column that holds the text (default: text)",
+    )
+    parser.add_argument(
+        "--document-separator",
+        type=separator,
+        metavar="S",
+        help=r"what separates documents in a text file, such as '\n\n\n' (default: a file is one document)",
+    )
+
+
+def add_input_options(parser: Parser) -> None:
+    """Options that say which files are read, and which rows of them."""
     parser.add_argument(
         "--input",
         nargs="+",
@@ -93,18 +119,6 @@ def add_corpus_options(parser: Parser) -> None:
         "--format",
         choices=("txt", "jsonl", "csv", "parquet", "arrow"),
         help="kind of all inputs, whatever their names end in",
-    )
-    parser.add_argument(
-        "--text-key",
-        default="text",
-        metavar="KEY",
-        help="key or column that holds the text (default: text)",
-    )
-    parser.add_argument(
-        "--document-separator",
-        type=separator,
-        metavar="S",
-        help=r"what separates documents in a text file, such as '\n\n\n' (default: a file is one document)",
     )
     where_help = "take only rows of which this holds: KEY=VALUE, KEY!=VALUE, KEY>=NUMBER ..; dotted keys reach inside"
     parser.add_argument("--where", nargs="+", action="extend", default=[], metavar="COND", help=where_help)
@@ -161,23 +175,57 @@ def add_tokenize(commands) -> None:
         description="Turn a corpus into PREFIX.bin, .idx (megatron-core IndexedDataset) and a sidecar PREFIX.json.",
     )
     add_corpus_options(p)
+    add_encoding_options(p)
+    p.add_argument("--min-tokens", type=count, default=0, metavar="N", help="leave shorter documents out, and count them")
+    p.add_argument("--max-tokens", type=count, default=0, metavar="N", help="leave longer documents out, and count them")
+
+
+def add_encoding_options(p: Parser) -> None:
+    """Options of both commands that make shards."""
     tokenizer_help = "tokenizer directory, sentencepiece .model or tokenizer.json"
     p.add_argument("--tokenizer", required=True, metavar="DIR|FILE", help=tokenizer_help)
     p.add_argument("--output", required=True, metavar="PREFIX")
     workers_help = "encoding processes (default: 1); the files are the same for any number"
     p.add_argument("--workers", type=positive, default=1, metavar="N", help=workers_help)
-    valid_help = "hold out this share of the documents: PREFIX_train and PREFIX_valid, split by a hash of each text"
+    valid_help = (
+        "hold out this share of the documents: PREFIX_train and PREFIX_valid, split by a hash of each text "
+        "(of supervised data: of its context)"
+    )
     p.add_argument("--valid-fraction", type=fraction, metavar="F", help=valid_help)
     skip_help = "what to do with documents that cannot be used: end (default), or list them in PREFIX.rejects.jsonl"
     p.add_argument("--on-error", choices=("fail", "skip"), default="fail", help=skip_help)
     p.add_argument("--part", type=part, metavar="I/N", help="make part I of N, as PREFIX-I-of-N: for job arrays")
-    p.add_argument("--min-tokens", type=count, default=0, metavar="N", help="leave shorter documents out, and count them")
-    p.add_argument("--max-tokens", type=count, default=0, metavar="N", help="leave longer documents out, and count them")
     backend_help = "auto (default): the fast one where it proves itself identical; the files are the same"
     p.add_argument("--backend", choices=("auto", "exact", "fast"), default="auto", help=backend_help)
     p.add_argument("--no-plot", action="store_true", help="do not draw PREFIX.report.png")
     p.add_argument("--no-eos", action="store_true", help="do not end documents with the end-of-document id")
     p.add_argument("--overwrite", action="store_true", help="replace existing shards")
+
+
+def add_tokenize_supervised(commands) -> None:
+    """Options of tokenize-supervised."""
+    p = commands.add_parser(
+        "tokenize-supervised",
+        help="turn contexts with questions and answers, or chats, into token shards",
+        description="Turn rows of {context, question, answer}, {context, turns: [{question, answer} ..]} or {messages} into "
+        "token shards that also say (PREFIX.spans) where each context ends and which tokens are answers.",
+    )
+    add_input_options(p)
+    for name, what in SUPERVISED_KEYS.items():
+        p.add_argument(f"--{name}-key", default=name, metavar="KEY", help=f"key or column of {what} (default: {name})")
+    add_encoding_options(p)
+    template_help = "a Jinja chat template, or 'plain' (default: the tokenizer's own, else plain)"
+    p.add_argument("--template", metavar="FILE|plain", help=template_help)
+    chat_help = "before which user message the context of a chat ends that names none (default: last-user)"
+    p.add_argument("--chat-context", choices=("last-user", "first-user"), default="last-user", help=chat_help)
+    empty_help = "take rows without a context, too; all of such a row follows it"
+    p.add_argument("--allow-empty-context", action="store_true", help=empty_help)
+    longest_help = "a longer document cannot be used, unless --truncate; at most data.raw_tokens of the training"
+    p.add_argument("--max-tokens", type=count, default=0, metavar="N", help=longest_help)
+    truncate_help = "cut contexts so that documents hold --max-tokens, at their start or in the middle, and count them"
+    p.add_argument("--truncate", choices=("start", "middle"), default="", help=truncate_help)
+    question_help = "a document with a question (what stands before an answer, after the context) of more cannot be used"
+    p.add_argument("--max-question", type=count, default=0, metavar="N", help=question_help)
 
 
 def add_clean(commands) -> None:
@@ -235,10 +283,20 @@ def add_shard_commands(commands) -> None:
     p.add_argument("--overwrite", action="store_true", help="replace an existing shard")
 
 
+COMMANDS = (
+    add_train_tokenizer,
+    add_import_tokenizer,
+    add_clean,
+    add_tokenize,
+    add_tokenize_supervised,
+    add_shard_commands,
+)
+
+
 def build_parser() -> Parser:
     """The whole command line."""
     parser = Parser(prog="python -m data_prep", description="Corpora to tokenizers to token shards.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
-    for add in (add_train_tokenizer, add_import_tokenizer, add_clean, add_tokenize, add_shard_commands):
+    for add in COMMANDS:
         add(commands)
     return parser

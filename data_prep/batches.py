@@ -3,14 +3,18 @@
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from data_prep.errors import DataError
 from data_prep.items import Document, Position
 from data_prep.journal import Counts
+from data_prep.spans import Spans
 from data_prep.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from data_prep.supervised import SupervisedJob
 
 BATCH_CHARACTERS = 1 << 20
 BATCH_DOCUMENTS = 4096
@@ -47,6 +51,7 @@ class EncodeJob:
     min_tokens: int = 0  # a document of fewer is left out
     max_tokens: int = 0  # a document of more is left out; 0: no bound
     fast: bool = False  # use the fast backend, which the parent has checked
+    supervised: "SupervisedJob | None" = None  # the texts are rows of supervised data
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,7 @@ class Part:
 
     ids: np.ndarray  # int32 [sum of lengths]
     lengths: np.ndarray  # int64 [documents]
+    spans: Spans | None = None  # of a supervised job
 
 
 @dataclass(frozen=True)

@@ -136,12 +136,13 @@ def _lost(source: Source, at: Position, problem: str) -> Document:
 
 
 def _missing(source: Source, names: list[str]) -> str:
-    absent = [n for n in (source.text_key, *(c.column for c in source.where)) if n not in names]
+    needed = () if source.fields else source.columns
+    absent = [n for n in (*needed, *(c.column for c in source.where)) if n not in names]
     return f"no column {absent[0]!r}; name one of {names} by --text-key" if absent else ""
 
 
 def _columns(source: Source, names: list[str]) -> list[str]:
-    wanted = {source.text_key, *(condition.column for condition in source.where)}
+    wanted = {*source.columns, *(condition.column for condition in source.where)}
     return [name for name in names if name in wanted]
 
 

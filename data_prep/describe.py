@@ -7,6 +7,7 @@ import numpy as np
 
 from data_prep.errors import DataError
 from data_prep.shards import Shard, open_shard
+from data_prep.spans import Spans
 from data_prep.tokenizer import Tokenizer
 from data_prep.verify import check_tokenizer
 
@@ -42,11 +43,13 @@ def describe_shard(
         f"mean {lengths.mean():,.1f}, longest {lengths.max():,}"
     )
     yield from length_histogram(lengths)
+    if shard.spans:
+        yield span_figures(shard.spans, info.tokens)
     if tokenizer:
         for i in range(min(documents, info.documents)):
             yield ""
             yield f"--- document {i}, {lengths[i]:,} tokens"
-            text = document_text(shard, i, tokenizer)
+            text = marked_text(shard, i, tokenizer) if shard.spans else document_text(shard, i, tokenizer)
             cut = bool(max_chars) and len(text) > max_chars
             yield f"{text[:max_chars]}\n[.. {len(text) - max_chars:,} more characters]" if cut else text
 
@@ -54,6 +57,28 @@ def describe_shard(
 def document_text(shard: Shard, i: int, tokenizer: Tokenizer) -> str:
     """Document i as text, without its end-of-document id."""
     return tokenizer.decode(shard.document(i).tolist())
+
+
+def marked_text(shard: Shard, i: int, tokenizer: Tokenizer) -> str:
+    """Document i of a supervised shard as text, with `[context ends]` and `[answer]`..`[/answer]` put in."""
+    spans, ids = shard.spans, shard.document(i).tolist()
+    marks = [(int(spans.context[i]), "[context ends]")]
+    for begin, end in spans[i : i + 1].ranges.tolist():
+        marks += [(begin, "[answer]"), (end, "[/answer]")]
+    text, at = "", 0
+    for place, mark in marks:
+        text += tokenizer.decode(ids[at:place]) + mark
+        at = place
+    return text + tokenizer.decode(ids[at:])
+
+
+def span_figures(spans: Spans, tokens: int) -> str:
+    """One line on contexts and answers of documents that hold so many tokens."""
+    context, answers = int(spans.context.sum(dtype=np.int64)), spans.loss_tokens
+    return (
+        f"supervised: {len(spans.ranges):,} answers with {answers:,} tokens ({answers / tokens:.1%}), contexts of "
+        f"{context:,} tokens ({context / tokens:.1%}), longest {int(spans.context.max()):,}"
+    )
 
 
 def length_histogram(lengths: np.ndarray) -> list[str]:

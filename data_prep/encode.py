@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -28,6 +28,7 @@ from data_prep.report import write_report
 from data_prep.shard_format import ShardInfo
 from data_prep.shards import ShardWriter
 from data_prep.sources import Source, split_sources
+from data_prep.supervised import SupervisedJob, batch_encoder
 from data_prep.tokenizer import load_tokenizer
 
 COMMIT_SECONDS = 5.0  # at most this much work is lost to a kill
@@ -68,6 +69,7 @@ def tokenize_corpus(
     backend: str = "auto",
     plot: bool = True,
     overwrite: bool = False,
+    supervised: SupervisedJob | None = None,
 ) -> Summary:
     """Turn a corpus into one shard, or two (PREFIX_train, PREFIX_valid) if a part is held out.
 
@@ -85,6 +87,8 @@ def tokenize_corpus(
         on_error: 'fail', or 'skip': list documents that cannot be used, and go on.
         backend: 'auto', 'exact' or 'fast' (`fast.choose_backend`). The files are the same for any.
         plot: also draw the histogram of lengths.
+        supervised: how rows become documents, where the sources give fields. A document of more than max_tokens then cannot be
+            used, unless its context may be cut.
 
     Raises:
         DataError: any bad input; what was finished is kept.
@@ -94,7 +98,9 @@ def tokenize_corpus(
     if part:
         sources = split_sources(sources, *part)
         prefix = f"{prefix}-{part[0]:05d}-of-{part[1]:05d}"
-    job = EncodeJob(str(tokenizer), append_eos and encoder.info.eos_id is not None, valid_fraction, min_tokens, max_tokens)
+    append_eos = append_eos and encoder.info.eos_id is not None
+    job = EncodeJob(str(tokenizer), append_eos, valid_fraction, min_tokens, max_tokens, supervised=supervised)
+    batch_encoder(job, encoder)  # refuses a bad template before anything is opened
     with ExitStack() as stack:
         run = _Run(stack, sources, str(prefix), job, encoder.info, on_error, overwrite)
         items = read_items(sources, run.position)
@@ -139,6 +145,7 @@ class _Run:
                     sources=list(dict.fromkeys(s.path for s in sources)),
                     overwrite=overwrite,
                     resumable=True,
+                    supervised=job.supervised is not None,
                 )
             )
             for name in names
@@ -214,7 +221,7 @@ class _Run:
             self._between_batches = True  # nothing of this one was taken
             raise DataError(f"{self.sources[first.source].place(first.line)}: {first.reason}")
         for writer, part in zip(self.writers, result.parts, strict=True):
-            writer.append(part.ids, part.lengths)
+            writer.append(part.ids, part.lengths, part.spans)
         for reject in rejects:
             entry = {"place": self.sources[reject.source].place(reject.line), "reason": reject.reason}
             self._rejects.append((json.dumps(entry, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace"))
@@ -284,6 +291,7 @@ def _settings(sources: Sequence[Source], job: EncodeJob, info) -> dict:
         "--where": [str(condition) for condition in first.where],
         "--max-document-mb": first.limit,
         "input": first.path if len(sources) == 1 else None,
+        "way to make supervised documents": asdict(job.supervised) if job.supervised else None,
     }
 
 

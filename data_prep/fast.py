@@ -37,7 +37,7 @@ class FastTokenizer:
         Raises:
             DataError: gigatoken is not installed, or does not take this tokenizer.
         """
-        self.exact, self.info = exact, exact.info
+        self.exact, self.info, self.control = exact, exact.info, exact.control
         spec = json.loads(exact.plain_json()) if hasattr(exact, "plain_json") else None
         if spec is None or spec["model"]["type"] != "BPE" or not _byte_level(spec):
             raise DataError("it speeds up byte-level BPE only")

@@ -9,7 +9,7 @@ import numpy as np
 import tokenizers
 
 from data_prep.errors import DataError
-from data_prep.tokenizer import CONFIG_FILE, TokenizerInfo, find_gists, read_json, sha256
+from data_prep.tokenizer import CONFIG_FILE, ControlToken, TokenizerInfo, find_gists, read_json, sha256
 from data_prep.word_starts import huggingface_word_starts
 
 # Tried in this order where no tokenizer_config.json says which tokens these are.
@@ -53,6 +53,8 @@ class HuggingFaceTokenizer:
         }
         self.roles = {role: token for role, token in named.items() if token is not None}
         control = special | {token: vocab[token] for token in self.roles.values()}
+        strips = {t["content"]: (t.get("lstrip", False), t.get("rstrip", False)) for t in spec.get("added_tokens", [])}
+        self.control = {token: ControlToken(i, *strips.get(token, ())) for token, i in control.items()}
         gists = find_gists(special)
         self.info = TokenizerInfo(
             kind="huggingface",

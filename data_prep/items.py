@@ -34,6 +34,8 @@ def text_of(row: dict, source: Source) -> tuple[str | None, str, bool]:
             return "", "", False
     except ValueError as e:
         return None, str(e), True
+    if source.fields:
+        return *source.fields.pick(row), True
     key = source.text_key
     if key not in row:
         return None, f"no key {key!r}; name one of {sorted(map(str, row))} by --text-key", True

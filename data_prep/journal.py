@@ -22,6 +22,7 @@ class Counts:
     filtered: int = 0  # left out by a condition
     short: int = 0  # fewer tokens than --min-tokens
     long: int = 0  # more tokens than --max-tokens
+    truncated: int = 0  # supervised: contexts that were cut to --max-tokens
     rejected: int = 0  # could not be read, --on-error skip
     text_bytes: int = 0  # of the documents that were encoded
 

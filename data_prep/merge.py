@@ -9,7 +9,8 @@ def merge_shards(prefixes: list[str], output: str, *, overwrite: bool = False) -
     """Write the documents of several shards, in the order given, as one.
 
     Raises:
-        DataError: a shard is damaged, they differ in tokenizer, vocabulary, dtype or end-of-document ids, or `output`
+        DataError: a shard is damaged, they differ in tokenizer, vocabulary, dtype, end-of-document ids or supervision, or
+            `output`
             exists or is one of them. Nothing is written then.
     """
     if output in prefixes:
@@ -20,7 +21,7 @@ def merge_shards(prefixes: list[str], output: str, *, overwrite: bool = False) -
         if defects:
             raise DataError(defects[0])
         infos.append(info)
-        for name in ("tokenizer_hash", "vocab_size", "dtype", "eos_appended"):
+        for name in ("tokenizer_hash", "vocab_size", "dtype", "eos_appended", "supervised"):
             ours, first = getattr(info, name), getattr(infos[0], name)
             if ours != first:
                 raise DataError(
@@ -36,8 +37,11 @@ def merge_shards(prefixes: list[str], output: str, *, overwrite: bool = False) -
         eos_appended=first.eos_appended,
         sources=sources,
         overwrite=overwrite,
+        supervised=first.supervised,
     ) as writer:
         for prefix in prefixes:
-            for ids, lengths in blocks(open_shard(prefix)):
-                writer.append(ids, lengths)
+            shard, done = open_shard(prefix), 0
+            for ids, lengths in blocks(shard):
+                writer.append(ids, lengths, shard.spans and shard.spans[done : done + len(lengths)])
+                done += len(lengths)
         return writer.finish()

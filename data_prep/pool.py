@@ -11,15 +11,17 @@ from itertools import cycle
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 
-from data_prep.batches import Batch, EncodedBatch, EncodeJob, encode_batch
+from data_prep.batches import Batch, EncodedBatch, EncodeJob
 from data_prep.errors import DataError
 from data_prep.fast import open_tokenizer
+from data_prep.supervised import batch_encoder
 from data_prep.tokenizer import Tokenizer
 
 
 def encode_here(job: EncodeJob, tokenizer: Tokenizer, batches: Iterable[Batch]) -> Iterator[tuple[Batch, EncodedBatch]]:
     """Encode in this process."""
-    return ((batch, encode_batch(job, tokenizer, batch.texts)) for batch in batches)
+    encode = batch_encoder(job, tokenizer)
+    return ((batch, encode(batch.texts)) for batch in batches)
 
 
 def encode_in_pool(job: EncodeJob, batches: Iterable[Batch], workers: int) -> Iterator[tuple[Batch, EncodedBatch]]:
@@ -93,10 +95,10 @@ def _work(pipe: Connection, job: EncodeJob) -> None:
     received: queue.SimpleQueue[list[str]] = queue.SimpleQueue()
     # Received in a thread, so that the parent never waits to send while this waits to send to it.
     threading.Thread(target=_receive, args=(pipe, received), daemon=True).start()
-    tokenizer = open_tokenizer(job.tokenizer, job.fast)
+    encode = batch_encoder(job, open_tokenizer(job.tokenizer, job.fast))
     while True:
         try:
-            result: EncodedBatch | DataError = encode_batch(job, tokenizer, received.get())
+            result: EncodedBatch | DataError = encode(received.get())
         except DataError as e:
             result = e
         try:

@@ -7,7 +7,7 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from data_prep.errors import DataError
-from data_prep.tokenizer import TokenizerInfo, find_gists, sha256
+from data_prep.tokenizer import ControlToken, TokenizerInfo, find_gists, sha256
 from data_prep.word_starts import sentencepiece_word_starts
 
 MANY = 1000  # characters: as a long line of prose, over which float32 sums were never seen to matter
@@ -45,6 +45,7 @@ class SentencePieceTokenizer:
         self._by_line = _lines_are_independent(self._model)
         p = self._processor
         control = {x.piece: i for i, x in enumerate(self._model.pieces) if x.type == self._model.SentencePiece.CONTROL}
+        self.control = {piece: ControlToken(i) for piece, i in control.items()}
         gists = find_gists(control)
         self.info = TokenizerInfo(
             kind="sentencepiece",

@@ -21,7 +21,7 @@ MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document borders
 DTYPE_CODES = {"uint16": 8, "int32": 4}
 MAX_LENGTH = 2**31 - 1  # of a document: its length is an int32
-SUFFIXES = (".bin", ".idx", ".json")
+SUFFIXES = (".bin", ".idx", ".json", ".spans")
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,13 @@ class ShardInfo:
     max_id: int
     eos_appended: bool
     unigram_entropy_nats: float
-    files: dict  # "bin" and "idx" -> {"bytes": int, "sha256": str}
+    files: dict  # "bin", "idx" and, where the shard is supervised, "spans" -> {"bytes": int, "sha256": str}
     sources: list = field(default_factory=list)
+
+    @property
+    def supervised(self) -> bool:
+        """Whether it says of each document what is context and what are answers."""
+        return "spans" in self.files
 
     def to_json(self) -> str:
         """Return the text of the sidecar."""
@@ -60,7 +65,7 @@ class ShardInfo:
             f.name for f in fields(cls) if not isinstance(values[f.name], (int, float) if f.type is float else f.type)
         ]
         files = values["files"] if "files" not in wrong else {}
-        if wrong or not all(_is_file_entry(files.get(kind)) for kind in ("bin", "idx")):
+        if wrong or not all(_is_file_entry(files.get(kind)) for kind in {"bin", "idx", *files}):
             raise DataError(f"{path}: has a wrong value for {', '.join(wrong) or 'files'}")
         return cls(**{f.name: values[f.name] for f in fields(cls)})
 

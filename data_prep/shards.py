@@ -1,12 +1,14 @@
 """Token shards: PREFIX.bin and PREFIX.idx as megatron-core's IndexedDataset reads them, and the sidecar PREFIX.json.
 
-One sequence per document. The files are written here rather than by megatron's builder (the tests compare the bytes):
-its import takes seconds, it appends one document at a time, and ids beyond the dtype's range wrap in it unseen.
+One sequence per document; of supervised ones PREFIX.spans says what is context and what are answers. The files are
+written here rather than by megatron's builder (the tests compare the bytes): its import takes seconds, it appends one
+document at a time, and ids beyond the dtype's range wrap in it unseen.
 """
 
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from data_prep.shard_format import (
     token_dtype,
     unigram_entropy,
 )
+from data_prep.spans import SUFFIX, Spans, SpansWriter
 from data_prep.tokenizer import TokenizerInfo
 
 
@@ -38,6 +41,7 @@ class Shard:
     lengths: np.ndarray  # int32 [documents]
     starts: np.ndarray  # int64 [documents], in tokens
     tokens: np.ndarray  # [tokens]
+    spans: Spans | None = None  # where the shard is supervised
 
     def document(self, i: int) -> np.ndarray:
         """Ids of document i, a view [length]."""
@@ -60,10 +64,12 @@ class ShardWriter:
         sources: Sequence[str] = (),
         overwrite: bool = False,
         resumable: bool = False,
+        supervised: bool = False,
     ):
         """Claim PREFIX.
 
         Args:
+            supervised: every document comes with its spans.
             resumable: keep what an earlier writer has committed, until `cut` says how much of it holds.
 
         Raises:
@@ -88,6 +94,8 @@ class ShardWriter:
         self._finished = self._kept = False
         self._bin = open_partial(shard_path(prefix, ".bin"), keep=resumable)
         self._lengths_file = Appended(shard_path(prefix, ".lengths")) if resumable else None
+        self._spans = SpansWriter(shard_path(prefix, SUFFIX), resumable) if supervised else None
+        self._notes = [notes for notes in (self._lengths_file, self._spans) if notes]  # what lies beside the tokens meanwhile
         try:
             refuse_existing(prefix, overwrite)
         except DataError:
@@ -111,7 +119,8 @@ class ShardWriter:
     @property
     def committed(self) -> tuple[int, int]:
         """What lies in the temporary files: (bytes of tokens, documents)."""
-        return self._bin.tell(), self._lengths_file.size // 4 if self._lengths_file else 0
+        documents = self._lengths_file.size // 4 if self._lengths_file else 0
+        return self._bin.tell(), min(documents, self._spans.documents) if self._spans else documents
 
     def cut(self, size: int, documents: int) -> None:
         """Take up the first `documents` documents, `size` bytes of tokens, of an earlier writer; drop the rest."""
@@ -119,6 +128,8 @@ class ShardWriter:
         self._bin.truncate(size)
         self._bin.seek(0, os.SEEK_END)
         self._lengths_file.cut(documents * 4)
+        if self._spans:
+            self._spans.cut(documents)
         self._kept = documents > 0
         if not documents:
             return
@@ -141,19 +152,22 @@ class ShardWriter:
     def commit(self) -> tuple[int, int]:
         """Put all that was appended on disk, to be kept if the run ends here; returns what `cut` needs."""
         os.fsync(self._bin.fileno())
-        self._lengths_file.sync()
+        for notes in self._notes:
+            notes.sync()
         self._kept = True
         return self.committed
 
-    def append(self, ids: np.ndarray, lengths: np.ndarray) -> None:
+    def append(self, ids: np.ndarray, lengths: np.ndarray, spans: Spans | None = None) -> None:
         """Append documents.
 
         Args:
             ids: integers [sum of lengths], all documents one after the other.
             lengths: integers [documents], each at least 1.
+            spans: of these documents, where the shard is supervised.
 
         Raises:
-            DataError: an id that is not in the vocabulary, or an empty or overlong document. Nothing was written then.
+            DataError: an id that is not in the vocabulary, an empty or overlong document, or spans that do not fit. Nothing
+                was written then.
         """
         ids, lengths = np.asarray(ids), np.asarray(lengths, dtype=np.int64)
         if lengths.size == 0:
@@ -170,11 +184,16 @@ class ShardWriter:
                 f"{self.prefix}: token id {highest if highest >= self._vocab_size else lowest} does not fit the "
                 f"vocabulary of {self._vocab_size}; nothing of it was written"
             )
+        assert (spans is None) == (self._spans is None), "spans come with every document or with none"
+        if spans and (defect := spans.defect(lengths)):
+            raise DataError(f"{self.prefix}: {defect}")
         raw = ids.astype(self._dtype).tobytes()
         write_all(self._bin, raw)
         self._lengths.append(lengths.astype(np.int32))
         if self._lengths_file:
             self._lengths_file.append(self._lengths[-1].tobytes())
+        if spans:
+            self._spans.append(spans)
         self._hash.update(raw)
         self._counts += np.bincount(ids, minlength=self._vocab_size)
         self.documents += len(lengths)
@@ -187,32 +206,33 @@ class ShardWriter:
         """
         if not self.documents:
             raise DataError(f"{self.prefix}: not one document to write; an empty shard cannot be opened")
-        index = index_bytes(self.lengths, self._dtype)
-        with (
-            open_partial(shard_path(self.prefix, ".idx")) as idx,
-            open_partial(shard_path(self.prefix, ".json")) as sidecar,
-        ):
-            write_all(idx, index)
-            info = ShardInfo(
-                dtype=self._dtype.name,
-                documents=self.documents,
-                tokens=int(self._counts.sum()),
-                max_id=int(np.flatnonzero(self._counts)[-1]),
-                unigram_entropy_nats=unigram_entropy(self._counts),
-                files={
-                    "bin": {"bytes": self._bin.tell(), "sha256": self._hash.hexdigest()},
-                    "idx": {"bytes": len(index), "sha256": hashlib.sha256(index).hexdigest()},
-                },
-                **self._given,
-            )
-            write_all(sidecar, info.to_json().encode("utf-8"))
+        beside = {"idx": index_bytes(self.lengths, self._dtype)}
+        if self._spans:
+            beside["spans"] = self._spans.all().to_bytes()
+        files = {"bin": {"bytes": self._bin.tell(), "sha256": self._hash.hexdigest()}}
+        files |= {kind: {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()} for kind, raw in beside.items()}
+        info = ShardInfo(
+            dtype=self._dtype.name,
+            documents=self.documents,
+            tokens=int(self._counts.sum()),
+            max_id=int(np.flatnonzero(self._counts)[-1]),
+            unigram_entropy_nats=unigram_entropy(self._counts),
+            files=files,
+            **self._given,
+        )
+        beside["json"] = info.to_json().encode("utf-8")
+        with ExitStack() as stack:
+            streams = {kind: stack.enter_context(open_partial(shard_path(self.prefix, f".{kind}"))) for kind in beside}
+            for kind, stream in streams.items():
+                write_all(stream, beside[kind])
             # Without its sidecar a shard is not valid, so a run that dies from here on leaves nothing that looks whole.
             shard_path(self.prefix, ".json").unlink(missing_ok=True)
-            finish_partial(self._bin, shard_path(self.prefix, ".bin"))
-            finish_partial(idx, shard_path(self.prefix, ".idx"))
-            finish_partial(sidecar, shard_path(self.prefix, ".json"))
-        if self._lengths_file:
-            self._lengths_file.remove()
+            if not self._spans:  # those of a shard that is replaced
+                shard_path(self.prefix, SUFFIX).unlink(missing_ok=True)
+            for kind, stream in {"bin": self._bin, **streams}.items():
+                finish_partial(stream, shard_path(self.prefix, f".{kind}"))
+        for notes in self._notes:
+            notes.remove()
         self._finished = True
         return info
 
@@ -227,15 +247,16 @@ class ShardWriter:
             return
         for suffix in SUFFIXES:
             shard_path(self.prefix, suffix + PARTIAL).unlink(missing_ok=True)
-        if self._lengths_file:
-            self._lengths_file.remove()
+        for notes in self._notes:
+            notes.remove()
         self._bin.close()
         self._finished = True  # nothing is left to do
 
     def _close(self) -> None:
-        for suffix in (".idx", ".json"):
+        for suffix in (".idx", ".json", SUFFIX):
             shard_path(self.prefix, suffix + PARTIAL).unlink(missing_ok=True)
-        self._lengths_file.close()
+        for notes in self._notes:
+            notes.close()
         self._bin.close()
 
 
@@ -305,7 +326,18 @@ def open_shard(prefix: str | Path) -> Shard:
     starts = np.zeros(len(lengths), dtype=np.int64)
     np.cumsum(lengths[:-1], dtype=np.int64, out=starts[1:])
     tokens = np.memmap(shard_path(prefix, ".bin"), dtype=info.dtype, mode="r")
-    return Shard(prefix, info, lengths, starts, tokens)
+    return Shard(prefix, info, lengths, starts, tokens, _read_spans(prefix, info, lengths))
+
+
+def _read_spans(prefix: str, info: ShardInfo, lengths: np.ndarray) -> Spans | None:
+    """The spans of a supervised shard, checked against the documents' lengths. Raises DataError."""
+    if not info.supervised:
+        return None
+    path = shard_path(prefix, SUFFIX)
+    spans = Spans.from_file(path)
+    if defect := spans.defect(lengths):
+        raise DataError(f"{path}: {defect}; altered")
+    return spans
 
 
 def read_index(prefix: str, info: ShardInfo) -> np.ndarray:

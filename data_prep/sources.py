@@ -9,6 +9,7 @@ from pathlib import Path
 
 from data_prep.conditions import Condition
 from data_prep.errors import DataError
+from data_prep.fields import SupervisedFields
 from data_prep.streams import COMPRESSIONS, count_lines
 
 SUFFIXES = {
@@ -33,12 +34,18 @@ class Source:
     path: str
     format: str  # one of FORMATS, or "hub"
     text_key: str = "text"
+    fields: SupervisedFields | None = None  # supervised: a document is these fields of a row, as JSON text
     separator: str | None = None  # txt: what stands between documents; None: the file is one
     compression: str = ""  # "gz" | "zst" | "xz"
     where: tuple[Condition, ...] = ()
     limit: int = MAX_DOCUMENT_BYTES  # bytes of a line or document; beyond it is an error
     begin: int = 0  # jsonl, plain: only lines that begin at bytes begin <= b < end
     end: int | None = None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The fields of a row that its text is made of; of supervised ones a row need not have all."""
+        return self.fields.columns if self.fields else (self.text_key,)
 
     def place(self, number: int) -> str:
         """Where document or line `number` stands, for messages; counts the lines before `begin` only now."""
@@ -65,6 +72,7 @@ def find_sources(
     inputs: Sequence[str],
     *,
     text_key: str = "text",
+    fields: SupervisedFields | None = None,
     separator: str | None = None,
     format: str | None = None,
     where: Sequence[Condition] = (),
@@ -80,7 +88,7 @@ def find_sources(
         named = name.startswith(HUB) or Path(name).is_file()
         found = [name] if named else _search(name, every_file=format is not None)
         paths.update(dict.fromkeys(found))
-    common = {"text_key": text_key, "separator": separator, "where": tuple(where), "limit": limit}
+    common = {"text_key": text_key, "fields": fields, "separator": separator, "where": tuple(where), "limit": limit}
     sources = []
     for path in paths:
         kind, compression = ("hub", "") if path.startswith(HUB) else kind_of(path, format)
@@ -89,6 +97,8 @@ def find_sources(
                 f"{path}: unknown kind of file; known are {', '.join(SUFFIXES)} (each also with "
                 f"{', '.join(COMPRESSIONS)}), or say --format {'|'.join(FORMATS)}"
             )
+        if fields and kind == "txt":
+            raise DataError(f"{path}: a text file has no fields; supervised data is jsonl, csv, parquet, arrow or a dataset")
         sources.append(Source(path, kind, compression=compression, **common))
     if separator is not None and not any(s.format == "txt" for s in sources):
         raise DataError(f"--document-separator {separator!r}: none of the inputs is a text file")

@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -24,6 +24,7 @@ JSON_FILE = "tokenizer.json"
 MODEL_FILE = "tokenizer.model"
 WORD_STARTS_FILE = "word_starts.npy"
 CONFIG_FILE = "tokenizer_config.json"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
 INFO_FORMAT = 1
 
 
@@ -61,10 +62,19 @@ class TokenizerInfo:
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in picked.items()})
 
 
+class ControlToken(NamedTuple):
+    """A token that stands for no text."""
+
+    id: int
+    lstrip: bool = False  # takes white space before it along, where a template writes it
+    rstrip: bool = False
+
+
 class Tokenizer(Protocol):
     """Text to ids and back. Control ids (bos, eos, pad, gists, ..) never come out of a text, whatever it says."""
 
     info: TokenizerInfo
+    control: Mapping[str, ControlToken]  # by name
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text, int32 [n_i], with nothing added before or after."""

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.errors import DataError
-from data_prep.shard_format import ShardInfo, shard_path, unigram_entropy
+from data_prep.shard_format import SUFFIXES, ShardInfo, shard_path, unigram_entropy
 from data_prep.shards import Shard, blocks, open_shard
 from data_prep.tokenizer import TokenizerInfo
 
@@ -25,7 +25,7 @@ def verify_shard(prefix: str, tokenizer: TokenizerInfo | None = None) -> tuple[S
     try:
         info = ShardInfo.from_file(shard_path(prefix, ".json"))
     except DataError as e:
-        if not any(shard_path(prefix, s).exists() for s in (".bin", ".idx", ".json")):
+        if not any(shard_path(prefix, s).exists() for s in SUFFIXES):
             return None, [f"{prefix}: no such shard (there is no {prefix}.json, .idx or .bin)"]
         return None, [f"{e}; the shard is not complete: make it again"]
     defects = check_tokenizer(prefix, info, tokenizer) if tokenizer else []
@@ -33,7 +33,7 @@ def verify_shard(prefix: str, tokenizer: TokenizerInfo | None = None) -> tuple[S
         shard = open_shard(prefix)
     except DataError as e:
         return info, [*defects, str(e)]
-    for kind in ("bin", "idx"):
+    for kind in info.files:
         path = shard_path(prefix, f".{kind}")
         if (found := file_hash(path)) != info.files[kind]["sha256"]:
             defects.append(

@@ -1,0 +1,267 @@
+"""Rows of supervised data to token documents: a context, then questions and answers, of which the answers are learned."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from data_prep.batches import EncodedBatch, EncodeJob, Part, encode_batch, is_held_out
+from data_prep.errors import DataError
+from data_prep.fields import DOCUMENTS, SupervisedFields
+from data_prep.journal import Counts
+from data_prep.spans import Spans
+from data_prep.templates import ANSWER, ANSWER_END, CONTEXT_END, ChatTemplate, ControlText, Piece, special_tokens
+from data_prep.tokenizer import Tokenizer
+
+CONTEXT_ROLES = ("context", DOCUMENTS)
+SEPARATOR = "\n\n"  # between documents of a context, and between a context and the question in one message
+
+
+@dataclass(frozen=True)
+class SupervisedJob:
+    """How rows become documents."""
+
+    fields: SupervisedFields
+    template: str  # its source
+    template_name: str
+    chat_context: str = "last-user"  # or first-user: before which user message a chat's context ends, if it names none
+    allow_empty_context: bool = False
+    max_question: int = 0  # tokens between a context or an answer and the next answer; 0: no bound
+    truncate: str = ""  # what of a context that is too long is left out: "start", "middle"; "" refuses it
+
+
+@dataclass
+class TokenDocument:
+    """One row as tokens."""
+
+    ids: list[int]
+    context: int  # tokens
+    ranges: list[tuple[int, int]]  # of the answers
+
+
+def batch_encoder(job: EncodeJob, tokenizer: Tokenizer) -> Callable[[Sequence[str]], EncodedBatch]:
+    """What encodes the texts of a batch; for a supervised job each is a row's fields as JSON."""
+    if job.supervised is None:
+        return lambda texts: encode_batch(job, tokenizer, texts)
+    return SupervisedEncoder(job, job.supervised, tokenizer)
+
+
+class SupervisedEncoder:
+    """Encodes batches of rows."""
+
+    def __init__(self, job: EncodeJob, supervised: SupervisedJob, tokenizer: Tokenizer):
+        self._job, self._how, self._tokenizer = job, supervised, tokenizer
+        self._template = ChatTemplate(supervised.template, supervised.template_name, special_tokens(tokenizer))
+        self._control = ControlText(tokenizer)
+
+    def __call__(self, rows: Sequence[str]) -> EncodedBatch:
+        """rows: the fields of each as JSON text. A row that cannot be used is told by its index."""
+        counts, rejects = Counts(), []
+        parsed: list[tuple[int, list[Piece], bool]] = []  # index, pieces, whether it is held out
+        for i, row in enumerate(rows):
+            try:
+                raw = row.encode("utf-8")
+                counts.text_bytes += len(raw)
+                parsed.append((i, *self._parse(json.loads(row), raw)))
+            except UnicodeEncodeError as e:
+                rejects.append((i, f"holds half of a surrogate pair (\\u{ord(row[e.start]):04x}); correct the text"))
+            except DataError as e:
+                rejects.append((i, str(e)))
+        outputs: list[list[TokenDocument]] = [[]] if self._job.valid_fraction is None else [[], []]
+        for (i, pieces, held_out), ids in zip(parsed, self._encode([pieces for _, pieces, _ in parsed]), strict=True):
+            try:
+                if isinstance(ids, DataError):
+                    raise ids
+                document = self._assemble(pieces, ids)
+                counts.truncated += self._shorten(document)
+                outputs[held_out].append(document)
+            except DataError as e:
+                rejects.append((i, str(e)))
+        return EncodedBatch(tuple(map(_part, outputs)), counts, tuple(rejects))
+
+    def _parse(self, row: dict, raw: bytes) -> tuple[list[Piece], bool]:
+        """The pieces of a row's text, and whether it is held out: rows on one context are, together."""
+        context, messages, first = read_row(row, self._how)
+        fraction = self._job.valid_fraction
+        held_out = fraction is not None and is_held_out(context.encode("utf-8") if context else raw, fraction)
+        messages = [{**message, "content": self._control.escape(message["content"])} for message in messages]
+        if context is not None:
+            _insert_context(messages, self._control.escape(context), self._template.takes_context)
+        elif first is not None:
+            messages[first]["content"] = CONTEXT_END + messages[first]["content"]
+        learned = messages if first is None else messages[first:]
+        for message in learned:
+            if message["role"] == "assistant":
+                message["content"] = ANSWER + message["content"] + ANSWER_END
+        return self._control.pieces(self._template.render_marked(messages)), held_out
+
+    def _encode(self, documents: list[list[Piece]]) -> list[list[np.ndarray] | DataError]:
+        """Of each document the ids of its texts, in order."""
+        texts = [[piece.text for piece in pieces if piece.text] for pieces in documents]
+        try:
+            encoded = iter(self._tokenizer.encode_batch([text for own in texts for text in own]))
+            return [[next(encoded) for _ in own] for own in texts]
+        except DataError:
+            pass  # which one was it?
+        found: list[list[np.ndarray] | DataError] = []
+        for own in texts:
+            try:
+                found.append(self._tokenizer.encode_batch(own))
+            except DataError as e:
+                found.append(e)
+        return found
+
+    def _assemble(self, pieces: list[Piece], texts: list[np.ndarray]) -> TokenDocument:
+        """Put ids and marks together; ends with the last answer. Raises DataError for a row that is no use."""
+        document, encoded = TokenDocument([], 0, []), iter(texts)
+        begin, ending = 0, False  # ending: an answer's text has ended; the control token that ends its turn is part of it
+        for piece in pieces:
+            if piece.mark == CONTEXT_END:
+                document.context = len(document.ids)
+            elif piece.mark == ANSWER:
+                begin, ending = len(document.ids), False
+            elif piece.mark == ANSWER_END:
+                document.ranges.append((begin, len(document.ids)))
+                ending = True
+            elif piece.control is not None:
+                document.ids.append(piece.control)
+                if ending:
+                    document.ranges[-1] = (begin, len(document.ids))
+                ending = False
+            else:
+                document.ids += next(encoded).tolist()
+                ending = ending and piece.text.isspace()
+        del document.ids[document.ranges[-1][1] :]  # nothing would learn from it
+        eos = self._tokenizer.info.eos_id
+        if self._job.append_eos and document.ids[-1] != eos:
+            document.ids.append(eos)
+            document.ranges[-1] = (document.ranges[-1][0], len(document.ids))
+        self._check_question(document)
+        return document
+
+    def _check_question(self, document: TokenDocument) -> None:
+        after = [document.context, *(end for _, end in document.ranges)]
+        longest = max(begin - end for end, (begin, _) in zip(after, document.ranges))
+        if self._how.max_question and longest > self._how.max_question:
+            raise DataError(f"a question of {longest:,} tokens, more than --max-question {self._how.max_question}; shorten it")
+        if document.ranges[0][0] < 1:
+            raise DataError("its answer begins with the first token, which nothing could predict; give it a question")
+
+    def _shorten(self, document: TokenDocument) -> bool:
+        """Cut the context until the document fits; whether that was needed. Raises DataError if it cannot be."""
+        limit, how = self._job.max_tokens, self._how.truncate
+        over = len(document.ids) - limit if limit else 0
+        if over <= 0:
+            return False
+        if not how:
+            size = f"{len(document.ids):,} tokens, more than --max-tokens {limit}"
+            raise DataError(f"{size}; shorten it, or give --truncate middle")
+        kept = document.context - over
+        if kept < 1:
+            raise DataError(
+                f"{len(document.ids) - document.context:,} tokens after the context, which leave nothing of it within "
+                f"--max-tokens {limit}; shorten them"
+            )
+        head = 0 if how == "start" else (kept + 1) // 2
+        del document.ids[head : head + over]
+        document.context = kept
+        document.ranges = [(begin - over, end - over) for begin, end in document.ranges]
+        return True
+
+
+def _part(documents: list[TokenDocument]) -> Part:
+    ids = [i for document in documents for i in document.ids]
+    spans = Spans.of([(document.context, document.ranges) for document in documents])
+    return Part(np.array(ids, dtype=np.int32), np.array([len(d.ids) for d in documents], dtype=np.int64), spans)
+
+
+def _insert_context(messages: list[dict], context: str, as_message: bool) -> None:
+    """Put the context, its end marked, before the first user message: as a message of its own, or into it."""
+    first = next(i for i, message in enumerate(messages) if message["role"] == "user")
+    if as_message:
+        messages.insert(first, {"role": "context", "content": context + CONTEXT_END})
+    else:
+        messages[first]["content"] = context + CONTEXT_END + SEPARATOR + messages[first]["content"]
+
+
+def read_row(row: dict, how: SupervisedJob) -> tuple[str | None, list[dict], int | None]:
+    """(context, messages, first) of a row's fields.
+
+    Where the row gives no context, messages before the number `first` are it; None: there is none.
+
+    Raises:
+        DataError: something is missing, empty or of another type; the reason alone.
+    """
+    fields = how.fields
+    context = _context(row, fields)
+    if fields.messages in row:
+        messages, inner = _messages(row[fields.messages], fields.messages)
+        if context is not None and inner is not None:
+            raise DataError(f"a context under {fields.context!r} and one among {fields.messages!r}; leave one out")
+        context = inner if context is None else context
+    else:
+        messages = _turns(row, fields)
+    users = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    if not users:
+        raise DataError(f"{fields.messages!r} has no user message, so nothing is asked")
+    first = None
+    if context is None:
+        first = (users[-1] if how.chat_context == "last-user" else users[0]) or None
+    elif not context.strip():
+        context = None
+    if context is None and first is None and not how.allow_empty_context:
+        raise DataError("an empty context: nothing stands before the question; give one, or --allow-empty-context")
+    if not any(message["role"] == "assistant" for message in messages[first or 0 :]):
+        raise DataError("no answer after the context; the last user message needs an assistant message after it")
+    return context, messages, first
+
+
+def _context(row: dict, fields: SupervisedFields) -> str | None:
+    texts = [_text_or_list(row[key], key) for key in (fields.context, DOCUMENTS) if key in row]
+    return SEPARATOR.join(text for text in texts if text) if texts else None
+
+
+def _text_or_list(value: object, key: str) -> str:
+    if isinstance(value, list) and all(isinstance(text, str) for text in value):
+        return SEPARATOR.join(value)
+    return _text(value, key, may_be_empty=True)
+
+
+def _text(value: object, key: str, may_be_empty: bool = False) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{key!r} is {'null' if value is None else type(value).__name__}, not text; correct the file")
+    if not (may_be_empty or value.strip()):
+        raise DataError(f"{key!r} is empty")
+    return value
+
+
+def _turns(row: dict, fields: SupervisedFields) -> list[dict]:
+    turns = row.get(fields.turns, [row])
+    if not isinstance(turns, list) or not turns:
+        raise DataError(f"{fields.turns!r} is not a list of objects with {fields.question!r} and {fields.answer!r}")
+    messages = []
+    for turn in turns:
+        for key, role in ((fields.question, "user"), (fields.answer, "assistant")):
+            if not isinstance(turn, dict) or key not in turn:
+                raise DataError(f"{fields.turns!r} holds an entry without {key!r}")
+            messages.append({"role": role, "content": _text(turn[key], key)})
+    return messages
+
+
+def _messages(value: object, key: str) -> tuple[list[dict], str | None]:
+    """The messages without the one that is the context, and that one's content."""
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{key!r} is not a list of messages")
+    messages, context = [], None
+    for number, message in enumerate(value):
+        role = message.get("role") if isinstance(message, dict) else None
+        if not isinstance(role, str) or "content" not in message:
+            raise DataError(f"{key!r}: message {number} is not an object with 'role' and 'content'")
+        if role not in CONTEXT_ROLES:
+            messages.append({**message, "content": _text(message["content"], f"{key}[{number}].content", role == "system")})
+            continue
+        if context is not None or any(m["role"] in ("user", "assistant") for m in messages):
+            raise DataError(f"{key!r}: message {number} is a second context, or stands after a question; one comes first")
+        context = _text_or_list(message["content"], f"{key}[{number}].content")
+    return messages, context
