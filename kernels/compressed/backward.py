@@ -16,7 +16,7 @@ def _weights(b_q, b_k, b_shift, m_seen, scale, MASKED: tl.constexpr, UPCAST: tl.
 
 
 @triton.jit
-def _mean_step(b_mean, b_sum, b_q, b_do, b_shift, b_k, b_v, m_seen, scale, MASKED: tl.constexpr, UPCAST: tl.constexpr):
+def mean_step(b_mean, b_sum, b_q, b_do, b_shift, b_k, b_v, m_seen, scale, MASKED: tl.constexpr, UPCAST: tl.constexpr):
     """Add one tile of keys to the sums of weights times d_out . v, and of weights."""
     b_p = _weights(b_q, b_k, b_shift, m_seen, scale, MASKED, UPCAST)
     b_dp = dot(b_do, tl.trans(b_v), UPCAST)
@@ -26,7 +26,7 @@ def _mean_step(b_mean, b_sum, b_q, b_do, b_shift, b_k, b_v, m_seen, scale, MASKE
 
 
 @triton.jit
-def _d_query_step(
+def d_query_step(
     b_dq, b_q, b_do, b_shift, b_mean, b_k, b_v, m_seen, scale, MASKED: tl.constexpr, UPCAST: tl.constexpr
 ):  # fmt: skip
     b_p = _weights(b_q, b_k, b_shift, m_seen, scale, MASKED, UPCAST)
@@ -76,14 +76,14 @@ def d_query_kernel(
         for i in range(0, full):
             b_k = load_full_tile(p_k, i_full + i * BN, BN, stride, D, BD)
             b_v = load_full_tile(p_v, i_full + i * BN, BN, stride, D, BD)
-            b_mean, b_sum = _mean_step(b_mean, b_sum, b_q, b_do, b_shift, b_k, b_v, None, scale, False, UPCAST)
+            b_mean, b_sum = mean_step(b_mean, b_sum, b_q, b_do, b_shift, b_k, b_v, None, scale, False, UPCAST)
         for i in range(0, listed, BN):
             o_place = i + tl.arange(0, BN)
             o_key = listed_keys(p_plan, o_place, S)
             b_k = load_tile(p_k, o_key.to(tl.int64) * stride, o_key >= 0, D, BD)
             b_v = load_tile(p_v, o_key.to(tl.int64) * stride, o_key >= 0, D, BD)
             m_seen = seen_places(p_plan, p_lo, p_hi, o_token, m_row, o_place, tokens, S)
-            b_mean, b_sum = _mean_step(b_mean, b_sum, b_q, b_do, b_shift, b_k, b_v, m_seen, scale, True, UPCAST)
+            b_mean, b_sum = mean_step(b_mean, b_sum, b_q, b_do, b_shift, b_k, b_v, m_seen, scale, True, UPCAST)
         b_mean = tl.div_rn(b_mean, tl.where(b_sum > 0, b_sum, 1.0))
     else:
         b_out = load_tile(p_out, o_q, m_row, D, BD)
@@ -94,14 +94,14 @@ def d_query_kernel(
     for i in range(0, full):
         b_k = load_full_tile(p_k, i_full + i * BN, BN, stride, D, BD)
         b_v = load_full_tile(p_v, i_full + i * BN, BN, stride, D, BD)
-        b_dq = _d_query_step(b_dq, b_q, b_do, b_shift, b_mean, b_k, b_v, None, scale, False, UPCAST)
+        b_dq = d_query_step(b_dq, b_q, b_do, b_shift, b_mean, b_k, b_v, None, scale, False, UPCAST)
     for i in range(0, listed, BN):
         o_place = i + tl.arange(0, BN)
         o_key = listed_keys(p_plan, o_place, S)
         b_k = load_tile(p_k, o_key.to(tl.int64) * stride, o_key >= 0, D, BD)
         b_v = load_tile(p_v, o_key.to(tl.int64) * stride, o_key >= 0, D, BD)
         m_seen = seen_places(p_plan, p_lo, p_hi, o_token, m_row, o_place, tokens, S)
-        b_dq = _d_query_step(b_dq, b_q, b_do, b_shift, b_mean, b_k, b_v, m_seen, scale, True, UPCAST)
+        b_dq = d_query_step(b_dq, b_q, b_do, b_shift, b_mean, b_k, b_v, m_seen, scale, True, UPCAST)
     if EXACT:  # the row's factor is common to all its keys: it comes in once, here
         b_dq *= tl.load(p_factor + o_stat, mask=m_row, other=0.0)[:, None]
     store_tile(p_dq, o_q, m_row, b_dq * d_scale, D, BD)

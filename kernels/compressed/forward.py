@@ -7,7 +7,7 @@ from kernels.compressed.common import dot, listed_keys, load_full_tile, load_til
 
 
 @triton.jit
-def _softmax_step(b_out, b_max, b_sum, b_q, b_k, b_v, m_seen, scale, MASKED: tl.constexpr, UPCAST: tl.constexpr):
+def softmax_step(b_out, b_max, b_sum, b_q, b_k, b_v, m_seen, scale, MASKED: tl.constexpr, UPCAST: tl.constexpr):
     """Add one tile of keys to the running output, maximum and sum."""
     b_s = dot(b_q, tl.trans(b_k), UPCAST) * scale
     if MASKED:
@@ -57,7 +57,7 @@ def forward_kernel(
     for i in range(0, tl.load(p_plan + 1)):
         b_k = load_full_tile(p_k, i_full + i * BN, BN, stride, D, BD)
         b_v = load_full_tile(p_v, i_full + i * BN, BN, stride, D, BD)
-        b_out, b_max, b_sum = _softmax_step(b_out, b_max, b_sum, b_q, b_k, b_v, None, scale, False, UPCAST)
+        b_out, b_max, b_sum = softmax_step(b_out, b_max, b_sum, b_q, b_k, b_v, None, scale, False, UPCAST)
     for i in range(0, tl.load(p_plan + 2), BN):
         o_place = i + tl.arange(0, BN)
         o_key = listed_keys(p_plan, o_place, S)
@@ -65,7 +65,7 @@ def forward_kernel(
         b_k = load_tile(p_k, o_k, o_key >= 0, D, BD)
         b_v = load_tile(p_v, o_k, o_key >= 0, D, BD)
         m_seen = seen_places(p_plan, p_lo, p_hi, o_token, m_row, o_place, tokens, S)
-        b_out, b_max, b_sum = _softmax_step(b_out, b_max, b_sum, b_q, b_k, b_v, m_seen, scale, True, UPCAST)
+        b_out, b_max, b_sum = softmax_step(b_out, b_max, b_sum, b_q, b_k, b_v, m_seen, scale, True, UPCAST)
 
     b_inverse = tl.where(b_sum > 0, 1.0 / tl.where(b_sum > 0, b_sum, 1.0), 0.0)  # a row that sees nothing gets 0
     store_tile(p_out, o_q, m_row, b_out * b_inverse[:, None], D, BD)

@@ -131,17 +131,17 @@ def _row_table(intervals: Intervals, group: int, tile_rows: int, tile_keys: int)
 
 def _key_plan(intervals: Intervals, sink_keys: int, top_keys: int, local_keys: int) -> KeyPlan:
     sink = intervals.segments - 1
-    search = _TokenSearch(intervals)
+    search = TokenSearch(intervals)
     chunk = max(SHORTEST_SPLIT, -(-intervals.tokens // SPLITS))
     return KeyPlan(
-        sink=_key_items(intervals, search, range(sink, sink + 1), sink_keys, chunk, direct=False),
-        top=_key_items(intervals, search, range(1), top_keys, chunk, direct=True),
-        local=_key_items(intervals, search, range(1, sink), local_keys, chunk, direct=True),
+        sink=key_items(intervals, search, range(sink, sink + 1), sink_keys, chunk, direct=False),
+        top=key_items(intervals, search, range(1), top_keys, chunk, direct=True),
+        local=key_items(intervals, search, range(1, sink), local_keys, chunk, direct=True),
         copy_of=_visible_copies(intervals),
     )
 
 
-class _TokenSearch:
+class TokenSearch:
     """First and last tokens that see a block of keys, by binary search over running extremes of the bounds."""
 
     def __init__(self, intervals: Intervals):
@@ -171,13 +171,13 @@ class _TokenSearch:
         return begin - base, full - base, end - base
 
 
-def _key_items(
-    intervals: Intervals, search: _TokenSearch, segments: range, tile_keys: int, chunk: int, *, direct: bool
+def key_items(
+    intervals: Intervals, search: TokenSearch, segments: range, tile_keys: int, chunk: int, *, direct: bool
 ) -> KeyItems:
     """Items of the blocks of some segments; ``direct``: a block of one item needs no partial sum."""
     bounds = intervals.segment_start[:, segments.start : segments.stop + 1].long()  # [B, segments + 1]
     blocks = -(-bounds.diff(dim=1).flatten() // tile_keys)  # of each (sample, segment)
-    pair, number = _expand(blocks)
+    pair, number = expand(blocks)
     sample = torch.div(pair, max(len(segments), 1), rounding_mode="floor")
     segment = pair - sample * len(segments)
     first = bounds[sample, segment] + number * tile_keys
@@ -191,7 +191,7 @@ def _key_items(
     first_slot = slots.cumsum(0) - slots
     sums = torch.stack([sample, first, last, first_slot, parts], 1)[summed]
 
-    block, part = _expand(parts)
+    block, part = expand(parts)
     step = -(-(end - begin) // parts)
     start = torch.minimum(begin[block] + part * step[block], end[block])
     stop = torch.minimum(start + step[block], end[block])
@@ -203,7 +203,7 @@ def _key_items(
     return KeyItems(table.int().contiguous(), sums.int().contiguous(), int(slots.sum()), tile_keys)
 
 
-def _expand(counts: Tensor) -> tuple[Tensor, Tensor]:
+def expand(counts: Tensor) -> tuple[Tensor, Tensor]:
     """For counts [n]: index i repeated counts[i] times, and the running number within each i."""
     index = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
     return index, torch.arange(len(index), device=counts.device) - (counts.cumsum(0) - counts)[index]

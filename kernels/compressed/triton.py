@@ -86,10 +86,10 @@ class _CompressedAttention(torch.autograd.Function):
         shift = torch.empty(batch, kv_heads, tokens * (heads // kv_heads), dtype=torch.float32, device=q.device)
         factor = torch.empty_like(shift) if q.dtype == torch.float32 else shift  # 16 bits need none
         plan = row_plan(intervals, heads // kv_heads, tiles.forward.rows, tiles.forward.keys)
-        with _on(q):
+        with on_device(q):
             forward.forward_kernel[plan.table.shape[1], kv_heads, batch](
                 q, k, v, out, shift, factor, intervals.lo, intervals.hi, plan.table, scale * LOG2_E,
-                tokens, intervals.rows.shape[1], **_sizes(q, k, intervals), **_options(tiles.forward),
+                tokens, intervals.rows.shape[1], **_sizes(q, k, intervals), **launch_options(tiles.forward),
             )  # fmt: skip
         ctx.save_for_backward(q, k, v, out, shift, factor)
         ctx.intervals, ctx.scale, ctx.tiles = intervals, scale, tiles
@@ -105,11 +105,11 @@ class _CompressedAttention(torch.autograd.Function):
         kv_heads = k.shape[1]
         mean, d_q = torch.empty_like(shift), torch.empty_like(q)
         plan = row_plan(intervals, heads // kv_heads, tiles.d_query.rows, tiles.d_query.keys)
-        with _on(q):
+        with on_device(q):
             backward.d_query_kernel[plan.table.shape[1], kv_heads, batch](
                 q, k, v, out, d_out, shift, factor, mean, d_q, intervals.lo, intervals.hi, plan.table,
                 scale * LOG2_E, scale, tokens, intervals.rows.shape[1],
-                **_sizes(q, k, intervals), **_options(tiles.d_query),
+                **_sizes(q, k, intervals), **launch_options(tiles.d_query),
             )  # fmt: skip
             d_k, d_v = _d_key_value(q, k, v, d_out, shift, factor, mean, intervals, scale, tiles)
         return d_q, d_k, d_v, None, None, None
@@ -131,7 +131,7 @@ def _d_key_value(q, k, v, d_out, shift, factor, mean, intervals: Intervals, scal
             backward.d_key_kernel[len(items.items), kv_heads](
                 q, k, v, d_out, shift, factor, mean, intervals.lo, intervals.hi, items.items, intervals.rows,
                 plan.copy_of, copy_k, copy_v, d_k, d_v, part_k, part_v, scale * LOG2_E, scale, tokens, keys,
-                COPIES=keys > tokens, **sizes, **_options(tile),
+                COPIES=keys > tokens, **sizes, **launch_options(tile),
             )  # fmt: skip
         if len(items.sums):
             backward.sum_parts_kernel[len(items.sums), kv_heads, items.tile_keys // SUM_ROWS](
@@ -153,10 +153,10 @@ def _sizes(q: Tensor, k: Tensor, intervals: Intervals) -> dict[str, int | bool]:
     )  # fmt: skip
 
 
-def _options(tile: Tile) -> dict[str, int]:
+def launch_options(tile: Tile) -> dict[str, int]:
     return dict(BM=tile.rows, BN=tile.keys, num_warps=tile.warps, num_stages=tile.stages)
 
 
-def _on(x: Tensor):
+def on_device(x: Tensor):
     """Triton launches on the current device: make it the one of x."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

@@ -15,7 +15,16 @@ from kernels.tree import GistTree
 from kernels.unfold.cpu import unfold_attention_cpu
 from kernels.unfold.reference import unfold_attention_reference
 
-BACKENDS = {"reference": unfold_attention_reference, "cpu": unfold_attention_cpu}
+
+
+def _unfold_triton(*arguments) -> Tensor:
+    """Triton is imported only where it is used: a CPU run does not need it."""
+    from kernels.unfold.triton import unfold_attention_triton
+
+    return unfold_attention_triton(*arguments)
+
+
+BACKENDS = {"reference": unfold_attention_reference, "cpu": unfold_attention_cpu, "triton": _unfold_triton}
 
 
 @dataclass(frozen=True)

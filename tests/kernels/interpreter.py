@@ -5,10 +5,31 @@
 - fp32 -> bf16: a GPU rounds to nearest; the interpreter cuts the lower bits off.
 """
 
+import os
+import subprocess
+import sys
+
 import numpy as np
+import pytest
 import torch
 import triton.language as tl
 from triton.runtime import interpreter
+
+from kernels.compressed.triton import INTERPRETED
+
+GPU = torch.cuda.is_available()
+RUNS = GPU or INTERPRETED
+DEVICE = "cuda" if GPU and not INTERPRETED else "cpu"
+needs_runs = pytest.mark.skipif(not RUNS, reason="no GPU; a test runs it in a process with TRITON_INTERPRET=1")
+
+
+def run_in_interpreter(file: str, marks: str) -> None:
+    """The tests of a file with these marks, on CPU tensors. TRITON_INTERPRET is read when kernels are decorated, hence the process."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", marks, "-p", "no:cacheprovider", file]
+    environment = dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    print(result.stdout)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
 
 
 def compute_like_a_gpu(monkeypatch) -> None:

@@ -1,0 +1,72 @@
+"""Tile sizes of the unfold kernels: one small table per architecture, no autotuning; see docs/kernels.md for the choice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import triton
+
+from kernels.compressed.tiles import Tile, choose_tiles
+from kernels.select.blocks import BITS
+
+LARGEST_TILE = 128  # rows of a tile: query heads of one KV head at most
+LONGEST_CHUNK = 127  # raw tokens behind one level-0 gist at most
+
+
+@dataclass(frozen=True)
+class UnfoldTiles:
+    """Tiles of the forward kernel, d_q, and of d_k/d_v: by chunks, by gists above level 0, by windows and sinks.
+
+    All but the last have the rows of one block of queries. The keys of ``chunks`` stand for chunks of c0 = 8 tokens.
+    """
+
+    forward: Tile
+    d_query: Tile
+    chunks: Tile
+    upper: Tile
+    near: Tile
+
+    def block(self, group: int) -> int:
+        """Queries of a block, for a number of query heads per KV head."""
+        return max(1, min(BITS, self.forward.rows // group))
+
+    def fit(self, group: int, longest_chunk: int) -> UnfoldTiles:
+        """With as many rows as a block of queries has, and room for the longest chunk."""
+        rows = max(16, triton.next_power_of_2(self.block(group) * group))
+        keys = max(16, triton.next_power_of_2(1 + longest_chunk))
+        change = {name: replace(getattr(self, name), rows=rows) for name in ("forward", "d_query", "upper")}
+        return replace(self, **change, chunks=replace(self.chunks, rows=rows, keys=keys))
+
+
+def choose_unfold_tiles(architecture: str, block_dim: int, item_size: int) -> UnfoldTiles:
+    """Tiles for an architecture of TABLE, a head dimension (padded to a power of two) and bytes per element."""
+    near = choose_tiles(architecture, block_dim, item_size).local
+    return UnfoldTiles(*TABLE[architecture][block_dim, item_size], near)
+
+
+# Forward, d_q, chunks, upper.
+_SM80 = {
+    (64, 2): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 16, 4, 2), Tile(64, 16, 4, 2)),
+    (128, 2): (Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(64, 16, 4, 2), Tile(64, 16, 4, 2)),
+    (256, 2): (Tile(64, 32, 8, 1), Tile(64, 16, 8, 1), Tile(64, 16, 8, 1), Tile(64, 16, 8, 1)),
+    (64, 4): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 16, 4, 1), Tile(32, 16, 4, 1)),
+    (128, 4): (Tile(16, 16, 4, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    (256, 4): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+}
+_SM90 = {
+    (64, 2): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 16, 4, 3), Tile(64, 16, 4, 3)),
+    (128, 2): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 16, 4, 3), Tile(64, 16, 4, 3)),
+    (256, 2): (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(64, 16, 8, 2), Tile(64, 16, 8, 2)),
+    (64, 4): _SM80[64, 4],
+    (128, 4): _SM80[128, 4],
+    (256, 4): _SM80[256, 4],
+}
+# Triton's interpreter: small, so that few tokens already make several tiles of every kind.
+_SMALL = (Tile(32, 32, 4, 1), Tile(32, 16, 4, 1), Tile(32, 16, 4, 1), Tile(32, 16, 4, 1))
+
+TABLE = {
+    "sm_80": _SM80,
+    "sm_90": _SM90,
+    "sm_100": _SM90,
+    "interpreter": {(dim, size): _SMALL for dim in (64, 128, 256) for size in (2, 4)},
+}
