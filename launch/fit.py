@@ -1,0 +1,77 @@
+"""Whether a configuration can be trained on so many ranks, and whether what it reads is there."""
+
+from __future__ import annotations
+
+import glob
+from pathlib import Path
+
+import yaml
+
+from pretrain.config import RunConfig, accumulation_steps, changes_on_resume, parse_config
+from pretrain.errors import UserError
+
+
+def check_ranks(config: RunConfig, ranks: int, given: str) -> None:
+    """Refuse a number of ranks that the parallel layout or the global batch cannot be divided by.
+
+    given: how the user gave the number, e.g. ``--nodes 2 x --gpus-per-node 8``.
+    """
+    parallel = config.parallel
+    model_size = parallel.tensor * parallel.pipeline * parallel.context
+    if ranks % model_size:
+        raise UserError(
+            f"{given} = {ranks} rank(s), which parallel.tensor x pipeline x context = {parallel.tensor} x {parallel.pipeline} x "
+            f"{parallel.context} = {model_size} does not divide; {-(-ranks // model_size) * model_size} ranks would do"
+        )
+    try:
+        accumulation_steps(config, ranks // model_size)
+    except UserError as error:
+        raise UserError(f"{given} = {ranks} rank(s): {error}") from None
+
+
+def missing_data(config: RunConfig) -> list[str]:
+    """What the configuration reads and is not there, one line each; URLs and globs that match something are taken as there."""
+    missing = []
+    tokenizer = Path(config.data.tokenizer)
+    if not tokenizer.is_dir():
+        missing.append(f"data.tokenizer: {tokenizer} is no directory")
+    for setting in ("train", "valid"):
+        for entry in getattr(config.data, setting):
+            prefix = entry.partition(" weight=")[0]
+            if "://" not in prefix and not glob.glob(f"{prefix.removesuffix('.bin')}.bin"):
+                missing.append(f"data.{setting}: {prefix}.bin does not exist")
+    if config.train.init_from and not Path(config.train.init_from).is_dir():
+        missing.append(f"train.init_from: {config.train.init_from} is no directory")
+    return missing
+
+
+def check_data(config: RunConfig) -> None:
+    """Raises UserError with all of :func:`missing_data`."""
+    if missing := missing_data(config):
+        where = f"looked for from {Path.cwd()}; make it with `python -m data_prep`, or correct the path"
+        raise UserError(f"{'; '.join(missing)} ({where})")
+
+
+def check_resume(config: RunConfig, run_dir: Path) -> None:
+    """Refuse settings that the run in the directory would refuse, before they wait in a queue.
+
+    Raises:
+        UserError: names the settings that differ.
+    """
+    saved = run_dir / "config.yaml"
+    if not saved.is_file() or not any((run_dir / "checkpoints").glob("step-*")):
+        return
+    try:
+        old = parse_config(yaml.safe_load(saved.read_text()), str(saved)).to_dict()
+    except (yaml.YAMLError, AttributeError, UnicodeDecodeError):
+        raise UserError(f"{saved}: is damaged; restore it from the manifest of a checkpoint") from None
+    changes = changes_on_resume(old, config.to_dict())
+    if not config.model.vocab_size:
+        changes.pop("model.vocab_size", None)  # 0 follows the tokenizer
+    allowed = config.train.allow_changes
+    refused = [line for key, line in changes.items() if not any(key == a or key.startswith(f"{a}.") for a in allowed)]
+    if refused:
+        raise UserError(
+            f"--run-dir {run_dir}: holds a run with other settings: {'; '.join(refused)}. Use the run's settings, name what may "
+            "change in train.allow_changes, or use a new run directory"
+        )
