@@ -1,8 +1,8 @@
 """The decoder as a list of layer specifications for DeepSpeed's PipelineModule.
 
-Between stages travel the residual stream and two integers per token, its level and its document, from which every stage
-rebuilds the layout once per micro-batch; so nothing that grows faster than the sequence is sent. Labels are read by the last
-stage itself.
+Between stages travel the residual stream and three integers per token, its level, its document and whether it recalls,
+from which every stage rebuilds the layout once per micro-batch; so nothing that grows faster than the sequence is sent.
+Labels are read by the last stage itself.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class StageAttention:
         self._last: tuple[Tensor, Rotary, Attend] | None = None
 
     def of(self, structure: Tensor) -> tuple[Rotary, Attend]:
-        """structure: [3, B, T] int32, level, document and whether recall is on (see :func:`stage_inputs`)."""
+        """structure: [3, B, T] int32, level, document and whether it recalls (see :func:`stage_inputs`)."""
         if self._last is None or self._last[0] is not structure:
             self._last = (structure, *self._make(structure))
         return self._last[1:]
@@ -41,7 +41,7 @@ class StageAttention:
     def _make(self, structure: Tensor) -> tuple[Rotary, Attend]:
         level, doc, recalling = structure
         layout = build_layout(level, doc, self._gist)
-        recall = Recall.of(layout, self._gist) if recalling.any() else None
+        recall = Recall.of(layout, self._gist, recalling > 0) if recalling.any() else None
         make, context = partial(MicroBatchAttention, self._config.attention), self._build.context
         if context is None:
             return Rotary.of(layout.position, self._config), make(layout, recall)
@@ -114,7 +114,9 @@ def stage_loss(build: BuildContext, outputs: tuple[Tensor, Tensor], targets: tup
 def stage_inputs(batch: MicroBatch, factor: float) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """A micro-batch as DeepSpeed's pipeline takes it: ((ids, structure), (labels, factor of the loss))."""
     level, doc = batch.layout.level.to(torch.int32), batch.layout.doc.to(torch.int32)
-    recalling = torch.full_like(level, batch.recall is not None)
+    recalling = torch.zeros_like(level)
+    if batch.recall:
+        recalling.view(-1)[batch.recall.tree.tokens] = 1
     return (batch.ids, torch.stack([level, doc, recalling])), (batch.labels, torch.tensor(factor))
 
 

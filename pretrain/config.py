@@ -222,8 +222,6 @@ class RunConfig:
         if self.precision not in ("fp32", "bf16"):
             errors.append(f"precision: {self.precision!r} is not one of fp32, bf16")
         errors += self._layout_errors()
-        if self.gist.recall == "suffix" and self.model.attention == "gist":
-            errors.append("gist.recall: suffix needs data that says where the suffix begins; shards do not: use all or none")
         if self.data.raw_tokens > self.model.max_position:
             errors.append(f"data.raw_tokens: {self.data.raw_tokens} exceeds model.max_position ({self.model.max_position})")
         raise_together(errors)

@@ -25,7 +25,8 @@ from pretrain.tokenizer import TokenizerInfo
 HEADER = struct.Struct("<9sQBQQ")  # of a megatron-core index: magic, version, dtype code, sequences, document borders
 MAGIC = b"MMIDIDX\x00\x00"
 DTYPES = {8: np.dtype(np.uint16), 4: np.dtype(np.int32)}
-SUFFIXES = (".json", ".idx", ".bin")
+SPANS_HEADER = struct.Struct("<8sQQQ")  # of a supervised shard's spans: magic, version, documents, answer ranges
+SPANS_MAGIC = b"UNFSPANS"
 
 
 @dataclass
@@ -35,9 +36,11 @@ class Shard:
     prefix: str
     dtype: np.dtype
     lengths: np.ndarray  # int32 [documents]
-    sha256: str  # of the token file
+    sha256: str  # of the token file; of a supervised shard of its spans, too
+    spans_path: str = ""  # of a supervised shard
     _starts: np.ndarray | None = field(default=None, repr=False)
     _tokens: np.ndarray | None = field(default=None, repr=False)
+    _spans: tuple[np.ndarray, np.ndarray, np.ndarray] | None = field(default=None, repr=False)
 
     def read(self, document: int, offset: int, out: np.ndarray) -> None:
         """Copy a document's tokens from ``offset`` on into out, int64 [length]."""
@@ -46,6 +49,23 @@ class Shard:
             self._tokens = np.memmap(self.prefix + ".bin", self.dtype, mode="r")
         begin = int(self._starts[document]) + offset
         out[:] = self._tokens[begin : begin + len(out)]
+
+    def spans(self, document: int) -> tuple[int, np.ndarray] | None:
+        """(tokens of its context, its answers' tokens [begin, end), int32 [ranges, 2]); None unless supervised."""
+        if not self.spans_path:
+            return None
+        if self._spans is None:
+            self._spans = _map_spans(self.spans_path, len(self.lengths))
+        first, context, ranges = self._spans
+        return int(context[document]), np.array(ranges[first[document] : first[document + 1]])
+
+
+def _map_spans(path: str, documents: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Number of each document's first range, int64 [documents + 1]; contexts, int32 [documents]; ranges, int32 [N, 2]."""
+    raw = np.memmap(path, np.uint8, mode="r")
+    at = SPANS_HEADER.size + 8 * (documents + 1)
+    context = raw[at : at + 4 * documents].view("<i4")
+    return raw[SPANS_HEADER.size : at].view("<i8"), context, raw[at + 4 * documents :].view("<i4").reshape(-1, 2)
 
 
 def open_shards(entries: Sequence[str], tokenizer: TokenizerInfo, setting: str, cache: str | Path = "") -> list[Shard]:
@@ -92,11 +112,16 @@ def _open(prefix: str, tokenizer: TokenizerInfo, setting: str) -> Shard:
     try:
         meta = json.loads(Path(sidecar).read_text())
         files, shard_hash, max_id = meta["files"], meta["tokenizer_hash"], meta["max_id"]
-        sizes = {suffix: files[suffix]["bytes"] for suffix in ("bin", "idx")}
+        kinds = ["bin", "idx", *(["spans"] if "spans" in files else [])]
+        sizes = {kind: files[kind]["bytes"] for kind in kinds}
         sha256 = files["bin"]["sha256"]
+        if "spans" in files:
+            sha256 = hashlib.sha256((sha256 + files["spans"]["sha256"]).encode()).hexdigest()
     except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise UserError(f"{setting}: {sidecar} is damaged ({error}); make the shard again") from None
     for suffix, expected in sizes.items():
+        if not os.path.isfile(f"{prefix}.{suffix}"):
+            raise UserError(f"{setting}: {prefix}.{suffix} does not exist; restore it or make the shard again")
         if (size := os.path.getsize(f"{prefix}.{suffix}")) != expected:
             raise UserError(
                 f"{setting}: {prefix}.{suffix} has {size} bytes, {expected} were written; restore it or make it again"
@@ -108,7 +133,20 @@ def _open(prefix: str, tokenizer: TokenizerInfo, setting: str) -> Shard:
         )
     if max_id >= tokenizer.vocab_size:
         raise UserError(f"{setting}: {prefix} holds token id {max_id}, the vocabulary has {tokenizer.vocab_size} ids")
-    return Shard(prefix, *_read_index(prefix, sizes["bin"], setting), sha256)
+    dtype, lengths = _read_index(prefix, sizes["bin"], setting)
+    if "spans" not in sizes:
+        return Shard(prefix, dtype, lengths, sha256)
+    _check_spans(f"{prefix}.spans", len(lengths), sizes["spans"], setting)
+    return Shard(prefix, dtype, lengths, sha256, f"{prefix}.spans")
+
+
+def _check_spans(path: str, documents: int, size: int, setting: str) -> None:
+    with open(path, "rb") as file:
+        header = file.read(SPANS_HEADER.size)
+    magic, version, told, ranges = SPANS_HEADER.unpack(header) if len(header) == SPANS_HEADER.size else (b"", 0, 0, 0)
+    whole = SPANS_HEADER.size + 8 * (documents + 1) + 4 * documents + 8 * ranges
+    if (magic, version, told, size) != (SPANS_MAGIC, 1, documents, whole):
+        raise UserError(f"{setting}: {path} does not belong to the shard beside it; restore it or make the shard again")
 
 
 def _read_index(prefix: str, tokens_bytes: int, setting: str) -> tuple[np.dtype, np.ndarray]:
@@ -147,9 +185,10 @@ def _fetch(prefix: str, root: Path, setting: str) -> str:
     root.mkdir(parents=True, exist_ok=True)
     with open(f"{local}.lock", "ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not all(os.path.isfile(f"{local}{suffix}") for suffix in SUFFIXES):
+        suffixes = (".bin", ".idx", *([".spans"] if b'"spans": {' in sidecar else []), ".json")
+        if not all(os.path.isfile(f"{local}{suffix}") for suffix in suffixes):
             try:
-                for suffix in reversed(SUFFIXES):  # the sidecar last: what has one is whole
+                for suffix in suffixes:  # the sidecar last: what has one is whole
                     fs.get_file(path + suffix, f"{local}{suffix}.partial")
                     os.replace(f"{local}{suffix}.partial", f"{local}{suffix}")
             except OSError as error:

@@ -23,7 +23,8 @@ class StepResult:
         loss: mean cross-entropy in nats over all loss tokens of the global batch.
         grad_norm: norm of the whole gradient before clipping; infinite when the step was skipped.
         loss_tokens: tokens with a target in the global batch.
-        unfolded: raw tokens that a recalling query unfolded, a mean over layers, ranks and micro-batches; None without recall.
+        unfolded: raw tokens that a recalling query unfolded, a mean over the layers and micro-batches (of all ranks) that
+            recall; None without recall.
         skipped: loss or gradient were not finite, and neither weights nor optimizer were touched.
         busy_s: seconds that this rank worked before it first waited for the others' losses.
     """
@@ -62,7 +63,8 @@ def train_step(engine: deepspeed.DeepSpeedEngine, batches: Sequence[MicroBatch],
         if batch.recall:
             unfolded += [stats.unfolded.item() for stats in batch.recall.stats.values()]
         engine.step()
-    read = parallel.sum_over_data(sum(unfolded) / len(unfolded)) / parallel.data_size if unfolded else None
+    recalled = parallel.sum_over_data(len(unfolded))  # a rank without a suffix in its samples takes part all the same
+    read = parallel.sum_over_data(sum(unfolded)) / recalled if recalled else None
     skipped = bool(engine.optimizer.overflow)
     return StepResult(mean, float(engine.get_global_grad_norm()), int(tokens), read, skipped, busy)
 

@@ -58,6 +58,11 @@ def open_inputs(config: RunConfig) -> Inputs:
         return BatchBuilder(source, gist, tokenizer, length_multiple)
 
     train = builder(config.data.train, "data.train")
+    if gist and gist.recall == "suffix" and not train.source.supervised:
+        raise UserError(
+            "gist.recall: suffix, but no shard of data.train says where a suffix begins; make shards with "
+            "`python -m data_prep tokenize-supervised`, or set recall to all or none"
+        )
     valid = builder(config.data.valid, "data.valid") if config.data.valid else None
     return Inputs(config, tokenizer, train, valid)
 

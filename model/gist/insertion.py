@@ -29,9 +29,12 @@ class Interleaved:
     position: np.ndarray
 
 
-def max_interleaved_length(raw_tokens: int, chunk_sizes: Sequence[int]) -> int:
-    """The most tokens that ``raw_tokens`` raw ones can become: R + R // c0 + R // (c0 * c1) + .. (without ``close``)."""
-    length, group = raw_tokens, 1
+def max_interleaved_length(raw_tokens: int, chunk_sizes: Sequence[int], closed: int = 0) -> int:
+    """The most tokens that ``raw_tokens`` raw ones can become: R + R // c0 + R // (c0 * c1) + ..
+
+    closed: how many documents' contexts are closed on purpose; each adds at most one gist per level.
+    """
+    length, group = raw_tokens + closed * len(chunk_sizes), 1
     for size in chunk_sizes:
         group *= size
         length += raw_tokens // group
@@ -45,6 +48,7 @@ def interleave(
     config: GistConfig,
     gist_ids: Sequence[int],
     close: bool = False,
+    contexts: Sequence[int] | None = None,
 ) -> Interleaved:
     """Put the gists of one packed sample in place.
 
@@ -55,12 +59,15 @@ def interleave(
         config: chunk sizes and sink.
         gist_ids: one vocabulary id per gist level.
         close: give the end of every document a gist at each level that was not just closed (a context before its question).
+        contexts: raw tokens of each document that are a context: it is closed, and what follows is a suffix without gists;
+            -1 for a document that is all text. None: every document is.
 
     Returns:
         The interleaved sample.
 
     Raises:
-        ValueError: lengths that do not sum to R, a wrong number of gist ids, or a token outside ``word_starts``.
+        ValueError: lengths that do not sum to R, a context longer than its document, a wrong number of gist ids, or a token
+            outside ``word_starts``.
     """
     ids = np.ascontiguousarray(ids, dtype=np.int64)
     lengths = np.asarray(doc_lengths, dtype=np.int64)
@@ -68,21 +75,26 @@ def interleave(
     levels = len(config.chunk_sizes)
     if lengths.sum() != len(ids) or (lengths < 0).any():
         raise ValueError(f"doc_lengths: they sum to {lengths.sum()}, the sample has {len(ids)} tokens")
+    ends = np.where(np.asarray(contexts) < 0, lengths, contexts) if contexts is not None else lengths
+    closes = np.full(len(lengths), close) if contexts is None else close | (np.asarray(contexts) >= 0)
+    if ends.shape != lengths.shape or (ends > lengths).any():
+        raise ValueError(f"contexts: {contexts}, for documents of {lengths.tolist()} tokens; give each one of at most its length")
     if len(gist_ids) != levels:
         raise ValueError(f"gist_ids: {len(gist_ids)} ids for {levels} gist levels; give one id per level")
     if len(ids) and not 0 <= ids.min() <= ids.max() < len(starts):
         bad = ids.max() if ids.max() >= len(starts) else ids.min()
         raise ValueError(f"ids: token id {bad} is outside the vocabulary of {len(starts)} pieces")
-    room = max_interleaved_length(len(ids), config.chunk_sizes) + (levels * len(lengths) if close else 0)
+    room = max_interleaved_length(len(ids), config.chunk_sizes, int(closes.sum()))
     out = Interleaved(np.empty(room, np.int64), np.empty(room, np.int32), np.empty(room, np.int32), np.empty(room, np.int64))
     length = _interleave(
         ids,
         lengths,
+        ends,
+        closes,
         starts,
         np.asarray(config.chunk_sizes, np.int64),
         config.sink,
         np.asarray(gist_ids, np.int64),
-        close,
         out.ids,
         out.level,
         out.doc,
@@ -104,14 +116,17 @@ def _chunk_end(ids, starts, begin, stop, size):
 
 
 @numba.njit(cache=True, nogil=True)
-def _interleave(ids, lengths, starts, sizes, sink, gist_ids, close, out_ids, out_level, out_doc, out_position):
-    """Fill the output arrays; returns the interleaved length. One pass over the tokens, for any number of levels."""
+def _interleave(ids, lengths, ends, closes, starts, sizes, sink, gist_ids, out_ids, out_level, out_doc, out_position):
+    """Fill the output arrays; returns the interleaved length. One pass over the tokens, for any number of levels.
+
+    ends: where, in tokens of the document, its gists end; what follows is a suffix. closes: whether all is closed there.
+    """
     levels = len(sizes)
     open_gists = np.zeros(levels, np.int64)  # at l: level-(l-1) gists since the last level-l gist; slot 0 is unused
     at = 0
     first = 0
     for doc in range(len(lengths)):
-        stop = first + lengths[doc]
+        stop = first + ends[doc]
         open_gists[:] = 0
         end = _chunk_end(ids, starts, first + sink, stop, sizes[0])
         chunk_empty = True
@@ -134,7 +149,7 @@ def _interleave(ids, lengths, starts, sizes, sink, gist_ids, close, out_ids, out
                 open_gists[level] = 0
             end = _chunk_end(ids, starts, end, stop, sizes[0])
             chunk_empty = True
-        if close and stop > first:
+        if closes[doc] and stop > first:
             for level in range(levels):
                 if (chunk_empty if level == 0 else open_gists[level] == 0):
                     continue
@@ -142,5 +157,9 @@ def _interleave(ids, lengths, starts, sizes, sink, gist_ids, close, out_ids, out
                 at += 1
                 if level + 1 < levels:
                     open_gists[level + 1] += 1
-        first = stop
+        after = first + lengths[doc]
+        for i in range(stop, after):
+            out_ids[at], out_level[at], out_doc[at], out_position[at] = ids[i], -1, doc, i - first
+            at += 1
+        first = after
     return at

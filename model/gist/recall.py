@@ -34,10 +34,12 @@ class Recall:
 
     @classmethod
     def of(cls, layout: Layout, config: GistConfig, suffix: Tensor | None = None) -> Recall | None:
-        """For a micro-batch; None when ``config.recall`` is 'none'. suffix: see :func:`recalling_tokens`."""
+        """For a micro-batch; None when no token of it recalls. suffix: see :func:`recalling_tokens`."""
         if config.recall == "none":
             return None
         recalls = recalling_tokens(layout, config, suffix)
+        if not recalls.any():
+            return None
         return cls(build_recall(layout, config, recalls), select_rule(config))
 
     def to(self, device: torch.device | str) -> Recall:

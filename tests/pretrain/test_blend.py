@@ -12,11 +12,12 @@ import fsspec
 import numpy as np
 import pytest
 
-from pretrain import data as data_module
+from pretrain import windows
 from pretrain.blend import Blend, Stage, make_blend, parse_entry
-from pretrain.data import TokenSource, shuffled
+from pretrain.data import TokenSource
 from pretrain.errors import UserError
 from pretrain.tokenizer import load_tokenizer
+from pretrain.windows import shuffled
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +97,7 @@ def test_the_order_of_windows_is_a_permutation(size):
 
 
 def test_documents_shuffled_in_runs_still_cover_every_token_once(tiny, tokenizer, monkeypatch):
-    monkeypatch.setattr(data_module, "GROUPS", 4)
+    monkeypatch.setattr(windows, "GROUPS", 4)
     source = open_source(tokenizer, tiny.train)
     seen = Counter(
         (p.document, t)
