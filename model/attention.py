@@ -14,7 +14,7 @@ from kernels.compressed import compressed_attention
 from kernels.unfold import recall_attention
 from model.config import ModelConfig
 from model.gist import Layout, Recall
-from model.layers import BuildContext, Rotary
+from model.layers import BuildContext, RMSNorm, Rotary
 
 # (layer index, q [B, T, H, D], k [B, T, Hkv, D], v [B, T, Hkv, D]) -> [B, T, H, D]; rotary applied to q and k.
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -52,18 +52,27 @@ class Attention(nn.Module):
         self.index = index
         self.head_dim = config.head_dim
         self.group = config.heads // config.kv_heads
+        self.rotates = index not in config.nope_layers
         # Rows ordered [KV head, (its query heads, key, value), head_dim]: any tensor-parallel size splits them evenly.
         width = (config.heads + 2 * config.kv_heads) * config.head_dim
         self.qkv = build.column(f"{name}.qkv", config.hidden_size, width, config.init_std, bias=config.qkv_bias)
-        self.output = build.row(f"{name}.output", config.heads * config.head_dim, config.hidden_size, residual_std)
+        self.q_norm = self.k_norm = None
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (RMSNorm(config.head_dim, config.norm_eps, build, of_heads=True) for _ in "qk")
+        sizes = config.heads * config.head_dim, config.hidden_size
+        self.output = build.row(f"{name}.output", *sizes, residual_std, bias=config.output_bias)
 
     def forward(self, x: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
         """[T, B, hidden] -> [T, B, hidden]"""
         qkv = self.qkv(x).transpose(0, 1)  # [B, T, ..]; all of T, also where x is split along the sequence
         qkv = qkv.reshape(*qkv.shape[:2], -1, self.group + 2, self.head_dim)
         q, k, v = qkv.split([self.group, 1, 1], 3)
-        q = rotary.apply(q.flatten(2, 3))  # [B, T, H, D]
-        out = attend(self.index, q, rotary.apply(k.squeeze(3)), v.squeeze(3))
+        q, k = q.flatten(2, 3), k.squeeze(3)  # [B, T, H, D], [B, T, Hkv, D]
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.rotates:
+            q, k = rotary.apply(q), rotary.apply(k)
+        out = attend(self.index, q, k, v.squeeze(3))
         return self.output(out.flatten(2).transpose(0, 1).contiguous())
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from math import prod
+
+from model.families import find_family
 
 
 def option(default, doc: str):
@@ -69,7 +71,7 @@ class GistConfig:
     @property
     def ratio(self) -> int:
         """Compression ratio: raw tokens per top-level gist."""
-        return prod(self.chunk_sizes)
+        return math.prod(self.chunk_sizes)
 
 
 def raise_together(errors: list[str]) -> None:
@@ -82,30 +84,46 @@ def raise_together(errors: list[str]) -> None:
 class RopeScaling:
     """How rotary frequencies are stretched for sequences longer than those of the first training."""
 
-    kind: str = option("default", "default: not at all; llama3: slow frequencies by factor, as Llama 3.1 and 3.2 do")
-    factor: float = option(8.0, "llama3: what slow frequencies are divided by")
+    kind: str = option(
+        "default",
+        "default: not at all; linear: all by factor; llama3: slow ones by factor, as Llama 3.1 and 3.2 do; "
+        "yarn: slow ones by factor, and all queries and keys by attention_factor",
+    )
+    factor: float = option(8.0, "linear, llama3, yarn: what (slow) frequencies are divided by")
     low_freq_factor: float = option(1.0, "llama3: turns within original_max_position below which a frequency counts as slow")
     high_freq_factor: float = option(4.0, "llama3: turns above which a frequency stays; in between it is interpolated")
-    original_max_position: int = option(8192, "llama3: longest sequence of the first training")
+    original_max_position: int = option(8192, "llama3, yarn: longest sequence of the first training")
+    beta_fast: float = option(32.0, "yarn: turns above which a frequency stays")
+    beta_slow: float = option(1.0, "yarn: turns below which a frequency is divided")
+    attention_factor: float | None = option(None, "yarn: what queries and keys are multiplied by; none: 0.1 ln(factor) + 1")
 
     def __post_init__(self):
         errors = []
-        if self.kind not in ("default", "llama3"):
-            errors.append(f"kind: {self.kind!r} is not one of default, llama3")
+        if self.kind not in ("default", "linear", "llama3", "yarn"):
+            errors.append(f"kind: {self.kind!r} is not one of default, linear, llama3, yarn")
         if self.factor < 1:
             errors.append(f"factor: {self.factor} is below 1")
-        if not 0 < self.low_freq_factor < self.high_freq_factor:
-            errors.append(
-                f"high_freq_factor: {self.high_freq_factor} must be above low_freq_factor ({self.low_freq_factor}), that above 0"
-            )
+        for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
+            if not 0 < getattr(self, low) < getattr(self, high):
+                errors.append(f"{high}: {getattr(self, high)} must be above {low} ({getattr(self, low)}), that above 0")
         if self.original_max_position < 1:
             errors.append(f"original_max_position: {self.original_max_position} is below 1")
+        if self.attention_factor is not None and self.attention_factor <= 0:
+            errors.append(f"attention_factor: {self.attention_factor} is not above 0")
         raise_together(errors)
+
+    @property
+    def magnitude(self) -> float:
+        """What rotated queries and keys are multiplied by."""
+        if self.kind != "yarn":
+            return 1.0
+        return 0.1 * math.log(self.factor) + 1.0 if self.attention_factor is None else self.attention_factor
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder of Llama shape: RMSNorm, SwiGLU, grouped-query attention, rotary positions."""
+    """A decoder of Llama shape: RMSNorm, SwiGLU, grouped-query attention, rotary positions; its options make it a Qwen2,
+    Qwen3, Mistral or SmolLM3 (model.families)."""
 
     vocab_size: int = option(0, "vocabulary size, gists included; 0 takes the tokenizer's")
     hidden_size: int = option(256, "width of the residual stream")
@@ -117,13 +135,21 @@ class ModelConfig:
     max_position: int = option(4096, "longest raw sequence that the model is meant for (recorded in exports)")
     rope_theta: float = option(10000.0, "base of the rotary frequencies")
     rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+    nope_layers: tuple[int, ...] = option((), "layers, counted from 0, without rotary positions, as every fourth of SmolLM3")
     qkv_bias: bool = option(False, "query, key and value projections have a bias, as in Qwen2")
+    output_bias: bool = option(False, "the output projection of attention has a bias")
+    mlp_bias: bool = option(False, "gate, up and down projections have a bias")
+    qk_norm: bool = option(False, "queries and keys are normalised per head before rotation, as in Qwen3")
     norm_eps: float = option(1e-5, "epsilon of RMSNorm")
     tied_embeddings: bool = option(True, "share the input embedding with the output head")
     init_std: float = option(0.02, "standard deviation of initial weights; residual outputs get it / sqrt(2 * layers)")
+    family: str = option(
+        "", "architecture of exports: llama, qwen2, qwen3, mistral, smollm3; empty: the first of them that has the model's parts"
+    )
     attention: str = option("gist", "gist: hierarchical gist sparse attention; dense: causal attention over raw tokens, no gists")
 
     def __post_init__(self):
+        object.__setattr__(self, "nope_layers", tuple(self.nope_layers))
         errors = [
             f"{name}: {getattr(self, name)} is below 1"
             for name in ("hidden_size", "layers", "heads", "kv_heads", "ffn_size", "max_position")
@@ -141,7 +167,9 @@ class ModelConfig:
             object.__setattr__(self, "head_dim", self.hidden_size // self.heads)
         if not errors and (self.head_dim < 2 or self.head_dim % 2):
             errors.append(f"head_dim: {self.head_dim} must be even, for rotary positions")
-        raise_together(errors)
+        if outside := [i for i in self.nope_layers if not 0 <= i < self.layers]:
+            errors.append(f"nope_layers: {outside} are not among the layers 0 to {self.layers - 1}")
+        raise_together(errors + find_family(self)[1])
 
     @property
     def padded_vocab_size(self) -> int:

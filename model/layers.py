@@ -71,30 +71,34 @@ class BuildContext:
             sequence_split=self.sequence_split,
         )
 
-    def row(self, name: str, inputs: int, outputs: int, std: float) -> RowLinear:
-        """A bias-free linear layer with its inputs split over the tensor-parallel group; outputs are summed."""
+    def row(self, name: str, inputs: int, outputs: int, std: float, bias: bool = False) -> RowLinear:
+        """A linear layer with its inputs split over the tensor-parallel group; outputs are summed, its bias is whole."""
         return RowLinear(
             inputs,
             outputs,
             config=self.megatron(),
             init_method=self.normal(f"{name}.weight", std),
+            bias=bias,
             tp_group=self.tp_group,
             sequence_split=self.sequence_split,
         )
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm, computed in at least fp32."""
+    """Root-mean-square norm of the last dimension, computed in at least fp32."""
 
-    def __init__(self, size: int, eps: float, build: BuildContext):
+    def __init__(self, size: int, eps: float, build: BuildContext, of_heads: bool = False):
+        """of_heads: it is applied to this rank's heads, rather than to the residual stream."""
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps, self.build = eps, build
+        # Each tensor-parallel rank norms its heads, or its part of a split sequence: their gradients are summed.
+        self.norms_a_part = of_heads or build.sequence_split
 
     def forward(self, x: Tensor) -> Tensor:
         """[.., size] -> [.., size]"""
         weight = self.weight
-        if self.build.sequence_split:  # each rank norms its part of the sequence: their gradients are summed
+        if self.norms_a_part:
             weight = copy_to_tensor_model_parallel_region(weight, group=self.build.tp_group)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
@@ -107,9 +111,28 @@ def rotary_frequencies(config: ModelConfig, device: torch.device | str = "cpu") 
     scaling = config.rope_scaling
     if scaling.kind == "default":
         return frequency
+    if scaling.kind == "linear":
+        return frequency / scaling.factor
+    if scaling.kind == "yarn":
+        return torch.lerp(frequency / scaling.factor, frequency, _yarn_kept(config, device))
     turns = scaling.original_max_position * frequency / (2 * math.pi)
     kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     return torch.lerp(frequency / scaling.factor, frequency, kept.clamp(0, 1))
+
+
+def _yarn_kept(config: ModelConfig, device: torch.device | str) -> Tensor:
+    """How much of every frequency YaRN keeps, 1 for fast and 0 for slow ones, fp32 [head_dim / 2] (arXiv 2309.00071).
+
+    The border between fast and slow lies at whole pairs, as in every published implementation.
+    """
+    scaling, dim = config.rope_scaling, config.head_dim
+    pair = lambda turns: (  # the pair of dimensions that turns so often within the first training's longest sequence
+        dim * math.log(scaling.original_max_position / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+    )
+    first = max(math.floor(pair(scaling.beta_fast)), 0)
+    last = min(math.ceil(pair(scaling.beta_slow)), dim - 1)
+    slow = (torch.arange(dim // 2, dtype=torch.float32, device=device) - first) / ((last - first) or 1e-3)
+    return 1 - slow.clamp(0, 1)
 
 
 @dataclass(frozen=True)
@@ -123,7 +146,8 @@ class Rotary:
     def of(cls, position: Tensor, config: ModelConfig) -> Rotary:
         """position: [B, T] int64, the raw index within the document."""
         angle = position[:, :, None, None].float() * rotary_frequencies(config, position.device)
-        return cls(angle.cos(), angle.sin())
+        magnitude = config.rope_scaling.magnitude
+        return cls(angle.cos() * magnitude, angle.sin() * magnitude)
 
     def apply(self, x: Tensor) -> Tensor:
         """[B, T, H, D] -> same: the first half of a head is rotated against its second half (Hugging Face's convention)."""
@@ -138,8 +162,8 @@ class MLP(nn.Module):
         super().__init__()
         sizes = config.hidden_size, 2 * config.ffn_size
         # stride 2: each tensor-parallel rank holds its part of the gate and of the up projection.
-        self.gate_up = build.column(f"{name}.gate_up", *sizes, config.init_std, stride=2)
-        self.down = build.row(f"{name}.down", config.ffn_size, config.hidden_size, residual_std)
+        self.gate_up = build.column(f"{name}.gate_up", *sizes, config.init_std, stride=2, bias=config.mlp_bias)
+        self.down = build.row(f"{name}.down", config.ffn_size, config.hidden_size, residual_std, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, B, hidden] -> [T, B, hidden]"""

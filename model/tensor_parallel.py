@@ -13,6 +13,7 @@ from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
+    copy_to_tensor_model_parallel_region,
     linear_with_grad_accumulation_and_async_allreduce,
     reduce_from_tensor_model_parallel_region,
 )
@@ -106,10 +107,10 @@ def column_product(
 
 
 class RowLinear(RowParallelLinear):
-    """A bias-free linear layer with its inputs split over the group; outputs are summed."""
+    """A linear layer with its inputs split over the group; outputs are summed, the bias is whole on every rank."""
 
     def __init__(self, *args, sequence_split: bool, **kwargs):
-        super().__init__(*args, bias=False, input_is_parallel=True, skip_bias_add=False, **kwargs)
+        super().__init__(*args, input_is_parallel=True, skip_bias_add=False, **kwargs)
         self.sequence_split = sequence_split
 
     def forward(self, x: Tensor) -> Tensor:
@@ -117,9 +118,14 @@ class RowLinear(RowParallelLinear):
         partial = linear_with_grad_accumulation_and_async_allreduce(
             x, self.weight, None, False, False, False, tp_group=self.tp_group
         )
+        bias = self.bias
         if self.sequence_split:
-            return scatter_sum_sequence(partial, self.tp_group)
-        return reduce_from_tensor_model_parallel_region(partial, group=self.tp_group)
+            out = scatter_sum_sequence(partial, self.tp_group)
+            if bias is not None:  # added to each rank's part of the sequence: their gradients are summed
+                bias = copy_to_tensor_model_parallel_region(bias, group=self.tp_group)
+        else:
+            out = reduce_from_tensor_model_parallel_region(partial, group=self.tp_group)
+        return out if bias is None else out + bias
 
 
 class VocabularyEmbedding(VocabParallelEmbedding):

@@ -14,7 +14,8 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
 from model.gist import GistConfig, build_layout
-from model.hf.llama import hf_config, to_hugging_face
+from model.hf.keys import hf_config
+from model.hf.names import to_hugging_face
 from model.transformer import Transformer
 from pretrain.errors import UserError
 from pretrain.load import LoadedRun, load_run

@@ -86,7 +86,18 @@ class Activations:
         model = self.model
         inputs = 2 * self.element * model.hidden_size * self.tokens  # of qkv and gate_up, gathered under sequence parallelism
         feed_forward = 4 * self.element * (model.ffn_size // self.tensor) * self.tokens  # gate and up, silu(gate), the product
-        return 2 * self.norm() + inputs + self.attention() + feed_forward
+        return 2 * self.norm() + inputs + self.head_norms() + self.attention() + feed_forward
+
+    def head_norms(self) -> int:
+        """Their inputs in fp32 and the normalised queries and keys; one inverse root per head and token."""
+        if not self.model.qk_norm:
+            return 0
+        queries, keys = self._query_width, self._key_width
+        inputs = queries + keys
+        if self.element == FP32:  # keys are a view of the fused projection, which attention keeps but for the GPU's kernel
+            inputs = queries + (queries + 2 * keys if self.gpu and self.model.attention == "gist" else 0)
+        heads = (self.model.heads + self.model.kv_heads) // self.tensor
+        return (FP32 * inputs + self.element * (queries + keys) + FP32 * heads) * self.tokens
 
     def attention(self) -> int:
         """From queries, keys and values to the input of the output projection."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ import torch
 from model.config import GistConfig, ModelConfig
 from model.context_parallel import make_plan
 from model.gist import Layout, build_layout, interleave, max_interleaved_length
+from model.hf.names import model_entries
 from pretrain.config import RunConfig
 
 
@@ -36,18 +37,15 @@ class Parameters:
 
 def count_parameters(model: ModelConfig, tensor: int = 1, stage: int = 0, stages: int = 1) -> Parameters:
     """Those of one rank of a pipeline stage; the whole model's with the defaults. A tied embedding is held by both ends."""
-    layers = model.layers // stages
-    hidden, width = model.hidden_size, model.head_dim * (model.heads + 2 * model.kv_heads)
-    matrices = hidden * (width + model.heads * model.head_dim + 3 * model.ffn_size) // tensor
-    vectors = 2 * hidden + (width // tensor if model.qkv_bias else 0)
-    vocabulary = model.padded_vocab_size // tensor * hidden
     first, last = stage == 0, stage == stages - 1
-    return Parameters(
-        layers=layers * matrices,
-        embedding=vocabulary if first or last and model.tied_embeddings else 0,
-        head=vocabulary if last and not model.tied_embeddings else 0,
-        vectors=layers * vectors + (hidden if last else 0),
-    )
+    held = {"embedding": first or last and model.tied_embeddings, "head": last, "final_norm": last}
+    counts = dict.fromkeys((f.name for f in fields(Parameters)), 0)
+    for entry in model_entries(model):
+        part = entry.ours.split(".")[0]
+        copies = model.layers // stages if part == "layers" else int(held[part])
+        kind = "vectors" if len(entry.shape(model)) == 1 else part
+        counts[kind] += copies * entry.numel(model) // (1 if entry.partition is None else tensor)
+    return Parameters(**counts)
 
 
 @dataclass(frozen=True)

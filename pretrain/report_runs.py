@@ -216,5 +216,12 @@ def parameters(model: ModelConfig) -> int | None:
         return None
     embedding = model.padded_vocab_size * model.hidden_size
     attention = (2 * model.heads + 2 * model.kv_heads) * model.head_dim * model.hidden_size  # query, key, value, output
-    layer = attention + 3 * model.ffn_size * model.hidden_size + 2 * model.hidden_size
+    biases = {
+        "qkv_bias": (model.heads + 2 * model.kv_heads) * model.head_dim,
+        "output_bias": model.hidden_size,
+        "mlp_bias": 2 * model.ffn_size + model.hidden_size,
+        "qk_norm": 2 * model.head_dim,
+    }
+    vectors = 2 * model.hidden_size + sum(size for part, size in biases.items() if getattr(model, part))
+    layer = attention + 3 * model.ffn_size * model.hidden_size + vectors
     return embedding * (1 if model.tied_embeddings else 2) + model.layers * layer + model.hidden_size

@@ -1,1 +1,1 @@
-"""To and from Hugging Face: one declarative name map per model family, used in both directions."""
+"""To and from Hugging Face: one declarative name map (names) and the keys of config.json (keys), used in both directions."""

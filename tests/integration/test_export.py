@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from model.config import ModelConfig
-from model.hf.llama import entries, from_hugging_face, to_hugging_face
+from model.hf.names import entries, from_hugging_face, to_hugging_face
 from tests.conftest import module
 from tests.integration.runs import train
 

@@ -42,6 +42,10 @@ SHAPES = {
     "many layers": ModelConfig(384, hidden_size=48, layers=4, heads=6, kv_heads=6, ffn_size=200, tied_embeddings=False),
     "kernel": ModelConfig(128, hidden_size=64, layers=1, heads=2, kv_heads=1, head_dim=64, ffn_size=64),
     "biases": ModelConfig(128, hidden_size=96, layers=3, heads=6, kv_heads=2, ffn_size=64, qkv_bias=True),
+    "head norms": ModelConfig(128, hidden_size=64, layers=2, heads=4, kv_heads=2, head_dim=32, ffn_size=96, qk_norm=True),
+    "all biases": ModelConfig(
+        128, hidden_size=64, layers=3, heads=4, kv_heads=2, ffn_size=96, qkv_bias=True, output_bias=True, mlp_bias=True
+    ),
 }
 
 

@@ -356,10 +356,11 @@ from model.layers import BuildContext
 from model.transformer import Transformer
 from pretrain.report_runs import parameters
 dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
-for tied in (True, False):
-    config = ModelConfig(300, 64, 2, 4, 2, 24, 96, tied_embeddings=tied)
+biases = dict(qkv_bias=True, output_bias=True, mlp_bias=True)
+for options in ({}, {"tied_embeddings": False}, biases, {"qk_norm": True}):
+    config = ModelConfig(300, 64, 2, 4, 2, 24, 96, **options)
     model = Transformer(config, BuildContext(dist.group.WORLD, 0))
-    assert sum(p.numel() for p in model.parameters()) == parameters(config), tied
+    assert sum(p.numel() for p in model.parameters()) == parameters(config), options
 """
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "store")], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
