@@ -75,10 +75,10 @@ def interleave(
     levels = len(config.chunk_sizes)
     if lengths.sum() != len(ids) or (lengths < 0).any():
         raise ValueError(f"doc_lengths: they sum to {lengths.sum()}, the sample has {len(ids)} tokens")
-    ends = np.where(np.asarray(contexts) < 0, lengths, contexts) if contexts is not None else lengths
-    closes = np.full(len(lengths), close) if contexts is None else close | (np.asarray(contexts) >= 0)
-    if ends.shape != lengths.shape or (ends > lengths).any():
+    context = np.full(len(lengths), -1) if contexts is None else np.asarray(contexts)
+    if context.shape != lengths.shape or (context > lengths).any():
         raise ValueError(f"contexts: {contexts}, for documents of {lengths.tolist()} tokens; give each one of at most its length")
+    ends, closes = np.where(context < 0, lengths, context), close | (context >= 0)
     if len(gist_ids) != levels:
         raise ValueError(f"gist_ids: {len(gist_ids)} ids for {levels} gist levels; give one id per level")
     if len(ids) and not 0 <= ids.min() <= ids.max() < len(starts):
