@@ -1,0 +1,130 @@
+"""Exports run inside transformers with gists: by the installed version here, by others in the long test."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.config import GistConfig
+from model.gist import Recall, build_recall, select_rule
+from model.gist.layout import build_layout
+from model.transformer import IGNORED, MicroBatch
+from tests.integration import remote_code
+from tests.model.conftest import build  # noqa: F401 (a fixture)
+from tests.model.gist_exports import LLAMA, decoder, greedy, make_model, read, recomputed, text, write_export
+
+SIZES = {"llama": (8, 4), "llama-one": (8,), "llama-three": (4, 3, 2)}
+RULES = {
+    "forgetting": {"recall": "none"},
+    "adaptive": {"recall": "suffix"},
+    "top-2": {"recall": "suffix", "topk": 2},
+    "top-2 by group": {"recall": "suffix", "topk": 2, "share": "group"},
+    "everybody": {"recall": "all", "budget_ratio": 1},
+}
+# (rule, tokens after the closed context; None: a plain prompt). All of them: tests/model/test_modeling_gist.py.
+COMBINATIONS = {
+    "llama": [(rule, 9) for rule in RULES] + [("forgetting", None), ("top-2", None), ("everybody", None)],
+    "llama-one": [("forgetting", 9), ("top-2", None)],
+    "llama-three": [("adaptive", 9), ("top-2 by group", None)],
+}
+FAMILIES = {
+    "qwen2": dict(qkv_bias=True, tied_embeddings=False),
+    "qwen3": dict(qk_norm=True),
+    "mistral": dict(family="mistral", tied_embeddings=False),
+    "smollm3": dict(nope_layers=(1,)),
+}
+# Older ones than the project's, with what they need beside them.
+VERSIONS = {
+    "4.57.6": ["huggingface_hub==0.36.2", "tokenizers==0.22.2"],
+    "5.0.0": ["huggingface_hub==1.33.0", "tokenizers==0.22.2"],
+    "5.12.0": ["huggingface_hub==1.33.0", "tokenizers==0.22.2"],
+}
+
+
+def case(name, path, model, gist, changes, context):
+    """Prompts of different lengths with our logits and greedy continuations of them."""
+    gist = dataclasses.replace(gist, **changes)
+    prompts = [text(length, seed) for seed, length in enumerate((75, 41, 100, 4))]
+    starts = None if context is None else [max(0, len(p) - context) for p in prompts]
+    ours = decoder(model, gist, grow=context is None)
+    sequences = [read(ours, p, s) for p, s in zip(prompts, starts or [None] * len(prompts))]
+    logits = [recomputed(ours, sequence) for sequence in sequences]
+    tokens = [greedy(ours, sequence) for sequence in sequences]
+    unset = {"recall": "none", "topk": None, "top_p": None, "budget_ratio": None, "share": "head"}
+    return dict(name=name, model=path, gist=unset | changes, prompts=prompts, starts=starts, logits=logits, tokens=tokens)
+
+
+def training_loss(model, gist) -> dict:
+    """The mean loss of two sequences with closed contexts, as a training step computes it."""
+    prompts, starts = [text(60, 3), text(45, 4)], [40, 30]
+    total, targets = 0.0, 0
+    for prompt, start in zip(prompts, starts):
+        sequence = read(decoder(model, gist, grow=False), prompt, start)
+        level = torch.tensor([sequence.level])
+        layout = build_layout(level, torch.zeros_like(level), gist)
+        recall = Recall(build_recall(layout, gist, torch.tensor([sequence.recalls])), select_rule(gist))
+        labels = torch.full_like(level, IGNORED)
+        raw = (level[0] < 0).nonzero()[:, 0]
+        labels[0, raw[:-1]] = torch.tensor(prompt[1:])
+        with torch.no_grad():
+            total += float(model(MicroBatch(torch.tensor([sequence.ids]), labels, layout, recall)))
+        targets += len(prompt) - 1
+    return dict(prompts=prompts, starts=starts, loss=total / targets)
+
+
+@pytest.fixture(scope="module")
+def exports(build, tmp_path_factory):  # noqa: F811
+    """Exported models, and what ours computes."""
+    root, cases = tmp_path_factory.mktemp("remote"), []
+    model = make_model(LLAMA, build)
+    for name, sizes in SIZES.items():
+        write_export(root / name, model, GistConfig(sizes))
+        for rule, context in COMBINATIONS[name]:
+            cases.append(case(f"{name} {rule} {context}", name, model, GistConfig(sizes), RULES[rule], context))
+    for name, options in FAMILIES.items():
+        family = make_model(dataclasses.replace(LLAMA, **options), build)
+        write_export(root / name, family, GistConfig((4, 2)))
+        cases.append(case(name, name, family, GistConfig((4, 2)), RULES["top-2"], 9))
+    torch.save(cases, root / "cases.pt")
+    torch.save(training_loss(model, GistConfig((8, 4), recall="suffix", topk=2)), root / "loss.pt")
+    return root
+
+
+def test_logits_and_tokens_are_ours(exports):
+    figures = remote_code.check_cases(exports)
+    assert figures["greedy_tokens_equal"] == (sum(map(len, COMBINATIONS.values())) + len(FAMILIES)) * 4 * 16
+
+
+@pytest.mark.parametrize("check", remote_code.CHECKS, ids=lambda check: check.__name__)
+def test_inside_transformers(exports, check):
+    check(exports)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("version", VERSIONS)
+def test_other_versions(exports, version, tmp_path_factory):
+    """The same checks by a process that finds another transformers first."""
+    target = tmp_path_factory.mktemp(version)
+    packages = [f"transformers=={version}", *VERSIONS[version]]
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target), *packages]
+    done = subprocess.run(install, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"pip cannot install transformers {version}: {done.stderr.strip().splitlines()[-1]}")
+    environment = os.environ | {"PYTHONPATH": str(target), "HF_HOME": str(target / "home"), "PYTHONWARNINGS": "ignore"}
+    script = Path(remote_code.__file__)
+    done = subprocess.run([sys.executable, script, exports], cwd=target, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures["transformers"] == version and figures["checks"] == 1 + len(remote_code.CHECKS)
+    print(figures)
+
+
+def test_every_family_has_a_class(exports):
+    for name, expected in {"qwen2": "Qwen2", "qwen3": "Qwen3", "mistral": "Mistral", "smollm3": "SmolLM3"}.items():
+        model = remote_code.load(exports / name)
+        assert type(model).__name__ == f"Gist{expected}ForCausalLM"
