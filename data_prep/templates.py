@@ -108,7 +108,8 @@ class ChatTemplate:
         expected = MARKS.findall("".join(message["content"] for message in messages))
         if MARKS.findall(marked) != expected:
             raise DataError(f"the template {self.name} leaves a message out, repeats or reorders it")
-        return marked
+        # Tokenizers join a space with the word after it, so it belongs to what follows the mark.
+        return re.sub(f"( +)([{CONTEXT_END}{ANSWER}])", r"\2\1", marked)
 
 
 def _map_contents(messages: list[dict], change) -> list[dict]:
