@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from .gist_kernels import Sample
 from .gist_sequence import GistSequence, GistSettings, Rows, Sight
 
 BLOCK = 64  # queries at a time
@@ -35,23 +37,41 @@ class Columns:
 
 
 class GistPass:
-    """One pass of the model over new tokens of several sequences, which stand one after another in a single row."""
+    """One pass of the model over new tokens of several sequences, which stand one after another in a single row.
 
-    def __init__(self, parts: Sequence[tuple[GistSequence, Sight]]):
-        self.parts = parts
+    Args:
+        parts: the sequences, and the sight of their new tokens.
+        kernels: from :func:`find_kernels`; None does everything in PyTorch.
+        keep: whether the sequences will go on.
+    """
+
+    def __init__(self, parts: Sequence[tuple[GistSequence, Sight]], kernels: SimpleNamespace | None, keep: bool):
+        self.parts, self.keep = parts, keep
+        whole = lambda sight: kernels is not None and not any(sight.start)
+        self.samples = [Sample(kernels, sight, seq.settings) if whole(sight) else None for seq, sight in parts]
 
     def attend(self, index: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """Attention of layer ``index``. q [H, N, D], k, v [Hkv, N, D], rotary applied -> [H, N, D]"""
         out, at = [], 0
-        for sequence, sight in self.parts:
+        for (sequence, sight), sample in zip(self.parts, self.samples):
             new = slice(at, at := at + len(sight.recalls))
-            layer = sequence.layer(index)
-            for rows, start, members in zip(layer, sight.start, sight.members):
-                if len(members):
-                    members = members.to(k.device)
-                    rows.put(start, k[:, new].index_select(1, members), v[:, new].index_select(1, members))
-            out.append(attend_sequence(q[:, new], layer, sight, sequence.settings, scale, recall=index > 0))
+            own = [x[:, new] for x in (q, k, v)]
+            by_kernels = sample is not None and sight.lo.device == q.device
+            if self.keep or not by_kernels:
+                keep_rows(sequence.layer(index), sight, *own[1:])
+            if by_kernels:
+                out.append(sample.attend(*own, scale, recall=index > 0))
+            else:
+                out.append(attend_sequence(own[0], sequence.layer(index), sight, sequence.settings, scale, recall=index > 0))
         return torch.cat(out, 1)
+
+
+def keep_rows(layer: list[Rows], sight: Sight, k: Tensor, v: Tensor) -> None:
+    """Put the new tokens' keys and values [Hkv, n, D] into their segments."""
+    for rows, start, members in zip(layer, sight.start, sight.members):
+        if len(members):
+            members = members.to(k.device)
+            rows.put(start, k.index_select(1, members), v.index_select(1, members))
 
 
 def attend_sequence(

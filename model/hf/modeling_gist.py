@@ -18,6 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import AttentionInterface
 
 from .gist_attention import GistPass
+from .gist_kernels import find_kernels
 from .gist_sequence import GistSequence, GistSettings
 
 GIST = "gist"
@@ -97,6 +98,7 @@ class GistForCausalLM:
     """What turns a stock ``..ForCausalLM`` into one with gists; to be inherited from before it."""
 
     _can_compile_fullgraph = False  # what is computed depends on the tokens
+    gist_kernels = find_kernels()  # set to None on a model, it does everything in plain PyTorch
 
     def forward(
         self,
@@ -151,11 +153,12 @@ class GistForCausalLM:
         num_items = {k: kwargs.pop(k) for k in ("num_items_in_batch",) if k in kwargs}
         for name in ("cache_position", "past_key_value"):
             kwargs.pop(name, None)
+        use_cache = self.config.use_cache if use_cache is None else use_cache
         outputs = self.model(
             input_ids=torch.tensor([ids], device=input_ids.device),
             position_ids=torch.cat([sight.position for _, sight in parts])[None],
             use_cache=False,
-            gist_pass=GistPass(parts),
+            gist_pass=GistPass(parts, self.gist_kernels, keep=use_cache),
             **kwargs,
         )
         raw = lambda x: _spread(x[0], columns, real)
@@ -166,7 +169,6 @@ class GistForCausalLM:
         if labels is not None:
             labels = _targets(labels, real)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **num_items)
-        use_cache = self.config.use_cache if use_cache is None else use_cache
         states = getattr(outputs, "hidden_states", None)
         result = CausalLMOutputWithPast(
             loss=loss,
