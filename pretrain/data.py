@@ -63,7 +63,7 @@ class TokenSource:
             self._shards += shards
             # One source alone is drawn by the seed itself; further ones must not share its draws.
             key = [seed, 0] if self._blend is None else [seed, number + 1]
-            self._streams.append(_windows(shards, first, raw_tokens, key, f"{setting}: {', '.join(patterns)}"))
+            self._streams.append(_windows(shards, first, raw_tokens, key, setting, ", ".join(patterns)))
         self._shard_first = np.cumsum([0] + [len(shard.lengths) for shard in self._shards])
         self.tokens = sum(stream.tokens for stream in self._streams)
         self.samples_per_epoch = sum(stream.samples_per_epoch for stream in self._streams)
@@ -115,19 +115,19 @@ class TokenSource:
 
 
 def _windows(
-    shards: list[Shard], first_document: int, raw_tokens: int, key: list[int], name: str
+    shards: list[Shard], first_document: int, raw_tokens: int, key: list[int], setting: str, name: str
 ) -> CutWindows | PackedWindows:
     """The samples of one source, by the kind of its shards."""
     supervised = [shard for shard in shards if shard.spans_path]
     if not supervised:
-        return CutWindows(shards, first_document, raw_tokens, key, name)
+        return CutWindows(shards, first_document, raw_tokens, key, f"{setting}: {name}")
     if len(supervised) < len(shards):
         plain = next(shard for shard in shards if not shard.spans_path)
         raise UserError(
-            f"{name}: {supervised[0].prefix} is supervised, {plain.prefix} is not; give each kind an entry with a weight "
+            f"{setting}: {supervised[0].prefix} is supervised, {plain.prefix} is not; give each kind an entry with a weight "
             "(`PREFIX weight=0.5`), so that each is a source of its own"
         )
-    return PackedWindows(shards, first_document, raw_tokens, key, name)
+    return PackedWindows(shards, first_document, raw_tokens, key, setting)
 
 
 def _targets(raw: np.ndarray, lengths: Sequence[int], spans: Sequence[tuple[int, np.ndarray] | None]) -> np.ndarray:

@@ -102,15 +102,15 @@ class CutWindows(_Windows):
 class PackedWindows(_Windows):
     """Whole documents, together at most R raw tokens."""
 
-    def __init__(self, shards: list[Shard], first_document: int, raw_tokens: int, key: list[int], name: str):
-        """name: of the source, for messages."""
+    def __init__(self, shards: list[Shard], first_document: int, raw_tokens: int, key: list[int], setting: str):
+        """setting: the configuration key that named the shards, for messages."""
         super().__init__(shards, first_document, raw_tokens, key)
         for shard in shards:
             long = shard.lengths > raw_tokens
             if long.any():
                 raise UserError(
-                    f"{name}: {shard.prefix} has {int(long.sum())} documents of more than data.raw_tokens = {raw_tokens} tokens "
-                    f"(the longest {shard.lengths.max()}); raise it, or make the shard with --max-tokens {raw_tokens} and, to "
+                    f"{setting}: {shard.prefix} has {int(long.sum())} documents of more than data.raw_tokens = {raw_tokens} "
+                    f"tokens (the longest {shard.lengths.max()}); raise it, or make the shard with --max-tokens {raw_tokens} and, to "
                     "cut contexts, --truncate middle"
                 )
         order = self._draw(PACKING).permutation(len(self._lengths))

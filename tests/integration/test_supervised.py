@@ -18,7 +18,7 @@ def config(tiny, tmp_path_factory):
     return tiny.config(
         root / "c.yaml",
         gist={"chunk_sizes": [4, 2], "recall": "suffix"},
-        data={"train": [f"{shards} weight=0.75", f"{tiny.train} weight=0.25"], "valid": [str(valid)], "raw_tokens": 192},
+        data={"train": [f"{shards} weight=0.75", f"{tiny.train} weight=0.25"], "valid": [str(valid)], "raw_tokens": 256},
         train={"steps": 8, "global_batch": 4, "valid_every": 4, "valid_samples": 3},
     )
 
