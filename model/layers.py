@@ -28,12 +28,14 @@ class BuildContext:
         seed: initial weights are a pure function of it and of the parameter's canonical name.
         sequence_parallel: split the residual stream over the tensor-parallel group along the sequence.
         context: how the sequence is spread over ranks; None where every rank has all of it.
+        blank: leave weights as memory has them, because all of them are about to be read from a file.
     """
 
     tp_group: ProcessGroup
     seed: int
     sequence_parallel: bool = False
     context: ContextParallel | None = None
+    blank: bool = False
 
     @property
     def sequence_split(self) -> bool:
@@ -48,6 +50,8 @@ class BuildContext:
 
     def normal(self, name: str, std: float) -> Callable[[Tensor], Tensor]:
         """Initialiser of the parameter with this canonical name, the same under every parallel layout."""
+        if self.blank:
+            return lambda weight: weight
         digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
         seed = int.from_bytes(digest[:6], "big")
 

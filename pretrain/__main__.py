@@ -1,4 +1,4 @@
-"""``python -m pretrain COMMAND``: train, export, generate, checkpoints, plan, report."""
+"""``python -m pretrain COMMAND``: train, export, import, generate, checkpoints, plan, report."""
 
 from __future__ import annotations
 
@@ -30,7 +30,13 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--run-dir", type=Path, required=True, metavar="DIR")
     export.add_argument("--step", type=int, help="checkpoint to export (default: the newest whole one)")
     export.add_argument("--output", type=Path, required=True, metavar="DIR", help="directory to make")
-    export.add_argument("--dtype", choices=("fp32", "bf16"), help="of the weights (default: the run's precision)")
+    export.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="a safetensors file that is full gets no further tensor (5GB)"
+    )
+    export.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the weights (default: the run's precision)")
+
+    importing = commands.add_parser("import", help="make a checkpoint of a Hugging Face directory, for train.init_from")
+    add_import_arguments(importing)
 
     generate = commands.add_parser("generate", help="continue a text with a run's model or an exported one")
     add_generate_arguments(generate)
@@ -43,6 +49,20 @@ def build_parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="write report.html for one run, or for several to compare")
     report.add_argument("run_dirs", type=Path, nargs="+", metavar="DIR")
     return parser
+
+
+def add_import_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--input", type=Path, required=True, metavar="HF_DIR", help="directory with config.json and safetensors")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="directory to make; train.init_from takes it")
+    parser.add_argument(
+        "--chunk-sizes", default="", metavar="C,..", help="gist.chunk_sizes of the configuration that is written (default 8,4)"
+    )
+    parser.add_argument(
+        "--gist-levels", type=int, metavar="N", help="gist ids in the vocabulary (default 4); 0: none, a dense model"
+    )
+    parser.add_argument("--gist-rows", type=Path, metavar="FILE", help="rows of new gists (default: the mean of all rows)")
+    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="made by import-tokenizer (default: made now)")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the checkpoint's weights (default: as they are)")
 
 
 def add_checkpoints_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,7 +102,11 @@ def main(argv: list[str] | None = None) -> int:
             _log_to_stderr()
             from pretrain.export import export
 
-            export(args.run_dir, args.step, args.output, args.dtype)
+            export(args.run_dir, args.step, args.output, args.dtype, args.max_shard_size)
+        elif args.command == "import":
+            from pretrain.import_model import import_model
+
+            print(import_model(args))
         elif args.command == "generate":
             from pretrain.generate import check, generate
 

@@ -21,6 +21,20 @@ from pretrain.tokenizer import TokenizerInfo, load_tokenizer
 
 
 @dataclass(frozen=True)
+class FoundRun:
+    """A checkpoint and what belongs to it, its weights not read.
+
+    Attributes:
+        directory: the checkpoint's.
+    """
+
+    directory: Path
+    config: RunConfig
+    manifest: Manifest
+    tokenizer: TokenizerInfo
+
+
+@dataclass(frozen=True)
 class LoadedRun:
     """A checkpoint's model (fp32, eval mode, on this machine's best device) and what belongs to it."""
 
@@ -30,8 +44,8 @@ class LoadedRun:
     tokenizer: TokenizerInfo
 
 
-def load_run(run_dir: Path, step: int | None) -> LoadedRun:
-    """Load a checkpoint of a run, whatever layout wrote it.
+def find_run(run_dir: Path, step: int | None) -> FoundRun:
+    """Find a checkpoint of a run, by default the newest whole one.
 
     Raises:
         UserError: no such run or checkpoint, a damaged one asked for by its step, or another tokenizer.
@@ -41,10 +55,21 @@ def load_run(run_dir: Path, step: int | None) -> LoadedRun:
     tokenizer = load_tokenizer(run_dir / "tokenizer", 0, f"--run-dir {run_dir}")
     if tokenizer.hash != manifest.tokenizer_hash:
         raise UserError(f"{run_dir}/tokenizer: is not the tokenizer that the run was trained with (hash differs)")
+    return FoundRun(directory, config, manifest, tokenizer)
+
+
+def load_model(run: FoundRun) -> Transformer:
+    """Its model in fp32 and eval mode, on this machine's best device, whatever layout wrote it."""
     parallel = parallel_groups.initialize(dataclasses.replace(ParallelConfig(), timeout_minutes=30.0))
-    model = Transformer(config.model, BuildContext(parallel.tensor_group, config.train.seed))
-    read_weights(model, directory)
-    return LoadedRun(model.to(parallel.device).eval(), config, manifest, tokenizer)
+    model = Transformer(run.config.model, BuildContext(parallel.tensor_group, run.config.train.seed, blank=True))
+    read_weights(model, run.directory)
+    return model.to(parallel.device).eval()
+
+
+def load_run(run_dir: Path, step: int | None) -> LoadedRun:
+    """Find and load a checkpoint of a run. Raises UserError as :func:`find_run`."""
+    run = find_run(run_dir, step)
+    return LoadedRun(load_model(run), run.config, run.manifest, run.tokenizer)
 
 
 @torch.no_grad()

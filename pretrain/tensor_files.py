@@ -50,11 +50,16 @@ class Chunk:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_tensor_file(path: Path, chunks: Iterable[Chunk]) -> dict:
-    """Write a safetensors file through to the disk; returns its ``{"bytes", "sha256"}``. Names must be unique."""
+def write_tensor_file(path: Path, chunks: Iterable[Chunk], parts: bool = True) -> dict:
+    """Write a safetensors file through to the disk; returns its ``{"bytes", "sha256"}``. Names must be unique.
+
+    parts: say where in its whole tensor each begins; without, every chunk is a whole tensor.
+    """
     chunks = sorted(chunks, key=lambda c: -c.dtype.itemsize)  # keeps every tensor aligned
-    sharding = {c.name: {"saved_offsets": list(c.offsets)} for c in chunks}
-    header: dict = {"__metadata__": {SHARDING: json.dumps(sharding), "DCP_VERSION": "1.0", "format": "pt"}}
+    header: dict = {"__metadata__": {"format": "pt"}}
+    if parts:
+        sharding = {c.name: {"saved_offsets": list(c.offsets)} for c in chunks}
+        header["__metadata__"] |= {SHARDING: json.dumps(sharding), "DCP_VERSION": "1.0"}
     end = 0
     for chunk in chunks:
         begin, end = end, end + chunk.bytes
