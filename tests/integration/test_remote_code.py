@@ -128,3 +128,32 @@ def test_every_family_has_a_class(exports):
     for name, expected in {"qwen2": "Qwen2", "qwen3": "Qwen3", "mistral": "Mistral", "smollm3": "SmolLM3"}.items():
         model = remote_code.load(exports / name)
         assert type(model).__name__ == f"Gist{expected}ForCausalLM"
+
+
+def test_lora_and_trainer(exports, tmp_path):
+    """PEFT attaches to the gist model, and transformers' Trainer lowers the loss of answers on closed contexts."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import Trainer, TrainingArguments
+
+    torch.manual_seed(0)
+    model = remote_code.load(exports / "llama")
+    model.config.gist.update(recall="suffix", topk=2)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj"], task_type="CAUSAL_LM"))
+    trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    assert trained and all("lora" in name for name in trained)
+    samples = []
+    for seed in range(2):
+        ids = torch.tensor(text(60, seed))
+        labels = torch.where(torch.arange(60) < 50, -100, ids)
+        samples.append(dict(input_ids=ids, labels=labels, gist_query_start=torch.tensor(40)))
+    batch = {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
+    loss = lambda: model(**batch).loss.item()
+    before = loss()
+    settings = TrainingArguments(
+        tmp_path, max_steps=6, learning_rate=1e-2, per_device_train_batch_size=2, report_to=[], use_cpu=True, save_strategy="no"
+    )
+    Trainer(model, settings, train_dataset=samples).train()
+    assert loss() < before - 0.1
+    assert all(not torch.equal(p, trained[name]) for name, p in model.named_parameters() if p.requires_grad)
+    out = model.generate(batch["input_ids"], gist_query_start=40, max_new_tokens=3, do_sample=False)
+    assert out.shape == (2, 63)
