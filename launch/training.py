@@ -90,8 +90,8 @@ def run_slurm(args: argparse.Namespace) -> int:
     profile = read_profile(args)
     config = checked_config(args, profile)
     check_data(config)
-    note_cpu_build(profile)
     job, script = submit_training(args, profile, config)
+    note_cpu_build(profile)
     if job is None:
         print(script, end="")
         return 0

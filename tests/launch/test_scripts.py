@@ -62,7 +62,8 @@ PROFILE = {
     "account": "my project", "partition": "gpu", "qos": "long", "time": "4:00:00", "gpus_per_node": 4, "cpus_per_rank": 8,
     "memory": "480G", "constraint": "h100&ib", "nodelist": "n[1-8]", "exclude": "n3", "reservation": "r", "exclusive": True,
     "mail_type": "END,FAIL", "mail_user": "me@example.org", "dependency": "afterany:12", "signal_lead": 300,
-    "modules": ["cuda/12.4", "gcc"], "venv": "/envs/my env", "setup": "ulimit -l unlimited\nexport X=1", "sbatch": ["--comment='a b'"],
+    "modules": ["cuda/12.4", "gcc"], "venv": "/envs/my env", "setup": "ulimit -l unlimited\nexport X=1",
+    "sbatch": ["--comment='a b'"],
     "srun": ["--cpu-bind=cores"], "environment": {"NCCL_SOCKET_IFNAME": "ib0", "NOTE": "it's $HOME"},
     "cpu_jobs": {"partition": "cpu", "time": "30", "cpus_per_rank": 16},
 }  # fmt: skip
@@ -73,7 +74,7 @@ VARIANTS = {
     "cpu": ("--gpus-per-node", 0, "--ranks-per-node", 2, "--gpu-request", "none"),
     "pyxis": ("--container-image", "nvcr.io#nvidia/pytorch:25.06-py3", "--container-mounts", "/data:/data,/my dir:/x"),
     "apptainer": ("--container-image", "/images/my image.sif", "--container-runtime", "apptainer"),
-    "quotes": ("--set", "data.cache=/tmp/it's $HOME `x` \"y\"", "--job-name", "a 'b' \"c\" %j", "--python", "/opt/my python/bin/python"),
+    "quotes": ("--set", "data.cache=/tmp/it's $HOME `x` \"y\"", "--job-name", "a 'b' \"c\" %j", "--python", "/my python/python"),
 }
 
 
@@ -111,7 +112,8 @@ def test_every_setting_reaches_the_script(slurm, profile):
         "--account=my project", "--partition=gpu", "--qos=short", "--time=4:00:00", "--nodes=2", "--ntasks-per-node=1",
         "--cpus-per-task=32", "--gpus-per-node=4", "--mem=480G", "--constraint=h100&ib", "--nodelist=n[1-8]", "--exclude=n3",
         "--reservation=r", "--exclusive", "--mail-type=END,FAIL", "--mail-user=me@example.org", "--dependency=afterany:12",
-        "--signal=B:USR1@300", "--requeue", "--open-mode=append", "--kill-on-invalid-dep=yes", "--comment=a b", "--job-name=my run",
+        "--signal=B:USR1@300", "--requeue", "--open-mode=append", "--kill-on-invalid-dep=yes", "--comment=a b",
+        "--job-name=my run",
     ):  # fmt: skip
         assert option in options, option
     assert "module load cuda/12.4 gcc more" in script and "\nulimit -l unlimited\nexport X=1\n" in script
@@ -125,7 +127,8 @@ def test_what_the_shell_makes_of_the_words(slurm, tmp_path):
     """Run with its commands replaced, the script hands the training exactly what was given."""
     _, script, _ = slurm(*VARIANTS["quotes"])
     words = script[script.rindex("-m pretrain train") :].splitlines()[0]
-    shown = subprocess.run(["bash", "-c", f"printf '%s\\n' {words}"], capture_output=True, text=True, check=True).stdout.splitlines()
+    line = ["bash", "-c", f"printf '%s\\n' {words}"]
+    shown = subprocess.run(line, capture_output=True, text=True, check=True).stdout.splitlines()
     assert shown[-1] == "data.cache=/tmp/it's $HOME `x` \"y\"" and shown[shown.index("--run-dir") + 1] == str(tmp_path / "my run")
     assert "--job-name=a 'b' \"c\" %j" in options_of(script)
 
@@ -157,7 +160,7 @@ def test_array_and_chain_scripts_are_sound(launch, config, profile, tmp_path):
     assert code == 0, err
     prepare, train, evaluate, export = check_scripts(out, tmp_path)
     assert "data_prep verify 'a b'" in prepare and "--partition=cpu" in options_of(prepare)
-    assert "--nodes=2" in options_of(train) and "--nodes=1" in options_of(evaluate) and "--gpus-per-node=1" in options_of(evaluate)
+    assert "--nodes=2" in options_of(train) and {"--nodes=1", "--gpus-per-node=1"} <= set(options_of(evaluate))
     assert f"--run-dir {tmp_path}/run --output {tmp_path}/hf" in export and "--partition=cpu" in options_of(export)
 
 
@@ -165,7 +168,7 @@ MISTAKES = [
     (("--time", "5x"), "error: --time: '5x' is not a time limit; give MINUTES"),
     (("--memory", "lots"), "error: --memory: 'lots' is not a memory size"),
     (("--nodes", 0), "error: --nodes 0: is below 1"),
-    (("--gpus-per-node", 3), "train.global_batch: 16 is not a multiple of train.micro_batch x data-parallel ranks = 1 x 6; set it to 18"),
+    (("--gpus-per-node", 3), "16 is not a multiple of train.micro_batch x data-parallel ranks = 1 x 6; set it to 18"),
     (("--set", "parallel.pipeline=2", "--nodes", 3, "--set", "train.global_batch=12"), "does not divide; 4 ranks would do"),
     (("--launcher", "mpi"), "launcher: 'mpi' is not one of torchrun, srun"),
     (("--signal-lead", 600, "--time", 10), "error: --signal-lead 600: is not below the time limit of 600 s"),
