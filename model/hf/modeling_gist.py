@@ -119,7 +119,8 @@ class GistForCausalLM:
         Args:
             input_ids: [B, n] raw tokens that follow those in ``past_key_values``.
             attention_mask: [B, n] or [B, cached + n], 0 at padding, on either side; gists never see it.
-            position_ids: ignored: positions are those of the raw tokens without padding.
+            position_ids: positions are those of the raw tokens without padding. Where these begin again from 0 in a row of a
+                first call, a document of its own begins, as in packed training data; nothing can be read after such rows.
             past_key_values: what a former call returned; its sequences go on.
             labels: [B, n]; the loss is that of training: next raw token at raw tokens, none for padding.
             logits_to_keep: as in the stock classes.
@@ -148,12 +149,16 @@ class GistForCausalLM:
             raise ValueError("output_attentions: gist attention keeps no weights; load with attn_implementation='eager' for them")
         real = _real_tokens(input_ids, attention_mask)
         cache = self._gist_cache(past_key_values, input_ids)
-        parts, ids, columns = self._read(cache, input_ids, real, gist_query_start, gist_grow)
+        first = _first_tokens(real, None if cache.length else position_ids)
+        packed = bool((first.sum(1) > 1).any())
+        if packed and gist_query_start is not None:
+            raise ValueError("gist_query_start: position_ids say that rows hold several documents; give one document a row")
+        parts, ids, columns = self._read(cache, input_ids, real, first, gist_query_start, gist_grow)
         return_dict = kwargs.pop("return_dict", None)
         num_items = {k: kwargs.pop(k) for k in ("num_items_in_batch",) if k in kwargs}
         for name in ("cache_position", "past_key_value"):
             kwargs.pop(name, None)
-        use_cache = self.config.use_cache if use_cache is None else use_cache
+        use_cache = not packed and (self.config.use_cache if use_cache is None else use_cache)
         outputs = self.model(
             input_ids=torch.tensor([ids], device=input_ids.device),
             position_ids=torch.cat([sight.position for _, sight in parts])[None],
@@ -167,7 +172,7 @@ class GistForCausalLM:
         logits = self.lm_head(hidden[:, kept])
         loss = None
         if labels is not None:
-            labels = _targets(labels, real)
+            labels = labels.masked_fill((~real | first).to(labels.device), IGNORED)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **num_items)
         states = getattr(outputs, "hidden_states", None)
         result = CausalLMOutputWithPast(
@@ -191,33 +196,38 @@ class GistForCausalLM:
         settings = GistSettings.of(self.config)
         return GistCache([GistSequence(settings, input_ids.device) for _ in input_ids])
 
-    def _read(self, cache: GistCache, input_ids: Tensor, real: Tensor, query_start, grow: bool | None):
-        """Enter the new raw tokens into the sequences of the cache.
+    def _read(self, cache: GistCache, input_ids: Tensor, real: Tensor, first: Tensor, query_start, grow: bool | None):
+        """Enter the new raw tokens into the sequences of the cache; documents after the first of a row get their own.
 
         Returns:
             (sequence, sight) of all that read something; the interleaved ids of all of them, side by side; where in these
             the new raw tokens are, sequence by sequence, [tokens] int64.
         """
+        starts = [None]
         if query_start is not None:
-            query_start = torch.as_tensor(query_start).reshape(-1).tolist()
-            if len(query_start) not in (1, len(input_ids)) or min(query_start) < 0:
+            starts = torch.as_tensor(query_start).reshape(-1).tolist()
+            if len(starts) not in (1, len(input_ids)) or min(starts) < 0:
                 raise ValueError(
-                    f"gist_query_start: {query_start} for {len(input_ids)} sequences; give one number or one each, not below 0"
+                    f"gist_query_start: {starts} for {len(input_ids)} sequences; give one number or one each, not below 0"
                 )
-        starts = [None] if query_start is None else query_start
         parts, ids, columns = [], [], []
         for i, sequence in enumerate(cache.sequences):
-            tokens = input_ids[i][real[i]].tolist()
-            if tokens and not 0 <= min(tokens) <= max(tokens) < self.config.vocab_size:
-                raise ValueError(f"input_ids: sequence {i} has an id outside the vocabulary of {self.config.vocab_size}")
-            feed = sequence.read(tokens, starts[i if len(starts) > 1 else 0], grow)
-            if not feed.ids:
-                continue
-            parts.append((sequence, sequence.append(feed)))
-            # Tokens that are read again stand before the new ones, which are the last raw ones.
-            places = [len(ids) + place for place, level in enumerate(feed.level) if level < 0]
-            columns += places[len(places) - len(tokens) :]
-            ids += feed.ids
+            row = input_ids[i][real[i]]
+            borders = first[i][real[i]].nonzero()[1:, 0].tolist()
+            for number, document in enumerate(row.tensor_split(borders)):
+                tokens = document.tolist()
+                if tokens and not 0 <= min(tokens) <= max(tokens) < self.config.vocab_size:
+                    raise ValueError(f"input_ids: row {i} has an id outside the vocabulary of {self.config.vocab_size}")
+                if number:
+                    sequence = GistSequence(sequence.settings, sequence.device)
+                feed = sequence.read(tokens, starts[i if len(starts) > 1 else 0], grow)
+                if not feed.ids:
+                    continue
+                parts.append((sequence, sequence.append(feed)))
+                # Tokens that are read again stand before the new ones, which are the last raw ones.
+                places = [len(ids) + place for place, level in enumerate(feed.level) if level < 0]
+                columns += places[len(places) - len(tokens) :]
+                ids += feed.ids
         if not ids:
             raise ValueError("input_ids: no token; attention_mask hides all of them")
         cache.length += input_ids.shape[1]
@@ -252,10 +262,17 @@ def _spread(rows: Tensor, columns: Tensor, real: Tensor) -> Tensor:
     return out.flatten(0, 1).index_copy(0, places, rows.index_select(0, columns.to(rows.device))).view_as(out)
 
 
-def _targets(labels: Tensor, real: Tensor) -> Tensor:
-    """[B, n]: no target at padding, nor for a sequence's first token, which only padding stands before."""
+def _first_tokens(real: Tensor, position_ids: Tensor | None) -> Tensor:
+    """[B, n] bool, where a document begins: each row's first token, and others whose position is 0. They are no targets."""
     first = real & (real.cumsum(1) == 1)
-    return labels.masked_fill((~real | first).to(labels.device), IGNORED)
+    if position_ids is None:
+        return first
+    positions = position_ids.expand_as(real).to(real.device)
+    before = torch.where(first, -1, positions.roll(1, 1))
+    counts_up = (positions == 0) | (positions == before + 1)
+    if not bool((counts_up | ~real).all()) or bool((first & (positions != 0)).any()):
+        raise ValueError("position_ids: must count up from 0 within each document; gist attention knows no others")
+    return first | (real & (positions == 0))
 
 
 class GistLlamaForCausalLM(GistForCausalLM, LlamaForCausalLM):

@@ -91,8 +91,8 @@ def test_text_that_grows_token_by_token(starts, grow):
     """Chunks whose end is only known later are read again; gists are where training puts them."""
     gist = GistConfig((5, 3), recall="suffix", topk=2)
     reading = Reading(gist, starts=starts)
-    tokens = text(90, 4)
-    for first, last in ((0, 23), *((i, i + 1) for i in range(23, 90))):
+    tokens = text(70, 4)
+    for first, last in ((0, 23), *((i, i + 1) for i in range(23, 70))):
         theirs, ours = reading.read(tokens[first:last], None if grow is None else 12, grow)
         assert (theirs - ours).abs().max() < 1e-10
     if grow is None:
@@ -248,6 +248,24 @@ def test_a_window_or_dropout_is_refused(model):
     for kwargs, message in (({"sliding_window": 8}, "sliding_window: 8"), ({"dropout": 0.1}, "attention_dropout: 0.1")):
         with pytest.raises(ValueError, match=message):
             gist_attention_forward(None, x, x, x, None, gist_pass=object(), **kwargs)
+
+
+def test_packed_documents_are_those_of_a_batch(model):
+    """Positions that begin again, as data collators without padding write them: same logits, same loss, nothing across."""
+    documents = [text(40, 1), text(3, 2), text(57, 3)]
+    ids = torch.tensor([sum(documents, [])])
+    positions = torch.cat([torch.arange(len(d)) for d in documents])[None]
+    packed = model(ids, position_ids=positions, labels=ids)
+    alone = [model(torch.tensor([d]), labels=torch.tensor([d])) for d in documents]
+    assert packed.past_key_values is None
+    assert torch.allclose(packed.logits[0], torch.cat([a.logits[0] for a in alone]), rtol=0, atol=1e-5)
+    targets = [len(d) - 1 for d in documents]
+    mean = sum(a.loss * n for a, n in zip(alone, targets)) / sum(targets)
+    assert abs(packed.loss - mean) < 1e-5
+    with pytest.raises(ValueError, match="rows hold several documents"):
+        model(ids, position_ids=positions, gist_query_start=3)
+    with pytest.raises(ValueError, match="position_ids: must count up from 0"):
+        model(ids, position_ids=positions + 1)
 
 
 def test_hidden_states_and_kept_logits_are_those_of_raw_tokens(model):
