@@ -15,6 +15,7 @@ import deepspeed
 import torch
 import yaml
 
+from model.config import ModelConfig
 from pretrain.checkpoint import (
     Manifest,
     agree_on_newest,
@@ -148,27 +149,41 @@ def merged_quarantine(manifest: Manifest, quarantine: Quarantine) -> Quarantine:
     return Quarantine([*theirs, *(r for r in quarantine.rollbacks if r not in theirs)])
 
 
-def warm_start(path: Path, tokenizer: TokenizerInfo, engine: deepspeed.DeepSpeedEngine, parallel: Parallel) -> Path:
-    """Begin with the weights of the run or checkpoint directory ``path``; returns the checkpoint's. A collective.
+# Settings of a model that no tensor's shape tells; weights trained with one value are worthless with another.
+STRUCTURE = ("heads", "kv_heads", "head_dim", "nope_layers", "norm_eps")
+ROTARY = ("rope_theta", "rope_scaling")  # may be changed on purpose, for longer sequences
+
+
+def warm_start(
+    path: Path, tokenizer: TokenizerInfo, model: ModelConfig, engine: deepspeed.DeepSpeedEngine, parallel: Parallel
+) -> tuple[Path, str]:
+    """Begin with the weights of the run or checkpoint directory ``path``. A collective.
+
+    Returns the checkpoint's path, and what of the model differs from it, '' when nothing does.
 
     Raises:
         UserError: there is no whole checkpoint, or it is of another tokenizer or another model.
     """
-    source, error = from_main(parallel, lambda: _warm_start_source(path, tokenizer))
+    source, error, note = from_main(parallel, lambda: _warm_start_source(path, tokenizer, model))
     if error:
         raise UserError(f"train.init_from: {error}")
     load_state(engine, parallel, TensorDirectory(source), weights_only=True)
-    return source
+    return source, note
 
 
-def _warm_start_source(path: Path, tokenizer: TokenizerInfo) -> tuple[Path, str]:
+def _warm_start_source(path: Path, tokenizer: TokenizerInfo, model: ModelConfig) -> tuple[Path, str, str]:
     try:
         if (path / "checkpoints").is_dir():
             source, manifest = find_checkpoint(path, None, lambda text: None)
         else:
             source, manifest = path, read_manifest(path)
+        theirs = parse_config(manifest.config, f"{source}/manifest.json").model
     except UserError as error:
-        return path, f"{path} is no whole checkpoint and holds none ({error})"
+        return path, f"{path} is no whole checkpoint and holds none ({error})", ""
     if manifest.tokenizer_hash != tokenizer.hash:
-        return source, f"{path} was trained with another tokenizer, whose ids mean other tokens"
-    return source, ""
+        return source, f"{path} was trained with another tokenizer, whose ids mean other tokens", ""
+    pairs = lambda names: ((name, getattr(theirs, name), getattr(model, name)) for name in names)
+    differing = lambda names: "; ".join(f"model.{n}: {a} there, {b} given" for n, a, b in pairs(names) if a != b)
+    if wrong := differing(STRUCTURE):
+        return source, f"{path} is of another model ({wrong}); take its settings", ""
+    return source, "", differing(ROTARY)

@@ -156,8 +156,9 @@ class _Run:
             self.say(f"resumed at step {done}")
             return done
         if self.config.train.init_from:
-            source = warm_start(Path(self.config.train.init_from), self.inputs.tokenizer, self.engine, self.parallel)
-            self.say(f"weights from {source}")
+            path, model = Path(self.config.train.init_from), self.config.model
+            source, note = warm_start(path, self.inputs.tokenizer, model, self.engine, self.parallel)
+            self.say(f"weights from {source}{f', with other rotary positions: {note}' if note else ''}")
         return 0
 
     def _resume(self) -> int | None:

@@ -141,6 +141,11 @@ def test_warm_start(config, source, tmp_path):
         assert done.returncode == 1 and f"error: train.init_from: {place} {message}" in done.stderr
     done = run(*command(config, tmp_path / "worse", 1, start, "model.ffn_size=128"), check=False)
     assert done.returncode == 1 and "this model needs [128, 64]" in done.stderr and "Traceback" not in done.stderr
+    shape = ("model.heads=2", "model.kv_heads=2", "model.head_dim=32")
+    done = run(*command(config, tmp_path / "other", 1, start, *shape), check=False)
+    assert done.returncode == 1 and "is of another model (model.heads: 4 there, 2 given; " in done.stderr
+    longer = run(*command(config, tmp_path / "longer", 1, start, "train.steps=1", "model.rope_theta=5e5"))
+    assert "with other rotary positions: model.rope_theta: 10000.0 there, 500000.0 given" in longer.stderr
 
 
 def test_allowed_changes(config, source, tmp_path):
