@@ -46,6 +46,9 @@ class BlockLists:
         first: [L, lists + 1] int64; the lists of segment 0 come first, those of segment L - 1 (level 0) last.
         row: [items] int32, rows of the level-sorted buffer of the block's sample.
         bits: [items] int32, bit j for query j of the block.
+        place: [items] int32, where the chunks of a list lie side by side, a level-0 gist and the raw tokens behind it each: the
+            first place of every level-0 item. Means nothing for items above.
+        places: [lists] int32, places of a list.
         kv_heads: Hkv.
     """
 
@@ -53,6 +56,8 @@ class BlockLists:
     first: Tensor
     row: Tensor
     bits: Tensor
+    place: Tensor
+    places: Tensor
     kv_heads: int
 
     def owners(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,7 +103,21 @@ def block_lists(tree: GistTree, selection: Selection, size: int) -> BlockLists:
         row.append((key % rows).int())
         edges = torch.arange(lists + 1, device=key.device) * rows
         firsts.append(torch.searchsorted(key, edges) + sum(len(r) for r in row[:-1]))
-    return BlockLists(blocks, torch.stack(firsts), torch.cat(row), torch.cat(bits), selection.kv_heads)
+    place, places = _chunk_places(tree, blocks, firsts[-1], torch.cat(row), selection.kv_heads)
+    return BlockLists(blocks, torch.stack(firsts), torch.cat(row), torch.cat(bits), place, places, selection.kv_heads)
+
+
+def _chunk_places(tree: GistTree, blocks: QueryBlocks, first: Tensor, row: Tensor, kv_heads: int) -> tuple[Tensor, Tensor]:
+    """``place`` and ``places`` of :class:`BlockLists`; first: [lists + 1] of level 0, whose items are the last of ``row``."""
+    counts = first.diff()
+    gists = row[len(row) - int(counts.sum()) :]
+    at = blocks.table[expand(counts)[0] // kv_heads, 2].long() * tree.others.tokens + gists
+    width = 1 + tree.child_hi.flatten()[at] - tree.child_lo.flatten()[at]
+    after = torch.nn.functional.pad(width.cumsum(0), (1, 0))
+    edges = after[first - first[0]]
+    place = torch.zeros_like(row)
+    place[len(row) - len(gists) :] = (after[:-1] - edges[:-1].repeat_interleave(counts)).int()
+    return place, edges.diff().int()
 
 
 def selection_of(tree: GistTree, lists: BlockLists) -> Selection:

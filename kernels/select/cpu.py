@@ -1,4 +1,4 @@
-"""Selection on CPU: blocks of neighbouring queries score all gists that any of them could take, level by level.
+"""Selection in plain tensor operations, on any device: blocks of neighbouring queries score all gists that any could take.
 
 The scores of a block are dense over the gists of its documents (T / c0 of them, not T): one matrix product is cheaper on
 CPU than a gather of each query's candidates. What is no candidate is masked before the best are taken.
@@ -21,8 +21,8 @@ def select_gists_cpu(q: Tensor, k: Tensor, tree: GistTree, rule: SelectRule, sca
     """As :func:`kernels.select.reference.select_gists_reference`, vectorised; memory linear in T."""
     kv_heads = k.shape[2]
     wide = torch.promote_types(q.dtype, torch.float32)
-    rows = [[torch.zeros(0, dtype=torch.int32)] for _ in range(tree.levels)]
-    counts = [[torch.zeros(1, dtype=torch.int64)] for _ in range(tree.levels)]
+    rows = [[torch.zeros(0, dtype=torch.int32, device=q.device)] for _ in range(tree.levels)]
+    counts = [[torch.zeros(1, dtype=torch.int64, device=q.device)] for _ in range(tree.levels)]
     for sample, blocks in enumerate(tree.plan(BLOCK)):
         if not blocks:
             continue
@@ -57,7 +57,7 @@ def _select_block(
         scores = scores.view(kv_heads, group, queries, last - first)
         if rule.share == "group":
             scores = scores.sum(1, keepdim=True)
-        row = torch.arange(first, last, dtype=torch.int32)
+        row = torch.arange(first, last, dtype=torch.int32, device=q.device)
         lo, hi = tree.lo[s, at, None], tree.hi[s, at, None]
         candidates = (row >= tree.tail[s, at, None]) & (row < hi)  # [queries, W]
         if parents is not None and last > first:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 
 import torch
@@ -12,7 +14,17 @@ from kernels.select.reference import select_gists_reference
 from kernels.select.selection import Selection, SelectRule
 from kernels.tree import GistTree
 
-BACKENDS = {"reference": select_gists_reference, "cpu": select_gists_cpu}
+_log = logging.getLogger(__name__)
+
+
+def _select_triton(*arguments) -> Selection:
+    """Triton is imported only where it is used: a CPU run does not need it."""
+    from kernels.select.triton import select_gists_triton
+
+    return select_gists_triton(*arguments)
+
+
+BACKENDS = {"reference": select_gists_reference, "cpu": select_gists_cpu, "triton": _select_triton}
 
 
 @torch.no_grad()
@@ -27,7 +39,8 @@ def select_gists(
         tree: the hierarchy of the same B samples and T tokens, and its N queries.
         rule: budget and sharing.
         scale: factor on the scores, of importance to top-p only; 1 / sqrt(D) when None.
-        backend: 'reference' | 'cpu', or None for the best one on q's device.
+        backend: 'reference' | 'cpu' | 'triton', or None: on a GPU 'triton' where it serves the case, else 'cpu', whose tensor
+            operations run on any device.
 
     Returns:
         The selection, per query and KV head.
@@ -36,17 +49,35 @@ def select_gists(
         ValueError: a shape, dtype, device or backend that does not fit, naming the argument.
     """
     check_queries(q, k, tree)
-    backend = pick_backend(backend, BACKENDS, q)
+    if backend is None:
+        backend = default_backend(q, k, tree, rule)
+    check_backend(backend, BACKENDS)
     return BACKENDS[backend](q, k, tree, rule, 1 / math.sqrt(q.shape[-1]) if scale is None else scale)
 
 
-def pick_backend(backend: str | None, backends: dict, q: Tensor) -> str:
-    """The named backend, or the best one for q's device; ValueError if there is none of that name."""
-    if backend is None:
-        backend = "cpu" if q.device.type == "cpu" else "reference"
+def default_backend(q: Tensor, k: Tensor, tree: GistTree, rule: SelectRule) -> str:
+    """The backend for these arguments when none is named."""
+    if q.device.type == "cpu" or tree.queries == 0:
+        return "cpu"
+    from kernels.select.triton import why_not
+
+    return choice("select", "cpu", why_not(q, k, rule))
+
+
+@functools.cache
+def choice(operation: str, instead: str, reason: str | None) -> str:
+    """'triton', or ``instead`` where a reason stands against it; cached, so that each choice is logged once."""
+    if reason:
+        _log.info("%s: backend %r, since %s", operation, instead, reason)
+        return instead
+    _log.info("%s: backend 'triton'", operation)
+    return "triton"
+
+
+def check_backend(backend: str, backends: dict) -> None:
+    """ValueError if there is no backend of that name."""
     if backend not in backends:
         raise ValueError(f"backend: {backend!r} is not one of {', '.join(backends)}")
-    return backend
 
 
 def check_queries(q: Tensor, k: Tensor, tree: GistTree) -> None:

@@ -5,8 +5,8 @@ one KV head; row r is query ``r // G`` of the block. The keys of a block come in
 
 - *near*: the window and the sinks that the block's queries span, seen by range;
 - *upper*: selected gists above level 0, one key each, seen by bit;
-- *chunks*: selected level-0 gists, each followed by the raw tokens behind it, laid side by side; seen by bit, but for the raw tokens
-  of a chunk that lies in a query's window: those count there (a chunk lies in a window entirely or not at all).
+- *chunks*: selected level-0 gists, each followed by the raw tokens behind it, laid side by side; seen by bit, but for the raw
+  tokens of a chunk that lies in a query's window: those count there (a chunk lies in a window entirely or not at all).
 
 The lists behind the last two are kernels.select.blocks.BlockLists, loop bounds come from them and nowhere else.
 """
@@ -47,7 +47,7 @@ def near_spans(p_lo, p_hi, o_query, m_row, queries, L: tl.constexpr):
 
 @triton.jit
 def near_tile(i, b_lo, b_hi, b_slo, b_shi, i_window, window, i_sinks, sinks, BN: tl.constexpr):
-    """Keys of the places i .. i + BN of window and sinks side by side, -1 behind their end, and bool [rows, keys] who sees them."""
+    """Keys of the places i .. i + BN of window and sinks side by side, -1 behind their end; bool [rows, keys], who sees them."""
     o_place = i + tl.arange(0, BN)
     o_key = tl.where(o_place < window, i_window + o_place, i_sinks + o_place - window)
     o_key = tl.where(o_place < window + sinks, o_key, -1)

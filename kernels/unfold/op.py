@@ -10,11 +10,11 @@ from torch import Tensor
 
 from kernels.compressed import compressed_attention
 from kernels.select import Selection, SelectRule, select_gists
-from kernels.select.op import check_queries, pick_backend
+from kernels.select.blocks import BlockLists, count_bits
+from kernels.select.op import check_backend, check_queries, choice, default_backend
 from kernels.tree import GistTree
 from kernels.unfold.cpu import unfold_attention_cpu
 from kernels.unfold.reference import unfold_attention_reference
-
 
 
 def _unfold_triton(*arguments) -> Tensor:
@@ -61,7 +61,8 @@ def unfold_attention(
         tree: the hierarchy of the same B samples and T tokens, and its N queries.
         selection: from :func:`kernels.select.select_gists` on the same tree and number of KV heads.
         scale: factor on the scores; 1 / sqrt(D) when None.
-        backend: 'reference' | 'cpu', or None for the best one on q's device.
+        backend: 'reference' | 'cpu' | 'triton', or None: 'cpu' on the CPU, on a GPU 'triton' where it serves the case, else
+            'reference' (slow).
 
     Returns:
         [N, H, D] in q's dtype.
@@ -77,8 +78,21 @@ def unfold_attention(
             f"selection: {len(selection.start[0]) - 1} lists for {selection.kv_heads} KV heads, expected one for each of "
             f"{tree.queries} queries and {k.shape[2]} KV heads; select with the same tree and keys"
         )
-    backend = pick_backend(backend, BACKENDS, q)
+    if backend is None:
+        backend = _default_backend(q, k, tree)
+    check_backend(backend, BACKENDS)
     return BACKENDS[backend](q, k, v, tree, selection, 1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+
+
+def _default_backend(q: Tensor, k: Tensor, tree: GistTree) -> str:
+    """The backend for these arguments when none is named."""
+    if q.device.type == "cpu":
+        return "cpu"
+    if tree.queries == 0:
+        return "reference"
+    from kernels.unfold.triton import why_not
+
+    return choice("unfold", "reference", why_not(q, k, tree))
 
 
 def recall_attention(
@@ -99,7 +113,7 @@ def recall_attention(
         tree: the hierarchy of the same B samples and T tokens, and which tokens recall.
         rule: budget and sharing of the selection.
         scale: factor on the scores; 1 / sqrt(D) when None.
-        backend: 'reference' | 'cpu' for all three steps, or None for the best one of each on q's device.
+        backend: 'reference' | 'cpu' | 'triton' for all three steps, or None for the best one of each on q's device.
 
     Returns:
         [B, T, H, D] in q's dtype, and what was read.
@@ -111,10 +125,30 @@ def recall_attention(
     if tree.queries == 0:
         return out, RecallStats(torch.zeros((), device=q.device), torch.zeros(tree.levels, device=q.device))
     recalling = q.flatten(0, 1).index_select(0, tree.tokens)  # [N, H, D]
-    selection = select_gists(recalling, k, tree, rule, scale=scale, backend=backend)
-    rows = unfold_attention(recalling, k, v, tree, selection, scale=scale, backend=backend)
-    out = out.flatten(0, 1).index_copy(0, tree.tokens, rows).view_as(q)
-    return out, recall_stats(tree, selection)
+    rows, stats = recall_queries(recalling, k, v, tree, rule, scale=scale, backend=backend)
+    return out.flatten(0, 1).index_copy(0, tree.tokens, rows).view_as(q), stats
+
+
+def recall_queries(
+    q: Tensor, k: Tensor, v: Tensor, tree: GistTree, rule: SelectRule, *, scale: float | None = None, backend: str | None = None
+) -> tuple[Tensor, RecallStats]:
+    """The two steps of recall for the recalling queries alone, at least one: arguments as for :func:`select_gists`.
+
+    Where both run in Triton, the second takes the lists of the first as they are, and no entry is ever sorted.
+
+    Returns:
+        [N, H, D] in q's dtype, and what was read.
+    """
+    check_queries(q, k, tree)
+    if backend is None and _default_backend(q, k, tree) == default_backend(q, k, tree, rule) == "triton":
+        backend = "triton"
+    if backend == "triton":
+        from kernels.unfold.triton import recall_queries_triton
+
+        out, lists = recall_queries_triton(q, k, v, tree, rule, 1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+        return out, list_stats(tree, lists)
+    selection = select_gists(q, k, tree, rule, scale=scale, backend=backend)
+    return unfold_attention(q, k, v, tree, selection, scale=scale, backend=backend), recall_stats(tree, selection)
 
 
 def recall_stats(tree: GistTree, selection: Selection) -> RecallStats:
@@ -130,3 +164,24 @@ def recall_stats(tree: GistTree, selection: Selection) -> RecallStats:
     unfolded = ((last - first) * (last <= tree.lo[tree.levels, query])).sum() / lists
     selected = torch.tensor([len(rows) / lists for rows in reversed(selection.rows)], device=device)
     return RecallStats(unfolded.float(), selected)
+
+
+def list_stats(tree: GistTree, lists: BlockLists) -> RecallStats:
+    """The same from lists of blocks, without a list per query."""
+    owners = tree.queries * lists.kv_heads
+    count = count_bits(lists.bits)
+    ends = lists.first[:, [0, -1]].tolist()
+    selected = torch.stack([count[first:last].sum() for first, last in reversed(ends)]).float() / owners
+    chunks = slice(*ends[-1])
+    about = lists.blocks.table[lists.owners()[1][chunks]].long()  # first query, last + 1, sample
+    at = about[:, 2] * tree.others.tokens + lists.row[chunks]
+    child_lo, child_hi = tree.child_lo.flatten()[at], tree.child_hi.flatten()[at]
+    window = tree.lo[tree.levels]
+    # The first query's window begins first: only what ends behind that may lie in some query's window.
+    near = (child_hi > window[about[:, 0]]).nonzero()[:, 0]
+    bit = torch.arange(lists.blocks.size, device=near.device)
+    query = torch.minimum(about[near, :1] + bit, about[near, 1:2] - 1)
+    selects = (lists.bits[chunks][near, None] >> bit) & 1
+    within = (selects * (child_hi[near, None] > window[query])).sum(1)
+    count = count[chunks].index_add(0, near, -within)
+    return RecallStats(((child_hi - child_lo) * count).sum().float() / owners, selected)

@@ -1,9 +1,9 @@
 """What the Triton kernels of unfolding work through, by vectorised tensor operations.
 
-Per layer, since every layer selects for itself: where chunks lie side by side (:func:`chunk_places`), and for d_k and d_v the same
-lists turned round, from key groups to the blocks that visit them (:func:`group_visits`), by one stable sort: no atomics, the
-same order in every run. Per micro-batch: the keys of windows and sinks against the queries that see them
-(:func:`near_items`), in the tables of compressed attention.
+Per layer, since every layer selects for itself: for d_k and d_v the lists of a selection turned round, from groups of keys to
+the blocks that visit them (:func:`group_visits`), by one stable sort: no atomics, the same order in every run. Per
+micro-batch: the keys of windows and sinks against the queries that see them (:func:`near_items`), in the tables of
+compressed attention.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Visits:
     """Groups of keys and the blocks that visit them.
 
     Attributes:
-        parts: [n, 6] int32: sample, KV head, first key row, first visit, last + 1, slot of the partial sum or -1 (then the part is
-            all of its group). The longest come first.
+        parts: [n, 6] int32: sample, KV head, first key row, first visit, last + 1, slot of the partial sum or -1 (then the part
+            is all of its group). The longest come first.
         visits: [m, 3] int32: block, first item, last + 1.
         row, bits: the items in the order of the visits.
         sums: [k, 5] int32, groups with partial sums: sample, KV head, first key row, first slot, number of slots.
@@ -42,25 +42,6 @@ class Visits:
     bits: Tensor
     sums: Tensor
     slots: int
-
-
-def chunk_places(tree: GistTree, lists: BlockLists) -> tuple[Tensor, Tensor]:
-    """Where the chunks of every list lie side by side, a gist and the raw tokens behind it each.
-
-    Returns:
-        [items] int32, first place of every level-0 item within its list (0 for the items above); [lists] int32, places of a list.
-    """
-    first = lists.first[-1]
-    places = torch.zeros_like(lists.row)
-    begin = int(first[0]) if tree.levels > 1 else 0
-    counts = first.diff()
-    block = expand(counts)[0] // lists.kv_heads
-    row = lists.blocks.table[block, 2].long() * tree.others.tokens + lists.row[begin:]
-    width = 1 + tree.child_hi.flatten()[row] - tree.child_lo.flatten()[row]
-    after = torch.nn.functional.pad(width.cumsum(0), (1, 0))
-    edges = after[first - begin]
-    places[begin:] = (after[:-1] - edges[:-1].repeat_interleave(counts)).int()
-    return places, edges.diff().int()
 
 
 def longest_chunk(tree: GistTree) -> int:
@@ -106,8 +87,8 @@ def group_visits(tree: GistTree, lists: BlockLists, width: int, chunks: bool) ->
     slot = torch.where(split[index], first_slot[index] + part, -1)
     table = torch.cat([about[index], torch.stack([start, stop, slot], 1)], 1)
     table = table[torch.argsort(stop - start, descending=True, stable=True)]
-    as_int = lambda x: x.int().contiguous()
-    return Visits(as_int(table), as_int(visits), row[order].contiguous(), bits[order].contiguous(), as_int(sums), int(slots.sum()))
+    table, visits, sums = (x.int().contiguous() for x in (table, visits, sums))
+    return Visits(table, visits, row[order].contiguous(), bits[order].contiguous(), sums, int(slots.sum()))
 
 
 def near_items(tree: GistTree, tile_keys: int) -> tuple[Tensor, Tensor, KeyItems]:

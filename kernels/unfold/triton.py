@@ -16,11 +16,12 @@ from kernels.compressed import backward as ranges
 from kernels.compressed.plan import key_rows
 from kernels.compressed.tiles import HEAD_DIMS, Tile
 from kernels.compressed.triton import DTYPES, INTERPRETED, LOG2_E, SUM_ROWS, architecture, launch_options, on_device
+from kernels.select import triton as selecting
 from kernels.select.blocks import BlockLists, block_lists
-from kernels.select.selection import Selection
+from kernels.select.selection import Selection, SelectRule
 from kernels.tree import GistTree
 from kernels.unfold import backward, forward
-from kernels.unfold.plan import Visits, chunk_places, group_visits, longest_chunk, near_items
+from kernels.unfold.plan import Visits, group_visits, longest_chunk, near_items
 from kernels.unfold.tiles import LARGEST_TILE, LONGEST_CHUNK, UnfoldTiles, choose_unfold_tiles
 
 
@@ -45,6 +46,23 @@ def unfold_lists(
     """The same from the lists that selection on a GPU makes, of blocks as ``tiles`` has them."""
     tiles = (tiles or tiles_for(q)).fit(q.shape[1] // k.shape[2], longest_chunk(tree))
     return _UnfoldAttention.apply(q, k, v, tree, lists, scale, tiles)
+
+
+def recall_queries_triton(
+    q: Tensor, k: Tensor, v: Tensor, tree: GistTree, rule: SelectRule, scale: float
+) -> tuple[Tensor, BlockLists]:
+    """Select, then unfold: [N, H, D], and what was selected.
+
+    Raises:
+        ValueError: what :func:`why_not` says, here or for selection.
+    """
+    reason = why_not(q, k, tree) or selecting.why_not(q, k, rule)
+    if reason:
+        raise ValueError(reason)
+    tiles = tiles_for(q)
+    with torch.no_grad():
+        lists = selecting.select_lists(q, k, tree, rule, tiles.block(q.shape[1] // k.shape[2]))
+    return unfold_lists(q, k, v, tree, lists, scale, tiles), lists
 
 
 def why_not(q: Tensor, k: Tensor, tree: GistTree) -> str | None:
@@ -77,14 +95,14 @@ class _UnfoldAttention(torch.autograd.Function):
         out = torch.empty_like(q)
         shift = torch.empty(k.shape[1], q.shape[0] * (q.shape[1] // k.shape[1]), dtype=torch.float32, device=q.device)
         factor = torch.empty_like(shift) if q.dtype == torch.float32 else shift  # 16 bits need none
-        places = chunk_places(tree, lists)
         with on_device(q):
             forward.unfold_kernel[len(lists.blocks.table), k.shape[1]](
-                q, k, v, out, shift, factor, tree.lo, tree.hi, lists.blocks.table, lists.first, lists.row, lists.bits, *places,
-                tree.child_lo, scale * LOG2_E, *_lengths(tree), **_sizes(q, k, tree), **launch_options(tiles.forward),
+                q, k, v, out, shift, factor, tree.lo, tree.hi, lists.blocks.table, lists.first, lists.row, lists.bits,
+                lists.place, lists.places, tree.child_lo, scale * LOG2_E, *_lengths(tree),
+                **_sizes(q, k, tree), **launch_options(tiles.forward),
             )  # fmt: skip
         ctx.save_for_backward(q, k, v, out, shift, factor)
-        ctx.tree, ctx.lists, ctx.places, ctx.scale, ctx.tiles, ctx.shape = tree, lists, places, scale, tiles, shape
+        ctx.tree, ctx.lists, ctx.scale, ctx.tiles, ctx.shape = tree, lists, scale, tiles, shape
         return out
 
     @staticmethod
@@ -97,7 +115,7 @@ class _UnfoldAttention(torch.autograd.Function):
         with on_device(q):
             backward.unfold_d_query_kernel[len(lists.blocks.table), k.shape[1]](
                 q, k, v, out, d_out, shift, factor, mean, d_q, tree.lo, tree.hi, lists.blocks.table, lists.first, lists.row,
-                lists.bits, *ctx.places, tree.child_lo, scale * LOG2_E, scale, *_lengths(tree),
+                lists.bits, lists.place, lists.places, tree.child_lo, scale * LOG2_E, scale, *_lengths(tree),
                 **_sizes(q, k, tree), **launch_options(tiles.d_query),
             )  # fmt: skip
             rows = _d_near(q, k, v, d_out, shift, factor, mean, tree, scale, tiles.near)

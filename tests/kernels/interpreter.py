@@ -24,7 +24,7 @@ needs_runs = pytest.mark.skipif(not RUNS, reason="no GPU; a test runs it in a pr
 
 
 def run_in_interpreter(file: str, marks: str) -> None:
-    """The tests of a file with these marks, on CPU tensors. TRITON_INTERPRET is read when kernels are decorated, hence the process."""
+    """The tests of a file with these marks, on CPU tensors; TRITON_INTERPRET is read when kernels are made, hence a process."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", marks, "-p", "no:cacheprovider", file]
     environment = dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
     result = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -11,7 +11,7 @@ if importlib.util.find_spec("triton") is None:
 from kernels.compressed.tiles import Tile
 from kernels.select import SelectRule, select_gists
 from kernels.select.blocks import block_lists, count_bits, query_blocks, selection_of
-from kernels.unfold import plan, unfold_attention
+from kernels.unfold import plan, recall_attention, unfold_attention
 from kernels.unfold import triton as backend
 from kernels.unfold.reference import unfold_attention_reference, visible_tokens
 from kernels.unfold.tiles import TABLE, UnfoldTiles
@@ -224,3 +224,25 @@ def test_lists_of_blocks_hold_the_selection(name, size):
 @pytest.mark.parametrize("name", SOME)
 def test_all_dimensions_on_a_gpu(name, dim, dtype):
     check(name, 8, 2, dim, dtype)
+
+
+@needs_runs
+@pytest.mark.parametrize("share", ["head", "group"])
+def test_a_whole_layer(share):
+    """Selection's lists handed on as they are: output, gradients and what is reported, against the CPU path."""
+    layout, config, tree = make_recall("suffixes of packed documents")
+    rule = make_rule("adaptive, small ratio", config, share)
+    *qkv, d_out = random_qkv(layout, 4, 2, 64, torch.float32)
+    stats = {}
+
+    def layer(name, device):
+        def run(q, k, v):
+            out, stats[name] = recall_attention(q, k, v, tree.to(device), rule, backend=name)
+            return out
+
+        return [x.cpu() for x in gradients(run, [x.to(device) for x in qkv], d_out.to(device))]
+
+    for got, want in zip(layer("triton", DEVICE), layer("cpu", "cpu")):
+        torch.testing.assert_close(got, want, atol=2e-5, rtol=0)
+    torch.testing.assert_close(stats["triton"].unfolded.cpu(), stats["cpu"].unfolded)
+    torch.testing.assert_close(stats["triton"].selected.cpu(), stats["cpu"].selected)

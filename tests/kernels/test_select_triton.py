@@ -1,0 +1,130 @@
+"""Selection in Triton against the CPU path: on a GPU where there is one, else in Triton's interpreter, in its own process."""
+
+import importlib.util
+
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+from kernels.select import SelectRule, select_gists
+from kernels.select import triton as backend
+from tests.kernels.interpreter import DEVICE, RUNS, compute_like_a_gpu, needs_runs, run_in_interpreter
+from tests.kernels.recall_cases import CASES, SUFFIX_CASES, make_recall, make_rule, random_qkv, recalling
+
+ALL = [*CASES, *SUFFIX_CASES]
+# Few queries: a pass over the candidates takes the interpreter long. The others are `long`.
+SOME = ["suffixes of packed documents", "suffix without context"]
+BY_NUMBER = ["adaptive", "adaptive, small ratio", "fixed", "everything"]
+
+
+@pytest.fixture(autouse=True)
+def faithful_interpreter(monkeypatch):
+    if backend.INTERPRETED:
+        compute_like_a_gpu(monkeypatch)
+
+
+@pytest.mark.skipif(RUNS, reason="a GPU, or the interpreter: the tests run here directly")
+def test_in_the_interpreter():
+    run_in_interpreter(__file__, "not long")
+
+
+@pytest.mark.long
+@pytest.mark.skipif(RUNS, reason="a GPU, or the interpreter: the tests run here directly")
+def test_more_in_the_interpreter():
+    run_in_interpreter(__file__, "long")
+
+
+def case(name, heads, kv_heads, dim, dtype, whole=True):
+    """Tree, config, queries and keys; ``whole``: of small whole numbers, whose products every order of sums gives exactly."""
+    layout, config, tree = make_recall(name)
+    q, k, *_ = (x.detach() for x in random_qkv(layout, heads, kv_heads, dim, torch.float32))
+    if whole:
+        q, k = ((x * 8).round() for x in (q, k))
+    return tree.to(DEVICE), config, recalling(q, tree).to(DEVICE, dtype), k.to(DEVICE, dtype)
+
+
+def equal(got, want):
+    return all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(got.start + got.rows, want.start + want.rows))
+
+
+def on_cpu(q, k, tree, rule):
+    return select_gists(q.cpu(), k.cpu(), tree.to("cpu"), rule, backend="cpu")
+
+
+@needs_runs
+@pytest.mark.parametrize("share", ["head", "group"])
+@pytest.mark.parametrize("rule_name", BY_NUMBER)
+@pytest.mark.parametrize("name", [n if n in SOME else pytest.param(n, marks=pytest.mark.long) for n in ALL])
+def test_equals_the_cpu_path(name, rule_name, share):
+    tree, config, q, k = case(name, 4, 2, 64, torch.float32)
+    rule = make_rule(rule_name, config, share)
+    assert equal(select_gists(q, k, tree, rule, backend="triton"), on_cpu(q, k, tree, rule))
+
+
+@needs_runs
+@pytest.mark.parametrize(
+    "heads,kv_heads,dim,dtype", [(3, 3, 80, torch.float16), (7, 1, 128, torch.bfloat16), (40, 1, 64, torch.float32)]
+)
+def test_groups_dimensions_dtypes(heads, kv_heads, dim, dtype):
+    tree, config, q, k = case("suffix", heads, kv_heads, dim, dtype)
+    rule = make_rule("adaptive, small ratio", config, "head")
+    assert equal(select_gists(q, k, tree, rule, backend="triton"), on_cpu(q, k, tree, rule))
+
+
+@needs_runs
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_of_any_size(dtype):
+    """Real numbers, where another order of sums may swap gists that all but tie: each pair's scores differ by rounding alone."""
+    tree, config, q, k = case("suffixes of packed documents", 4, 2, 64, dtype, whole=False)
+    rule = make_rule("adaptive, small ratio", config, "head")
+    got, want = select_gists(q, k, tree, rule, backend="triton"), on_cpu(q, k, tree, rule)
+    if equal(got, want):
+        return
+    for s in range(tree.levels):
+        assert torch.equal(got.start[s].cpu(), want.start[s])
+        for n in range(tree.queries):
+            sample = int(tree.tokens[n]) // k.shape[1]
+            for h in range(2):
+                lists = [x.of(s, n, h).long().cpu() for x in (got, want)]
+                keys = [k[sample, tree.others.rows[sample].cpu()[rows], h].double().cpu() for rows in lists]
+                best = [(x @ q[n, 2 * h : 2 * h + 2].double().cpu().T).sort(0).values for x in keys]
+                torch.testing.assert_close(*best, atol=1e-4, rtol=0)
+
+
+@needs_runs
+@pytest.mark.parametrize("share", ["head", "group"])
+def test_ties(share):
+    """Few different scores, zeros of both signs among them: of equal ones the earlier gists, exactly as many as the budget."""
+    tree, config, q, k = case("suffix", 4, 2, 64, torch.float32)
+    k = k.sign() * (torch.arange(64, device=DEVICE) < 2)
+    q = q.sign()
+    for topk in (1, 3):
+        rule = SelectRule(1, 1, topk=topk, share=share)
+        assert equal(select_gists(q, k, tree, rule, backend="triton"), on_cpu(q, k, tree, rule))
+    same = torch.zeros_like(k)
+    assert equal(select_gists(-q, same, tree, rule, backend="triton"), on_cpu(q, same, tree, rule))
+
+
+@needs_runs
+def test_two_runs_are_bit_equal():
+    tree, config, q, k = case("suffix", 2, 1, 64, torch.bfloat16, whole=False)
+    rule = SelectRule(1, 1, topk=3)
+    assert equal(*(select_gists(q, k, tree, rule, backend="triton") for _ in range(2)))
+
+
+@needs_runs
+@pytest.mark.parametrize(
+    "heads,dim,dtype,rule,message",
+    [
+        (1, 72, torch.float32, dict(topk=1), "head dimension 72 is not one of"),
+        (1, 64, torch.float64, dict(topk=1), "float64; backend"),
+        (130, 64, torch.float32, dict(topk=1), "130 query heads per KV head"),
+        (1, 64, torch.float32, dict(top_p=0.5), "top_p: 0.5; backend 'triton' selects by number"),
+    ],
+)
+def test_what_the_kernels_do_not_serve_is_refused(heads, dim, dtype, rule, message):
+    tree, _, q, k = case("one level", heads, 1, dim, dtype)
+    with pytest.raises(ValueError, match=message):
+        select_gists(q, k, tree, SelectRule(1, 1, **rule), backend="triton")
