@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/requirements.installed
 DEMO_DIR ?= demo
 
-.PHONY: env test test-long lint demo bench clean
+.PHONY: env test test-long test-slurm lint demo bench clean
 env: $(STAMP)
 
 $(STAMP): requirements.txt
@@ -19,10 +19,14 @@ lint: env
 	$(BIN)/ruff check .
 
 test: env lint
-	$(BIN)/python -m pytest -m "not long" tests
+	$(BIN)/python -m pytest -m "not long and not slurm" tests
 
 test-long: env
 	$(BIN)/python -m pytest tests
+
+# On a SLURM cluster made for it on this machine (root); skipped, with the reason, where none can be had.
+test-slurm: env
+	$(BIN)/python -m pytest -rs -m "slurm and not long" tests/launch
 
 demo: env
 	BIN=$(BIN) DEMO_DIR=$(DEMO_DIR) bash launch/demo.sh

@@ -13,7 +13,7 @@ from pretrain.monitor import read_metrics
 from tests.conftest import ROOT
 
 SCRIPT = ROOT.parent / "shared" / "slurm-cluster"  # not part of the project: a cluster is a matter of the machine
-NODES = 4
+NODES = 9
 
 
 def why_not() -> str:
@@ -65,6 +65,7 @@ class Job:
 
     def __init__(self, cluster: Cluster, number: int, run_dir: Path):
         self.cluster, self.number, self.run_dir = cluster, number, run_dir
+        self.conf = cluster.environment["SLURM_CONF"]
 
     def show(self, field: str) -> str:
         """A field of ``scontrol show job``."""
@@ -84,7 +85,7 @@ class Job:
     def checkpoints(self) -> list[int]:
         return sorted(int(path.parent.name[5:]) for path in self.run_dir.glob("checkpoints/step-*/manifest.json"))
 
-    def wait_for(self, condition, what: str, seconds: float = 300) -> None:
+    def wait_for(self, condition, what: str, seconds: float = 600) -> None:
         """Wait until the condition holds."""
         deadline = time.monotonic() + seconds
         while not condition():
@@ -99,7 +100,7 @@ class Job:
         log = self.ranks_log(restart)
         return "raw tokens/s" in log
 
-    def end(self, seconds: float = 300) -> str:
+    def end(self, seconds: float = 600) -> str:
         """Wait for the end; returns SLURM's word for it."""
         deadline = time.monotonic() + seconds
         while (state := self.show("JobState")) in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED"):
