@@ -110,8 +110,8 @@ class PackedWindows(_Windows):
             if long.any():
                 raise UserError(
                     f"{setting}: {shard.prefix} has {int(long.sum())} documents of more than data.raw_tokens = {raw_tokens} "
-                    f"tokens (the longest {shard.lengths.max()}); raise it, or make the shard with --max-tokens {raw_tokens} and, to "
-                    "cut contexts, --truncate middle"
+                    f"tokens (the longest {shard.lengths.max()}); raise it, or make the shard with --max-tokens {raw_tokens} "
+                    "and, to cut contexts, --truncate middle"
                 )
         order = self._draw(PACKING).permutation(len(self._lengths))
         window = pack(self._lengths[order], raw_tokens, OPEN_WINDOWS)
