@@ -21,8 +21,8 @@ class DataConfig:
 
     train: tuple[str, ...] = option(
         (),
-        "shards to train on: prefixes (without .bin), globs or URLs; `PREFIX weight=0.7` gives each entry its share of the "
-        "samples, `PREFIX weight=0.7,12000:0.2` changes it from a sample on",
+        "shards to train on, of text or supervised: prefixes (without .bin), globs or URLs; `PREFIX weight=0.7` gives each entry "
+        "its share of the samples, `PREFIX weight=0.7,12000:0.2` changes it from a sample on",
     )
     valid: tuple[str, ...] = option((), "shard prefixes to validate on; none: no validation")
     tokenizer: str = option("", "tokenizer directory that the shards were made with")

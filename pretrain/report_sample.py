@@ -47,7 +47,7 @@ def read_sample(config: RunConfig) -> Sample:
     gist = config.gist if config.model.attention == "gist" else None
     length = _length(gist)
     try:
-        ids, lengths, tokenizer = _real_tokens(config, gist, length)
+        ids, lengths, contexts, tokenizer = _real_tokens(config, gist, length)
     except UserError as error:
         raw = length // 2  # with its gists, short of the picture's end
         ids = np.arange(1, length + 1)  # the number of the token stands for its text
@@ -56,9 +56,8 @@ def read_sample(config: RunConfig) -> Sample:
         return _lay_out(ids, [raw, length - raw], starts, gist, (0,) * (gist.levels if gist else 0), length, str, origin)
     encoder = tokenizer.tokenizer()
     origin = "The beginning of the run's first training sample."
-    return _lay_out(
-        ids, lengths, tokenizer.word_starts, gist, tokenizer.gist_ids, length, lambda i: _piece(encoder.id_to_token(i)), origin
-    )
+    text_of = lambda i: _piece(encoder.id_to_token(i))
+    return _lay_out(ids, lengths, tokenizer.word_starts, gist, tokenizer.gist_ids, length, text_of, origin, contexts)
 
 
 def _length(gist: GistConfig | None) -> int:
@@ -69,7 +68,7 @@ def _length(gist: GistConfig | None) -> int:
 
 
 def _real_tokens(config: RunConfig, gist: GistConfig | None, length: int):
-    """(ids, document lengths, tokenizer) of the first ``length`` raw tokens of sample 0. Raises UserError."""
+    """(ids, document lengths, contexts, tokenizer) of the first ``length`` raw tokens of sample 0. Raises UserError."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # megatron-core's advice on optional packages is not for readers of a report
         from pretrain.data import TokenSource
@@ -79,17 +78,20 @@ def _real_tokens(config: RunConfig, gist: GistConfig | None, length: int):
     try:
         source = TokenSource(config.data.train, config.data.raw_tokens, config.train.seed, tokenizer, "data.train")
         pieces = source.segments(0)
-        ids = source.read(pieces)[:length]
+        ids, spans = source.read(pieces)[:length], source.spans(pieces)
     except (OSError, ValueError, RuntimeError, IndexError) as error:
         raise UserError(f"data.train: {error}") from None
     lengths, left = [], len(ids)
     for piece in pieces:
         lengths.append(min(piece.length, left))
         left -= lengths[-1]
-    return ids, [n for n in lengths if n], tokenizer
+    shown = [(n, own[0] if own and own[0] < n else -1) for n, own in zip(lengths, spans) if n]
+    return ids, [n for n, _ in shown], [context for _, context in shown], tokenizer
 
 
-def _lay_out(ids, lengths, word_starts, gist: GistConfig | None, gist_ids, length: int, text_of, origin: str) -> Sample:
+def _lay_out(
+    ids, lengths, word_starts, gist: GistConfig | None, gist_ids, length: int, text_of, origin: str, contexts=None
+) -> Sample:
     """Put the gists in place and cut to ``length`` tokens; what a token sees never depends on what comes after it."""
     if gist is None:
         doc = np.repeat(np.arange(len(lengths)), lengths)[:length]
@@ -100,7 +102,7 @@ def _lay_out(ids, lengths, word_starts, gist: GistConfig | None, gist_ids, lengt
 
     from model.gist import build_layout, interleave
 
-    made = interleave(ids, lengths, word_starts, gist, gist_ids[: gist.levels])
+    made = interleave(ids, lengths, word_starts, gist, gist_ids[: gist.levels], contexts=contexts)
     level, doc, position = made.level[:length], made.doc[:length], made.position[:length]
     layout = build_layout(torch.from_numpy(level.copy())[None], torch.from_numpy(doc.copy())[None], gist)
     mask = layout.intervals.dense_mask()[0].numpy()

@@ -11,8 +11,10 @@ import torch
 from model.gist import GistConfig
 from model.pipeline import stage_inputs
 from model.transformer import IGNORED
+from pretrain.config import load_config
 from pretrain.data import BatchBuilder, TokenSource
 from pretrain.errors import UserError
+from pretrain.report_sample import read_sample
 from pretrain.shards import open_shards
 from pretrain.tokenizer import load_tokenizer
 from pretrain.windows import pack
@@ -192,3 +194,11 @@ def test_sources_that_cannot_be(tiny, shard, tokenizer):
         source(tokenizer, shard, tiny.train)
     with pytest.raises(UserError, match=r"s has \d+ documents of more than data.raw_tokens = 100 tokens \(the longest \d+\)"):
         source(tokenizer, shard, raw_tokens=100)
+
+
+def test_the_report_shows_a_sample_with_its_suffix(tiny, shard, tokenizer, tmp_path):
+    config = tiny.config(tmp_path / "c.yaml", data={"train": [str(shard)], "raw_tokens": R}, gist={"recall": "suffix"})
+    sample = read_sample(load_config(config))
+    assert "first training sample" in sample.origin
+    batch = BatchBuilder(source(tokenizer, shard, seed=1234), GistConfig((4, 2), recall="suffix"), tokenizer).build([0])
+    assert sample.level.tolist() == batch.layout.level[0, : len(sample.level)].tolist()
