@@ -48,7 +48,6 @@ def build_parser() -> argparse.ArgumentParser:
     local = commands.add_parser("local", help="train on this machine, on all its GPUs")
     _run_arguments(local)
     local.add_argument("--ranks", type=int, metavar="N", help="ranks (default: one per GPU, or one)")
-    local.add_argument("--save-seconds", type=int, default=600, metavar="S", help="for a save after a signal (default: 600)")
     _dry_run(local)
 
     slurm = commands.add_parser("slurm", help="submit training to SLURM", epilog=SLURM_TEXT)

@@ -11,14 +11,13 @@ import sys
 from pathlib import Path
 
 from launch.fit import check_data, check_ranks, check_resume
+from launch.forward import run_torchrun
 from launch.profile import Profile, read_profile
 from launch.scripts import python_of, safe_name, training_script
 from launch.submit import Job, refuse_second_job, submit, write_new
 from launch.values import one_line
 from pretrain.config import RunConfig, load_config
 from pretrain.errors import UserError
-
-SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 
 
 def checked_config(args: argparse.Namespace, profile: Profile) -> RunConfig:
@@ -113,7 +112,7 @@ def visible_gpus() -> int:
 
 
 def run_local(args: argparse.Namespace) -> int:
-    """``launch local``: becomes the launcher, so that signals reach it as they would in its place."""
+    """``launch local``: one rank in this process' place, or torchrun."""
     config = load_config(args.config, args.overrides)
     gpus = visible_gpus()
     ranks = args.ranks if args.ranks is not None else (gpus if gpus and installed_torch_has_cuda() else 1)
@@ -126,8 +125,8 @@ def run_local(args: argparse.Namespace) -> int:
     check_data(config)
     command = [sys.executable, "-m"]
     if ranks > 1:
-        command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "--signals-to-handle", SIGNALS,
-                    "--shutdown-timeout", str(args.save_seconds), "-m"]  # fmt: skip
+        command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        command += ["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", "--shutdown-timeout", "10", "-m"]
     command += ["pretrain", "train", "--config", str(args.config), "--run-dir", str(args.run_dir)]
     command += [part for item in args.overrides for part in ("--set", item)]
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // ranks))
@@ -135,4 +134,7 @@ def run_local(args: argparse.Namespace) -> int:
         print(f"OMP_NUM_THREADS={threads} {shlex.join(command)}")
         return 0
     sys.stdout.flush()
-    os.execve(command[0], command, {**os.environ, "OMP_NUM_THREADS": threads})
+    environment = {**os.environ, "OMP_NUM_THREADS": threads}
+    if ranks > 1:
+        return run_torchrun(command, environment)
+    os.execve(command[0], command, environment)
