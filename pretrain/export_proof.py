@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import hashlib
 import warnings
@@ -49,16 +50,15 @@ def prove(run: FoundRun, directory: Path, dtype: torch.dtype) -> dict:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         theirs = {"dense": _their_logits(directory, probe[:PROBE_TOKENS])}
-        if "gist" in ours:
-            theirs["gist"] = _their_gist_logits(directory, probe)
+        if rules := sorted(ours.keys() - {"dense"}):
+            theirs |= _their_gist_logits(directory, probe, rules)
     proof: dict = {"tolerance": TOLERANCE, "probe_tokens": PROBE_TOKENS}
     proof["largest_logit_difference"] = _compare("", ours["dense"], theirs["dense"], directory)
-    if "gist" in ours:
-        parts = {"prefill": slice(PROBE_TOKENS), "decoded": slice(PROBE_TOKENS, None)}
-        proof["gist"] = {"context_tokens": CONTEXT_TOKENS, "decoded_tokens": DECODED_TOKENS} | {
-            f"largest_logit_difference_{part}": _compare(f"with gists ({part}) ", ours["gist"][at], theirs["gist"][at], directory)
-            for part, at in parts.items()
-        }
+    if rules:
+        proof["gist"] = {"context_tokens": CONTEXT_TOKENS, "decoded_tokens": DECODED_TOKENS, "recall": rules}
+        for part, at in {"prefill": slice(PROBE_TOKENS), "decoded": slice(PROBE_TOKENS, None)}.items():
+            compare = lambda rule: _compare(f"with gists ({part}), recall {rule}, ", ours[rule][at], theirs[rule][at], directory)  # noqa: B023
+            proof["gist"][f"largest_logit_difference_{part}"] = max(map(compare, rules))
     import transformers
 
     return proof | {
@@ -86,7 +86,8 @@ def _compare(what: str, ours: Tensor, theirs: Tensor, directory: Path) -> float:
 
 @torch.no_grad()
 def _our_logits(run: FoundRun, dtype: torch.dtype, probe: Tensor) -> dict[str, Tensor]:
-    """[tokens, vocab] fp32 logits by what training computes with, on the weights as they were written."""
+    """[tokens, vocab] fp32 logits by what training computes with, on the weights as they were written: dense, and with
+    gists by who recalls."""
     model = load_model(run)
     for parameter in model.parameters():
         parameter.copy_(parameter.to(dtype))
@@ -96,7 +97,10 @@ def _our_logits(run: FoundRun, dtype: torch.dtype, probe: Tensor) -> dict[str, T
     hidden = model.run_layers(ids, layout.position, MicroBatchAttention("dense", layout))
     logits = {"dense": model.head_logits(hidden)[:, 0].cpu()}
     if run.config.model.attention == "gist":
-        logits["gist"] = _our_gist_logits(model, run.config.gist, run.tokenizer, probe.tolist()).cpu()
+        gist = run.config.gist
+        for rule in {"none", "suffix", gist.recall}:  # forgetting and recall, whichever was trained: users may set the other
+            changed = dataclasses.replace(gist, recall=rule)
+            logits[rule] = _our_gist_logits(model, changed, run.tokenizer, probe.tolist()).cpu()
     return logits
 
 
@@ -135,15 +139,18 @@ def _their_logits(directory: Path, probe: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _their_gist_logits(directory: Path, probe: Tensor) -> Tensor:
-    """The first tokens at once, the others one by one through the cache."""
-    model = _load(directory, trust_remote_code=True, attn_implementation="gist")
-    out = model(probe[None, :PROBE_TOKENS], gist_query_start=CONTEXT_TOKENS, use_cache=True)
-    logits = [out.logits[0]]
-    for token in probe[PROBE_TOKENS:]:
-        out = model(token[None, None], past_key_values=out.past_key_values, use_cache=True)
-        logits.append(out.logits[0])
-    return torch.cat(logits)
+def _their_gist_logits(directory: Path, probe: Tensor, rules: Sequence[str]) -> dict[str, Tensor]:
+    """By who recalls; the first tokens at once, the others one by one through the cache."""
+    model, result = _load(directory, trust_remote_code=True, attn_implementation="gist"), {}
+    for rule in rules:
+        model.config.gist["recall"] = rule
+        out = model(probe[None, :PROBE_TOKENS], gist_query_start=CONTEXT_TOKENS, use_cache=True)
+        logits = [out.logits[0]]
+        for token in probe[PROBE_TOKENS:]:
+            out = model(token[None, None], past_key_values=out.past_key_values, use_cache=True)
+            logits.append(out.logits[0])
+        result[rule] = torch.cat(logits)
+    return result
 
 
 def _prove_tokenizer(ours: TokenizerInfo, directory: Path) -> None:
