@@ -37,6 +37,11 @@ class Rows:
         """k, v: [n, Hkv, D]"""
         self.buffer.append(torch.stack([k, v]).transpose(1, 2))
 
+    @property
+    def memory(self) -> Tensor:
+        """What the rows lie in, [2, Hkv, capacity, D]; kernels that read it in place are not counted."""
+        return self.buffer.memory
+
     def keys(self, lo: int, hi: int) -> Tensor:
         """Rows ``[lo, hi)``: a view, [Hkv, hi - lo, D]."""
         self.reads.keys += (hi - lo) * self.buffer.memory.shape[1]

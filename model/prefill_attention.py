@@ -15,8 +15,8 @@ from torch import Tensor
 
 from kernels.compressed import compressed_attention
 from kernels.intervals import Intervals
-from kernels.select import SelectRule, select_gists
-from kernels.unfold import unfold_attention
+from kernels.select import SelectRule
+from kernels.unfold import recall_queries
 from model.cache import SequenceCache
 from model.gist.outline import Sight
 
@@ -60,9 +60,7 @@ class PrefillAttention:
         out = compressed_attention(queries, *near, self.others if recall else self.intervals)[:, self.own]
         if recall:
             everything = self._rows(index, [(s, 0, n) for s, n in enumerate(self.cache.outline.counts)])
-            asking = q[0, self.recalling]
-            selection = select_gists(asking, everything[0], self.tree, self.rule)
-            out[0, self.recalling] = unfold_attention(asking, *everything, self.tree, selection)
+            out[0, self.recalling], _ = recall_queries(q[0, self.recalling], *everything, self.tree, self.rule)
         return out
 
     def _rows(self, index: int, spans: list[tuple[int, int, int]]) -> tuple[Tensor, Tensor]:

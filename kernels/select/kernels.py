@@ -19,12 +19,12 @@ MOST: tl.constexpr = tl.constexpr(2147483647)
 
 
 @triton.jit
-def _or(a, b):
+def any_bit(a, b):
     return a | b
 
 
 @triton.jit
-def _ordered(b_s):
+def ordered(b_s):
     """fp32 -> int32 that compares alike; both zeros are one, and no number becomes LEAST."""
     b_bits = tl.where(b_s == 0.0, 0.0, b_s).to(tl.int32, bitcast=True)
     return tl.where(b_bits >= 0, b_bits, b_bits ^ MOST)
@@ -99,7 +99,24 @@ def _tile(
     b_s = dot(b_q, b_k, UPCAST)
     for h in range(1, SUM):
         b_s += dot(load_tile(p_q, o_q + h * D, m_row, D, BD), b_k, UPCAST)
-    return o_key, tl.where(m_seen, _ordered(b_s), LEAST), i_item
+    return o_key, tl.where(m_seen, ordered(b_s), LEAST), i_item
+
+
+@triton.jit
+def narrow(b_from, b_to, b_count, b_over, b_more, b_1, b_2, b_3, b_over_1, b_over_2, b_over_3, b_budget):
+    """One step of the search, where ``more`` holds: the quarter of from .. to in which the budget is reached.
+
+    ``count`` scores are >= from, ``over`` >= to; ``over_1`` .. ``over_3`` >= the three bounds between. Invariant: count is at
+    least the budget, over less. Done where exactly the budget is >= from, or from is the only score left.
+    """
+    m_1, m_2, m_3 = b_over_1 >= b_budget, b_over_2 >= b_budget, b_over_3 >= b_budget
+    b_next = tl.where(m_3, b_to, tl.where(m_2, b_3, tl.where(m_1, b_2, b_1)).to(tl.int64))
+    b_next_over = tl.where(m_3, b_over, tl.where(m_2, b_over_3, tl.where(m_1, b_over_2, b_over_1)))
+    b_from = tl.where(b_more & m_1, tl.where(m_3, b_3, tl.where(m_2, b_2, b_1)).to(tl.int64), b_from)
+    b_count = tl.where(b_more & m_1, tl.where(m_3, b_over_3, tl.where(m_2, b_over_2, b_over_1)), b_count)
+    b_to = tl.where(b_more, b_next, b_to)
+    b_over = tl.where(b_more, b_next_over, b_over)
+    return b_from, b_to, b_count, b_over, (b_count > b_budget) & (b_to - b_from > 1)
 
 
 @triton.jit
@@ -150,7 +167,7 @@ def bound_kernel(
         b_count += tl.sum((b_s > LEAST).to(tl.int32), 1)
     b_budget = tl.minimum(tl.load(p_budget + o_query, mask=m_row, other=0), b_count)
 
-    # Invariant: at least the budget is >= from, less than the budget is >= to; 64 bits hold the difference of two scores.
+    # 64 bits hold the difference of two scores.
     b_from = b_least.to(tl.int64)
     b_to = b_most.to(tl.int64) + 1
     b_over = tl.zeros([BM], tl.int32)  # candidates >= to
@@ -172,14 +189,9 @@ def bound_kernel(
             b_over_1 += tl.sum((b_s >= b_1[:, None]).to(tl.int32), 1)
             b_over_2 += tl.sum((b_s >= b_2[:, None]).to(tl.int32), 1)
             b_over_3 += tl.sum((b_s >= b_3[:, None]).to(tl.int32), 1)
-        m_1, m_2, m_3 = b_over_1 >= b_budget, b_over_2 >= b_budget, b_over_3 >= b_budget
-        b_next = tl.where(m_3, b_to, tl.where(m_2, b_3, tl.where(m_1, b_2, b_1)).to(tl.int64))
-        b_next_over = tl.where(m_3, b_over, tl.where(m_2, b_over_3, tl.where(m_1, b_over_2, b_over_1)))
-        b_from = tl.where(b_more & m_1, tl.where(m_3, b_3, tl.where(m_2, b_2, b_1)).to(tl.int64), b_from)
-        b_count = tl.where(b_more & m_1, tl.where(m_3, b_over_3, tl.where(m_2, b_over_2, b_over_1)), b_count)
-        b_to = tl.where(b_more, b_next, b_to)
-        b_over = tl.where(b_more, b_next_over, b_over)
-        b_more = (b_count > b_budget) & (b_to - b_from > 1)
+        b_from, b_to, b_count, b_over, b_more = narrow(
+            b_from, b_to, b_count, b_over, b_more, b_1, b_2, b_3, b_over_1, b_over_2, b_over_3, b_budget
+        )
     b_bound = b_from.to(tl.int32)
 
     # Where more than the budget reach the bound, they are equal to it but for ``over``: of these the first rows are taken.
@@ -273,12 +285,12 @@ def list_kernel(
         b_width = tl.load(p_child_hi + o_key, mask=m_new, other=0) - tl.load(p_child_lo + o_key, mask=m_new, other=0)
         b_width = tl.where(m_new, b_width + 1 if BOTTOM else tl.maximum(b_width, 1), 0)
         tl.store(p_new_row + o_new, o_key, mask=m_new)
-        tl.store(p_new_bits + o_new, tl.reduce(b_taken << o_bit[:, None], 0, _or), mask=m_new)
+        tl.store(p_new_bits + o_new, tl.reduce(b_taken << o_bit[:, None], 0, any_bit), mask=m_new)
         tl.store(p_new_place + o_new, i_place + tl.cumsum(b_width, 0) - b_width, mask=m_new)
         if not BOTTOM:
             for w in tl.static_range(WORDS):
                 b_word = tl.where((o_row // 32 == w)[:, None], b_taken << (o_row % 32)[:, None], 0)
-                tl.store(p_new_words + o_new * WORDS + w, tl.reduce(b_word, 0, _or), mask=m_new)
+                tl.store(p_new_words + o_new * WORDS + w, tl.reduce(b_word, 0, any_bit), mask=m_new)
         i_new += tl.sum(b_any, 0)
         i_place += tl.sum(b_width, 0)
     tl.store(p_new_places + i_list, i_place)

@@ -50,12 +50,12 @@ def _descend(score: list[float], n: int, sample: int, tree: GistTree, rule: Sele
         if rule.top_p is None:
             count = int(rule.budget(tree.span[n], torch.tensor(last - first), group))
         else:
-            count = _fewest([score[row] for row in candidates], rule.top_p)
+            count = fewest([score[row] for row in candidates], rule.top_p)
         chosen.append(candidates[:count])
     return chosen
 
 
-def _fewest(scores: list[float], top_p: float) -> int:
+def fewest(scores: list[float], top_p: float) -> int:
     """How many of the descending ``scores`` it takes for their share of the softmax to reach ``top_p``."""
     share = torch.tensor(scores, dtype=torch.float64).softmax(0).tolist()
     reached = 0.0

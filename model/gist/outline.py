@@ -58,6 +58,13 @@ class Outline:
         # For every gist, how many items of the segment below stand before it: the end of what it closed.
         self.ends = [Growable([0], 0, torch.int64, "cpu") for _ in range(self.levels)]
 
+        self._mirrors: dict[torch.device, list[Growable]] = {}
+        self._longest = [0] * self.levels  # most items behind a gist, as far as the mirrors know
+
+    @property
+    def sink(self) -> int:
+        return self.config.sink if self.config else 0
+
     @property
     def length(self) -> int:
         """Interleaved tokens."""
@@ -104,6 +111,17 @@ class Outline:
         if segment == self.levels - 1:
             lo = lo.clamp(min=self.config.sink).minimum(hi)
         return lo, hi
+
+    def ends_on(self, device: torch.device) -> tuple[list[Tensor], list[int]]:
+        """``ends`` of each segment on a device, brought up to date by what came since; and the most items behind one gist."""
+        mirrors = self._mirrors.setdefault(device, [Growable([0], 0, torch.int64, device) for _ in self.ends])
+        for s, (mirror, ends) in enumerate(zip(mirrors, self.ends)):
+            if mirror.length < ends.length:  # gists are never dropped
+                fresh = ends.rows[mirror.length :]
+                width = ends.rows.diff(prepend=ends.rows.new_zeros(1))[mirror.length :]
+                self._longest[s] = max(self._longest[s], int(width.max()))
+                mirror.append(fresh.to(device))
+        return [mirror.memory for mirror in mirrors], self._longest
 
     def tree(self, queries: Sight) -> GistTree:
         """The whole document as the kernels see it, for some recalling tokens.

@@ -1,0 +1,209 @@
+"""Decoding: the CPU path against the reference, here; the Triton kernels against it on a GPU or in Triton's interpreter."""
+
+import importlib.util
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from kernels.decode import decode_attention
+from kernels.decode.step import Step
+from kernels.select import SelectRule
+from model.cache import SequenceCache
+from model.config import GistConfig, ModelConfig
+from model.step_attention import NewTokens, StepAttention
+from tests import rules
+
+TRITON = importlib.util.find_spec("triton") is not None
+if TRITON:
+    from tests.kernels.interpreter import DEVICE, INTERPRETED, RUNS, compute_like_a_gpu, needs_runs, run_in_interpreter
+else:
+    DEVICE, INTERPRETED, RUNS, needs_runs = "cpu", False, True, pytest.mark.skip(reason="triton is not installed")
+
+# Configuration of the gists, and (context, suffix) tokens of each sequence of a batch, of uneven lengths.
+CASES = {
+    "one level": (dict(chunk_sizes=(4,)), [(61, 3), (9, 1)]),
+    "two levels": (dict(chunk_sizes=(4, 3)), [(100, 7), (3, 2), (0, 5), (37, 0)]),
+    "four levels": (dict(chunk_sizes=(2, 2, 2, 2), sink=1, n_prev=2), [(90, 2), (31, 9)]),
+    "no sink": (dict(chunk_sizes=(3, 2), sink=0, n_prev=0), [(50, 4), (51, 1)]),
+    "long suffix": (dict(chunk_sizes=(4, 2)), [(40, 70)]),
+}
+BUDGETS = {"adaptive": dict(ratio=2), "one": dict(topk=1), "three": dict(topk=3), "everything": dict(topk=10**6)}
+
+
+@pytest.fixture(autouse=True)
+def faithful_interpreter(monkeypatch):
+    if INTERPRETED:
+        compute_like_a_gpu(monkeypatch)
+
+
+@pytest.mark.skipif(RUNS or not TRITON, reason="a GPU, or the interpreter: the tests run here directly")
+def test_in_the_interpreter():
+    run_in_interpreter(__file__, "not long")
+
+
+@pytest.mark.long
+@pytest.mark.skipif(RUNS or not TRITON, reason="a GPU, or the interpreter: the tests run here directly")
+def test_more_in_the_interpreter():
+    run_in_interpreter(__file__, "long")
+
+
+def batch(name, heads, kv_heads, dim, dtype, device="cpu", recalls=True, whole=False):
+    """Queries [N, H, D], caches of one layer and a step: the last token of every sequence asks. Random keys and values."""
+    settings, lengths = CASES[name]
+    gist = GistConfig(**settings)
+    model = ModelConfig(64, layers=1, heads=heads, kv_heads=kv_heads, head_dim=dim, hidden_size=heads * dim)
+    g = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(shape, generator=g)
+    if whole:  # small whole numbers: products that every order of sums gives exactly, many of them equal
+        draw = lambda *shape: torch.randint(-1, 2, shape, generator=g).float()
+    new, caches = [], []
+    for context, suffix in lengths:
+        cache = SequenceCache(model, gist, dtype, torch.device(device))
+        gists = list(range(gist.levels))
+        level = rules.insert_gists([0] * context, [context], [True], gist.chunk_sizes, gist.sink, gists, close=True)[1]
+        level = torch.tensor((level if context else []) + [-1] * max(suffix, 1))
+        cache.outline.append(level[:-1])
+        sight = cache.outline.append(level[-1:])
+        for rows, count in zip(cache.layers[0], cache.outline.counts):
+            rows.append(*(draw(count, kv_heads, dim).to(device, dtype) for _ in range(2)))
+        new.append(NewTokens(cache, sight, [recalls]))
+        caches.append(cache.layers[0])
+    return draw(len(new), heads, dim).to(device, dtype), caches, StepAttention(new, None).step
+
+
+def rule_of(name, share="head"):
+    return SelectRule(**(dict(ratio=8, chunk=4, share=share) | BUDGETS[name]))
+
+
+def copied(caches, dtype):
+    """The same rows as plain tensors of another dtype."""
+    memories = [[rows.memory.to(dtype) for rows in layer] for layer in caches]
+    read = lambda m, which: lambda lo, hi: m[which, :, lo:hi]
+    return [[SimpleNamespace(memory=m, keys=read(m, 0), values=read(m, 1)) for m in layer] for layer in memories]
+
+
+@pytest.mark.parametrize("share", ["head", "group"])
+@pytest.mark.parametrize("budget", [*BUDGETS, "top-p"])
+@pytest.mark.parametrize("name", CASES)
+def test_cpu_equals_reference(name, budget, share):
+    q, caches, step = batch(name, 4, 2, 6, torch.float64)
+    rule = SelectRule(8, 4, top_p=0.4, share=share) if budget == "top-p" else rule_of(budget, share)
+    got, want = (decode_attention(q, caches, step, rule, backend=b) for b in ("cpu", "reference"))
+    torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_cpu_equals_reference_where_nothing_recalls(name):
+    q, caches, step = batch(name, 4, 2, 6, torch.float64, recalls=False)
+    got, want = (decode_attention(q, caches, step, None, backend=b) for b in ("cpu", "reference"))
+    torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
+
+
+def plain(q, caches, step, rule, scale):
+    """As one writes it in PyTorch: products in q's dtype, softmax in fp32, over what the reference in fp64 sees."""
+    from kernels.decode.reference import visible_items
+
+    outs = []
+    for i, layer in enumerate(copied(caches, q.dtype)):
+        kv_heads = layer[-1].memory.shape[1]
+        for h, own in enumerate(q[i].unflatten(0, (kv_heads, -1))):
+            keys = [rows.memory[0, h, :n].double() for rows, n in zip(layer, step.upto[:, i].tolist())]
+            seen = visible_items(own.double(), keys, step, i, rule, scale)
+            k, v = (torch.cat([rows.memory[w, h, sorted(s)] for rows, s in zip(layer, seen)]) for w in (0, 1))
+            weights = (own @ k.T * scale).float().softmax(-1).to(q.dtype)
+            outs.append(weights @ v)
+    return torch.stack(outs).flatten(0, 1).view_as(q)
+
+
+def check(name, heads, kv_heads, dim, dtype, budget="adaptive", share="head", recalls=True):
+    q, caches, step = batch(name, heads, kv_heads, dim, dtype, DEVICE, recalls)
+    rule = rule_of(budget, share)
+    exact = decode_attention(q.double(), copied(caches, torch.float64), step, rule, scale=0.1, backend="reference")
+    near = plain(q, caches, step, rule, 0.1)
+    got = decode_attention(q, caches, step, rule, scale=0.1, backend="triton")
+    error, allowed = (got - exact).abs().max(), 2 * (near - exact).abs().max() + 2e-6
+    assert got.dtype == dtype and error <= allowed, f"error {error:.2e}, allowed {allowed:.2e}"
+
+
+@needs_runs
+@pytest.mark.parametrize("share", ["head", "group"])
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("name", ["two levels", *(pytest.param(n, marks=pytest.mark.long) for n in CASES if n != "two levels")])
+def test_error_at_most_twice_plain_pytorch(name, budget, share):
+    check(name, 4, 2, 64, torch.float32, budget, share)
+
+
+@needs_runs
+@pytest.mark.parametrize("name", ["four levels", "long suffix"])
+def test_where_nothing_recalls(name):
+    check(name, 4, 2, 64, torch.float32, recalls=False)
+
+
+@needs_runs
+@pytest.mark.parametrize(
+    "heads,kv_heads,dim,dtype",
+    [
+        (3, 3, 80, torch.float16),
+        (7, 1, 128, torch.bfloat16),
+        (32, 1, 64, torch.float16),
+        (4, 2, 96, torch.bfloat16),
+        (2, 1, 256, torch.float16),
+    ],
+)
+def test_groups_dimensions_dtypes(heads, kv_heads, dim, dtype):
+    check("one level", heads, kv_heads, dim, dtype)
+
+
+@needs_runs
+@pytest.mark.parametrize("budget", ["adaptive", "one", "three"])
+def test_ties(budget):
+    """Scores of small whole numbers, many of them equal: of equal ones the earlier gists."""
+    q, caches, step = batch("two levels", 4, 2, 64, torch.float32, DEVICE, whole=True)
+    q[..., 3:] = 0
+    got, want = (decode_attention(q, caches, step, rule_of(budget), scale=0.1, backend=b) for b in ("triton", "cpu"))
+    torch.testing.assert_close(got, want, atol=2e-6, rtol=0)
+
+
+@needs_runs
+def test_two_runs_are_bit_equal_and_no_uninitialised_memory_is_read(monkeypatch):
+    q, caches, step = batch("four levels", 4, 2, 64, torch.bfloat16, DEVICE)
+    run = lambda: decode_attention(q, caches, step, rule_of("three"), backend="triton")
+    first = run()
+    make = torch.empty
+    poisoned = lambda *a, **k: x.fill_(torch.nan if x.is_floating_point() else 2**30) if len(x := make(*a, **k)) else x
+    monkeypatch.setattr(torch, "empty", poisoned)
+    assert torch.equal(first, run())
+
+
+@needs_runs
+@pytest.mark.parametrize(
+    "heads,dim,dtype,message",
+    [(1, 72, torch.float32, "head dimension 72"), (1, 64, torch.float64, "float64"), (33, 64, torch.float32, "33 query heads")],
+)
+def test_what_the_kernels_do_not_serve_is_refused(heads, dim, dtype, message):
+    q, caches, step = batch("one level", heads, 1, dim, dtype, DEVICE)
+    with pytest.raises(ValueError, match=message):
+        decode_attention(q, caches, step, rule_of("one"), backend="triton")
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (dict(q=torch.zeros(1, 4, 6, dtype=torch.float64)), "q: shape"),
+        (dict(q=torch.zeros(2, 4, 6)), "does not fit a cache of torch.float64"),
+        (dict(rule=None), "rule: None, but some tokens recall"),
+        (dict(backend="fpga"), "backend: 'fpga'"),
+    ],
+)
+def test_bad_arguments_are_named(change, message):
+    q, caches, step = batch("one level", 4, 2, 6, torch.float64)
+    with pytest.raises(ValueError, match=message):
+        decode_attention(change.get("q", q), caches, step, change.get("rule", rule_of("one")) if "rule" not in change else None,
+                         backend=change.get("backend"))  # fmt: skip
+
+
+def test_a_step_forgets_without_its_plans():
+    _, _, step = batch("one level", 4, 2, 6, torch.float64)
+    step.memo("something", lambda: 1)
+    assert isinstance(step.forgetting(), Step) and not step.forgetting().recalls.any() and not step.forgetting().plans
