@@ -34,7 +34,7 @@ def new_directory(output: Path) -> Iterator[Path]:
         partial.rename(output)
         sync_directory(output.parent)
     except OSError as error:
-        raise UserError(f"--output {output}: cannot be written ({error.strerror or error})") from None
+        raise UserError(f"--output {output}: cannot be written ({error})") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

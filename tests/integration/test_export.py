@@ -1,15 +1,22 @@
 """Export, reload with transformers, generation."""
 
 import dataclasses
+import hashlib
 import json
+import sys
 import warnings
 
 import pytest
 import torch
+import yaml
+from safetensors.torch import load_file, save_file
 
-from model.config import ModelConfig
-from model.hf.names import entries, from_hugging_face, to_hugging_face
-from tests.conftest import module
+from pretrain import export as export_module
+from pretrain.__main__ import main
+from pretrain.export_files import write_configs
+from pretrain.export_weights import write_weights
+from pretrain.hf_directory import UNFINISHED, new_directory
+from tests.conftest import module, run
 from tests.integration.runs import train
 
 PROMPT = "Fellow-Citizens of the Senate"
@@ -42,6 +49,115 @@ def test_transformers_loads_it_without_a_word(exported):
     assert type(model).__name__ == "LlamaForCausalLM" and model.config.vocab_size == len(tokenizer) == 512
     proof = json.loads((exported / "export_proof.json").read_text())
     assert proof["largest_logit_difference"] <= 1e-4
+
+
+def test_what_an_export_holds(exported):
+    from sentencepiece import SentencePieceProcessor
+    from transformers import AutoTokenizer
+
+    proof = json.loads((exported / "export_proof.json").read_text())
+    gist = proof["gist"]
+    assert max(gist["largest_logit_difference_prefill"], gist["largest_logit_difference_decoded"]) <= 1e-4
+    assert gist["decoded_tokens"] == 16 and not proof["warnings"]
+    for name, digest in proof["files"].items():
+        assert hashlib.sha256((exported / name).read_bytes()).hexdigest() == digest
+    assert {p.name for p in exported.iterdir()} == {*proof["files"], "export_proof.json"}
+    keys = json.loads((exported / "config.json").read_text())
+    assert keys["auto_map"] == {"AutoModelForCausalLM": "modeling_gist.GistLlamaForCausalLM"}
+    assert "attn_implementation" not in keys and keys["architectures"] == ["LlamaForCausalLM"]
+    assert keys["rope_theta"] == keys["rope_parameters"]["rope_theta"] == 10000.0 and keys["dtype"] == keys["torch_dtype"]
+    assert json.loads((exported / "generation_config.json").read_text())["suppress_tokens"] == keys["gist"]["reserved_ids"]
+    card = (exported / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["pipeline_tag"] == "text-generation" and "gist" in front["tags"]
+    assert "| Raw tokens | 3,072 in 6 steps of 4 samples of 128 |" in card and "chunk sizes [4, 2]" in card
+    pieces = SentencePieceProcessor(model_file=str(exported / "tokenizer.model"))
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    assert pieces.encode(PROMPT) == tokenizer.encode(PROMPT, add_special_tokens=False)
+
+
+def export_here(run_dir, output, *options) -> int:
+    return main(["export", "--run-dir", str(run_dir), "--output", str(output), *options])
+
+
+def test_shards_are_cut_at_a_size(run_dir, exported, tmp_path, capsys):
+    assert export_here(run_dir, tmp_path / "hf", "--max-shard-size", "100KB", "--dtype", "fp32") == 0
+    index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
+    parts = {name: load_file(tmp_path / "hf" / name) for name in set(index["weight_map"].values())}
+    whole = load_file(exported / "model.safetensors")
+    assert len(parts) > 2 and index["weight_map"].keys() == whole.keys()
+    assert all(torch.equal(parts[index["weight_map"][name]][name], value) for name, value in whole.items())
+    for part in parts.values():  # but for a tensor that is larger by itself
+        assert len(part) == 1 or sum(4 * value.numel() for value in part.values()) <= 100_000
+    assert export_here(run_dir, tmp_path / "x", "--max-shard-size", "5 apples") == 1
+    assert "--max-shard-size 5 apples: is not a size such as 5GB or 500MB" in capsys.readouterr().err
+
+
+def _another_weight(*arguments):
+    files = write_weights(*arguments)
+    path = arguments[3] / "model.safetensors"
+    state = load_file(path)
+    state["model.layers.1.mlp.up_proj.weight"] *= 1.01
+    save_file(state, path, metadata={"format": "pt"})
+    return files
+
+
+def _a_weight_less(*arguments):
+    files = write_weights(*arguments)
+    path = arguments[3] / "model.safetensors"
+    state = {name: value for name, value in load_file(path).items() if name != "model.norm.weight"}
+    save_file(state, path, metadata={"format": "pt"})
+    return files
+
+
+def _edited(name: str, change):
+    def write(run, directory, dtype) -> None:
+        write_configs(run, directory, dtype)
+        tree = json.loads((directory / name).read_text())
+        change(tree)
+        (directory / name).write_text(json.dumps(tree))
+
+    return write
+
+
+def _swap_two_ids(tree) -> None:
+    vocab = tree["model"]["vocab"]
+    vocab["e"], vocab["a"] = vocab["a"], vocab["e"]
+
+
+SPOILED = {
+    "weight": ("write_weights", _another_weight, "logits of the reloaded model differ by"),
+    "missing weight": ("write_weights", _a_weight_less, "transformers reports {'missing_keys': ['model.norm.weight']}"),
+    "positions": ("write_configs", _edited("config.json", lambda t: t["rope_parameters"].update(rope_theta=5e4)), "differ by"),
+    "gists": ("write_configs", _edited("config.json", lambda t: t["gist"].update(chunk_sizes=[5, 2])), "with gists (prefill)"),
+    "tokenizer": ("write_configs", _edited("tokenizer.json", _swap_two_ids), "the reloaded tokenizer gives"),
+}
+
+
+@pytest.mark.parametrize("case", SPOILED)
+def test_an_export_that_is_not_the_model_is_not_finished(case, run_dir, tmp_path, capsys, monkeypatch):
+    name, spoil, message = SPOILED[case]
+    monkeypatch.setattr(export_module, name, spoil)
+    assert export_here(run_dir, tmp_path / "hf", "--dtype", "fp32") == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("error: ") and message in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_killed_export_is_not_mistaken_for_a_whole_one(run_dir, tmp_path, capsys):
+    code = (
+        "import os, sys; from pathlib import Path; from pretrain.hf_directory import new_directory\n"
+        "with new_directory(Path(sys.argv[1])) as partial:\n"
+        "    (partial / 'config.json').write_text('{}'); os._exit(9)"
+    )
+    assert run(sys.executable, "-c", code, tmp_path / "hf", check=False).returncode == 9
+    partial = tmp_path / ".hf.partial"
+    assert [p.name for p in tmp_path.iterdir()] == [partial.name] and (partial / UNFINISHED).exists()
+    assert main(["import", "--input", str(partial), "--output", str(tmp_path / "run")]) == 1
+    assert "was not written to its end (it holds UNFINISHED)" in capsys.readouterr().err
+    with new_directory(tmp_path / "hf") as again:
+        assert [p.name for p in again.iterdir()] == [UNFINISHED], "the next one starts afresh"
+    assert [p.name for p in tmp_path.iterdir()] == ["hf"] and not list((tmp_path / "hf").iterdir())
 
 
 def test_logits_equal_those_of_the_training_model(exported, run_dir):
@@ -135,23 +251,3 @@ def test_wrong_settings_are_named_before_anything_is_loaded(tmp_path, arguments,
     fill = lambda text: text.format(new=tmp_path / "new")
     with pytest.raises(UserError, match=message.format(new=tmp_path / "new")):
         generated("--run-dir", tmp_path, "--prompt", "a", *map(fill, arguments))
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_names_map_both_ways(tied):
-    shape = dict(hidden_size=32, layers=2, heads=6, kv_heads=2, head_dim=8, ffn_size=40)
-    config = ModelConfig(vocab_size=300, tied_embeddings=tied, **shape)
-    rows = {"qkv": 80, "gate_up": 80, "embedding": 384, "head": 384, "output": 32, "down": 32}
-    columns = {"output": 48, "down": 40}
-    state = {}
-    for entry in entries(config):
-        part = entry.ours.split(".")[-2]
-        shape = (32,) if "norm" in part else (rows[part], columns.get(part, 32))
-        state[entry.ours] = torch.randn(shape)
-        if part in ("embedding", "head"):
-            state[entry.ours][300:] = 0
-    theirs = to_hugging_face(state, config)
-    assert theirs["model.layers.1.self_attn.q_proj.weight"].shape == (48, 32)
-    assert ("lm_head.weight" in theirs) == (not tied)
-    back = from_hugging_face(theirs, config)
-    assert back.keys() == state.keys() and all(torch.equal(back[n], state[n]) for n in state)
