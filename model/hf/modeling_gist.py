@@ -45,6 +45,7 @@ class GistCache(Cache):
         return -1
 
     get_max_length = get_max_cache_shape
+    is_croppable = False
 
     @property
     def is_initialized(self) -> bool:
