@@ -53,13 +53,18 @@ def measure(root: Path, layers: int) -> dict:
     config = ModelConfig(128256, layers=layers, tied_embeddings=True, **shape)
     size = make_model(root / "hf", config)
     result = {"parameters": size // 2, "weights_MB": size / 1e6, "disk_write_MB_per_s": disk_speed(root, size)}
-    result["import"] = watch("-m", "pretrain", "import", "--input", root / "hf", "--output", root / "imported")
     (root / "weights").mkdir()
-    result["export, weights only"] = watch("-c", WRITE, root / "imported", root / "weights")
-    result["export, with proof"] = watch("-m", "pretrain", "export", "--run-dir", root / "imported", "--output", root / "out")
-    for part in list(result.values())[3:]:
-        seconds = float(part.pop("output")) if part["output"].replace(".", "").isdigit() else part["seconds"]
-        part["MB_per_s"] = size / 1e6 / seconds
+    parts = {
+        "import": ("-m", "pretrain", "import", "--input", root / "hf", "--output", root / "imported"),
+        "export, weights only": ("-c", WRITE, root / "imported", root / "weights"),
+        "export, with proof": ("-m", "pretrain", "export", "--run-dir", root / "imported", "--output", root / "out"),
+    }
+    for name, arguments in parts.items():
+        part = watch(*arguments)
+        alone = part.pop("output")
+        part["MB_per_s"] = size / 1e6 / (float(alone) if name == "export, weights only" else part["seconds"])
+        result[name] = part
+        print(name, json.dumps(part), file=sys.stderr, flush=True)
     return result
 
 

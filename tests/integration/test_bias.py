@@ -1,4 +1,4 @@
-"""Biases of the query, key and value projections, split over tensor-parallel ranks: training, checkpoint, loading."""
+"""Biases of all projections, split over tensor-parallel ranks or whole: training, checkpoint, loading."""
 
 import torch
 
@@ -8,7 +8,8 @@ from tests.integration.runs import series, train
 
 def test_split_biases_train_and_load_like_whole_ones(tiny, tmp_path):
     scaling = {"kind": "llama3", "factor": 4.0, "original_max_position": 64}
-    config = tiny.config(tmp_path / "c.yaml", model={"qkv_bias": True, "rope_scaling": scaling})
+    parts = {"qkv_bias": True, "output_bias": True, "mlp_bias": True, "nope_layers": [1]}
+    config = tiny.config(tmp_path / "c.yaml", model={**parts, "rope_scaling": scaling})
     # A run begun on one rank goes on on two, and one process loads it: whole biases become parts, and whole again.
     alone = train(config, tmp_path / "alone", 1, "train.steps=6")
     begun = train(config, tmp_path / "mixed", 1, "train.steps=6", "checkpoint.stop_after_minutes=0.0001")

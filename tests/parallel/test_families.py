@@ -18,7 +18,6 @@ LONG = pytest.mark.long
     "family,layout",
     [
         ("qwen3", "tp2 pp2 sequence"),
-        ("smollm3", "tp2 sequence"),
         *(
             pytest.param(f, name, marks=LONG)
             for f, name in [
@@ -26,6 +25,7 @@ LONG = pytest.mark.long
                 ("qwen3", "tp2 dp2 zero3"),
                 ("qwen3", "cp2 tp2 sequence"),
                 ("qwen3", "ulysses2"),
+                ("smollm3", "tp2 sequence"),
                 ("smollm3", "tp2 pp2"),
                 ("smollm3", "dp2 zero3 offload"),
                 ("smollm3", "cp2 pp2"),
