@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from launch.arguments import build_parser
@@ -33,6 +34,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # the reader of our output has gone: nothing to report to
+        sys.stdout = open(os.devnull, "w")
+        return 0
     except KeyboardInterrupt:
         return 130
 

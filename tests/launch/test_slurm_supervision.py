@@ -27,7 +27,11 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
-checkpoint() { [ "$SLURM_NODEID" = 0 ] || return; mkdir -p "$run_dir/checkpoints/step-0000000$1"; touch "$run_dir/checkpoints/step-0000000$1/manifest.json"; }
+checkpoint() {
+    [ "$SLURM_NODEID" = 0 ] || return 0
+    mkdir -p "$run_dir/checkpoints/step-0000000$1"
+    touch "$run_dir/checkpoints/step-0000000$1/manifest.json"
+}
 if [ "$kind" = health ]; then
     verdict=$(cat "$here/verdict-$SLURM_NODEID-${SLURM_RESTART_COUNT:-0}" 2>/dev/null || echo ok)
     [ "$verdict" = silent ] || echo "$verdict" >"$results/$SLURMD_NODENAME"

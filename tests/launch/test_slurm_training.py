@@ -1,10 +1,12 @@
 """Training on a real SLURM cluster: what tests.launch.scenarios do, and what must have come of it."""
 
+import re
+
 import pytest
 
 from pretrain.monitor import read_metrics
 from tests.integration.runs import series
-from tests.launch.scenarios import STEPS
+from tests.launch.scenarios import EVERY, STEPS
 
 pytestmark = pytest.mark.slurm
 EXACT = ("step", "loss", "grad_norm", "sample_range", "samples")
@@ -27,8 +29,13 @@ def test_a_disturbed_run_learns_the_same(runs):
 
 @pytest.mark.long
 def test_the_real_time_limit(cluster, config, tmp_path):
-    """SLURM's own signal, again and again, until a run that is longer than the limit is done."""
-    job = cluster.train(config, tmp_path / "run", 2, "--time", 2, "--signal-lead", 45, "--set", "train.steps=4000")
-    assert job.end(1500) == "COMPLETED"
-    assert int(job.show("Restarts")) >= 1 and "SIGUSR1 (the time limit is near" in job.log()
-    assert [m["step"] for m in read_metrics(job.run_dir / "metrics.jsonl")] == list(range(1, 4001))
+    """SLURM's own signal comes early enough, and the next start goes on at the step that was saved then."""
+    job = cluster.train(config, tmp_path / "run", 2, "--time", 3, "--signal-lead", 60, "--set", "train.steps=100000")
+    job.wait_for(lambda: job.started(1), "the start after the time limit", 900)
+    cluster.ask("scancel", str(job.number))
+    assert "SIGUSR1 (the time limit is near" in job.log() and "stopped by SIGUSR1; the state is saved" in job.ranks_log(0)
+    saved = int(re.search(r"stopped by the signal; newest checkpoint: step (\d+)", job.log())[1])
+    assert saved > EVERY and f"resumed at step {saved}\n" in job.ranks_log(1)
+    job.end()
+    steps = [m["step"] for m in read_metrics(job.run_dir / "metrics.jsonl")]
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) > saved
