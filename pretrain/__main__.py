@@ -1,4 +1,4 @@
-"""``python -m pretrain COMMAND``: train, export, import, generate, checkpoints, plan, report."""
+"""``python -m pretrain COMMAND``: see ``--help``."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import contextlib
 import os
 import sys
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pretrain.errors import UserError
+from pretrain.evaluate.command import add_arguments as add_evaluate_arguments
 from pretrain.generate import add_arguments as add_generate_arguments
 from pretrain.plan import add_arguments as add_plan_arguments
 from pretrain.plan import plan_command
@@ -45,6 +47,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     plan = commands.add_parser("plan", help="memory, communication and time of a run on a cluster, without GPUs")
     add_plan_arguments(plan)
+
+    add_evaluate_arguments(commands.add_parser("evaluate", help="measure a model, or the method itself"))
 
     report = commands.add_parser("report", help="write report.html for one run, or for several to compare")
     report.add_argument("run_dirs", type=Path, nargs="+", metavar="DIR")
@@ -84,51 +88,88 @@ def _log_to_stderr() -> None:
         import deepspeed  # noqa: F401
 
 
+# Each command's modules are imported late: a wrong setting is told before the heavy libraries load.
+
+
+def _train(args: argparse.Namespace) -> Iterator[str]:
+    from pretrain.config import load_config
+
+    config = load_config(args.config, args.overrides)
+    _log_to_stderr()
+    from pretrain.trainer import train
+
+    train(config, args.run_dir)
+    return iter(())
+
+
+def _export(args: argparse.Namespace) -> Iterator[str]:
+    _log_to_stderr()
+    from pretrain.export import export
+
+    export(args.run_dir, args.step, args.output, args.dtype, args.max_shard_size)
+    return iter(())
+
+
+def _import(args: argparse.Namespace) -> Iterator[str]:
+    from pretrain.import_model import import_model
+
+    yield f"{import_model(args)}\n"
+
+
+def _generate(args: argparse.Namespace) -> Iterator[str]:
+    from pretrain.generate import check, generate
+
+    check(args)
+    if args.run_dir:
+        _log_to_stderr()
+    yield from generate(args)
+    yield "\n"
+
+
+def _checkpoints(args: argparse.Namespace) -> Iterator[str]:
+    from pretrain.checkpoints import run_command
+
+    return (f"{line}\n" for line in run_command(args))
+
+
+def _plan(args: argparse.Namespace) -> Iterator[str]:
+    _log_to_stderr()
+    return (f"{line}\n" for line in plan_command(args))
+
+
+def _evaluate(args: argparse.Namespace) -> Iterator[str]:
+    _log_to_stderr()
+    from pretrain.evaluate.command import evaluate
+
+    return (f"{line}\n" for line in evaluate(args))
+
+
+def _report(args: argparse.Namespace) -> Iterator[str]:
+    from pretrain.report import write_report
+
+    yield f"{write_report(args.run_dirs)}\n"
+
+
+# What each command does, as pieces of text for stdout.
+COMMANDS: dict[str, Callable[[argparse.Namespace], Iterator[str]]] = {
+    "train": _train,
+    "export": _export,
+    "import": _import,
+    "generate": _generate,
+    "checkpoints": _checkpoints,
+    "plan": _plan,
+    "evaluate": _evaluate,
+    "report": _report,
+}
+
+
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     # Notes of libraries to their own developers; none concerns a user of this program.
     warnings.filterwarnings("ignore", module=r"(megatron|torch\.distributed|deepspeed|pydantic)")
     try:
-        # Each command's modules are imported late: a wrong setting is told before the heavy libraries load.
-        if args.command == "train":
-            from pretrain.config import load_config
-
-            config = load_config(args.config, args.overrides)
-            _log_to_stderr()
-            from pretrain.trainer import train
-
-            train(config, args.run_dir)
-        elif args.command == "export":
-            _log_to_stderr()
-            from pretrain.export import export
-
-            export(args.run_dir, args.step, args.output, args.dtype, args.max_shard_size)
-        elif args.command == "import":
-            from pretrain.import_model import import_model
-
-            print(import_model(args))
-        elif args.command == "generate":
-            from pretrain.generate import check, generate
-
-            check(args)
-            if args.run_dir:
-                _log_to_stderr()
-            for piece in generate(args):
-                print(piece, end="", flush=True)
-            print()
-        elif args.command == "checkpoints":
-            from pretrain.checkpoints import run_command
-
-            for line in run_command(args):
-                print(line)
-        elif args.command == "plan":
-            _log_to_stderr()
-            for line in plan_command(args):
-                print(line)
-        elif args.command == "report":
-            from pretrain.report import write_report
-
-            print(write_report(args.run_dirs))
+        for piece in COMMANDS[args.command](args):
+            print(piece, end="", flush=True)
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":  # all ranks meet the same error; one tells it
             print(f"error: {error}", file=sys.stderr, flush=True)

@@ -1,0 +1,112 @@
+"""``python -m pretrain evaluate recall-claim``: runs what is not there yet, then writes table, plot and figures."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from model.layers import BuildContext
+from model.transformer import Transformer
+from pretrain import parallel
+from pretrain.config import ParallelConfig
+from pretrain.errors import UserError
+from pretrain.evaluate.claim.flags import CHUNK_SIZES
+from pretrain.evaluate.claim.report import write_report
+from pretrain.evaluate.claim.training import Outcome, Plan, base_model, dense_outcome, gist_outcomes
+
+
+def recall_claim(args: Namespace) -> Iterator[str]:
+    """Train, measure and report; yields lines to print. A run that was cut off goes on where it was.
+
+    Raises:
+        UserError: results in --output were made with other settings, or there are none to report.
+    """
+    if args.shorten < 1:
+        raise UserError(f"--shorten {args.shorten}: is below 1")
+    plan = shortened(Plan(), args.shorten)
+    results = Results(args.output, plan)
+    if not args.report_only:
+        groups = parallel.initialize(ParallelConfig())
+        for seed in args.seeds:
+            build = BuildContext(groups.tensor_group, seed)
+            yield from _run_seed(results, plan, build, args.ratios)
+    outcomes = results.read()
+    if not outcomes:
+        raise UserError(f"--output {args.output}: holds no results; run without --report-only")
+    yield from write_report(args.output, outcomes, plan)
+
+
+def shortened(plan: Plan, divisor: int) -> Plan:
+    """A plan with an n-th of the steps."""
+    cut = lambda stage: tuple((part, max(1, steps // divisor)) for part, steps in stage)
+    return dataclasses.replace(plan, base=cut(plan.base), forget=cut(plan.forget), branch=cut(plan.branch))
+
+
+def _run_seed(results: Results, plan: Plan, build: BuildContext, ratios: list[int]) -> Iterator[str]:
+    """All structures of one seed; flat ones first, so that a run that is cut off has the plain comparison whole."""
+    sizes = [CHUNK_SIZES[ratio][kind] for kind in (0, 1) for ratio in ratios]
+    if results.has(build.seed, ()) and all(results.has(build.seed, size) for size in sizes):
+        return
+    base = results.base(plan, build)
+    if not results.has(build.seed, ()):
+        yield from results.add([dense_outcome(base, plan)])
+    for size in sizes:
+        if not results.has(build.seed, size):
+            yield from results.add(gist_outcomes(base, plan, size))
+
+
+class Results:
+    """One file per seed and chunk sizes, with the settings that they were made with."""
+
+    def __init__(self, directory: Path, plan: Plan):
+        self._runs = directory / "runs"
+        self._plan = json.loads(json.dumps(dataclasses.asdict(plan)))
+        self._runs.mkdir(parents=True, exist_ok=True)
+        for path in sorted(self._runs.glob("*.json")):
+            if json.loads(path.read_text())["plan"] != self._plan:
+                raise UserError(f"{path}: was made with other settings; take another --output, or the same --shorten")
+
+    def _path(self, seed: int, chunk_sizes: tuple[int, ...]) -> Path:
+        return self._runs / f"seed{seed}-{'x'.join(map(str, chunk_sizes)) or 'dense'}.json"
+
+    def has(self, seed: int, chunk_sizes: tuple[int, ...]) -> bool:
+        """Whether these arms were run."""
+        return self._path(seed, chunk_sizes).exists()
+
+    def base(self, plan: Plan, build: BuildContext) -> Transformer:
+        """The dense model that a seed's arms start from; trained once and kept."""
+        path = self._runs / f"seed{build.seed}-base.pt"
+        if path.exists():
+            model = Transformer(plan.model(), build)
+            model.load_state_dict(torch.load(path, weights_only=True))
+            return model
+        model = base_model(plan, build)
+        weights = {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
+        torch.save(weights, path)
+        return model
+
+    def add(self, outcomes: list[Outcome]) -> Iterator[str]:
+        """Keep the outcomes of one structure; yields a line for each."""
+        first = outcomes[0]
+        path = self._path(first.seed, first.chunk_sizes)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps({"plan": self._plan, "outcomes": [o.to_dict() for o in outcomes]}, indent=1) + "\n")
+        part.rename(path)
+        for o in outcomes:
+            yield (
+                f"seed {o.seed} chunks {list(o.chunk_sizes) or '-'} {o.arm:6} one hop {o.one_hop:.3f} two hops {o.two_hop:.3f} "
+                f"unfolded {o.unfolded:.0f} ({o.train_s:.0f} s)"
+            )
+
+    def read(self) -> list[Outcome]:
+        """All outcomes that there are."""
+        found = []
+        for path in sorted(self._runs.glob("*.json")):
+            for entry in json.loads(path.read_text())["outcomes"]:
+                found.append(Outcome(**{**entry, "chunk_sizes": tuple(entry["chunk_sizes"])}))
+        return found

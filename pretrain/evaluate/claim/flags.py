@@ -1,0 +1,20 @@
+"""The flags of ``evaluate recall-claim``, apart from what trains: telling them must not load it."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from pathlib import Path
+
+# Flat and hierarchical chunk sizes of each compression ratio.
+CHUNK_SIZES = {8: ((8,), (4, 2)), 16: ((16,), (4, 4)), 32: ((32,), (8, 4))}
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The command's flags."""
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where results are kept; what is there stays")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one set of models each (default: 0 1 2)")
+    parser.add_argument(
+        "--ratios", type=int, nargs="+", default=[8, 16, 32], choices=sorted(CHUNK_SIZES), help="compression ratios"
+    )
+    parser.add_argument("--report-only", action="store_true", help="train nothing, write the report of what is there")
+    parser.add_argument("--shorten", type=int, default=1, metavar="N", help="an Nth of all steps, to try the command out")
