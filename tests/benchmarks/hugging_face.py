@@ -24,6 +24,19 @@ from model.hf.keys import hf_config
 from model.hf.names import entries
 from pretrain.tensor_files import Chunk, write_tensor_file
 
+READ = """
+import json, sys, time
+from pathlib import Path
+from model.hf.keys import model_config
+from pretrain.import_weights import NewRows, WeightFiles, write_checkpoint_weights
+source = Path(sys.argv[1])
+config = model_config(json.loads((source / "config.json").read_text()))
+began = time.monotonic()
+weights, rows = WeightFiles(source), NewRows(config.vocab_size - 4, config.vocab_size, {})
+write_checkpoint_weights(weights, config, rows, None, Path(sys.argv[2]), 5 * 10**9, lambda text: None)
+print(time.monotonic() - began)
+"""
+
 WRITE = """
 import sys, time, torch
 from pathlib import Path
@@ -53,16 +66,18 @@ def measure(root: Path, layers: int) -> dict:
     config = ModelConfig(128256, layers=layers, tied_embeddings=True, **shape)
     size = make_model(root / "hf", config)
     result = {"parameters": size // 2, "weights_MB": size / 1e6, "disk_write_MB_per_s": disk_speed(root, size)}
-    (root / "weights").mkdir()
+    for name in ("read", "written"):
+        (root / name).mkdir()
     parts = {
+        "import, weights only": ("-c", READ, root / "hf", root / "read"),
         "import": ("-m", "pretrain", "import", "--input", root / "hf", "--output", root / "imported"),
-        "export, weights only": ("-c", WRITE, root / "imported", root / "weights"),
+        "export, weights only": ("-c", WRITE, root / "imported", root / "written"),
         "export, with proof": ("-m", "pretrain", "export", "--run-dir", root / "imported", "--output", root / "out"),
     }
     for name, arguments in parts.items():
         part = watch(*arguments)
-        alone = part.pop("output")
-        part["MB_per_s"] = size / 1e6 / (float(alone) if name == "export, weights only" else part["seconds"])
+        printed = part.pop("output").splitlines()[-1]
+        part["MB_per_s"] = size / 1e6 / (float(printed) if "weights only" in name else part["seconds"])
         result[name] = part
         print(name, json.dumps(part), file=sys.stderr, flush=True)
     return result
