@@ -1,21 +1,24 @@
 """Compiles every kernel for GPUs that need not be there, and says what each program takes: registers, spills, shared memory.
 
-    python -m kernels.aot [--arch sm_80 sm_90] [--dtype bf16 fp16 fp32] [--dim 64 ..] [--check] [--output docs/benchmarks]
+    python -m kernels.aot [--ops compressed recall] [--arch sm_80 sm_90] [--dtype bf16 fp16 fp32] [--dim 64 ..] [--check]
+        [--output docs/benchmarks]
 
-Writes ``compressed_aot.json`` (one entry per architecture, kernel, head dimension and dtype; entries not compiled this time
-stay as they were) and ``compressed_aot.md``, the same as a table. ``--check`` writes nothing: it compares with what is
-committed and fails where something got worse. No driver is touched.
+Writes ``compressed_aot.json`` and ``recall_aot.json`` (one entry per architecture, kernel, head dimension and dtype; entries not
+compiled this time stay as they were) and the same as tables, ``.md``. Recall is selection, unfolding and decoding.
+``--check`` writes nothing: it compares with what is committed and fails where something got worse. No driver is touched.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,6 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from kernels.aot_recall import recall_programs
 from kernels.compressed import backward, forward
 from kernels.compressed.tiles import HEAD_DIMS, Tile, Tiles, choose_tiles
 from kernels.compressed.triton import SUM_ROWS
@@ -37,6 +41,8 @@ DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
 HEADS, KV_HEADS, SEGMENTS = 32, 8, 4  # two gist levels; the number of segments changes nothing but a short unrolled loop
 VERSION = f"triton {triton.__version__}"
 TABLE = Path(__file__).parent.parent / "docs" / "benchmarks" / "compressed_aot"
+RECALL_TABLE = TABLE.parent / "recall_aot"
+TITLES = {TABLE.name: "Compressed attention", RECALL_TABLE.name: "Selection, unfolding, decoding"}
 _FP32 = {"p_shift", "p_factor", "p_mean", "p_copy_k", "p_copy_v", "p_part_k", "p_part_v"}
 _INT32 = {"p_lo", "p_hi", "p_plan", "p_items", "p_sums", "p_copy_of"}
 
@@ -87,8 +93,20 @@ def compile_program(arch: str, name: str, dim: int, dtype: str, tile: Tile | Non
         H=HEADS, HKV=KV_HEADS, D=dim, BD=block_dim, S=SEGMENTS, BM=tile.rows, BN=tile.keys, BR=tile.rows, UPCAST=False,
         EXACT=dtype == "fp32", **flags,
     )  # fmt: skip
+    return compile_kernel(arch, kernel, tile, sizes, lambda name: _type(name, dtype))
+
+
+def compile_recall_program(arch: str, name: str, dim: int, dtype: str, tile: Tile | None = None) -> Report:
+    """Compile one program of :func:`kernels.aot_recall.recall_programs`; ``tile`` replaces warps and stages of its own."""
+    program = recall_programs(arch, dim, dtype, DTYPES[dtype], HEADS, KV_HEADS)[name]
+    sizes = {n: x for n, x in program.sizes.items() if n in program.kernel.arg_names}
+    return compile_kernel(arch, program.kernel, tile or program.tile, sizes, lambda n: program.type_of(n, dtype))
+
+
+def compile_kernel(arch: str, kernel: triton.JITFunction, tile: Tile, sizes: dict, type_of: Callable[[str], str]) -> Report:
+    """Compile a kernel with these compile-time sizes; ``type_of`` names the type of every other argument."""
     constants = {n: sizes[n] for n in kernel.arg_names if n in sizes}
-    signature = {n: "constexpr" if n in sizes else _type(n, dtype) for n in kernel.arg_names}
+    signature = {n: "constexpr" if n in sizes else type_of(n) for n in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if n.startswith("p_")}
     capability, ptxas_name = ARCHITECTURES[arch]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
@@ -141,7 +159,7 @@ def write_table(table: dict[str, Report], path: Path = TABLE) -> None:
     entries = {k: asdict(table[k]) for k in sorted(table)}
     path.with_suffix(".json").write_text(json.dumps({"made_with": VERSION, "programs": entries}, indent=1) + "\n")
     lines = [
-        "# Compressed attention: what the compiled kernels take",
+        f"# {TITLES[path.name]}: what the compiled kernels take",
         "",
         f"Made by `python -m kernels.aot` with {VERSION}, for {HEADS}/{KV_HEADS} heads and two gist levels; no GPU involved.",
         "Registers and spilled bytes per thread (255 registers is the limit), shared memory in bytes per program.",
@@ -176,28 +194,39 @@ def check(key: str, report: Report, committed: tuple[str, dict[str, Report]]) ->
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ops", nargs="+", choices=("compressed", "recall"), default=["compressed", "recall"])
     parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=["sm_80", "sm_90"])
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--dim", nargs="+", type=int, choices=HEAD_DIMS, default=list(HEAD_DIMS))
     parser.add_argument("--check", action="store_true", help="compare with the committed table instead of writing it")
     parser.add_argument("--output", type=Path, default=TABLE.parent)
     args = parser.parse_args()
-    path = args.output / TABLE.name
-    committed = load_table(path)
-    table, errors = dict(committed[1]), []
-    for arch in args.arch:
-        for dim in args.dim:
-            for dtype in args.dtype:
-                for name in programs(choose_tiles(arch, triton.next_power_of_2(dim), DTYPES[dtype])):
-                    start = time.perf_counter()
-                    key = key_of(arch, name, dim, dtype)
-                    report = table[key] = compile_program(arch, name, dim, dtype)
-                    errors += check(key, report, committed if args.check else (VERSION, table))
-                    print(f"{key}: {report} ({time.perf_counter() - start:.1f} s)", flush=True)
-    if not args.check:
-        write_table(table, path)
+    errors = []
+    for op in args.ops:
+        errors += _compile_table(op, args)
     print(*errors, sep="\n", file=sys.stderr)
     return 1 if errors else 0
+
+
+def _compile_table(op: str, args: argparse.Namespace) -> list[str]:
+    """Compile the programs of one table and write it, unless ``--check``; what is wrong, in words."""
+    path = args.output / (TABLE if op == "compressed" else RECALL_TABLE).name
+    committed = load_table(path)
+    table, errors = dict(committed[1]), []
+    for arch, dim, dtype in itertools.product(args.arch, args.dim, args.dtype):
+        if op == "compressed":
+            names, compile_one = programs(choose_tiles(arch, triton.next_power_of_2(dim), DTYPES[dtype])), compile_program
+        else:
+            names, compile_one = recall_programs(arch, dim, dtype, DTYPES[dtype], HEADS, KV_HEADS), compile_recall_program
+        for name in names:
+            start = time.perf_counter()
+            key = key_of(arch, name, dim, dtype)
+            report = table[key] = compile_one(arch, name, dim, dtype)
+            errors += check(key, report, committed if args.check else (VERSION, table))
+            print(f"{key}: {report} ({time.perf_counter() - start:.1f} s)", flush=True)
+        if not args.check:
+            write_table(table, path)
+    return errors
 
 
 if __name__ == "__main__":

@@ -23,6 +23,9 @@ from kernels.select.selection import SelectRule
 LARGEST_GROUP = 32  # query heads per KV head: one int32 of bits
 LARGEST_ROW = 1 << 26
 SPLITS = 64  # of one KV head at most
+PICK, ATTEND, COMBINE = (8, 2), (8, 2), (4, 2)  # warps and stages of the kernels
+SCORES = 256  # scores of a head that one step of the search loads
+WIDTH = 8  # children of a gist that are written at once
 PROGRAMS = 264  # that a split should make of all queries and KV heads: two for each of an H100's multiprocessors
 
 
@@ -134,7 +137,7 @@ def run(q: Tensor, tables: Tables, places: Tensor, scale: float, kv_heads: int, 
     splits = triton.next_power_of_2(max(1, min(SPLITS, PROGRAMS // (queries * kv_heads), triton.cdiv(tables.rows, 64))))
     sizes = dict(
         H=heads, HKV=kv_heads, D=dim, BD=triton.next_power_of_2(dim), L=levels, BG=max(16, triton.next_power_of_2(group)),
-        BN=32 if dim > 128 or q.element_size() > 2 else 64, UPCAST=INTERPRETED and q.dtype == torch.bfloat16,
+        BN=attend_keys(dim, q.element_size()), UPCAST=INTERPRETED and q.dtype == torch.bfloat16,
     )  # fmt: skip
     total = torch.zeros(queries, kv_heads, dtype=torch.int32, device=q.device)
     part = new(queries, heads, splits, dim, dtype=torch.float32)
@@ -147,13 +150,22 @@ def run(q: Tensor, tables: Tables, places: Tensor, scale: float, kv_heads: int, 
             row, bits = new(2, queries, kv_heads, 2, tables.candidates)
             kernels.pick_kernel[queries, kv_heads](
                 q, q, tables.ends, tables.ints, places, score, row, bits, listed, total, tables.sink, tables.candidates,
-                tables.listed, **sizes, GS=rows, BS=256, BW=8, SHARED=rule.share == "group", num_warps=8, num_stages=2,
+                tables.listed, **sizes, GS=rows, BS=SCORES, BW=WIDTH, SHARED=rule.share == "group", **_options(PICK),
             )  # fmt: skip
         kernels.attend_kernel[splits, kv_heads, queries](
             q, q, tables.ints, places, listed, total, part, most, weight, scale * LOG2_E, tables.listed, **sizes,
-            num_warps=4, num_stages=2,
+            **_options(ATTEND),
         )  # fmt: skip
         kernels.combine_kernel[(queries * heads,)](
-            part, most, weight, out, splits, D=dim, BD=sizes["BD"], BS=max(2, splits), num_warps=4
+            part, most, weight, out, splits, D=dim, BD=sizes["BD"], BS=max(2, splits), **_options(COMBINE)
         )
     return out
+
+
+def attend_keys(dim: int, item_size: int) -> int:
+    """Keys of a tile: what fits the registers, rows standing anywhere."""
+    return 64 if dim * item_size <= 128 else 32 if dim * item_size <= 256 else 16
+
+
+def _options(launch: tuple[int, int]) -> dict[str, int]:
+    return dict(num_warps=launch[0], num_stages=launch[1])

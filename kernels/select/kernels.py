@@ -82,7 +82,7 @@ def _candidates(
 
 @triton.jit
 def _tile(
-    b_q, p_q, o_q, m_row, p_k, p_rows, p_row, p_words, p_place, p_child_lo, p_child_hi, i, i_item, items, places,
+    b_q, p_q, o_q, m_row, p_k, p_row, p_words, p_place, p_child_lo, p_child_hi, i, i_item, items, places,
     i_span, span, b_lo, b_hi,
     HKV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     SUM: tl.constexpr, WORDS: tl.constexpr, TOP: tl.constexpr, UPCAST: tl.constexpr,
@@ -94,8 +94,7 @@ def _tile(
     o_key, m_seen, i_item = _candidates(
         p_row, p_words, p_place, p_child_lo, p_child_hi, i, i_item, items, places, i_span, span, b_lo, b_hi, BM, BN, WORDS, TOP
     )
-    o_token = tl.load(p_rows + o_key, mask=o_key >= 0, other=0)
-    b_k = tl.trans(load_tile(p_k, o_token * (HKV * D), o_key >= 0, D, BD))
+    b_k = tl.trans(load_tile(p_k, o_key.to(tl.int64) * (HKV * D), o_key >= 0, D, BD))
     b_s = dot(b_q, b_k, UPCAST)
     for h in range(1, SUM):
         b_s += dot(load_tile(p_q, o_q + h * D, m_row, D, BD), b_k, UPCAST)
@@ -121,7 +120,7 @@ def narrow(b_from, b_to, b_count, b_over, b_more, b_1, b_2, b_3, b_over_1, b_ove
 
 @triton.jit
 def bound_kernel(
-    p_q, p_k, p_rows, p_lo, p_hi, p_budget, p_blocks, p_first, p_row, p_words, p_place, p_places, p_child_lo, p_child_hi,
+    p_q, p_k, p_lo, p_hi, p_budget, p_blocks, p_first, p_row, p_words, p_place, p_places, p_child_lo, p_child_hi,
     p_bound, p_last, p_count, keys, tokens,
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     SUM: tl.constexpr, WORDS: tl.constexpr, TOP: tl.constexpr, UPCAST: tl.constexpr,
@@ -136,8 +135,7 @@ def bound_kernel(
     i_block, i_head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
     i_list = i_block * HKV + i_head
     i_sample, m_row, o_query, o_bit, o_q = _rows(p_blocks, i_block, i_head, H, HKV, D, BM, SUM)
-    p_rows += i_sample.to(tl.int64) * keys
-    p_k += i_sample.to(tl.int64) * tokens * (HKV * D) + i_head * D
+    p_k += i_sample.to(tl.int64) * keys * (HKV * D) + i_head * D
     p_child_lo += i_sample.to(tl.int64) * tokens
     p_child_hi += i_sample.to(tl.int64) * tokens
     b_q = load_tile(p_q, o_q, m_row, D, BD)
@@ -159,7 +157,7 @@ def bound_kernel(
     i_item = 0
     for i in range(0, places + span, BN):
         o_key, b_s, i_item = _tile(
-            b_q, p_q, o_q, m_row, p_k, p_rows, p_row, p_words, p_place, p_child_lo, p_child_hi, i, i_item, items, places,
+            b_q, p_q, o_q, m_row, p_k, p_row, p_words, p_place, p_child_lo, p_child_hi, i, i_item, items, places,
             i_span, span, b_lo, b_hi, HKV, D, BD, BM, BN, SUM, WORDS, TOP, UPCAST,
         )  # fmt: skip
         b_most = tl.maximum(b_most, tl.max(b_s, 1))
@@ -183,7 +181,7 @@ def bound_kernel(
         i_item = 0
         for i in range(0, places + span, BN):
             o_key, b_s, i_item = _tile(
-                b_q, p_q, o_q, m_row, p_k, p_rows, p_row, p_words, p_place, p_child_lo, p_child_hi, i, i_item, items, places,
+                b_q, p_q, o_q, m_row, p_k, p_row, p_words, p_place, p_child_lo, p_child_hi, i, i_item, items, places,
                 i_span, span, b_lo, b_hi, HKV, D, BD, BM, BN, SUM, WORDS, TOP, UPCAST,
             )  # fmt: skip
             b_over_1 += tl.sum((b_s >= b_1[:, None]).to(tl.int32), 1)
@@ -204,7 +202,7 @@ def bound_kernel(
         i_item = 0
         for i in range(0, places + span, BN):
             o_key, b_s, i_item = _tile(
-                b_q, p_q, o_q, m_row, p_k, p_rows, p_row, p_words, p_place, p_child_lo, p_child_hi, i, i_item, items, places,
+                b_q, p_q, o_q, m_row, p_k, p_row, p_words, p_place, p_child_lo, p_child_hi, i, i_item, items, places,
                 i_span, span, b_lo, b_hi, HKV, D, BD, BM, BN, SUM, WORDS, TOP, UPCAST,
             )  # fmt: skip
             b_equal += tl.sum(((b_s == b_bound[:, None]) & (o_key[None, :] <= b_middle[:, None])).to(tl.int32), 1)
@@ -220,7 +218,7 @@ def bound_kernel(
     i_item = 0
     for i in range(0, places + span, BN):
         o_key, b_s, i_item = _tile(
-            b_q, p_q, o_q, m_row, p_k, p_rows, p_row, p_words, p_place, p_child_lo, p_child_hi, i, i_item, items, places,
+            b_q, p_q, o_q, m_row, p_k, p_row, p_words, p_place, p_child_lo, p_child_hi, i, i_item, items, places,
             i_span, span, b_lo, b_hi, HKV, D, BD, BM, BN, SUM, WORDS, TOP, UPCAST,
         )  # fmt: skip
         m_taken = _taken(b_s, o_key, b_bound, b_last)
@@ -237,7 +235,7 @@ def _taken(b_s, o_key, b_bound, b_last):
 
 @triton.jit
 def list_kernel(
-    p_q, p_k, p_rows, p_lo, p_hi, p_blocks, p_first, p_row, p_words, p_place, p_places, p_child_lo, p_child_hi,
+    p_q, p_k, p_lo, p_hi, p_blocks, p_first, p_row, p_words, p_place, p_places, p_child_lo, p_child_hi,
     p_bound, p_last, p_new_first, p_new_row, p_new_bits, p_new_words, p_new_place, p_new_places, keys, tokens,
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     SUM: tl.constexpr, WORDS: tl.constexpr, TOP: tl.constexpr, BOTTOM: tl.constexpr, UPCAST: tl.constexpr,
@@ -250,8 +248,7 @@ def list_kernel(
     i_block, i_head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
     i_list = i_block * HKV + i_head
     i_sample, m_row, o_query, o_bit, o_q = _rows(p_blocks, i_block, i_head, H, HKV, D, BM, SUM)
-    p_rows += i_sample.to(tl.int64) * keys
-    p_k += i_sample.to(tl.int64) * tokens * (HKV * D) + i_head * D
+    p_k += i_sample.to(tl.int64) * keys * (HKV * D) + i_head * D
     p_child_lo += i_sample.to(tl.int64) * tokens
     p_child_hi += i_sample.to(tl.int64) * tokens
     b_q = load_tile(p_q, o_q, m_row, D, BD)
@@ -275,7 +272,7 @@ def list_kernel(
     i_item = 0
     for i in range(0, places + span, BN):
         o_key, b_s, i_item = _tile(
-            b_q, p_q, o_q, m_row, p_k, p_rows, p_row, p_words, p_place, p_child_lo, p_child_hi, i, i_item, items, places,
+            b_q, p_q, o_q, m_row, p_k, p_row, p_words, p_place, p_child_lo, p_child_hi, i, i_item, items, places,
             i_span, span, b_lo, b_hi, HKV, D, BD, BM, BN, SUM, WORDS, TOP, UPCAST,
         )  # fmt: skip
         b_taken = _taken(b_s, o_key, b_bound, b_last).to(tl.int32)

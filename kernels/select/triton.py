@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
+from kernels.compressed.plan import key_rows
 from kernels.compressed.tiles import HEAD_DIMS, Tile
 from kernels.compressed.triton import DTYPES, INTERPRETED, architecture, launch_options, on_device
 from kernels.select import kernels
@@ -21,7 +22,7 @@ from kernels.tree import GistTree
 
 LARGEST_GROUP = 128  # rows of a tile
 # Per architecture, padded head dimension and bytes per element; the rows are those of one block of queries.
-_HALF = {64: Tile(64, 64, 4, 2), 128: Tile(64, 64, 4, 2), 256: Tile(64, 32, 4, 2)}
+_HALF = {64: Tile(32, 64, 4, 2), 128: Tile(32, 64, 4, 2), 256: Tile(32, 32, 4, 2)}
 _FULL = {64: Tile(32, 32, 4, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16, 16, 4, 1)}
 _GPU = {(dim, 2): tile for dim, tile in _HALF.items()} | {(dim, 4): tile for dim, tile in _FULL.items()}
 TABLE = {arch: _GPU for arch in ("sm_80", "sm_90", "sm_100")}
@@ -60,6 +61,11 @@ def tile_for(q: Tensor) -> Tile:
     return TABLE[architecture(q)][max(64, triton.next_power_of_2(q.shape[2])), q.element_size()]
 
 
+def fitted(tile: Tile, rows: int, summed: int) -> Tile:
+    """The tile for a number of rows in a block, each the sum of so many heads (which takes registers: fewer keys)."""
+    return replace(tile, rows=max(16, triton.next_power_of_2(rows)), keys=tile.keys if summed == 1 else min(tile.keys, 32))
+
+
 @dataclass(frozen=True)
 class _Level:
     """The lists of one level: [lists + 1], [items], [items], [items, words], [items], [lists]."""
@@ -74,12 +80,12 @@ class _Level:
 
 def select_lists(q: Tensor, k: Tensor, tree: GistTree, rule: SelectRule, size: int) -> BlockLists:
     """What blocks of at most ``size`` queries select. q: [N, H, D]; k: [B, T, Hkv, D]."""
-    q, k = q.contiguous(), k.contiguous()
+    q, k = q.contiguous(), k.reshape(-1, *k.shape[2:]).index_select(0, key_rows(tree.others))  # [B * R, Hkv, D]
     blocks = query_blocks(tree, size)
-    group = q.shape[1] // k.shape[2]
+    group = q.shape[1] // k.shape[1]
     summed = group if rule.share == "group" else 1
     rows = size * group // summed
-    tile = replace(tile_for(q), rows=max(16, triton.next_power_of_2(rows)))
+    tile = fitted(tile_for(q), rows, summed)
     levels: list[_Level] = []
     for s in range(tree.levels):
         # The budget's cap counts all gists of the level before the query.
@@ -88,7 +94,7 @@ def select_lists(q: Tensor, k: Tensor, tree: GistTree, rule: SelectRule, size: i
     sizes = [len(level.row) for level in levels]
     firsts = torch.stack([level.first + sum(sizes[:s]) for s, level in enumerate(levels)])
     row, bits, place = (torch.cat([getattr(level, name) for level in levels]) for name in ("row", "bits", "place"))
-    return BlockLists(blocks, firsts, row, bits, place, levels[-1].places, k.shape[2])
+    return BlockLists(blocks, firsts, row, bits, place, levels[-1].places, k.shape[1])
 
 
 def _level(
@@ -102,8 +108,8 @@ def _level(
     summed: int,
     tile: Tile,
 ) -> _Level:
-    """The lists of segment s from those of the segment above it; ``budget`` [N] int32."""
-    kv_heads, dim = k.shape[2:]
+    """The lists of segment s from those of the segment above it. k: [B * R, Hkv, D], sorted by level; budget: [N] int32."""
+    kv_heads, dim = k.shape[1:]
     count, words = len(blocks.table) * kv_heads, -(-tile.rows // 32)
     new = lambda *shape, dtype=torch.int32: torch.empty(shape, dtype=dtype, device=q.device)
     bound, last, taken = new(count, tile.rows), new(count, tile.rows), new(count)
@@ -119,13 +125,13 @@ def _level(
     grid = len(blocks.table), kv_heads
     with on_device(q):
         kernels.bound_kernel[grid](
-            q, k, tree.others.rows, tree.tail[s], tree.hi[s], budget, blocks.table, *lists, bound, last, taken, *ends, **sizes
+            q, k, tree.tail[s], tree.hi[s], budget, blocks.table, *lists, bound, last, taken, *ends, **sizes
         )
         first = torch.nn.functional.pad(taken.cumsum(0), (1, 0))
         items = int(first[-1])
         level = _Level(first, new(items), new(items), new(0 if bottom else items, words), new(items), new(count))
         kernels.list_kernel[grid](
-            q, k, tree.others.rows, tree.tail[s], tree.hi[s], blocks.table, *lists, bound, last,
+            q, k, tree.tail[s], tree.hi[s], blocks.table, *lists, bound, last,
             level.first, level.row, level.bits, level.words, level.place, level.places, *ends, BOTTOM=bottom, **sizes,
         )  # fmt: skip
     return level

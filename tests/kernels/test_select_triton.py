@@ -1,6 +1,7 @@
 """Selection in Triton against the CPU path: on a GPU where there is one, else in Triton's interpreter, in its own process."""
 
 import importlib.util
+import itertools
 
 import pytest
 import torch
@@ -15,7 +16,11 @@ from tests.kernels.recall_cases import CASES, SUFFIX_CASES, make_recall, make_ru
 
 ALL = [*CASES, *SUFFIX_CASES]
 # Few queries: a pass over the candidates takes the interpreter long. The others are `long`.
-SOME = ["suffixes of packed documents", "suffix without context"]
+SOME = [
+    ("suffixes of packed documents", "adaptive, small ratio", "head"),
+    ("context shorter than the sink", "everything", "head"),
+    ("suffix", "fixed", "group"),
+]
 BY_NUMBER = ["adaptive", "adaptive, small ratio", "fixed", "everything"]
 
 
@@ -54,9 +59,13 @@ def on_cpu(q, k, tree, rule):
 
 
 @needs_runs
-@pytest.mark.parametrize("share", ["head", "group"])
-@pytest.mark.parametrize("rule_name", BY_NUMBER)
-@pytest.mark.parametrize("name", [n if n in SOME else pytest.param(n, marks=pytest.mark.long) for n in ALL])
+@pytest.mark.parametrize(
+    "name,rule_name,share",
+    [
+        case if case in SOME else pytest.param(*case, marks=pytest.mark.long)
+        for case in itertools.product(ALL, BY_NUMBER, ("head", "group"))
+    ],
+)
 def test_equals_the_cpu_path(name, rule_name, share):
     tree, config, q, k = case(name, 4, 2, 64, torch.float32)
     rule = make_rule(rule_name, config, share)
@@ -74,6 +83,7 @@ def test_groups_dimensions_dtypes(heads, kv_heads, dim, dtype):
 
 
 @needs_runs
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scores_of_any_size(dtype):
     """Real numbers, where another order of sums may swap gists that all but tie: each pair's scores differ by rounding alone."""
@@ -94,15 +104,14 @@ def test_scores_of_any_size(dtype):
 
 
 @needs_runs
-@pytest.mark.parametrize("share", ["head", "group"])
+@pytest.mark.parametrize("share", ["head", pytest.param("group", marks=pytest.mark.long)])
 def test_ties(share):
     """Few different scores, zeros of both signs among them: of equal ones the earlier gists, exactly as many as the budget."""
     tree, config, q, k = case("suffix", 4, 2, 64, torch.float32)
     k = k.sign() * (torch.arange(64, device=DEVICE) < 2)
     q = q.sign()
-    for topk in (1, 3):
-        rule = SelectRule(1, 1, topk=topk, share=share)
-        assert equal(select_gists(q, k, tree, rule, backend="triton"), on_cpu(q, k, tree, rule))
+    rule = SelectRule(1, 1, topk=3, share=share)
+    assert equal(select_gists(q, k, tree, rule, backend="triton"), on_cpu(q, k, tree, rule))
     same = torch.zeros_like(k)
     assert equal(select_gists(-q, same, tree, rule, backend="triton"), on_cpu(q, same, tree, rule))
 

@@ -23,7 +23,7 @@ from tests.kernels.recall_cases import CASES, SUFFIX_CASES, make_recall, make_ru
 FP32_ROUNDING = 2e-6
 ALL = [*CASES, *SUFFIX_CASES]
 # One layout of each kind; the others are `long`, fp32 only.
-SOME = ["three levels", "packed documents", "suffixes of packed documents", "no gist at all"]
+SOME = ["shorter than a chunk", "suffixes of packed documents", "no gist at all"]
 
 
 @pytest.mark.skipif(RUNS, reason="a GPU, or the interpreter: the tests run here directly")
@@ -113,7 +113,7 @@ def test_16_bits(dtype):
 @needs_runs
 @pytest.mark.parametrize("rule_name", ["everything", "fixed"])
 def test_everything_selected_and_little(rule_name):
-    check("two levels", 2, 1, 64, torch.float32, rule_name=rule_name)
+    check("suffix", 2, 1, 64, torch.float32, rule_name=rule_name)
 
 
 @needs_runs
@@ -123,7 +123,7 @@ def test_head_dimensions(dim, dtype):
 
 
 @needs_runs
-@pytest.mark.parametrize("heads,kv_heads", [(3, 3), (6, 2), (7, 1), (40, 1)])
+@pytest.mark.parametrize("heads,kv_heads", [(3, 3), (6, 2), (7, 1), pytest.param(40, 1, marks=pytest.mark.long)])
 def test_group_sizes(heads, kv_heads):
     """Blocks of 32, 10, 4 queries and, with more heads than a tile has rows, of one."""
     check("suffix longer than a chunk", heads, kv_heads, 64, torch.float32)
@@ -145,7 +145,7 @@ def test_many_partial_sums(monkeypatch, dtype):
     monkeypatch.setattr(plan, "SHORTEST_PART", 1)
     monkeypatch.setattr(plan, "SHORTEST_SPLIT", 24)
     small = Tile(16, 16, 4, 1)
-    check("one level", 4, 1, 64, dtype, UnfoldTiles(small, small, small, small, Tile(64, 32, 4, 1)))
+    check("suffix", 4, 1, 64, dtype, UnfoldTiles(small, small, small, small, Tile(64, 32, 4, 1)))
 
 
 @needs_runs
@@ -227,7 +227,7 @@ def test_all_dimensions_on_a_gpu(name, dim, dtype):
 
 
 @needs_runs
-@pytest.mark.parametrize("share", ["head", "group"])
+@pytest.mark.parametrize("share", ["head", pytest.param("group", marks=pytest.mark.long)])
 def test_a_whole_layer(share):
     """Selection's lists handed on as they are: output, gradients and what is reported, against the CPU path."""
     layout, config, tree = make_recall("suffixes of packed documents")

@@ -1,0 +1,77 @@
+"""The programs of recall and decoding for kernels.aot: every kernel with the sizes that its launcher gives it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import triton
+
+from kernels.compressed.tiles import Tile
+from kernels.decode import kernels as decoding
+from kernels.decode.triton import ATTEND, COMBINE, PICK, SCORES, WIDTH, attend_keys
+from kernels.select import kernels as selecting
+from kernels.select.triton import TABLE as SELECT_TILES
+from kernels.select.triton import fitted
+from kernels.unfold import backward, forward
+from kernels.unfold.tiles import choose_unfold_tiles
+
+LONGEST_CHUNK = 12  # c0 = 8, and up to half of it more
+SPLITS = 32
+_INT32 = (
+    "lo hi blocks row bits place places child_lo child_hi visits parts sums budget words bound last count "
+    "new_row new_bits new_words new_place new_places ints score list total"
+)
+_INT64 = "rows first new_first ends"
+_FP32 = "shift factor mean part_k part_v part max sum"
+_TYPES = {f"p_{n}": kind for kind, names in (("*i32", _INT32), ("*i64", _INT64), ("*fp32", _FP32)) for n in names.split()}
+
+
+@dataclass(frozen=True)
+class Program:
+    """A kernel, how it is launched, its compile-time sizes, and types of arguments that have others than their name says."""
+
+    kernel: triton.JITFunction
+    tile: Tile
+    sizes: dict[str, Any]
+    types: dict[str, str]
+
+    def type_of(self, name: str, dtype: str) -> str:
+        """Triton's name for the type of an argument."""
+        if not name.startswith("p_"):
+            return "fp32" if name in ("scale", "d_scale") else "i32"
+        return self.types.get(name) or _TYPES.get(name, f"*{dtype}")
+
+
+def recall_programs(arch: str, dim: int, dtype: str, item_size: int, heads: int, kv_heads: int) -> dict[str, Program]:
+    """Every program of selection, unfolding and decoding at two gist levels: name -> program."""
+    block_dim = max(64, triton.next_power_of_2(dim))
+    group = heads // kv_heads
+    tiles = choose_unfold_tiles(arch, block_dim, item_size)
+    size = tiles.block(group)
+    tiles = tiles.fit(group, LONGEST_CHUNK)
+    common = dict(H=heads, HKV=kv_heads, D=dim, BD=triton.next_power_of_2(dim), L=2, EXACT=dtype == "fp32", UPCAST=False)
+    sums = {"p_dk": "*fp32", "p_dv": "*fp32"}
+    made = {
+        "unfold": (forward.unfold_kernel, tiles.forward, {}, {}),
+        "unfold d_query": (backward.unfold_d_query_kernel, tiles.d_query, {}, {}),
+        "unfold d_key chunks": (backward.unfold_d_key_kernel, tiles.chunks, dict(CHUNK=True), sums),
+        "unfold d_key upper": (backward.unfold_d_key_kernel, tiles.upper, dict(CHUNK=False), sums),
+        "unfold add_parts": (backward.add_parts_kernel, replace(tiles.chunks, warps=4, stages=3), dict(CHUNK=True), sums),
+    }
+    for share, summed in (("head", 1), ("group", group)):
+        tile = fitted(SELECT_TILES[arch][block_dim, item_size], size * group // summed, summed)
+        words = -(-tile.rows // 32)
+        for top in (True, False):
+            flags = dict(SUM=summed, WORDS=words, TOP=top, BOTTOM=not top)
+            name = f"{share} {'top' if top else 'below'}"
+            made[f"select bound {name}"] = (selecting.bound_kernel, tile, flags, {})
+            made[f"select list {name}"] = (selecting.list_kernel, tile, flags, {})
+    keys = attend_keys(dim, item_size)
+    places = {"p_places": "*i64"}
+    rows = max(16, triton.next_power_of_2(group))
+    flags = dict(BG=rows, GS=triton.next_power_of_2(group), BS=SCORES, BW=WIDTH, SHARED=False)
+    made["decode pick"] = (decoding.pick_kernel, Tile(rows, keys, *PICK), flags, places)
+    made["decode attend"] = (decoding.attend_kernel, Tile(rows, keys, *ATTEND), flags, places)
+    made["decode combine"] = (decoding.combine_kernel, Tile(rows, keys, *COMBINE), dict(BS=SPLITS), {})
+    return {n: Program(k, t, common | dict(BM=t.rows, BN=t.keys) | own, types) for n, (k, t, own, types) in made.items()}
