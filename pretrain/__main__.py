@@ -15,6 +15,8 @@ from pretrain.evaluate.command import add_arguments as add_evaluate_arguments
 from pretrain.generate import add_arguments as add_generate_arguments
 from pretrain.plan import add_arguments as add_plan_arguments
 from pretrain.plan import plan_command
+from pretrain.status import EXIT_CODES_TEXT, status_command
+from pretrain.status import add_arguments as add_status_arguments
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -52,6 +54,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     report = commands.add_parser("report", help="write report.html for one run, or for several to compare")
     report.add_argument("run_dirs", type=Path, nargs="+", metavar="DIR")
+
+    about = "Look at a run without disturbing it; again and again until it has ended."
+    status = commands.add_parser("status", help="is a run alive, how far is it", description=about, epilog=EXIT_CODES_TEXT)
+    add_status_arguments(status)
     return parser
 
 
@@ -160,6 +166,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], Iterator[str]]] = {
     "plan": _plan,
     "evaluate": _evaluate,
     "report": _report,
+    "status": status_command,
 }
 
 

@@ -18,8 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch.distributed as dist
-
 from pretrain.errors import UserError
 
 if TYPE_CHECKING:  # listing checkpoints needs none of the heavy libraries behind it
@@ -143,6 +141,8 @@ def agree_on_newest(
 
     usable: says why a whole checkpoint cannot be used, '' when it can.
     """
+    import torch.distributed as dist  # late: looking at checkpoints needs no PyTorch
+
     directories = from_main(parallel, lambda: checkpoint_directories(run_dir))
     for directory in directories:
         manifest, defect = from_main(parallel, lambda: _peek(directory, usable))  # noqa: B023 (called at once)
@@ -176,6 +176,8 @@ def _defect(check: Callable[[], None]) -> str:
 
 def from_main(parallel: Parallel, make: Callable):
     """What the main rank makes, on every rank."""
+    import torch.distributed as dist
+
     box = [make() if parallel.is_main else None]
     dist.broadcast_object_list(box, src=0)
     return box[0]

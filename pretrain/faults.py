@@ -12,10 +12,13 @@ import statistics
 from collections import deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pretrain.checkpoint import Manifest, write_atomically
-from pretrain.config import FaultConfig
 from pretrain.errors import UserError
+
+if TYPE_CHECKING:  # looking at a run needs no configuration machinery
+    from pretrain.config import FaultConfig
 
 QUARANTINE = "quarantine.json"
 FAULTS = ("", "steps in a row without a finite loss and gradient", "loss spike")

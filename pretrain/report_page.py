@@ -14,6 +14,7 @@ from pretrain.config import RunConfig, flatten
 from pretrain.report_curves import AXES, Chart, Curve, draw, hover_data, make_curve, number, smoothing_window
 from pretrain.report_runs import Run, parameters
 from pretrain.report_sample import Sample, describe, draw_grid, draw_strip, kind_class, kind_name
+from pretrain.status import duration
 
 COLOURS, DASHES = 6, 4
 CURVE_BYTES = 1_800_000  # room for all curves of a page; the number of buckets follows from it
@@ -82,17 +83,6 @@ def _loss(label: str, loss: float | None, detail: str = "") -> Figure:
 def _best(run: Run) -> Figure:
     best = run.best("valid_loss")
     return _loss("Validation loss, best", best and best[0], f", step {best[1]:,}" if best else "")
-
-
-def duration(seconds: float) -> str:
-    """45 s, 12 min, 3 h 20 min, 2 d 5 h."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes} min"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
 def headline(runs: list[Run]) -> str:

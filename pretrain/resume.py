@@ -31,10 +31,10 @@ from pretrain.engine_state import load_state
 from pretrain.errors import UserError
 from pretrain.faults import Quarantine, Rollback
 from pretrain.parallel import Parallel
+from pretrain.run_dir import HEARTBEATS, LOCK
 from pretrain.tensor_files import TensorDirectory
 from pretrain.tokenizer import TokenizerInfo
 
-LOCK = ".lock"
 LOCK_SECONDS = 15.0
 
 
@@ -47,7 +47,7 @@ def check_run_dir(run_dir: Path, config: RunConfig) -> list[str]:
         raise UserError(f"--run-dir {run_dir}: is a file")
     saved = run_dir / "config.yaml"
     if not saved.exists():
-        ours = (LOCK, "heartbeat", "launch")  # a start that was killed before it wrote anything else; a job's script and log
+        ours = (LOCK, HEARTBEATS, "launch")  # a start that was killed before it wrote anything else; a job's script and log
         if run_dir.is_dir() and any(path.name not in ours for path in run_dir.iterdir()):
             raise UserError(f"--run-dir {run_dir}: is not empty and holds no run (no config.yaml); name another directory")
         return []

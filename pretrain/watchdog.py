@@ -17,6 +17,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from pretrain.parallel import Parallel
+from pretrain.run_dir import HEARTBEAT_SECONDS, HEARTBEATS, STACKS
 
 EXIT_CODE = 70  # of a process that its watchdog ended
 SECONDS_FOR_OTHERS = 3.0  # between a rank's stacks and its end, so that the other ranks can write theirs
@@ -36,7 +37,7 @@ class Watchdog:
     def __init__(self, run_dir: Path, parallel: Parallel, limit_seconds: float):
         """limit_seconds: 0 watches nothing and only keeps the heartbeat."""
         self._run_dir, self._rank, self._world, self._limit = run_dir, parallel.rank, parallel.world, limit_seconds
-        self._every = min(10.0, limit_seconds / 10) if limit_seconds else 10.0
+        self._every = min(HEARTBEAT_SECONDS, limit_seconds / 10) if limit_seconds else HEARTBEAT_SECONDS
         self._last, self._step, self._phase = time.time(), 0, "start"
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self._end = threading.Event()
@@ -55,7 +56,7 @@ class Watchdog:
         self._thread.join()
 
     def _file(self, rank: int) -> Path:
-        return self._run_dir / "heartbeat" / f"rank-{rank:05d}.json"
+        return self._run_dir / HEARTBEATS / f"rank-{rank:05d}.json"
 
     def _watch(self) -> None:
         next_sign = 0.0
@@ -97,7 +98,7 @@ class Watchdog:
         print(text, file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         try:
-            stacks = self._run_dir / "stacks" / f"rank-{self._rank:05d}.txt"
+            stacks = self._run_dir / STACKS / f"rank-{self._rank:05d}.txt"
             stacks.parent.mkdir(parents=True, exist_ok=True)
             with open(stacks, "w") as file:
                 file.write(text + "\n")
