@@ -79,6 +79,14 @@ def part(text: str) -> tuple[int, int]:
     return int(first), int(last)
 
 
+def sizes(text: str) -> tuple[int, ...]:
+    """Chunk sizes, such as 8,4."""
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of sizes of at least 1, such as 8,4")
+    return tuple(int(part) for part in parts)
+
+
 def separator(text: str) -> str:
     """A document separator; backslash-n, -t and -r may be written out."""
     value = text.replace("\\n", "\n").replace("\\t", "\t").replace("\\r", "\r")
@@ -113,7 +121,8 @@ def add_input_options(parser: Parser) -> None:
         required=True,
         metavar="F",
         help="files, directories (searched through) and quoted globs: .txt .md .jsonl .csv .parquet .arrow, each also "
-        "with .gz .zst .xz; directories of datasets.save_to_disk; hf:NAME[@CONFIG][:SPLIT] streams from the hub",
+        "with .gz .zst .xz; directories of datasets.save_to_disk; hf:NAME[@CONFIG][:SPLIT] streams from the hub; @LIST is a "
+        "file that names inputs, one a line",
     )
     parser.add_argument(
         "--format",
@@ -267,6 +276,8 @@ def add_shard_commands(commands) -> None:
     p.add_argument("--documents", type=count, metavar="K", help=documents_help)
     chars_help = "cut each after N characters; 0 shows all (default: 2000)"
     p.add_argument("--max-chars", type=count, default=2000, metavar="N", help=chars_help)
+    sizes_help = "show the documents with the gists that a model with these chunk sizes sees, such as 8,4"
+    p.add_argument("--chunk-sizes", type=sizes, default=(), metavar="C,..", help=sizes_help)
 
     p = commands.add_parser(
         "stats", help="figures of shards", description="Add up shards and show the lengths of their documents."

@@ -1,7 +1,7 @@
-"""A shard in words: counts, document lengths, the first documents as text."""
+"""A shard in words: counts, document lengths, the first documents as text, with the gists that a model would see."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -15,7 +15,11 @@ BAR = 40
 
 
 def describe_shard(
-    prefix: str, tokenizer: Tokenizer | None = None, documents: int = 0, max_chars: int = 0
+    prefix: str,
+    tokenizer: Tokenizer | None = None,
+    documents: int = 0,
+    max_chars: int = 0,
+    chunk_sizes: Sequence[int] = (),
 ) -> Iterator[str]:
     """Yield the lines that `inspect` prints.
 
@@ -23,9 +27,10 @@ def describe_shard(
         tokenizer: turns ids back into text.
         documents: how many documents to show.
         max_chars: cut each after so many characters; 0 shows all.
+        chunk_sizes: put the gists of these sizes in as `<gist0>`, `<gist1>`, ..; none: leave them out.
 
     Raises:
-        DataError: the shard is damaged, or of another tokenizer.
+        DataError: the shard is damaged, or of another tokenizer; chunk sizes that cannot be.
     """
     shard = open_shard(prefix)
     if tokenizer and (wrong := check_tokenizer(prefix, shard.info, tokenizer.info)):
@@ -49,27 +54,45 @@ def describe_shard(
         for i in range(min(documents, info.documents)):
             yield ""
             yield f"--- document {i}, {lengths[i]:,} tokens"
-            text = marked_text(shard, i, tokenizer) if shard.spans else document_text(shard, i, tokenizer)
+            text = marked_text(shard, i, tokenizer, chunk_sizes)
             cut = bool(max_chars) and len(text) > max_chars
             yield f"{text[:max_chars]}\n[.. {len(text) - max_chars:,} more characters]" if cut else text
 
 
-def document_text(shard: Shard, i: int, tokenizer: Tokenizer) -> str:
-    """Document i as text, without its end-of-document id."""
-    return tokenizer.decode(shard.document(i).tolist())
+def marked_text(shard: Shard, i: int, tokenizer: Tokenizer, chunk_sizes: Sequence[int] = ()) -> str:
+    """Document i as text, without its end-of-document id.
 
-
-def marked_text(shard: Shard, i: int, tokenizer: Tokenizer) -> str:
-    """Document i of a supervised shard as text, with `[context ends]` and `[answer]`..`[/answer]` put in."""
-    spans, ids = shard.spans, shard.document(i).tolist()
-    marks = [(int(spans.context[i]), "[context ends]")]
-    for begin, end in spans[i : i + 1].ranges.tolist():
-        marks += [(begin, "[answer]"), (end, "[/answer]")]
+    Of a supervised shard `[context ends]` and `[answer]`..`[/answer]` are put in, for ``chunk_sizes`` the gists.
+    """
+    ids, spans = shard.document(i), shard.spans
+    marks = gist_marks(ids, int(spans.context[i]) if spans else -1, tokenizer, chunk_sizes) if chunk_sizes else []
+    if spans:
+        marks.append((int(spans.context[i]), "[context ends]"))
+        for begin, end in spans[i : i + 1].ranges.tolist():
+            marks += [(begin, "[answer]"), (end, "[/answer]")]
     text, at = "", 0
-    for place, mark in marks:
-        text += tokenizer.decode(ids[at:place]) + mark
+    for place, mark in sorted(marks, key=lambda m: m[0]):  # stable: a context's gists come before its end
+        text += tokenizer.decode(ids[at:place].tolist()) + mark
         at = place
-    return text + tokenizer.decode(ids[at:])
+    return text + tokenizer.decode(ids[at:].tolist())
+
+
+def gist_marks(ids: np.ndarray, context: int, tokenizer: Tokenizer, chunk_sizes: Sequence[int]) -> list[tuple[int, str]]:
+    """(raw tokens before it, its name) of each gist that a model with these chunk sizes would see in a document.
+
+    context: tokens of the closed context, -1 for a document that is all text. Where gists go is decided in one place, the
+    model's; this is the one thing of it that data_prep uses.
+    """
+    from model.gist import GistConfig, interleave
+
+    try:
+        config = GistConfig(tuple(chunk_sizes))
+    except ValueError as e:
+        raise DataError(f"--chunk-sizes: {e}") from None
+    levels = range(config.levels)
+    made = interleave(ids.astype(np.int64), [len(ids)], tokenizer.word_starts(), config, levels, contexts=[context])
+    before = np.cumsum(made.level < 0)
+    return [(int(before[at]), f"<gist{made.level[at]}>") for at in np.flatnonzero(made.level >= 0)]
 
 
 def span_figures(spans: Spans, tokens: int) -> str:

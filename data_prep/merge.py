@@ -1,8 +1,11 @@
-"""Several shards into one."""
+"""Several shards into one: token bytes are taken over as they are, in one pass that checks them, and the index is made anew."""
+
+import hashlib
 
 from data_prep.errors import DataError
-from data_prep.shards import ShardInfo, ShardWriter, blocks, open_shard
-from data_prep.verify import verify_shard
+from data_prep.shard_format import shard_path
+from data_prep.shards import Shard, ShardInfo, ShardWriter, blocks, open_shard
+from data_prep.verify import file_hash
 
 
 def merge_shards(prefixes: list[str], output: str, *, overwrite: bool = False) -> ShardInfo:
@@ -10,26 +13,15 @@ def merge_shards(prefixes: list[str], output: str, *, overwrite: bool = False) -
 
     Raises:
         DataError: a shard is damaged, they differ in tokenizer, vocabulary, dtype, end-of-document ids or supervision, or
-            `output`
-            exists or is one of them. Nothing is written then.
+            `output` exists or is one of them. No output is left then.
     """
     if output in prefixes:
         raise DataError(f"{output}: is an input of this merge, too; choose another --output")
-    infos = []
-    for prefix in prefixes:
-        info, defects = verify_shard(prefix)
-        if defects:
-            raise DataError(defects[0])
-        infos.append(info)
-        for name in ("tokenizer_hash", "vocab_size", "dtype", "eos_appended", "supervised"):
-            ours, first = getattr(info, name), getattr(infos[0], name)
-            if ours != first:
-                raise DataError(
-                    f"{prefix}: {name} is {ours}, but {prefixes[0]} has {first}; only shards of one kind can be "
-                    "merged: tokenize one of them again"
-                )
-    first = infos[0]
-    sources = list(dict.fromkeys(source for info in infos for source in info.sources))
+    shards = [open_shard(prefix) for prefix in prefixes]
+    first = shards[0].info
+    for shard in shards[1:]:
+        _check_same_kind(shard, shards[0])
+    sources = list(dict.fromkeys(source for shard in shards for source in shard.info.sources))
     with ShardWriter(
         output,
         vocab_size=first.vocab_size,
@@ -39,9 +31,33 @@ def merge_shards(prefixes: list[str], output: str, *, overwrite: bool = False) -
         overwrite=overwrite,
         supervised=first.supervised,
     ) as writer:
-        for prefix in prefixes:
-            shard, done = open_shard(prefix), 0
-            for ids, lengths in blocks(shard):
-                writer.append(ids, lengths, shard.spans and shard.spans[done : done + len(lengths)])
-                done += len(lengths)
+        for shard in shards:
+            _append(writer, shard)
         return writer.finish()
+
+
+def _check_same_kind(shard: Shard, first: Shard) -> None:
+    for name in ("tokenizer_hash", "vocab_size", "dtype", "eos_appended", "supervised"):
+        ours, others = getattr(shard.info, name), getattr(first.info, name)
+        if ours != others:
+            raise DataError(
+                f"{shard.prefix}: {name} is {ours}, but {first.prefix} has {others}; only shards of one kind can be "
+                "merged: tokenize one of them again"
+            )
+
+
+def _append(writer: ShardWriter, shard: Shard) -> None:
+    """Append all documents; the shard's hashes are compared on the way, so that its tokens are read once."""
+    hashes, done = {"bin": hashlib.sha256()}, 0
+    for ids, lengths in blocks(shard):
+        hashes["bin"].update(ids)
+        writer.append(ids, lengths, shard.spans and shard.spans[done : done + len(lengths)])
+        done += len(lengths)
+    found = {kind: hashes[kind].hexdigest() if kind in hashes else file_hash(shard_path(shard.prefix, f".{kind}"))
+             for kind in shard.info.files}  # fmt: skip
+    for kind, digest in found.items():
+        if digest != (expected := shard.info.files[kind]["sha256"]):
+            raise DataError(
+                f"{shard_path(shard.prefix, f'.{kind}')}: sha256 {digest[:12]}.. is not {expected[:12]}.. as in the "
+                "sidecar; altered"
+            )

@@ -3,7 +3,7 @@
 import glob
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,6 +24,7 @@ SUFFIXES = {
 }
 FORMATS = ("txt", "jsonl", "csv", "parquet", "arrow")
 HUB = "hf:"
+LIST = "@"
 MAX_DOCUMENT_BYTES = 32 << 20
 
 
@@ -78,13 +79,13 @@ def find_sources(
     where: Sequence[Condition] = (),
     limit: int = MAX_DOCUMENT_BYTES,
 ) -> list[Source]:
-    """Files named by paths, directories (searched through, known suffixes), globs and `hf:` names; each file once.
+    """Files named by paths, directories (searched through, known suffixes), globs, `hf:` names and `@` lists; each file once.
 
     Raises:
         DataError: something names no file, or a file of unknown kind.
     """
     paths: dict[str, None] = {}
-    for name in inputs:
+    for name in _listed(inputs):
         named = name.startswith(HUB) or Path(name).is_file()
         found = [name] if named else _search(name, every_file=format is not None)
         paths.update(dict.fromkeys(found))
@@ -105,6 +106,30 @@ def find_sources(
     if where and all(s.format == "txt" for s in sources):
         raise DataError(f"--where {where[0]}: text files have no fields; it works on jsonl, csv, parquet and datasets")
     return sources
+
+
+def _listed(inputs: Sequence[str]) -> Iterator[str]:
+    """The inputs, with each `@LIST` replaced by what it names: one input a line; empty lines and those with # do not count.
+
+    Raises:
+        DataError: a list cannot be read or names nothing, or a line of it names no file.
+    """
+    for name in inputs:
+        if not name.startswith(LIST):
+            yield name
+            continue
+        path = Path(name[len(LIST) :])
+        try:
+            lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        except (OSError, UnicodeDecodeError) as e:
+            raise DataError(f"{path}: list of inputs cannot be read ({getattr(e, 'strerror', None) or e})") from None
+        named = [(number, line) for number, line in enumerate(lines, 1) if line and not line.startswith("#")]
+        if not named:
+            raise DataError(f"{path}: list of inputs names nothing; write one path a line")
+        for number, line in named:
+            if not (line.startswith(HUB) or Path(line).exists() or glob.has_magic(line)):
+                raise DataError(f"{path}:{number}: {line}: no such file")
+            yield line
 
 
 def kind_of(path: str, format: str | None = None) -> tuple[str | None, str]:

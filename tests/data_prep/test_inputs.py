@@ -252,3 +252,20 @@ def test_arrow_rows_are_taken_a_few_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(columnar, "ROWS", 7)
     (tmp_path / "a.arrow").write_bytes(arrow_bytes(True))
     assert [d.text for d in read_documents(find_sources([str(tmp_path / "a.arrow")]))] == ROWS
+
+
+def test_a_list_names_inputs(tmp_path, fails):
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "b.jsonl").write_text('{"text": "two"}\n')
+    names = tmp_path / "inputs.list"
+    names.write_text(f"# a comment\n{tmp_path}/a.txt\n\n{tmp_path}/*.jsonl\n")
+    found = find_sources([f"@{names}", str(tmp_path / "a.txt")])
+    assert [(s.path, s.format) for s in found] == [(f"{tmp_path}/a.txt", "txt"), (f"{tmp_path}/b.jsonl", "jsonl")]
+    names.write_text(f"{tmp_path}/a.txt\n{tmp_path}/gone.txt\n")
+    with pytest.raises(DataError, match=f"{names}:2: {tmp_path}/gone.txt: no such file"):
+        find_sources([f"@{names}"])
+    names.write_text("# nothing\n")
+    with pytest.raises(DataError, match="names nothing"):
+        find_sources([f"@{names}"])
+    with pytest.raises(DataError, match="list of inputs cannot be read"):
+        find_sources([f"@{tmp_path}/none.list"])

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -268,3 +269,18 @@ def json_equal(a: bytes, b: bytes) -> bool:
         return json.loads(a) == json.loads(b)
     except ValueError:
         return False
+
+
+def test_inspect_puts_gists_in(bpe, tmp_path, run, fails):
+    (tmp_path / "a.txt").write_text("the people of the United States and the Congress of the United States of America " * 3)
+    assert run("tokenize", "--input", tmp_path / "a.txt", "--tokenizer", bpe, "--output", tmp_path / "s")[0] == 0
+    plain = run("inspect", tmp_path / "s", "--tokenizer", bpe)[1]
+    status, out, _ = run("inspect", tmp_path / "s", "--tokenizer", bpe, "--chunk-sizes", "4,2")
+    assert status == 0 and re.sub("<gist[01]>", "", out) == plain
+    text = out.split("tokens\n")[-1]
+    words = re.findall("<gist[01]>", text)
+    assert words.count("<gist1>") == words.count("<gist0>") // 2 > 1
+    # sinks and a chunk of four, longer only where a word would be cut: each gist stands before a space
+    assert all(text[m.end()] in " <\n" for m in re.finditer("<gist[01]>", text))
+    fails("inspect", tmp_path / "s", "--chunk-sizes", "8", words=("--chunk-sizes 8: needs --tokenizer",))
+    assert run("inspect", tmp_path / "s", "--tokenizer", bpe, "--chunk-sizes", "8,x")[0] == 2
