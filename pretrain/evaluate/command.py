@@ -5,7 +5,10 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 
+from pretrain.evaluate import perplexity
 from pretrain.evaluate.claim.flags import add_arguments as add_claim_arguments
+
+MODEL_COMMANDS = {"perplexity": perplexity.perplexity}
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -15,10 +18,15 @@ def add_arguments(parser: ArgumentParser) -> None:
         "recall-claim", help="experiment: small models, with and without recall, on look-ups in a long context"
     )
     add_claim_arguments(claim)
+    text = kinds.add_parser("perplexity", help="loss per raw token, by its place in the sequence")
+    perplexity.add_arguments(text)
 
 
 def evaluate(args: Namespace) -> Iterator[str]:
     """Run the sub-command; yields lines to print."""
-    from pretrain.evaluate.claim.command import recall_claim
+    if args.kind == "recall-claim":
+        from pretrain.evaluate.claim.command import recall_claim
 
-    yield from recall_claim(args)
+        yield from recall_claim(args)
+    else:
+        yield from MODEL_COMMANDS[args.kind](args)
