@@ -70,7 +70,8 @@ def recall_programs(arch: str, dim: int, dtype: str, item_size: int, heads: int,
     keys = attend_keys(dim, item_size)
     places = {"p_places": "*i64"}
     rows = max(16, triton.next_power_of_2(group))
-    flags = dict(BG=rows, GS=triton.next_power_of_2(group), BS=SCORES, BW=WIDTH, SHARED=False)
+    width = triton.next_power_of_2(group)
+    flags = dict(BG=rows, GS=width, BS=SCORES // width, BW=WIDTH, SHARED=False)
     made["decode pick"] = (decoding.pick_kernel, Tile(rows, keys, *PICK), flags, places)
     made["decode attend"] = (decoding.attend_kernel, Tile(rows, keys, *ATTEND), flags, places)
     made["decode combine"] = (decoding.combine_kernel, Tile(rows, keys, *COMBINE), dict(BS=SPLITS), {})

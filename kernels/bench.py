@@ -1,4 +1,4 @@
-"""Compressed attention beside dense and block-sparse attention, in one run: python -m kernels.bench
+"""Compressed attention beside dense and block-sparse attention, in one run: python -m kernels.bench [--ops unfold decode]
 
 On a CUDA machine: ours, PyTorch's SDPA (dense causal, on the raw tokens alone, as a model without gists computes), FlexAttention
 on level-sorted keys (blocks straight from the intervals) and on the interleaved order. On a CPU machine the same, FlexAttention
@@ -326,6 +326,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     cuda = torch.cuda.is_available()
     chunks = lambda text: tuple(int(c) for c in text.split(","))
     default_raw = [2**i for i in range(11, 18)] if cuda else [1024, 2048]
+    parser.add_argument("--ops", nargs="+", choices=("compressed", "unfold", "decode"), default=["compressed"])
+    parser.add_argument("--decode-raw", type=int, nargs="+", default=[2**i for i in range(13, 20)] if cuda else [8192])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64] if cuda else [1], help="sequences of a decoding step")
+    parser.add_argument("--topk", type=int, help="gists that recall selects (default: the adaptive budget)")
     parser.add_argument("--raw", type=int, nargs="+", default=default_raw)
     parser.add_argument("--chunks", type=chunks, nargs="+", default=CHUNKS, help="e.g. 8,4 16")
     parser.add_argument("--heads", type=int, default=32 if cuda else 8)
@@ -349,6 +353,36 @@ def main(arguments: list[str] | None = None) -> int:
     peak = matmul_peak(args)
     about = f"{device}, torch {torch.__version__}, {args.dtype}, {args.heads}/{args.kv_heads} heads, d {args.dim}, batch 1"
     print(f"{about}; matrix product {peak / 1e12:.3g} TFLOP/s", flush=True)
+    args.output.mkdir(parents=True, exist_ok=True)
+    kind = re.sub(r"\W+", "_", torch.cuda.get_device_name() if args.device == "cuda" else "cpu").lower()
+    refused = _recall(args, about, kind) if set(args.ops) & {"unfold", "decode"} else False
+    if "compressed" in args.ops:
+        refused |= _compressed(args, about, kind, peak)
+    return 1 if refused else 0
+
+
+def _recall(args: argparse.Namespace, about: str, kind: str) -> bool:
+    """Measure unfolding and decoding and write ``recall_DEVICE``; whether anything was refused."""
+    from kernels import bench_recall
+
+    results = []
+    for op, rows in (("unfold", bench_recall.unfold_rows), ("decode", bench_recall.decode_rows)):
+        for result in rows(args, milliseconds) if op in args.ops else ():
+            results.append(result)
+            print(bench_recall.table(results)[-1], flush=True)
+    command = f"`python -m kernels.bench --ops {' '.join(args.ops)}`"
+    lines = ["# Unfolding and decoding, measured", "", f"{command} on {about}. Medians; x dense: times faster than dense SDPA."]
+    _write(args.output / f"recall_{kind}", lines + ["", *bench_recall.table(results)], dict(about=about, results=results))
+    return any("refused" in r for r in results)
+
+
+def _write(path: Path, lines: list[str], content: dict) -> None:
+    path.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
+    path.with_suffix(".md").write_text("\n".join(lines) + "\n")
+
+
+def _compressed(args: argparse.Namespace, about: str, kind: str, peak: float) -> bool:
+    """Measure compressed attention and write ``compressed_DEVICE``; whether anything was refused."""
     results = []
     for chunk_sizes in args.chunks:
         for raw in args.raw:
@@ -360,12 +394,9 @@ def main(arguments: list[str] | None = None) -> int:
                 print(table(results)[-1], flush=True)
     lines = ["# Compressed attention, measured", "", f"`python -m kernels.bench` on {about};", ""]
     lines[2] += f" a matrix product reaches {peak / 1e12:.3g} TFLOP/s. Medians; x dense: how many times faster than dense SDPA."
-    args.output.mkdir(parents=True, exist_ok=True)
-    kind = re.sub(r"\W+", "_", torch.cuda.get_device_name() if args.device == "cuda" else "cpu").lower()
-    path = args.output / f"compressed_{kind}"
-    path.with_suffix(".json").write_text(json.dumps(dict(about=about, matmul_flops=peak, results=results), indent=1) + "\n")
-    path.with_suffix(".md").write_text("\n".join(lines + table(results)) + "\n")
-    return 1 if any("refused" in r for r in results) else 0
+    content = dict(about=about, matmul_flops=peak, results=results)
+    _write(args.output / f"compressed_{kind}", lines + table(results), content)
+    return any("refused" in r for r in results)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels.intervals import Intervals
+from kernels.tree import GistTree
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, intervals: Intervals, scale: float) -> Tensor:
@@ -95,3 +96,35 @@ def sampled_attention(
     scores = (torch.einsum("nhgd,nkhd->nhgk", query, key) * scale).to(wide)
     weights = scores.masked_fill(seen[:, None, None] < 0, -torch.inf).softmax(-1).to(dtype)
     return torch.einsum("nhgk,nkhd->nhgd", weights, value).flatten(1, 2)
+
+
+def uniform_tree(
+    raw: int, chunk_sizes: tuple[int, ...], recalling: int, sink: int = 3, device: torch.device | str = "cpu"
+) -> GistTree:
+    """The gist tree of the document of :func:`uniform_intervals`, whose last ``recalling`` raw tokens recall."""
+    level, intervals = uniform_intervals(raw, chunk_sizes, sink, device=device)
+    levels, tokens = len(chunk_sizes), len(level)
+    kinds = torch.arange(levels - 1, -2, -1, device=device)
+    upto = (level == kinds[:, None]).cumsum(1)  # [L + 1, T]
+    start = torch.nn.functional.pad(upto[:, -1].cumsum(0), (1, 0))
+    child_lo, child_hi = torch.zeros(2, tokens, dtype=torch.int64, device=device)
+    parent = torch.full((tokens,), -1, device=device)
+    token = (level < 0).nonzero()[:, 0][raw - recalling :]
+    tail = start[:levels, None].repeat(1, recalling)
+    for s in range(levels):
+        size, gists, items = chunk_sizes[levels - 1 - s], int(upto[s, -1]), int(upto[s + 1, -1])
+        first = torch.arange(gists, device=device) * size
+        own = slice(int(start[s]), int(start[s]) + gists)
+        child_hi[own] = first + size + start[s + 1]
+        child_lo[own] = (first.clamp(min=sink) if s == levels - 1 else first) + start[s + 1]
+        child_lo[own] = child_lo[own].minimum(child_hi[own])
+        above = torch.arange(items, device=device) // size
+        parent[int(start[s + 1]) : int(start[s + 1]) + items] = torch.where(above < gists, above + start[s], -1)
+        if s + 1 < levels:
+            tail[s + 1] += upto[s, token] * size
+    lo, hi = intervals.lo[0][:, token], intervals.hi[0][:, token]
+    lo[:levels] = start[:levels, None].int()
+    asleep = torch.zeros(1, tokens, dtype=torch.bool, device=device).index_fill_(1, token, True)
+    families = (x[None].int() for x in (child_lo, child_hi, parent))
+    span = (token + 1).int()
+    return GistTree(intervals.without(asleep), *families, token, (0, recalling), lo, hi.contiguous(), tail.int(), span)

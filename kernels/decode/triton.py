@@ -24,7 +24,7 @@ LARGEST_GROUP = 32  # query heads per KV head: one int32 of bits
 LARGEST_ROW = 1 << 26
 SPLITS = 64  # of one KV head at most
 PICK, ATTEND, COMBINE = (8, 2), (8, 2), (4, 2)  # warps and stages of the kernels
-SCORES = 256  # scores of a head that one step of the search loads
+SCORES = 8192  # scores, of all heads together, that one step of the search loads: 32 a thread
 WIDTH = 8  # children of a gist that are written at once
 PROGRAMS = 264  # that a split should make of all queries and KV heads: two for each of an H100's multiprocessors
 
@@ -150,7 +150,7 @@ def run(q: Tensor, tables: Tables, places: Tensor, scale: float, kv_heads: int, 
             row, bits = new(2, queries, kv_heads, 2, tables.candidates)
             kernels.pick_kernel[queries, kv_heads](
                 q, q, tables.ends, tables.ints, places, score, row, bits, listed, total, tables.sink, tables.candidates,
-                tables.listed, **sizes, GS=rows, BS=SCORES, BW=WIDTH, SHARED=rule.share == "group", **_options(PICK),
+                tables.listed, **sizes, GS=rows, BS=SCORES // rows, BW=WIDTH, SHARED=rule.share == "group", **_options(PICK),
             )  # fmt: skip
         kernels.attend_kernel[splits, kv_heads, queries](
             q, q, tables.ints, places, listed, total, part, most, weight, scale * LOG2_E, tables.listed, **sizes,

@@ -8,6 +8,7 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
 from kernels import aot
+from kernels.aot_recall import recall_programs
 from kernels.compressed.tiles import HEAD_DIMS, TABLE, Tile, choose_tiles
 
 TILES = choose_tiles("sm_90", 128, 2)
@@ -66,3 +67,40 @@ def test_a_worse_kernel_is_found():
     assert "spills" in wrong and "spill_bytes 0 ->" in wrong and "of shared memory, sm_90 has" in wrong
     assert "registers" not in "\n".join(aot.check(key, large, ("another compiler", table)))
     assert aot.check(key, large, (aot.VERSION, {}))[-1].endswith("not in the committed table")
+
+
+RECALL_DIMS = (64, 128, 256)
+RECALL = [
+    (arch, name, dim, "bf16")
+    for arch in ("sm_80", "sm_90")
+    for dim in RECALL_DIMS
+    for name in recall_programs(arch, dim, "bf16", 2, aot.HEADS, aot.KV_HEADS)
+]
+SOME_RECALL = [
+    ("sm_90", "unfold", 128, "bf16"),
+    ("sm_90", "unfold d_key chunks", 128, "bf16"),
+    ("sm_90", "select list head below", 128, "bf16"),
+    ("sm_90", "decode pick", 128, "bf16"),
+    ("sm_80", "decode attend", 128, "bf16"),
+]
+
+
+@pytest.mark.parametrize(
+    "arch,name,dim,dtype", [x if x in SOME_RECALL else pytest.param(*x, marks=pytest.mark.long) for x in RECALL]
+)
+def test_recall_compiles_within_bounds(arch, name, dim, dtype):
+    report = aot.compile_recall_program(arch, name, dim, dtype)
+    committed = aot.load_table(aot.RECALL_TABLE)
+    if committed[0] != aot.VERSION:
+        pytest.skip(f"compiles, but the table was made with {committed[0]}: this is {aot.VERSION}, whose registers differ")
+    assert not aot.check(aot.key_of(arch, name, dim, dtype), report, committed)
+
+
+def test_the_committed_table_of_recall_is_whole_and_nothing_spills():
+    """Every program in bf16, with the tiles that the code has now."""
+    _, table = aot.load_table(aot.RECALL_TABLE)
+    for arch, name, dim, dtype in RECALL:
+        report = table[aot.key_of(arch, name, dim, dtype)]
+        assert not report.excess(arch, dtype) and report.spill_bytes == 0
+        program = recall_programs(arch, dim, dtype, aot.DTYPES[dtype], aot.HEADS, aot.KV_HEADS)[name]
+        assert report.tile == aot.describe(program.tile)

@@ -6,8 +6,8 @@ import torch
 from kernels.compressed import plan as plans
 from kernels.compressed.plan import key_plan, row_plan
 from kernels.compressed.tiles import TABLE
-from kernels.testing import uniform_intervals
-from model.gist import GistConfig, build_layout
+from kernels.testing import uniform_intervals, uniform_tree
+from model.gist import GistConfig, build_layout, build_recall
 from tests.kernels.cases import CASES, make_layout
 
 # Tiled keys per query that the prototype needed at c = (8, 4): FACTS of the project, see docs/kernels.md.
@@ -126,3 +126,15 @@ def test_uniform_intervals_are_those_of_the_layout(chunk_sizes):
     layout = build_layout(level[None], torch.zeros_like(level)[None], GistConfig(chunk_sizes))
     for name in ("rows", "row_of", "lo", "hi", "segment_start"):
         assert torch.equal(getattr(intervals, name), getattr(layout.intervals, name)), name
+
+
+@pytest.mark.parametrize("chunk_sizes", [(8,), (8, 4), (4, 4, 2)])
+def test_uniform_tree_is_that_of_the_layout(chunk_sizes):
+    level, _ = uniform_intervals(203, chunk_sizes)
+    layout = build_layout(level[None], torch.zeros_like(level)[None], GistConfig(chunk_sizes))
+    recalls = torch.zeros_like(level, dtype=torch.bool)
+    recalls[(level < 0).nonzero()[-50:, 0]] = True
+    tree, want = uniform_tree(203, chunk_sizes, 50), build_recall(layout, GistConfig(chunk_sizes), recalls[None])
+    for name in ("child_lo", "child_hi", "parent", "tokens", "lo", "hi", "tail", "span"):
+        assert torch.equal(getattr(tree, name), getattr(want, name)), name
+    assert tree.splits == want.splits and torch.equal(tree.others.hi, want.others.hi)

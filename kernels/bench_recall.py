@@ -1,0 +1,255 @@
+"""Unfolding and decoding beside dense attention, in one run: the rows of ``python -m kernels.bench --ops unfold decode``
+
+*Unfold*: forward and backward of one layer's recalling queries (selection apart and together) against PyTorch's SDPA (dense
+causal; on CUDA the flash kernel or an error) and, where it is installed and serves the heads, flash-linear-attention's NSA
+reading as many selected tokens. *Decode*: one new token per sequence against SDPA over all raw tokens; on CUDA both are replayed
+from CUDA graphs. What is timed of ours is first checked at that very shape, at sampled queries, and withheld where it is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.decode import Step, decode_attention
+from kernels.select import SelectRule, select_gists
+from kernels.testing import uniform_tree
+from kernels.unfold import unfold_attention
+from kernels.unfold.reference import visible_tokens
+
+SAMPLES = 8
+SINK = 3
+
+
+def rule_for(chunk_sizes: tuple[int, ...], topk: int | None) -> SelectRule:
+    """The adaptive budget of a configuration, or a fixed one."""
+    return SelectRule(math.prod(chunk_sizes), chunk_sizes[0], topk=topk)
+
+
+def unfold_rows(args: argparse.Namespace, milliseconds: Callable) -> Iterator[dict]:
+    """One result per number of raw tokens, share of recalling tokens and contestant."""
+    for raw in args.raw:
+        for share, recalling in (("all", raw), ("tenth", max(1, raw // 10))):
+            yield from _unfold(raw, share, recalling, args, milliseconds)
+        dense = _leaves(args, (1, raw, args.heads, args.dim), *((1, raw, args.kv_heads, args.dim),) * 2)
+        attend = lambda q, k, v: _sdpa(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True)
+        yield dict(op="unfold", name="dense SDPA", raw=raw) | _times(attend, dense, args, milliseconds)
+
+
+def _unfold(raw: int, share: str, recalling: int, args: argparse.Namespace, milliseconds: Callable) -> Iterator[dict]:
+    chunk_sizes = args.chunks[0]
+    tree, rule = uniform_tree(raw, chunk_sizes, recalling, SINK, args.device), rule_for(chunk_sizes, args.topk)
+    tokens = tree.others.tokens
+    leaves = _leaves(args, (recalling, args.heads, args.dim), *((1, tokens, args.kv_heads, args.dim),) * 2)
+    selection = select_gists(*leaves[:2], tree, rule)
+    about = dict(op="unfold", raw=raw, recalling=share, selected=len(selection.rows[-1]) / recalling / args.kv_heads)
+    attend = lambda q, k, v: unfold_attention(q, k, v, tree, selection)
+    wrong = _wrong_unfold(attend, leaves, tree, selection)
+    if wrong:
+        yield about | dict(name="unfold", refused=wrong)
+        return
+    select = lambda: select_gists(leaves[0].detach(), leaves[1].detach(), tree, rule)
+    yield about | dict(name="select", forward_ms=milliseconds(select, args.device, args.seconds))
+    yield about | dict(name="unfold") | _times(attend, leaves, args, milliseconds)
+    if share == "all" and importlib.util.find_spec("fla") is not None:
+        yield about | dict(name="NSA (fla)") | _nsa(raw, int(about["selected"] * chunk_sizes[0]), args, milliseconds)
+
+
+def _wrong_unfold(attend: Callable, leaves: list[Tensor], tree, selection) -> str | None:
+    """What is wrong with the output at sampled queries, against fp64 and measured by plain PyTorch; None if nothing is."""
+    q, k, v = (x.detach() for x in leaves)
+    out, kv_heads = attend(q, k, v), k.shape[2]
+    for n in torch.linspace(0, len(q) - 1, SAMPLES).long().tolist():
+        for h in range(kv_heads):
+            seen = sorted(visible_tokens(tree, selection, n, h))
+            own, keys, values = q[n].unflatten(0, (kv_heads, -1))[h], k[0, seen, h], v[0, seen, h]
+            exact, plain = (_softmax_attention(own.to(t), keys.to(t), values.to(t)) for t in (torch.float64, q.dtype))
+            error = float((out[n].unflatten(0, (kv_heads, -1))[h] - exact).abs().max())
+            allowed = 2 * float((plain - exact).abs().max()) + 2e-6
+            if not error <= allowed:
+                return f"query {n}, KV head {h} is off by {error:.2e}, plain PyTorch allows {allowed:.2e}"
+    return None
+
+
+def _softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = (q @ k.T / math.sqrt(q.shape[-1])).to(torch.promote_types(q.dtype, torch.float32))
+    return scores.softmax(-1).to(q.dtype) @ v
+
+
+def _nsa(raw: int, selected: int, args: argparse.Namespace, milliseconds: Callable) -> dict:
+    """flash-linear-attention's selected attention over blocks of 16 tokens before each query, as many tokens as ours unfolds."""
+    from fla.ops.nsa import parallel_nsa
+
+    blocks = max(1, selected // 16)
+    before = (torch.arange(raw, device=args.device) // 16 + 1)[None, :, None, None]
+    drawn = torch.rand(1, raw, args.kv_heads, blocks, device=args.device)
+    leaves = _leaves(args, (1, raw, args.heads, args.dim), *((1, raw, args.kv_heads, args.dim),) * 2)
+    gate = torch.ones(1, raw, args.heads, dtype=args.dtype, device=args.device)
+    attend = lambda q, k, v: parallel_nsa(
+        q, k, v, g_slc=gate, g_swa=gate, block_indices=(drawn * before).long(), block_counts=blocks, block_size=16, window_size=0
+    )
+    try:
+        return _times(attend, leaves, args, milliseconds)
+    except (AssertionError, TypeError, ValueError) as error:  # it wants groups of 16 heads, and its arguments have changed before
+        return dict(refused=f"{type(error).__name__}: {error}")
+
+
+def _leaves(args: argparse.Namespace, *shapes: tuple[int, ...]) -> list[Tensor]:
+    g = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=g).to(args.device, args.dtype).requires_grad_() for shape in shapes]
+
+
+def _times(attend: Callable, leaves: list[Tensor], args: argparse.Namespace, milliseconds: Callable) -> dict:
+    detached = [x.detach() for x in leaves]
+    result = dict(forward_ms=milliseconds(lambda: attend(*detached), args.device, args.seconds))
+    out = attend(*leaves)
+    d_out = torch.randn_like(out)
+    step = lambda: torch.autograd.grad(out, leaves, d_out, retain_graph=True)
+    return result | dict(backward_ms=milliseconds(step, args.device, args.seconds))
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, **how) -> Tensor:
+    """SDPA over [B, H, T, D], on CUDA the flash kernel or an error."""
+    if q.is_cuda:
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+            return F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **how)
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **how)
+
+
+class UniformBorders:
+    """Borders (kernels.decode.step) of a closed document whose groups are all full."""
+
+    def __init__(self, counts: list[int], chunk_sizes: tuple[int, ...]):
+        self.levels, self.sink = len(chunk_sizes), SINK
+        self.sizes = chunk_sizes[::-1]
+        self.ends = [torch.arange(1, n + 1) * size for n, size in zip(counts, self.sizes)]
+
+    def children(self, segment: int, gists: Tensor) -> tuple[Tensor, Tensor]:
+        lo, hi = gists * self.sizes[segment], (gists + 1) * self.sizes[segment]
+        return (lo.clamp(min=SINK).minimum(hi), hi) if segment == self.levels - 1 else (lo, hi)
+
+    def ends_on(self, device: torch.device) -> tuple[list[Tensor], list[int]]:
+        self.ends = [x.to(device) for x in self.ends]
+        return self.ends, list(self.sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainRows:
+    """A RowStore (kernels.decode.step) of random rows."""
+
+    memory: Tensor
+
+    def keys(self, lo: int, hi: int) -> Tensor:
+        return self.memory[0, :, lo:hi]
+
+    def values(self, lo: int, hi: int) -> Tensor:
+        return self.memory[1, :, lo:hi]
+
+    def keys_at(self, rows: Tensor) -> Tensor:
+        return self.memory[0].gather(1, rows[..., None].expand(-1, -1, self.memory.shape[3]))
+
+    def values_at(self, rows: Tensor) -> Tensor:
+        return self.memory[1].gather(1, rows[..., None].expand(-1, -1, self.memory.shape[3]))
+
+
+def decode_rows(args: argparse.Namespace, milliseconds: Callable) -> Iterator[dict]:
+    """One result per length, batch and contestant. All sequences of a batch share one cache's memory: each is read anew."""
+    for raw in args.decode_raw:
+        for batch in args.batch:
+            yield from _decode(raw, batch, args, milliseconds)
+
+
+def _decode(raw: int, batch: int, args: argparse.Namespace, milliseconds: Callable) -> Iterator[dict]:
+    chunk_sizes = args.chunks[0]
+    counts, items = [], raw
+    for size in chunk_sizes:
+        items //= size
+        counts.insert(0, items)
+    raw = counts[0] * math.prod(chunk_sizes)  # every group is full
+    step = _uniform_step(counts, raw, chunk_sizes, batch)
+    shape = lambda rows: (2, args.kv_heads, rows, args.dim)
+    make = lambda: [PlainRows(x.detach()) for x in _leaves(args, *(shape(n) for n in counts), shape(raw + 1))]
+    try:
+        layers = [make() for _ in range(batch)]
+        (q,) = (x.detach() for x in _leaves(args, (batch, args.heads, args.dim)))
+        keys, values = (torch.stack([layer[-1].memory[i] for layer in layers]) for i in (0, 1))
+    except torch.OutOfMemoryError as error:
+        yield dict(op="decode", name="ours", raw=raw, batch=batch, refused=str(error).split(".")[0])
+        return
+    about, rule = dict(op="decode", raw=raw, batch=batch), rule_for(chunk_sizes, args.topk)
+    ours = _prepared(q, layers, step, rule)
+    wide = [[PlainRows(rows.memory.double()) for rows in layers[0]]]
+    first = dataclasses.replace(_uniform_step(counts, raw, chunk_sizes, 1))
+    exact = decode_attention(q[:1].double(), wide, first, rule, backend="cpu")
+    error = float((ours()[:1] - exact).abs().max())
+    bound = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}[args.dtype]
+    if not error <= bound:
+        yield about | dict(name="ours", refused=f"off by {error:.2e}, allowed {bound:.0e}")
+    else:
+        yield about | dict(name="ours", forward_ms=milliseconds(_captured(ours, args), args.device, args.seconds))
+    dense = lambda: _sdpa(q[:, :, None], keys, values)
+    yield about | dict(name="dense SDPA", forward_ms=milliseconds(_captured(dense, args), args.device, args.seconds))
+
+
+def _uniform_step(counts: list[int], raw: int, chunk_sizes: tuple[int, ...], batch: int) -> Step:
+    """The token after a closed context of ``raw`` tokens, for every sequence."""
+    levels = len(counts)
+    column = lambda values: torch.tensor(values)[:, None].repeat(1, batch)
+    upto = column([*counts, raw + 1])
+    tail = column([0, *counts[1:]])
+    lo = column([0, *(max(0, (counts[s - 1] - 1) * chunk_sizes[levels - s]) for s in range(1, levels + 1))])
+    borders = [UniformBorders(counts, chunk_sizes) for _ in range(batch)]
+    span = torch.full((batch,), sum(counts) + raw + 1)
+    return Step(borders, lo, upto, torch.full((batch,), SINK), upto, tail, span, torch.ones(batch, dtype=torch.bool))
+
+
+def _prepared(q: Tensor, layers: list[list[PlainRows]], step: Step, rule: SelectRule) -> Callable[[], Tensor]:
+    """A step of ours; on CUDA with its tables on the device, so that it can be captured."""
+    if not q.is_cuda:
+        return lambda: decode_attention(q, layers, step, rule)
+    from kernels.decode import triton as backend
+
+    tables = backend.make_tables(step, rule, q.shape[1] // layers[0][0].memory.shape[1], q.device)
+    places = backend.make_places(q, layers, step, tables.ends)
+    return lambda: backend.run(q, tables, places, 1 / math.sqrt(q.shape[2]), layers[0][0].memory.shape[1], rule)
+
+
+def _captured(step: Callable[[], Tensor], args: argparse.Namespace) -> Callable[[], object]:
+    """On CUDA the step as a graph's replay."""
+    if args.device != "cuda":
+        return step
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()  # compiles
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def table(results: list[dict]) -> list[str]:
+    """Lines of a Markdown table; ratios are to dense SDPA at the same raw tokens and batch."""
+    names = ("op", "raw", "batch", "recalling", "selected", "what", "fwd ms", "bwd ms", "x dense fwd", "x dense bwd")
+    lines = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
+    dense = {(r["op"], r["raw"], r.get("batch")): r for r in results if r["name"] == "dense SDPA"}
+    show = lambda x, form: "" if x is None else format(x, form)
+    for r in results:
+        other = dense.get((r["op"], r["raw"], r.get("batch")), {})
+        cells = [r["op"], str(r["raw"]), str(r.get("batch", 1)), r.get("recalling", ""), show(r.get("selected"), ".0f")]
+        cells.append(r["name"])
+        if "refused" in r:
+            cells.append("refused: " + r["refused"])
+        else:
+            cells += [show(r.get(f), ".3g") for f in ("forward_ms", "backward_ms")]
+            cells += [show(other[f] / r[f] if f in r and f in other else None, ".2f") for f in ("forward_ms", "backward_ms")]
+        lines.append("| " + " | ".join(cells + [""] * (len(names) - len(cells))) + " |")
+    return lines
