@@ -58,6 +58,8 @@ def build_parser() -> argparse.ArgumentParser:
     about = "Look at a run without disturbing it; again and again until it has ended."
     status = commands.add_parser("status", help="is a run alive, how far is it", description=about, epilog=EXIT_CODES_TEXT)
     add_status_arguments(status)
+
+    commands.add_parser("config-reference", help="print every configuration key, as in docs/configuration.md")
     return parser
 
 
@@ -156,6 +158,12 @@ def _report(args: argparse.Namespace) -> Iterator[str]:
     yield f"{write_report(args.run_dirs)}\n"
 
 
+def _config_reference(args: argparse.Namespace) -> Iterator[str]:
+    from pretrain.config_reference import reference_page
+
+    yield reference_page()
+
+
 # What each command does, as pieces of text for stdout.
 COMMANDS: dict[str, Callable[[argparse.Namespace], Iterator[str]]] = {
     "train": _train,
@@ -167,6 +175,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], Iterator[str]]] = {
     "evaluate": _evaluate,
     "report": _report,
     "status": status_command,
+    "config-reference": _config_reference,
 }
 
 

@@ -6,11 +6,11 @@ import dataclasses
 import math
 from dataclasses import replace
 from html import escape
-from typing import get_type_hints
 
 import numpy as np
 
 from pretrain.config import RunConfig, flatten
+from pretrain.config_reference import sections
 from pretrain.report_curves import AXES, Chart, Curve, draw, hover_data, make_curve, number, smoothing_window
 from pretrain.report_runs import Run, parameters
 from pretrain.report_sample import Sample, describe, draw_grid, draw_strip, kind_class, kind_name
@@ -301,7 +301,8 @@ def configuration_section(runs: list[Run]) -> str:
     """Sections as tables; rows in which runs differ are marked, for one run the settings that are not the default."""
     trees = [run.config.to_dict() for run in runs]
     flat = [flatten(tree) for tree in trees]
-    defaults, docs = _defaults_and_docs()
+    settings = [s for _, _, those in sections() for s in those]
+    defaults, docs = {s.key: s.resolved for s in settings}, {s.key: s.doc for s in settings}
     several = len(runs) > 1
     differing = [key for key in flat[0] if len({repr(f.get(key)) for f in flat}) > 1]
     head = "".join(f'<th scope="col">{text(run.name)}</th>' for run in runs)
@@ -337,24 +338,3 @@ def _value(value) -> str:
     if isinstance(value, list):
         return "<br>".join(text(v) for v in value) if any(isinstance(v, str) for v in value) else text(value)
     return "none" if value is None else text(str(value).lower() if isinstance(value, bool) else value if value != "" else '""')
-
-
-def _defaults_and_docs() -> tuple[dict, dict[str, str]]:
-    """{dotted key: default} and {dotted key: what the setting means}, from the configuration classes."""
-    defaults, docs = {}, {}
-
-    def visit(kind: type, prefix: str, instance) -> None:
-        hints = get_type_hints(kind)
-        for f in dataclasses.fields(kind):
-            key = prefix + f.name
-            fallback = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
-            # Of an instance where there is one: a default that follows from others (model.head_dim) is filled in there.
-            default = getattr(instance, f.name, fallback)
-            if dataclasses.is_dataclass(hints[f.name]):
-                visit(hints[f.name], f"{key}.", default)
-                continue
-            docs[key] = f.metadata.get("doc", "")
-            defaults[key] = list(default) if isinstance(default, tuple) else default
-
-    visit(RunConfig, "", None)
-    return defaults, docs
