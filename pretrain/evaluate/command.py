@@ -5,10 +5,10 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 
-from pretrain.evaluate import perplexity
+from pretrain.evaluate import passkey, perplexity, tasks
 from pretrain.evaluate.claim.flags import add_arguments as add_claim_arguments
 
-MODEL_COMMANDS = {"perplexity": perplexity.perplexity}
+MODEL_COMMANDS = {"perplexity": perplexity.perplexity, "passkey": passkey.passkey, "tasks": tasks.tasks}
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -20,6 +20,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_claim_arguments(claim)
     text = kinds.add_parser("perplexity", help="loss per raw token, by its place in the sequence")
     perplexity.add_arguments(text)
+    keys = kinds.add_parser("passkey", help="a key hidden in a long text: found, by length and depth")
+    passkey.add_arguments(keys)
+    questions = kinds.add_parser("tasks", help="questions on long contexts: LongBench, RULER, retrieved documents")
+    tasks.add_arguments(questions)
 
 
 def evaluate(args: Namespace) -> Iterator[str]:

@@ -1,0 +1,54 @@
+"""Questions on contexts: a context is folded and closed, a question on it recalls; continuations are written, or weighed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from pretrain.evaluate.subject import Subject, Variant
+
+if TYPE_CHECKING:
+    from model.generation import Decoder, LiveSequence
+
+
+class Reader:
+    """Reads with one variant of a model.
+
+    Attributes:
+        decoder: what reads.
+    """
+
+    def __init__(self, subject: Subject, variant: Variant):
+        self._subject = subject
+        self.decoder: Decoder = subject.decoder(variant)
+
+    def read(self, context: Sequence[int], question: Sequence[int]) -> LiveSequence:
+        """A sequence whose context was closed and whose question was read, ready to be continued."""
+        sequence = self.decoder.start()
+        self.decoder.read_context(sequence, context)
+        self.decoder.read_suffix(sequence, question)
+        return sequence
+
+    def write(self, sequence: LiveSequence, max_new_tokens: int) -> str:
+        """The likeliest continuation, until the end of text; the sequence is left as it was."""
+        from model.generation import Sampling
+
+        end = self._subject.tokenizer.eos_id
+        stops = [] if end is None else [end]
+        written = self.decoder.stream([copy.deepcopy(sequence)], Sampling(max_new_tokens), stops)
+        return self._subject.decode([token for _, token in written])
+
+    def weigh(self, sequence: LiveSequence, candidates: Sequence[Sequence[int]]) -> list[float]:
+        """Log-likelihood of each candidate continuation, nats; the sequence is left as it was."""
+        branches = [copy.deepcopy(sequence) for _ in candidates]
+        totals = [0.0] * len(candidates)
+        for place in range(max(map(len, candidates))):
+            running = [i for i, candidate in enumerate(candidates) if place < len(candidate)]
+            if place:
+                for i in running:
+                    branches[i].pending = [candidates[i][place - 1]]
+                self.decoder.step([branches[i] for i in running])
+            for i in running:
+                totals[i] += float(branches[i].logits.float().log_softmax(-1)[candidates[i][place]])
+        return totals
