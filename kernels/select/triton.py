@@ -22,7 +22,7 @@ from kernels.tree import GistTree
 
 LARGEST_GROUP = 128  # rows of a tile
 # Per architecture, padded head dimension and bytes per element; the rows are those of one block of queries.
-_HALF = {64: Tile(32, 64, 4, 2), 128: Tile(32, 64, 4, 2), 256: Tile(32, 32, 4, 2)}
+_HALF = {64: Tile(32, 64, 4, 2), 128: Tile(32, 64, 4, 2), 256: Tile(32, 32, 8, 2)}
 _FULL = {64: Tile(32, 32, 4, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16, 16, 4, 1)}
 _GPU = {(dim, 2): tile for dim, tile in _HALF.items()} | {(dim, 4): tile for dim, tile in _FULL.items()}
 TABLE = {arch: _GPU for arch in ("sm_80", "sm_90", "sm_100")}
@@ -62,8 +62,9 @@ def tile_for(q: Tensor) -> Tile:
 
 
 def fitted(tile: Tile, rows: int, summed: int) -> Tile:
-    """The tile for a number of rows in a block, each the sum of so many heads (which takes registers: fewer keys)."""
-    return replace(tile, rows=max(16, triton.next_power_of_2(rows)), keys=tile.keys if summed == 1 else min(tile.keys, 32))
+    """The tile for a number of rows in a block, each the sum of so many heads (which takes registers: fewer keys, more warps)."""
+    tile = replace(tile, rows=max(16, triton.next_power_of_2(rows)))
+    return tile if summed == 1 else replace(tile, keys=min(tile.keys, 32), warps=8)
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ def test_error_at_most_twice_plain_pytorch(name):
 @needs_runs
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_16_bits(dtype):
-    check("suffixes of packed documents", 4, 2, 64, dtype)
+    check("suffix", 4, 2, 64, dtype)
 
 
 @needs_runs
