@@ -18,15 +18,20 @@ DENSE, GISTS, RECALL, RANDOM, RECENT = "dense", "gists", "recall", "random", "re
 BRANCHES = (GISTS, RECALL, RANDOM, RECENT)  # what a model that has learned to forget goes on with
 
 
-@dataclass(frozen=True)
-class BlindRecall:
-    """Recall whose selection does not look at the keys, an :data:`model.attention.Attend`.
+# Up to so many interleaved tokens a dense mask is the fastest way to forget: thousands of tiny documents, no long one.
+SHORT = 160
 
-    The scores of the rule are taken from stand-ins for queries and keys, so that budget, levels and what a chunk costs are
-    exactly those of recall.
+
+@dataclass(frozen=True)
+class GistArm:
+    """Attention of an arm with gists, an :data:`model.attention.Attend`.
+
+    RANDOM and RECENT select without looking at the keys: the scores of the rule are taken from stand-ins for queries and
+    keys, so that budget, levels and what a chunk costs are exactly those of recall.
 
     Attributes:
-        arm: RANDOM, every gist scores a draw of its own for every query and head; RECENT, later gists score higher.
+        arm: one of BRANCHES. RANDOM: every gist scores a draw of its own for every query and head; RECENT: later gists
+            score higher.
         draw: for RANDOM.
     """
 
@@ -36,18 +41,21 @@ class BlindRecall:
 
     def __call__(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         recall = self.batch.recall
-        if index == 0:
-            return compressed_attention(q, k, v, self.batch.layout.intervals)
+        backend = "reference" if k.shape[1] <= SHORT else None
+        if index == 0 or self.arm == GISTS:
+            return compressed_attention(q, k, v, self.batch.layout.intervals, backend=backend)
         tree = recall.tree
-        out = compressed_attention(q, k, v, tree.others)
+        out = compressed_attention(q, k, v, tree.others, backend=backend)
         recalling = q.flatten(0, 1).index_select(0, tree.tokens)  # [N, H, D]
-        selection = select_gists(*self._stand_ins(recalling, k), tree, recall.rule)
+        selection = select_gists(*self._scored(recalling, k), tree, recall.rule)
         recall.stats[index] = recall_stats(tree, selection)
         rows = unfold_attention(recalling, k, v, tree, selection)
         return out.flatten(0, 1).index_copy(0, tree.tokens, rows).view_as(q)
 
-    def _stand_ins(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    def _scored(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Queries [N, H, D] and keys [B, T, Hkv, D] whose products are the scores."""
+        if self.arm == RECALL:
+            return q, k
         if self.arm == RANDOM:
             return torch.randn(q.shape, generator=self.draw), torch.randn(k.shape, generator=self.draw)
         queries, keys = torch.zeros_like(q), torch.zeros_like(k)
@@ -58,10 +66,7 @@ class BlindRecall:
 
 def hidden(model: Transformer, arm: str, batch: MicroBatch, draw: torch.Generator) -> Tensor:
     """[T, B, hidden] after the final norm, as the arm attends."""
-    if arm in (RANDOM, RECENT):
-        attend = BlindRecall(arm, batch, draw)
-    else:
-        attend = MicroBatchAttention(DENSE if arm == DENSE else "gist", batch.layout, batch.recall if arm == RECALL else None)
+    attend = MicroBatchAttention(DENSE, batch.layout) if arm == DENSE else GistArm(arm, batch, draw)
     return model.run_layers(batch.ids, batch.layout.position, attend)
 
 

@@ -34,7 +34,7 @@ def recall_claim(args: Namespace) -> Iterator[str]:
         groups = parallel.initialize(ParallelConfig())
         for seed in args.seeds:
             build = BuildContext(groups.tensor_group, seed)
-            yield from _run_seed(results, plan, build, args.ratios)
+            yield from _run_seed(results, plan, build, [CHUNK_SIZES[kind][ratio] for kind in args.gists for ratio in args.ratios])
     outcomes = results.read()
     if not outcomes:
         raise UserError(f"--output {args.output}: holds no results; run without --report-only")
@@ -47,9 +47,8 @@ def shortened(plan: Plan, divisor: int) -> Plan:
     return dataclasses.replace(plan, base=cut(plan.base), forget=cut(plan.forget), branch=cut(plan.branch))
 
 
-def _run_seed(results: Results, plan: Plan, build: BuildContext, ratios: list[int]) -> Iterator[str]:
-    """All structures of one seed; flat ones first, so that a run that is cut off has the plain comparison whole."""
-    sizes = [CHUNK_SIZES[ratio][kind] for kind in (0, 1) for ratio in ratios]
+def _run_seed(results: Results, plan: Plan, build: BuildContext, sizes: list[tuple[int, ...]]) -> Iterator[str]:
+    """The dense arm and these structures, of one seed."""
     if results.has(build.seed, ()) and all(results.has(build.seed, size) for size in sizes):
         return
     base = results.base(plan, build)

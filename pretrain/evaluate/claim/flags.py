@@ -5,8 +5,10 @@ from __future__ import annotations
 from argparse import ArgumentParser
 from pathlib import Path
 
-# Flat and hierarchical chunk sizes of each compression ratio.
-CHUNK_SIZES = {8: ((8,), (4, 2)), 16: ((16,), (4, 4)), 32: ((32,), (8, 4))}
+CHUNK_SIZES = {
+    "flat": {8: (8,), 16: (16,), 32: (32,)},
+    "hierarchical": {8: (4, 2), 16: (4, 4), 32: (8, 4)},
+}
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -14,7 +16,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where results are kept; what is there stays")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one set of models each (default: 0 1 2)")
     parser.add_argument(
-        "--ratios", type=int, nargs="+", default=[8, 16, 32], choices=sorted(CHUNK_SIZES), help="compression ratios"
+        "--ratios", type=int, nargs="+", default=[8, 16, 32], choices=[8, 16, 32], help="compression ratios"
     )
+    kinds = list(CHUNK_SIZES)
+    parser.add_argument("--gists", nargs="+", default=kinds, choices=kinds, help="levels of gists: one, two (default: both)")
     parser.add_argument("--report-only", action="store_true", help="train nothing, write the report of what is there")
     parser.add_argument("--shorten", type=int, default=1, metavar="N", help="an Nth of all steps, to try the command out")

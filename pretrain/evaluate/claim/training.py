@@ -37,8 +37,8 @@ class Plan:
     """
 
     base: Stage = ((8, 450), (4, 150), (1, 150))
-    forget: Stage = ((8, 150), (4, 150))
-    branch: Stage = ((4, 150), (1, 100))
+    forget: Stage = ((8, 300), (4, 200))
+    branch: Stage = ((4, 300), (1, 150))
     batch: int = 8
     evaluated: int = 64
     lr: float = 5e-3
