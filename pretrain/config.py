@@ -12,6 +12,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from model.config import GistConfig, ModelConfig, option, raise_together
+from pretrain.config_monitor import MonitorConfig
 from pretrain.errors import UserError
 
 
@@ -193,15 +194,6 @@ class FaultConfig:
 
 
 @dataclass(frozen=True)
-class MonitorConfig:
-    """Where the figures go besides metrics.jsonl."""
-
-    wandb: bool = option(True, "also log to Weights & Biases; offline, into the run directory, when no API key is set")
-    project: str = option("unfold", "W&B project")
-    name: str = option("", "W&B run name; empty takes the run directory's name")
-
-
-@dataclass(frozen=True)
 class RunConfig:
     """Everything that defines a run."""
 
@@ -224,6 +216,9 @@ class RunConfig:
         errors += self._layout_errors()
         if self.data.raw_tokens > self.model.max_position:
             errors.append(f"data.raw_tokens: {self.data.raw_tokens} exceeds model.max_position ({self.model.max_position})")
+        if profiled := self.monitor.profile_steps:
+            if profiled[1] > self.train.steps:
+                errors.append(f"monitor.profile_steps: {list(profiled)} goes beyond train.steps ({self.train.steps})")
         raise_together(errors)
 
     def _layout_errors(self) -> list[str]:
@@ -250,8 +245,6 @@ class RunConfig:
                 )
         elif parallel.context > 1 and model.attention == "dense":
             errors.append("parallel.context: dense attention has no gists to exchange; set context_method: ulysses")
-        elif parallel.context > 1 and self.gist.recall != "none":
-            errors.append("parallel.context: recall reads chunks that gists alone do not bring; set context_method: ulysses")
         return errors
 
     def to_dict(self) -> dict:

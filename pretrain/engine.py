@@ -72,6 +72,7 @@ def build_engine(config: RunConfig, parallel: Parallel) -> deepspeed.DeepSpeedEn
     model = _pipeline(config, build, parallel) if parallel.stages > 1 else Transformer(
         config.model, build, config.train.activation_checkpointing
     )
+    model.context_parallel = context  # what it sends is counted there
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]

@@ -91,7 +91,7 @@ def measure_sample(config: RunConfig, attention: str | None = None) -> Sample:
         return Sample(raw, tokens, length, keys, held, 0, rows, gist.levels + 2)
     plan = make_plan(layout, parallel.context - 1, parallel.context)  # the last rank receives most
     near = plan.layout.intervals
-    return Sample(raw, tokens, length, keys, near.tokens, plan.exported.shape[1], near.rows.shape[1], gist.levels + 2)
+    return Sample(raw, tokens, length, keys, near.tokens, plan.exports.exported.shape[1], near.rows.shape[1], gist.levels + 2)
 
 
 def _lay_out(raw: int, length: int, gist: GistConfig) -> tuple[Layout, int]:

@@ -25,6 +25,8 @@ class StepResult:
         loss_tokens: tokens with a target in the global batch.
         unfolded: raw tokens that a recalling query unfolded, a mean over the layers and micro-batches (of all ranks) that
             recall; None without recall.
+        context: bytes that a rank sent to those it shares sequences with, and would have sent for gathering all keys and
+            values: means over ranks, layers (in a pipeline of the first stage) and micro-batches; None without such ranks.
         skipped: loss or gradient were not finite, and neither weights nor optimizer were touched.
         busy_s: seconds that this rank worked before it first waited for the others' losses.
     """
@@ -33,6 +35,7 @@ class StepResult:
     grad_norm: float
     loss_tokens: int
     unfolded: float | None
+    context: tuple[float, float] | None
     skipped: bool
     busy_s: float
 
@@ -45,10 +48,9 @@ def train_step(engine: deepspeed.DeepSpeedEngine, batches: Sequence[MicroBatch],
     """
     tokens = parallel.sum_over_data(sum(int((b.labels != IGNORED).sum()) for b in batches))
     factor = parallel.replica_group.size() * len(batches) / tokens
-    began = time.monotonic()
     if parallel.stages > 1:
-        return _pipeline_step(engine, batches, factor, int(tokens), began)
-    local_sum, unfolded = 0.0, []
+        return _pipeline_step(engine, batches, parallel, factor, int(tokens))
+    began, local_sum, unfolded = time.monotonic(), 0.0, []
     for index, batch in enumerate(batches):
         batch = batch.to(parallel.device)
         loss = engine(batch)
@@ -63,19 +65,30 @@ def train_step(engine: deepspeed.DeepSpeedEngine, batches: Sequence[MicroBatch],
         if batch.recall:
             unfolded += [stats.unfolded.item() for stats in batch.recall.stats.values()]
         engine.step()
-    recalled = parallel.sum_over_data(len(unfolded))  # a rank without a suffix in its samples takes part all the same
-    read = parallel.sum_over_data(sum(unfolded)) / recalled if recalled else None
-    skipped = bool(engine.optimizer.overflow)
-    return StepResult(mean, float(engine.get_global_grad_norm()), int(tokens), read, skipped, busy)
+    recalled = parallel.sum_over_replicas(len(unfolded))  # a rank without a suffix in its samples takes part all the same
+    read = parallel.sum_over_replicas(sum(unfolded)) / recalled if recalled else None
+    skipped, sent = bool(engine.optimizer.overflow), _context_bytes(engine, parallel)
+    return StepResult(mean, float(engine.get_global_grad_norm()), int(tokens), read, sent, skipped, busy)
 
 
 def _pipeline_step(
-    engine: deepspeed.PipelineEngine, batches: Sequence[MicroBatch], factor: float, tokens: int, began: float
+    engine: deepspeed.PipelineEngine, batches: Sequence[MicroBatch], parallel: Parallel, factor: float, tokens: int
 ) -> StepResult:
     """The same through DeepSpeed's pipeline, which averages the scaled losses over micro-batches and ranks itself."""
+    began = time.monotonic()
     loss = engine.train_batch(iter([stage_inputs(batch, factor) for batch in batches])).item()
-    skipped = bool(engine.optimizer.overflow)
-    return StepResult(loss, float(engine.get_global_grad_norm()), tokens, None, skipped, time.monotonic() - began)
+    skipped, sent = bool(engine.optimizer.overflow), _context_bytes(engine, parallel)
+    return StepResult(loss, float(engine.get_global_grad_norm()), tokens, None, sent, skipped, time.monotonic() - began)
+
+
+def _context_bytes(engine: deepspeed.DeepSpeedEngine, parallel: Parallel) -> tuple[float, float] | None:
+    """``context`` of a step's result. The counters begin anew; what a validation sent goes with the step after it."""
+    context = engine.module.context_parallel
+    if context is None or context.method != "gists":
+        return None
+    counted = context.traffic.take()
+    sent = parallel.sum_over_replicas(counted.sent) / parallel.replica_group.size()
+    return sent / counted.exchanges, counted.whole / counted.exchanges
 
 
 @torch.no_grad()

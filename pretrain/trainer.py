@@ -346,6 +346,9 @@ class _Run:
             metrics["source_samples"] = by_source
         if result.unfolded is not None:
             metrics["unfolded_tokens"] = result.unfolded
+        if result.context is not None:
+            sent, whole = result.context
+            metrics |= {"context_bytes": sent, "context_bytes_dense": whole, "context_ratio": whole / sent}
         if result.skipped:
             metrics["skipped"] = True
         return metrics

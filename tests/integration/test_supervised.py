@@ -35,6 +35,7 @@ LAYOUTS = {
     "dp2 zero2": ["parallel.zero=2"],
     "pp2": ["parallel.pipeline=2", "train.micro_batch=2"],
     "ulysses2": ["parallel.context=2", "parallel.context_method=ulysses"],
+    "cp2": ["parallel.context=2"],
     "tp2 sequence": ["parallel.tensor=2", "parallel.sequence=true"],
 }
 SHORT = ("dp2 zero2", "pp2")

@@ -1,13 +1,19 @@
 """Context parallelism: the plans of all ranks, played through in one process, give the attention of the whole sequence."""
 
+import re
+import sys
+
 import numpy as np
 import pytest
 import torch
 
 from kernels.compressed import compressed_attention
-from model.context_parallel import _take, make_plan
+from model.context_parallel import make_plan
+from model.context_rows import take
 from model.gist import GistConfig, build_layout, interleave
+from tests.conftest import run
 from tests.kernels.cases import CASES, make_layout, random_qkv
+from tests.kernels.recall_cases import SUFFIX_CASES
 
 
 def padded(layout, config, multiple):
@@ -21,14 +27,14 @@ def play(layout, q, k, v, size):
     """What the ranks would compute, their all-gather done by indexing."""
     plans = [make_plan(layout, rank, size) for rank in range(size)]
     parts = [x.chunk(size, 1) for x in (q, k, v)]
-    received = torch.stack([_take(torch.cat([parts[1][r], parts[2][r]], 2), plans[r].exported) for r in range(size)])
+    received = torch.stack([take(torch.cat([parts[1][r], parts[2][r]], 2), plans[r].exports.exported) for r in range(size)])
     outs = []
     for rank, plan in enumerate(plans):
         own = torch.cat([parts[1][rank], parts[2][rank]], 2)
         pool = torch.cat([own, received.transpose(0, 1).flatten(1, 2)], 1)
-        k_near, v_near = _take(pool, plan.source).split(k.shape[2], 2)
-        q_near = _take(torch.cat([parts[0][rank], torch.zeros_like(parts[0][rank][:, :1])], 1), plan.query_source)
-        outs.append(_take(compressed_attention(q_near, k_near, v_near, plan.layout.intervals), plan.own))
+        k_near, v_near = take(pool, plan.source).split(k.shape[2], 2)
+        q_near = take(torch.cat([parts[0][rank], torch.zeros_like(parts[0][rank][:, :1])], 1), plan.query_source)
+        outs.append(take(compressed_attention(q_near, k_near, v_near, plan.layout.intervals), plan.own))
     return torch.cat(outs, 1)
 
 
@@ -51,8 +57,6 @@ def test_what_is_sent_approaches_the_compression_ratio(chunk_sizes):
     """One long document on 4 ranks: tokens sent per rank over tokens held, against 1 / ratio of the gists."""
     config = GistConfig(chunk_sizes)
     raw = 16384
-
-
     sample = interleave(np.zeros(raw, np.int64), [raw], np.ones(1, bool), config, range(1, 1 + config.levels))
     level, doc = (torch.from_numpy(x)[None] for x in (sample.level, sample.doc))
     layout = padded(build_layout(level, doc, config), config, 4)
@@ -60,4 +64,12 @@ def test_what_is_sent_approaches_the_compression_ratio(chunk_sizes):
     top_gists_held = plan.tokens_held / len(sample.ids) * (sample.level == config.levels - 1).sum()
     # Beyond the top-level gists: sinks, the last chunks and the last sections before the border.
     border = config.sink + 2 * sum(chunk_sizes) + 8
-    assert top_gists_held - 1 <= plan.tokens_sent <= top_gists_held + border
+    assert top_gists_held - 1 <= plan.exports.sent <= top_gists_held + border
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.long)])
+def test_recall_over_ranks_is_that_of_the_whole(ranks):
+    """Real ranks exchange chunks: outputs, gradients and what was read, in fp64, on every layout case and rule."""
+    done = run(sys.executable, "-m", "tests.model.context_ranks", ranks, timeout=300)
+    cases, sent = re.search(r"CASES (\d+) SENT (\d+)", done.stdout).groups()
+    assert int(cases) == 4 * (len(CASES) + len(SUFFIX_CASES)) and int(sent) > 0

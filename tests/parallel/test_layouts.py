@@ -67,6 +67,32 @@ def test_a_pipeline_with_recall_and_untied_embeddings(tiny, tmp_path):
         assert abs(got["loss"] - want["loss"]) <= 2e-6 * want["loss"]
 
 
+RECALL = [
+    pytest.param("cp2", []),
+    *(pytest.param(n, [], marks=pytest.mark.long) for n in ("cp2 tp2 sequence", "cp2 dp2 zero2", "cp2 pp2", "ulysses2")),
+    pytest.param("cp2", ["train.activation_checkpointing=true", "gist.share=group"], marks=pytest.mark.long),
+]
+
+
+@pytest.mark.parametrize("name,more", RECALL)
+def test_recall_reads_the_same_over_context_ranks(tiny, tmp_path, name, more):
+    """Chunks of other ranks are fetched: losses, gradients and the tokens that are unfolded are those of one process."""
+    config = tiny.config(tmp_path / "c.yaml", gist={"chunk_sizes": [4, 2], "recall": "all"}, data={"raw_tokens": 256})
+    steps = ["train.steps=4", "train.valid_every=2", *(m for m in more if m.startswith("gist"))]
+    alone = train(config, tmp_path / "alone", 1, *steps)
+    ranks, settings = LAYOUTS[name]
+    metrics = train(config, tmp_path / "run", ranks, *steps, *settings, *more)
+    for got, want in zip(metrics, alone, strict=True):
+        assert abs(got["loss"] - want["loss"]) <= 2e-6 * want["loss"]
+        assert abs(got["grad_norm"] - want["grad_norm"]) <= 1e-5 * want["grad_norm"]
+        assert got.get("valid_loss") == pytest.approx(want.get("valid_loss"), abs=1e-5)
+        if "pp2" not in name and "tp2" not in name:  # a pipeline does not count, tensor-parallel ranks count their own heads
+            assert want["unfolded_tokens"] > 0
+            assert got["unfolded_tokens"] == pytest.approx(want["unfolded_tokens"], rel=1e-5)
+        if "ulysses" not in name:
+            assert got["context_ratio"] == got["context_bytes_dense"] / got["context_bytes"] > 0
+
+
 BF16 = ["pp2", *(pytest.param(n, marks=pytest.mark.long) for n in ("dp2 zero3", "tp2 sequence", "cp2"))]
 
 

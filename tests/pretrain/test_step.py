@@ -18,6 +18,7 @@ class FakeEngine:
     def __init__(self, losses):
         self.losses, self.scaled, self.steps = iter(losses), [], 0
         self.optimizer = SimpleNamespace(overflow=False)
+        self.module = SimpleNamespace(context_parallel=None)
 
     def __call__(self, batch):
         return torch.tensor(next(self.losses))

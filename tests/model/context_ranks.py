@@ -1,0 +1,86 @@
+"""Run by test_context_parallel.py in a process of its own: recall over real ranks against that of the whole sequence, fp64."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+import tempfile
+
+import torch
+import torch.distributed as dist
+
+from kernels.unfold import recall_attention
+from model.context_parallel import ContextAttention, ContextParallel
+from model.gist import Recall, build_layout, build_recall
+from tests.kernels.recall_cases import CASES, RULES, SUFFIX_CASES, make_layout, make_rule, random_qkv, suffix_layout
+
+TOLERANCE = 1e-12
+
+
+def padded_case(name: str, multiple: int):
+    """A case padded to a multiple of the ranks: layout, config, tree; in those of plain text every raw token recalls."""
+    if name in SUFFIX_CASES:
+        layout, config, recalls = suffix_layout(name)
+    else:
+        layout, config = make_layout(name)
+        recalls = layout.doc >= 0
+    pad = lambda x, empty: torch.nn.functional.pad(x, (0, -x.shape[1] % multiple), value=empty)
+    layout = build_layout(pad(layout.level, -1), pad(layout.doc, -1), config)
+    return layout, config, build_recall(layout, config, pad(recalls, False))
+
+
+def check(name: str, rule_name: str, share: str, context: ContextParallel) -> None:
+    layout, config, tree = padded_case(name, context.group.size())
+    rule = make_rule(rule_name, config, share)
+    q, k, v, d_out = random_qkv(layout, 4, 2, 8, torch.float64)
+    want, read = recall_attention(q, k, v, tree, rule)
+    grads = torch.autograd.grad(want, (q, k, v), d_out)
+
+    part = lambda x: context.part(x, 1)
+    recall = Recall(tree, rule)
+    attend = ContextAttention(context, None, layout, recall)  # the layer before it would need what makes attention
+    mine = [part(x).detach().clone().requires_grad_() for x in (q, k, v)]
+    got = attend(1, *mine)
+    pairs = [(got, part(want)), *zip(torch.autograd.grad(got, mine, part(d_out)), map(part, grads))]
+    for ours, whole in pairs:
+        torch.testing.assert_close(ours, whole, atol=TOLERANCE, rtol=0)
+    for name_of, expected in (("unfolded", read.unfolded), ("selected", read.selected)):
+        total = getattr(recall.stats[1], name_of).double()
+        dist.all_reduce(total)
+        torch.testing.assert_close(total / context.group.size(), expected.double(), atol=1e-5, rtol=1e-5)
+
+
+def rank_main(rank: int, size: int, store: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    context = ContextParallel(dist.group.WORLD, "gists")
+    rules = [("adaptive, small ratio", "head"), ("fixed", "group"), ("everything", "head"), ("top-p", "head")]
+    assert {name for name, _ in rules} <= set(RULES)
+    cases = [(name, *rule) for name in (*CASES, *SUFFIX_CASES) for rule in rules]
+    for case in cases:
+        try:
+            check(*case, context)
+        except Exception as error:
+            raise AssertionError(f"{case}: {error}") from error
+    if rank == 0:
+        print(f"CASES {len(cases)} SENT {context.traffic.take().sent}", flush=True)
+    dist.destroy_process_group()
+
+
+def main(size: int) -> int:
+    """Ranks are forked from a process that has imported everything, which takes longer than the rest."""
+    fork = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = [fork.Process(target=rank_main, args=(r, size, f"{folder}/store"), daemon=True) for r in range(size)]
+        for process in ranks:
+            process.start()
+        while any(p.is_alive() for p in ranks) and not any(p.exitcode for p in ranks):
+            ranks[0].join(0.1)
+        for process in ranks:  # one that failed leaves the others waiting for it
+            process.terminate()
+            process.join()
+    return max(abs(p.exitcode) for p in ranks)
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1])))
