@@ -82,3 +82,17 @@ def tiny(tmp_path_factory) -> TinyData:
     for prefix, part in ((data.train, texts[:10]), (data.valid, texts[10:])):
         module("data_prep", "tokenize", "--input", *part, "--tokenizer", data.tokenizer, "--output", prefix)
     return data
+
+
+@pytest.fixture(scope="session")
+def build():
+    """One process that is its own tensor-parallel group, for building models."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    from model.layers import BuildContext
+
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        parallel_state.initialize_model_parallel()
+    return BuildContext(parallel_state.get_tensor_model_parallel_group(), 1)

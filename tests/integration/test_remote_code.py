@@ -15,7 +15,6 @@ from model.gist import Recall, build_recall, select_rule
 from model.gist.layout import build_layout
 from model.transformer import IGNORED, MicroBatch
 from tests.integration import remote_code
-from tests.model.conftest import build  # noqa: F401 (a fixture)
 from tests.model.gist_exports import LLAMA, decoder, greedy, make_model, read, recomputed, text, write_export
 
 SIZES = {"llama": (8, 4), "llama-one": (8,), "llama-three": (4, 3, 2)}
