@@ -164,7 +164,7 @@ def run(q: Tensor, tables: Tables, places: Tensor, scale: float, kv_heads: int, 
 
 def attend_keys(dim: int, item_size: int) -> int:
     """Keys of a tile: what fits the registers, rows standing anywhere."""
-    return 64 if dim * item_size <= 128 else 32 if dim * item_size <= 256 else 16
+    return 32 if dim * item_size <= 256 else 16
 
 
 def _options(launch: tuple[int, int]) -> dict[str, int]:

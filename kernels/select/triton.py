@@ -64,7 +64,7 @@ def tile_for(q: Tensor) -> Tile:
 def fitted(tile: Tile, rows: int, summed: int) -> Tile:
     """The tile for a number of rows in a block, each the sum of so many heads (which takes registers: fewer keys, more warps)."""
     tile = replace(tile, rows=max(16, triton.next_power_of_2(rows)))
-    return tile if summed == 1 else replace(tile, keys=min(tile.keys, 32), warps=8)
+    return tile if summed == 1 else replace(tile, keys=16, warps=8)
 
 
 @dataclass(frozen=True)
