@@ -1,6 +1,6 @@
 """How fast samples come: reading, insertion of gists and layout, on one core.
 
-    python -m tests.benchmarks.loader_speed [--raw-tokens 8192] [--chunk-sizes 8 4] [--seconds 3]
+    python -m tests.benchmarks.loader_speed [--raw-tokens 8192] [--micro-batch 1 4] [--chunk-sizes 8 4] [--seconds 3]
 
 Makes a shard of random ids in documents of 100 to 3,000 tokens, and prints raw tokens per second of processor time.
 """
@@ -12,6 +12,7 @@ import hashlib
 import json
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--raw-tokens", type=int, default=8192)
     parser.add_argument("--chunk-sizes", type=int, nargs="+", default=[8, 4])
+    parser.add_argument("--micro-batch", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--seconds", type=float, default=3)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -55,14 +57,20 @@ def main() -> None:
         source = TokenSource([f"{name}/s"], args.raw_tokens, 1, tokenizer, "data.train")
         builder = BatchBuilder(source, GistConfig(tuple(args.chunk_sizes)), tokenizer)
         builder.build([0])
-        ways = {"reading": lambda n: source.read(source.segments(n)), "whole samples": lambda n: builder.build([n])}
-        for what, make in ways.items():
-            sample, begin = 0, time.process_time()
-            while time.process_time() - begin < args.seconds:
-                make(sample)
-                sample += 1
-            speed = sample * args.raw_tokens / (time.process_time() - begin) / 1e6
-            print(f"{what}: {speed:.1f}M raw tokens/s of one core (R {args.raw_tokens}, c {tuple(args.chunk_sizes)})")
+        read = lambda n: source.read(source.segments(n))
+        print(f"reading: {_speed(read, 1, args):.1f}M raw tokens/s of one core")
+        for size in args.micro_batch:
+            build = lambda n: builder.build(range(n, n + size))  # noqa: B023
+            print(f"micro-batches of {size}: {_speed(build, size, args):.1f}M raw tokens/s of one core")
+
+
+def _speed(make: Callable[[int], object], size: int, args: argparse.Namespace) -> float:
+    """Million raw tokens per second of processor time; make: of the sample numbers n .. n + size."""
+    sample, begin = 0, time.process_time()
+    while time.process_time() - begin < args.seconds:
+        make(sample)
+        sample += size
+    return sample * args.raw_tokens / (time.process_time() - begin) / 1e6
 
 
 if __name__ == "__main__":
