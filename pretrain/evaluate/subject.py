@@ -123,6 +123,12 @@ def add_subject_arguments(parser: ArgumentParser) -> None:
     source.add_argument("--model", type=Path, metavar="HF_DIR", help="evaluate a Hugging Face directory, an export or any other")
     parser.add_argument("--step", type=int, help="checkpoint of --run-dir (default: the newest whole one)")
     parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="DIR",
+        help="of --model: the one that shards were made with (default: its own)",
+    )
+    parser.add_argument(
         "--mode", choices=MODES, nargs="+", help="ways to attend, side by side (default: all three; of a dense model: dense)"
     )
     parser.add_argument(
@@ -148,6 +154,8 @@ def load_subject(args: Namespace) -> Subject:
     """
     if args.model and args.step is not None:
         raise UserError("--step: needs --run-dir; a Hugging Face directory has one state")
+    if args.run_dir and args.tokenizer:
+        raise UserError("--tokenizer: needs --model; a run has its own")
     from pretrain.load import find_run
 
     if args.run_dir:
@@ -159,7 +167,7 @@ def load_subject(args: Namespace) -> Subject:
     wanted = [_sizes(text) for text in args.chunk_sizes or []] + [own.chunk_sizes if own else NO_GISTS]
     with tempfile.TemporaryDirectory(prefix="unfold-evaluate-") as scratch:
         # Imported as for training: any family that import knows, its tokenizer, and gist rows where it has none.
-        imported = _import(args.model, Path(scratch) / "model", max(len(sizes) for sizes in wanted))
+        imported = _import(args, Path(scratch) / "model", max(len(sizes) for sizes in wanted))
         found = find_run(imported, None)
         variants = make_variants(args, own, len(found.tokenizer.gist_ids), str(args.model))
         subject = _loaded(str(args.model), found, variants, args.dtype)
@@ -227,11 +235,12 @@ def _gists_of(directory: Path) -> GistConfig | None:
         raise UserError(f"{directory}/config.json: gist {json.dumps(entry)} is no gist setting ({error})") from None
 
 
-def _import(source: Path, output: Path, levels: int) -> Path:
+def _import(args: Namespace, output: Path, levels: int) -> Path:
     from pretrain.import_model import import_model
 
-    others = dict.fromkeys(("gist_rows", "tokenizer", "dtype"))
-    return import_model(Namespace(input=source, output=output, chunk_sizes="", gist_levels=max(4, levels), **others))
+    levels = levels if args.tokenizer else max(4, levels)  # of one that is made now, as many as import makes
+    others = {"tokenizer": args.tokenizer, "gist_rows": None, "dtype": None}
+    return import_model(Namespace(input=args.model, output=output, chunk_sizes="", gist_levels=levels, **others))
 
 
 def _loaded(name: str, found, variants: tuple[Variant, ...], dtype: str) -> Subject:
