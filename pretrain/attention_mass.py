@@ -1,8 +1,8 @@
 """Where attention goes: the share of softmax mass on each level of gists, raw tokens and sinks, on a sample of queries.
 
 Measured while the first validation batch passes through the model, by a hook on each attention layer: no pass of its own,
-and memory for a few queries and what they see. Every parallel layout is served: each rank adds up the layers, heads and
-queries that it holds.
+and memory for a few queries and what they see. Each rank adds up the layers, heads and queries that it holds, whatever
+the parallel layout; only recall over context ranks that exchange gists is not measured.
 """
 
 from __future__ import annotations
@@ -89,6 +89,8 @@ class AttentionMass:
 
     def _probe(self, attend: Attend) -> Attend:
         if isinstance(attend, ContextAttention):  # looked at where whole rows of attention are
+            if attend.recall is not None and attend.context.method == "gists":
+                return attend  # its layers but the first read what no rank has as a whole
             return replace(attend, make=lambda layout, recall: self._probe(attend.make(layout, recall)))
         return lambda index, q, k, v: self._measured(attend, index, q, k, v)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,19 +69,21 @@ class Boundary:
         save: whether a checkpoint was asked for.
         fault: number of the worst fault that a rank saw, 0 for none.
         busy: seconds that each rank was busy with its own work in this step.
+        usage: what each rank used in it, the numbers of its :class:`pretrain.usage.RankUsage`.
     """
 
     stop: str
     save: bool
     fault: int
     busy: list[float]
+    usage: list[list[float]]
 
 
-def agree(parallel: Parallel, stop: int, save: bool, fault: int, busy: float) -> Boundary:
+def agree(parallel: Parallel, stop: int, save: bool, fault: int, busy: float, usage: Sequence[float]) -> Boundary:
     """Exchange what each rank has to say. One small collective per step, so that no rank acts alone."""
-    mine = torch.tensor([stop, save, fault, busy], dtype=torch.float64, device=parallel.device)
+    mine = torch.tensor([stop, save, fault, busy, *usage], dtype=torch.float64, device=parallel.device)
     everyone = torch.empty(parallel.world * len(mine), dtype=torch.float64, device=parallel.device)
     dist.all_gather_into_tensor(everyone, mine)
     rows = everyone.view(parallel.world, len(mine)).tolist()
-    stops, saves, faults, busy_of = zip(*rows)
-    return Boundary(STOPS[int(max(stops))], any(saves), int(max(faults)), list(busy_of))
+    stops, saves, faults, busy_of = zip(*(row[:4] for row in rows))
+    return Boundary(STOPS[int(max(stops))], any(saves), int(max(faults)), list(busy_of), [row[4:] for row in rows])

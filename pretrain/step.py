@@ -25,6 +25,7 @@ class StepResult:
         loss_tokens: tokens with a target in the global batch.
         unfolded: raw tokens that a recalling query unfolded, a mean over the layers and micro-batches (of all ranks) that
             recall; None without recall.
+        selected: gists of all levels that it selected, a mean alike.
         context: bytes that a rank sent to those it shares sequences with, and would have sent for gathering all keys and
             values: means over ranks, layers (in a pipeline of the first stage) and micro-batches; None without such ranks.
         skipped: loss or gradient were not finite, and neither weights nor optimizer were touched.
@@ -35,6 +36,7 @@ class StepResult:
     grad_norm: float
     loss_tokens: int
     unfolded: float | None
+    selected: float | None
     context: tuple[float, float] | None
     skipped: bool
     busy_s: float
@@ -50,7 +52,7 @@ def train_step(engine: deepspeed.DeepSpeedEngine, batches: Sequence[MicroBatch],
     factor = parallel.replica_group.size() * len(batches) / tokens
     if parallel.stages > 1:
         return _pipeline_step(engine, batches, parallel, factor, int(tokens))
-    began, local_sum, unfolded = time.monotonic(), 0.0, []
+    began, local_sum, stats = time.monotonic(), 0.0, []
     for index, batch in enumerate(batches):
         batch = batch.to(parallel.device)
         loss = engine(batch)
@@ -63,12 +65,12 @@ def train_step(engine: deepspeed.DeepSpeedEngine, batches: Sequence[MicroBatch],
                 factor = math.nan
         engine.backward(loss * factor)
         if batch.recall:
-            unfolded += [stats.unfolded.item() for stats in batch.recall.stats.values()]
+            stats += [torch.stack([s.unfolded, s.selected.sum()]).tolist() for s in batch.recall.stats.values()]
         engine.step()
-    recalled = parallel.sum_over_replicas(len(unfolded))  # a rank without a suffix in its samples takes part all the same
-    read = parallel.sum_over_replicas(sum(unfolded)) / recalled if recalled else None
+    recalled = parallel.sum_over_replicas(len(stats))  # a rank without a suffix in its samples takes part all the same
+    read = [parallel.sum_over_replicas(sum(s[i] for s in stats)) / recalled for i in (0, 1)] if recalled else [None, None]
     skipped, sent = bool(engine.optimizer.overflow), _context_bytes(engine, parallel)
-    return StepResult(mean, float(engine.get_global_grad_norm()), int(tokens), read, sent, skipped, busy)
+    return StepResult(mean, float(engine.get_global_grad_norm()), int(tokens), *read, sent, skipped, busy)
 
 
 def _pipeline_step(
@@ -78,7 +80,8 @@ def _pipeline_step(
     began = time.monotonic()
     loss = engine.train_batch(iter([stage_inputs(batch, factor) for batch in batches])).item()
     skipped, sent = bool(engine.optimizer.overflow), _context_bytes(engine, parallel)
-    return StepResult(loss, float(engine.get_global_grad_norm()), tokens, None, sent, skipped, time.monotonic() - began)
+    norm, busy = float(engine.get_global_grad_norm()), time.monotonic() - began
+    return StepResult(loss, norm, tokens, None, None, sent, skipped, busy)
 
 
 def _context_bytes(engine: deepspeed.DeepSpeedEngine, parallel: Parallel) -> tuple[float, float] | None:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from model.transformer import MicroBatch
 from pretrain import parallel as parallel_groups
+from pretrain.attention_mass import AttentionMass
 from pretrain.checkpoint import Manifest
 from pretrain.config import RunConfig, accumulation_steps, with_vocab_size
 from pretrain.data import BatchBuilder, TokenSource, step_samples
@@ -24,11 +25,13 @@ from pretrain.faults import FAULTS, FaultGuard, Rollback, finite_or_none, read_q
 from pretrain.monitor import Outputs, print_line
 from pretrain.parallel import Parallel
 from pretrain.prefetch import prefetch
+from pretrain.profiler import StepProfiler
 from pretrain.resume import check_run_dir, load_newest, merged_quarantine, only_writer, prepare_run_dir, warm_start
 from pretrain.saving import Saver, SaveResult
 from pretrain.signals import Boundary, Signals, agree, process_seconds, take_request, time_is_up
 from pretrain.step import StepResult, train_step, validation_loss
 from pretrain.tokenizer import TokenizerInfo, load_tokenizer
+from pretrain.usage import RankUsage, Usage
 from pretrain.watchdog import Stragglers, Watchdog, limit_groups
 
 TIME_LIMIT = 3  # index into signals.STOPS
@@ -136,6 +139,7 @@ class _Run:
         self.outputs: Outputs | None = None
         self.saver = Saver(run_dir, self.engine, parallel, self.config.checkpoint, self._objection)
         self.failed_save = ""
+        self.usage = Usage(self.config, parallel, say)
 
     def to_the_end(self) -> None:
         """Train until the last step or until something stops the run; the state is then saved."""
@@ -173,16 +177,21 @@ class _Run:
         """Train from step ``done`` on; returns why the run is to stop, '' at its end."""
         config, waited = self.config, time.monotonic()
         batches = prefetch(self._batches(done))
+        profiler = StepProfiler(config.monitor.profile_steps, done, self.run_dir, self.parallel, self.say)
         try:
             for step in range(done, config.train.steps):
                 self.watchdog.beat(step + 1, "training")
+                profiler.begin(step + 1)
                 micro_batches = next(batches)
                 data_wait = time.monotonic() - waited
                 rate = learning_rate(step, config.train.steps, config.optimizer.lr, config.schedule)
                 set_learning_rate(self.engine, rate)
                 result = train_step(self.engine, micro_batches, self.parallel)
-                agreed = self._agree(step + 1, result, data_wait)
-                metrics = self._metrics(step, result, rate, data_wait, time.monotonic() - waited)
+                agreed = self._agree(step + 1, result, data_wait, self.usage.of_step(micro_batches, result))
+                seconds = time.monotonic() - waited
+                metrics = self._metrics(step, result, rate, data_wait, seconds)
+                metrics |= self.usage.metrics([RankUsage(*u) for u in agreed.usage], seconds)
+                profiler.end(step + 1)
                 if stragglers := self.stragglers.add(agreed.busy):
                     metrics["stragglers"] = stragglers
                 if step == done:
@@ -190,7 +199,7 @@ class _Run:
                 waited = time.monotonic()
                 last = step + 1 == config.train.steps
                 if self._validation_due(step + 1, last):
-                    metrics["valid_loss"] = self._validate(step + 1)
+                    metrics |= self._validate(step + 1)
                     waited = time.monotonic()
                 if last or agreed.stop or agreed.save or (step + 1) % config.checkpoint.every == 0:
                     self._save(step + 1, metrics)
@@ -201,9 +210,10 @@ class _Run:
                     return agreed.stop
             return ""
         finally:
+            profiler.close()
             batches.close()
 
-    def _agree(self, step: int, result: StepResult, data_wait: float) -> Boundary:
+    def _agree(self, step: int, result: StepResult, data_wait: float, usage: RankUsage) -> Boundary:
         """Exchange wishes and faults with the other ranks; raises _RollBack when a fault calls for it."""
         if result.skipped:
             first, stop = self._sample_range(step, step)
@@ -214,7 +224,7 @@ class _Run:
         if main and time_is_up(self.config.checkpoint.stop_after_minutes):
             stop = max(stop, TIME_LIMIT)
         request = main and take_request(self.run_dir)
-        agreed = agree(self.parallel, stop, request, fault, data_wait + result.busy_s)
+        agreed = agree(self.parallel, stop, request, fault, data_wait + result.busy_s, usage)
         if agreed.fault:
             raise _RollBack(agreed.fault, step, result.loss)
         return agreed
@@ -299,11 +309,15 @@ class _Run:
         every = self.config.train.valid_every
         return bool(self.inputs.valid) and (last or bool(every) and step % every == 0)
 
-    def _validate(self, step: int) -> float:
+    def _validate(self, step: int) -> dict:
         self.watchdog.beat(step, "validation")
-        loss = validation_loss(self.engine, self._valid_batches(), self.parallel)
+        mass = AttentionMass(self.config.gist.levels)
+        measures = self.config.monitor.attention_mass and self.config.model.attention == "gist"
+        with mass.hooked(self.engine.module) if measures else contextlib.nullcontext():
+            loss = validation_loss(self.engine, self._valid_batches(), self.parallel)
         self.say(f"step {step}: validation loss {loss:.4f}")
-        return loss
+        shares = mass.shares(self.parallel) if measures else None
+        return {"valid_loss": loss} | ({"attention_mass": shares} if shares else {})
 
     def _batches(self, done: int) -> Iterator[list[MicroBatch]]:
         train, parallel = self.config.train, self.parallel
@@ -345,7 +359,7 @@ class _Run:
         if len(by_source) > 1:
             metrics["source_samples"] = by_source
         if result.unfolded is not None:
-            metrics["unfolded_tokens"] = result.unfolded
+            metrics |= {"unfolded_tokens": result.unfolded, "selected_gists": result.selected}
         if result.context is not None:
             sent, whole = result.context
             metrics |= {"context_bytes": sent, "context_bytes_dense": whole, "context_ratio": whole / sent}
