@@ -29,7 +29,7 @@ class MonitorConfig:
             errors.append(f"peak_tflops: {self.peak_tflops} is below 0")
         given = list(self.profile_steps)
         if given and (len(given) != 2 or not 1 <= given[0] <= given[1]):
-            errors.append(f"profile_steps: {given} is not [first, last] with 1 <= first <= last; steps are counted from 1")
+            errors.append(f"profile_steps: {given} is not [first, last] with 1 <= first <= last, counted from 1")
         elif given and given[1] - given[0] >= MOST_PROFILED:
-            errors.append(f"profile_steps: {given} are {given[1] - given[0] + 1} steps; take at most {MOST_PROFILED}")
+            errors.append(f"profile_steps: {given} are {given[1] - given[0] + 1} steps, more than {MOST_PROFILED}")
         raise_together(errors)

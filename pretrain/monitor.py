@@ -1,4 +1,4 @@
-"""What a run says while it runs: metrics.jsonl, the progress line, Weights & Biases."""
+"""What a run says while it runs: metrics.jsonl, the progress line, Weights & Biases, TensorBoard."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from pretrain.checkpoint import write_atomically
-from pretrain.config import MonitorConfig, RunConfig
+from pretrain.config import MonitorConfig, RunConfig, flatten
 
 SECONDS_BETWEEN_LINES = 10.0  # progress lines when stderr is not a terminal
 
@@ -109,7 +109,11 @@ def _clock(seconds: float) -> str:
 
 
 class WandbLog:
-    """Weights & Biases: online with an API key, else offline into the run directory. A resumed run continues its W&B run."""
+    """Weights & Biases: online with an API key, else offline into the run directory. A resumed run continues its W&B run.
+
+    Curves are drawn over our own ``step``, not over W&B's counter of calls: that never goes back, so W&B would drop the
+    steps that a resume or a rollback does again.
+    """
 
     def __init__(self, config: MonitorConfig, run_config: dict, run_dir: Path):
         import wandb  # takes a second; only the rank that logs needs it
@@ -128,9 +132,11 @@ class WandbLog:
             mode=mode,
             settings=wandb.Settings(silent=True),
         )
+        self._run.define_metric("step", hidden=True)
+        self._run.define_metric("*", step_metric="step")
 
     def write(self, metrics: dict) -> None:
-        self._run.log({k: v for k, v in metrics.items() if k != "step"}, step=metrics["step"])
+        self._run.log(flatten(metrics))
 
     def close(self) -> None:
         self._run.finish()
@@ -145,6 +151,27 @@ def _has_wandb_key() -> bool:
         return False
 
 
+class TensorBoardLog:
+    """TensorBoard event files in ``tensorboard/`` of the run directory; every number of the metrics is a scalar.
+
+    A resumed run writes a new file whose first event makes TensorBoard forget what older files hold from there on.
+    """
+
+    def __init__(self, run_dir: Path, done: int):
+        """done: steps before the first one that will be written."""
+        from torch.utils.tensorboard import SummaryWriter  # takes a second; only the rank that logs needs it
+
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=done + 1)
+
+    def write(self, metrics: dict) -> None:
+        for key, value in flatten(metrics).items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and key != "step":
+                self._writer.add_scalar(key.replace(".", "/"), value, metrics["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
 class Outputs:
     """Where the main rank writes."""
 
@@ -152,24 +179,30 @@ class Outputs:
         self._config, self._run_dir = config, run_dir
         self.metrics = MetricsFile(run_dir / "metrics.jsonl", done)
         self._wandb = WandbLog(config.monitor, config.to_dict(), run_dir) if config.monitor.wandb else None
+        self._tensorboard = TensorBoardLog(run_dir, done) if config.monitor.tensorboard else None
         self.progress = Progress(config.train.steps, done)
 
     def reopen(self, done: int) -> None:
         """Go on after ``done`` steps, earlier than where the outputs are."""
         self.metrics.close()
         self.metrics = MetricsFile(self._run_dir / "metrics.jsonl", done)
+        if self._tensorboard:
+            self._tensorboard.close()
+            self._tensorboard = TensorBoardLog(self._run_dir, done)
         self.progress.close()
         self.progress = Progress(self._config.train.steps, done)
 
     def write(self, metrics: dict) -> None:
         if trouble := self.metrics.write(metrics):
             self.progress.say(f"error: {trouble}; the lines are kept and written later")
-        if self._wandb:
-            self._wandb.write(metrics)
+        for log in (self._wandb, self._tensorboard):
+            if log:
+                log.write(metrics)
         self.progress.step(metrics)
 
     def close(self) -> None:
         self.progress.close()
         self.metrics.close()
-        if self._wandb:
-            self._wandb.close()
+        for log in (self._wandb, self._tensorboard):
+            if log:
+                log.close()
