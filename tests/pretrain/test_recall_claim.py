@@ -10,7 +10,7 @@ from model.attention import MicroBatchAttention
 from model.gist import GistConfig
 from model.transformer import IGNORED
 from pretrain.errors import UserError
-from pretrain.evaluate.claim.arms import BRANCHES, GISTS, RANDOM, RECALL, RECENT, GistArm
+from pretrain.evaluate.claim.arms import BRANCHES, GISTS, RANDOM, RECALL, RECENT, gist_arm
 from pretrain.evaluate.claim.command import Results, _run_seed
 from pretrain.evaluate.claim.report import table, write_report
 from pretrain.evaluate.claim.task import LookupTask
@@ -69,9 +69,13 @@ def queries():
     return batch, q, k, v
 
 
+def attend(arm, batch):
+    return gist_arm(arm, batch, heads=2, kv_heads=2, draw=torch.Generator().manual_seed(1))
+
+
 def test_recall_is_the_recall_of_training(queries):
     batch, q, k, v = queries
-    ours = GistArm(RECALL, batch, torch.Generator())(1, q, k, v)
+    ours = attend(RECALL, batch)(1, q, k, v)
     stats = batch.recall.stats.pop(1)
     torch.testing.assert_close(ours, MicroBatchAttention("gist", batch.layout, batch.recall)(1, q, k, v), rtol=0, atol=2e-6)
     assert stats.unfolded == batch.recall.stats[1].unfolded
@@ -81,17 +85,17 @@ def test_blind_arms_have_the_budget_of_recall_and_look_elsewhere(queries):
     batch, q, k, v = queries
     outs, selected = {}, {}
     for arm in (RECALL, RANDOM, RECENT):
-        outs[arm] = GistArm(arm, batch, torch.Generator().manual_seed(1))(1, q, k, v)
+        outs[arm] = attend(arm, batch)(1, q, k, v)
         selected[arm] = batch.recall.stats.pop(1).selected.tolist()
     assert selected[RANDOM] == pytest.approx(selected[RECALL]) and selected[RECENT] == pytest.approx(selected[RECALL])
     assert not torch.allclose(outs[RANDOM], outs[RECALL]) and not torch.allclose(outs[RECENT], outs[RECALL])
     # The most recent chunks stand at the context's end: keys before them do not matter, but for the sinks and their gists.
     far = k.clone()
     far[:, 8:24] += (batch.layout.level[:, 8:24] < 0)[..., None, None] * 5.0
-    again = GistArm(RECENT, batch, torch.Generator())(1, q, far, v)
+    again = attend(RECENT, batch)(1, q, far, v)
     asked = slice(-TASK.questions, None)
     torch.testing.assert_close(again[:, asked], outs[RECENT][:, asked], rtol=0, atol=0)
-    assert not torch.allclose(GistArm(RECALL, batch, torch.Generator())(1, q, far, v)[:, asked], outs[RECALL][:, asked])
+    assert not torch.allclose(attend(RECALL, batch)(1, q, far, v)[:, asked], outs[RECALL][:, asked])
 
 
 def test_results_are_kept_and_belong_to_their_settings(build, tmp_path):

@@ -24,20 +24,18 @@ SHORT = 160
 
 @dataclass(frozen=True)
 class GistArm:
-    """Attention of an arm with gists, an :data:`model.attention.Attend`.
-
-    RANDOM and RECENT select without looking at the keys: the scores of the rule are taken from stand-ins for queries and
-    keys, so that budget, levels and what a chunk costs are exactly those of recall.
+    """Attention of an arm with gists in one micro-batch, an :data:`model.attention.Attend`.
 
     Attributes:
-        arm: one of BRANCHES. RANDOM: every gist scores a draw of its own for every query and head; RECENT: later gists
-            score higher.
-        draw: for RANDOM.
+        arm: one of BRANCHES.
+        batch: what it attends in.
+        scored: queries [N, H, W] and keys [B, T, Hkv, W] whose products are the scores of the selection, in all layers;
+            None: the layer's own. Budget, levels and what a chunk costs stay those of recall.
     """
 
     arm: str
     batch: MicroBatch
-    draw: torch.Generator
+    scored: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         recall = self.batch.recall
@@ -47,26 +45,33 @@ class GistArm:
         tree = recall.tree
         out = compressed_attention(q, k, v, tree.others, backend=backend)
         recalling = q.flatten(0, 1).index_select(0, tree.tokens)  # [N, H, D]
-        selection = select_gists(*self._scored(recalling, k), tree, recall.rule)
+        selection = select_gists(*(self.scored or (recalling, k)), tree, recall.rule)
         recall.stats[index] = recall_stats(tree, selection)
         rows = unfold_attention(recalling, k, v, tree, selection)
         return out.flatten(0, 1).index_copy(0, tree.tokens, rows).view_as(q)
 
-    def _scored(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries [N, H, D] and keys [B, T, Hkv, D] whose products are the scores."""
-        if self.arm == RECALL:
-            return q, k
-        if self.arm == RANDOM:
-            return torch.randn(q.shape, generator=self.draw), torch.randn(k.shape, generator=self.draw)
-        queries, keys = torch.zeros_like(q), torch.zeros_like(k)
-        queries[..., 0] = 1
-        keys[..., 0] = torch.arange(k.shape[1], dtype=k.dtype)[:, None]
-        return queries, keys
+
+def gist_arm(arm: str, batch: MicroBatch, heads: int, kv_heads: int, draw: torch.Generator) -> GistArm:
+    """The attention of an arm. RANDOM: each query draws a score for every gist, once for all heads and layers, so that the
+    chunks that it reads are as few as its budget says; RECENT: later gists score higher."""
+    if arm not in (RANDOM, RECENT):
+        return GistArm(arm, batch)
+    samples, tokens = batch.ids.shape
+    queries = batch.recall.tree.queries
+    if arm == RANDOM:
+        # Products of wide draws are as good as independent: no gist is the favourite of many queries.
+        q, k = (torch.randn(*shape, 1, 32, generator=draw) for shape in ((queries,), (samples, tokens)))
+    else:
+        q, k = torch.ones(queries, 1, 1), torch.arange(tokens, dtype=torch.float32).expand(samples, tokens)[..., None, None]
+    return GistArm(arm, batch, (q.repeat(1, heads, 1), k.repeat(1, 1, kv_heads, 1)))
 
 
 def hidden(model: Transformer, arm: str, batch: MicroBatch, draw: torch.Generator) -> Tensor:
     """[T, B, hidden] after the final norm, as the arm attends."""
-    attend = MicroBatchAttention(DENSE, batch.layout) if arm == DENSE else GistArm(arm, batch, draw)
+    if arm == DENSE:
+        attend = MicroBatchAttention(DENSE, batch.layout)
+    else:
+        attend = gist_arm(arm, batch, model.config.heads, model.config.kv_heads, draw)
     return model.run_layers(batch.ids, batch.layout.position, attend)
 
 
