@@ -23,7 +23,7 @@ from kernels.tree import GistTree
 LARGEST_GROUP = 128  # rows of a tile
 # Per architecture, padded head dimension and bytes per element; the rows are those of one block of queries.
 _HALF = {64: Tile(32, 64, 4, 2), 128: Tile(32, 64, 4, 2), 256: Tile(32, 32, 8, 2)}
-_FULL = {64: Tile(32, 32, 4, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16, 16, 4, 1)}
+_FULL = {64: Tile(32, 32, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)}
 _GPU = {(dim, 2): tile for dim, tile in _HALF.items()} | {(dim, 4): tile for dim, tile in _FULL.items()}
 TABLE = {arch: _GPU for arch in ("sm_80", "sm_90", "sm_100")}
 TABLE["interpreter"] = {key: Tile(32, 32, 4, 1) for key in _GPU}
