@@ -79,17 +79,22 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW. Norm weights are not decayed."""
+    """AdamW, or Muon for the layers' matrices and AdamW for the rest. Norm weights are not decayed."""
 
+    kind: str = option("adamw", "adamw; muon: Muon for the layers' matrices, AdamW for embedding, head, norms and biases")
     lr: float = option(3e-4, "peak learning rate")
     beta1: float = option(0.9, "decay of the first moment")
     beta2: float = option(0.95, "decay of the second moment")
     eps: float = option(1e-8, "added to the root of the second moment")
     weight_decay: float = option(0.1, "decoupled weight decay of matrices")
+    muon_lr: float = option(0.02, "muon: peak learning rate of the layers' matrices; lr is that of the rest")
+    muon_momentum: float = option(0.95, "muon: decay of the momentum")
 
     def __post_init__(self):
-        errors = [f"{n}: {getattr(self, n)} is not above 0" for n in ("lr", "eps") if getattr(self, n) <= 0]
-        errors += [f"{n}: {getattr(self, n)} is not in [0, 1)" for n in ("beta1", "beta2") if not 0 <= getattr(self, n) < 1]
+        errors = [f"kind: {self.kind!r} is not one of adamw, muon"] if self.kind not in ("adamw", "muon") else []
+        errors += [f"{n}: {getattr(self, n)} is not above 0" for n in ("lr", "eps", "muon_lr") if getattr(self, n) <= 0]
+        decays = ("beta1", "beta2", "muon_momentum")
+        errors += [f"{n}: {getattr(self, n)} is not in [0, 1)" for n in decays if not 0 <= getattr(self, n) < 1]
         if self.weight_decay < 0:
             errors.append(f"weight_decay: {self.weight_decay} is below 0")
         raise_together(errors)
@@ -213,7 +218,7 @@ class RunConfig:
         errors = []
         if self.precision not in ("fp32", "bf16"):
             errors.append(f"precision: {self.precision!r} is not one of fp32, bf16")
-        errors += self._layout_errors()
+        errors += self._layout_errors() + self._muon_errors()
         if self.data.raw_tokens > self.model.max_position:
             errors.append(f"data.raw_tokens: {self.data.raw_tokens} exceeds model.max_position ({self.model.max_position})")
         if profiled := self.monitor.profile_steps:
@@ -246,6 +251,21 @@ class RunConfig:
         elif parallel.context > 1 and model.attention == "dense":
             errors.append("parallel.context: dense attention has no gists to exchange; set context_method: ulysses")
         return errors
+
+    def _muon_errors(self) -> list[str]:
+        """Why Muon, which needs whole matrices, cannot run as configured."""
+        if self.optimizer.kind != "muon":
+            return []
+        reasons = []
+        if self.parallel.tensor > 1:
+            reasons.append("parallel.tensor: 1 (tensor-parallel ranks hold parts of a matrix, Muon orthogonalises whole ones)")
+        if self.parallel.pipeline > 1:
+            reasons.append("parallel.pipeline: 1 (DeepSpeed refuses Muon where ranks hold different layers)")
+        if self.parallel.zero != 1:
+            reasons.append("parallel.zero: 1 (in other stages DeepSpeed clips what Muon has orthogonalised)")
+        if self.precision != "bf16":
+            reasons.append("precision: bf16 (in fp32 DeepSpeed clips what Muon has orthogonalised)")
+        return [f"optimizer.kind: muon needs {reason}; set it, or kind: adamw" for reason in reasons]
 
     def to_dict(self) -> dict:
         """Plain dicts and lists, as in config.yaml."""

@@ -9,20 +9,21 @@ import deepspeed
 import torch
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from torch import nn
 
 from model.config import GistConfig
 from model.context_parallel import ContextParallel
 from model.layers import BuildContext
 from model.pipeline import canonical_name, layer_specs, stage_loss
 from model.transformer import Transformer
-from pretrain.config import RunConfig, ScheduleConfig, accumulation_steps
+from pretrain.config import OptimizerConfig, RunConfig, ScheduleConfig, accumulation_steps
 from pretrain.engine_state import allocate_optimizer_state
 from pretrain.parallel import Parallel
 
 
 def deepspeed_config(config: RunConfig, data_size: int) -> dict:
     """The DeepSpeed configuration of a run."""
-    optimizer, parallel = config.optimizer, config.parallel
+    parallel = config.parallel
     zero = {"stage": parallel.zero, "overlap_comm": False}
     if parallel.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu"}
@@ -33,23 +34,11 @@ def deepspeed_config(config: RunConfig, data_size: int) -> dict:
         "gradient_accumulation_steps": accumulation_steps(config, data_size),
         "gradient_clipping": config.train.clip,
         "steps_per_print": 10**9,  # the trainer reports
-        "optimizer": {
-            "type": "AdamW",
-            "params": {
-                "lr": optimizer.lr,
-                "betas": [optimizer.beta1, optimizer.beta2],
-                "eps": optimizer.eps,
-                "weight_decay": optimizer.weight_decay,
-                # PyTorch's own fused AdamW: no compilation at start, and faster on CPU than DeepSpeed's.
-                "torch_adam": True,
-                "fused": True,
-            },
-        },
         "zero_optimization": zero,
-        "bf16": {"enabled": config.precision == "bf16"},
-        # fp32 accumulation selects DeepSpeed's BF16_Optimizer, which loses gradients of micro-batches in a pipeline (0.19.8:
-        # the norm comes out a seventh too small); the ZeRO-1 optimizer that accumulates in the compute type does not.
-        "data_types": {"grad_accum_dtype": None if parallel.pipeline > 1 else "fp32"},
+        # A pipeline's BF16_Optimizer loses gradients of micro-batches unless each is added to the fp32 sum as it arises (0.19.8:
+        # the norm comes out a seventh too small).
+        "bf16": {"enabled": config.precision == "bf16", "immediate_grad_update": parallel.pipeline > 1},
+        "data_types": {"grad_accum_dtype": "fp32"},
         # Partitioned sends would cut the residual stream apart, which sequence parallelism has done already.
         "pipeline": {
             "pipe_partitioned": False,
@@ -73,17 +62,61 @@ def build_engine(config: RunConfig, parallel: Parallel) -> deepspeed.DeepSpeedEn
         config.model, build, config.train.activation_checkpointing
     )
     model.context_parallel = context  # what it sends is counted there
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    mpu = {} if parallel.stages > 1 else {"mpu": parallel.mpu()}  # a PipelineModule brings its own
-    engine, *_ = deepspeed.initialize(
-        model=model, model_parameters=groups, config=deepspeed_config(config, parallel.data_size), **mpu
-    )
+    settings = deepspeed_config(config, parallel.data_size)
+    if config.optimizer.kind == "muon":
+        # Without an mpu: DeepSpeed's Muon refuses one, and the ranks that hold the same weights are all there are.
+        engine, *_ = deepspeed.initialize(model=model, optimizer=make_muon(model, config.optimizer), config=settings)
+    else:
+        settings["optimizer"] = adamw_settings(config.optimizer)
+        matrices = [p for p in model.parameters() if p.dim() > 1]
+        vectors = [p for p in model.parameters() if p.dim() <= 1]
+        groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+        mpu = {} if parallel.stages > 1 else {"mpu": parallel.mpu()}  # a PipelineModule brings its own
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=settings, **mpu)
     if parallel.stages > 1:
         _check_agreement(engine, parallel)
     allocate_optimizer_state(engine)
     return engine
+
+
+def adamw_settings(optimizer: OptimizerConfig) -> dict:
+    """PyTorch's own fused AdamW: no compilation at start, and faster on CPU than DeepSpeed's."""
+    params = {
+        "lr": optimizer.lr,
+        "betas": [optimizer.beta1, optimizer.beta2],
+        "eps": optimizer.eps,
+        "weight_decay": optimizer.weight_decay,
+        "torch_adam": True,
+        "fused": True,
+    }
+    return {"type": "AdamW", "params": params}
+
+
+def make_muon(model: nn.Module, optimizer: OptimizerConfig) -> torch.optim.Optimizer:
+    """DeepSpeed's Muon for the layers' matrices, with fused AdamW for embedding, head, norms and biases.
+
+    Its own way of telling them apart, by names such as lm_head, would take this model's untied head for a layer.
+    """
+    # Imported here: it decorates its kernels, which takes seconds.
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    if not torch.cuda.is_available():
+        torch.compiler.set_stance("force_eager")  # compiling the few small products takes minutes on CPU
+    for name, parameter in model.named_parameters():
+        parameter.use_muon = name.startswith("layers.") and parameter.dim() == 2
+    muon = [p for p in model.parameters() if p.use_muon]
+    matrices = [p for p in model.parameters() if p.dim() > 1 and not p.use_muon]
+    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    adam = dict(use_muon=False, lr=optimizer.lr, betas=(optimizer.beta1, optimizer.beta2), eps=optimizer.eps)
+    groups = [
+        dict(
+            params=muon, use_muon=True, lr=optimizer.muon_lr, momentum=optimizer.muon_momentum,
+            weight_decay=optimizer.weight_decay, rate_factor=optimizer.muon_lr / optimizer.lr,
+        ),
+        dict(params=matrices, weight_decay=optimizer.weight_decay, **adam),
+        dict(params=vectors, weight_decay=0.0, **adam),
+    ]  # fmt: skip
+    return MuonWithAuxAdam(groups, torch.optim.AdamW, {"fused": True})
 
 
 def _pipeline(config: RunConfig, build: BuildContext, parallel: Parallel) -> PipelineModule:
@@ -133,7 +166,7 @@ def learning_rate(step: int, steps: int, peak: float, schedule: ScheduleConfig) 
 
 
 def set_learning_rate(engine: deepspeed.DeepSpeedEngine, rate: float) -> None:
-    """Set the rate of every parameter group."""
+    """Set the rate of every parameter group; that of Muon's matrices follows the same schedule from its own peak."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("rate_factor", 1.0)
 

@@ -1,10 +1,10 @@
 """The engine's weights and optimizer state under canonical names, whatever ZeRO stage and tensor-parallel size.
 
-Every parameter yields three fp32 tensors: ``model.NAME`` (master weight), ``exp_avg.NAME`` and ``exp_avg_sq.NAME``. ZeRO gives
-each data-parallel rank a run of a parameter's elements; of a matrix that is up to three rectangles (the rest of a row, whole
-rows, the beginning of a row). Each rank writes and reads exactly its own rectangles, so neither needs communication or
-memory beyond them, and any layout can read what another wrote. A parameter split in strides (gate and up in one matrix)
-is several tensors.
+Every parameter yields three fp32 tensors: ``model.NAME`` (master weight), ``exp_avg.NAME`` and ``exp_avg_sq.NAME``; one that Muon
+updates yields two: ``model.NAME`` and ``momentum_buffer.NAME``. ZeRO gives each data-parallel rank a run of a parameter's
+elements; of a matrix that is up to three rectangles (the rest of a row, whole rows, the beginning of a row). Each rank writes
+and reads exactly its own rectangles, so neither needs communication or memory beyond them, and any layout can read what
+another wrote. A parameter split in strides (gate and up in one matrix) is several tensors.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pretrain.parallel import Parallel
 from pretrain.tensor_files import TensorDirectory
 
 KINDS = ("model", "exp_avg", "exp_avg_sq")
+MUON_KINDS = ("model", "momentum_buffer")
 RECTANGLES = 3  # that a run of a matrix's elements can consist of
 ADAM_STEP = "optimizer.step"
 
@@ -91,7 +92,7 @@ def fragments(engine: deepspeed.DeepSpeedEngine, parallel: Parallel) -> Iterator
         split = _is_split(parameter)
         # The last stage has the tied embedding too; the first one writes it.
         owner = (split or tensor_rank == 0) and not (parallel.stage > 0 and name.startswith("embedding."))
-        for kind in KINDS:
+        for kind in MUON_KINDS if getattr(parameter, "use_muon", False) else KINDS:
             first, run = _run(engine, parameter, kind)
             begin = 0  # of the piece among the parameter's elements
             for piece, shape in pieces(f"{kind}.{name}", parameter):
@@ -152,12 +153,16 @@ def _adam_states(engine) -> list[dict]:
 
 
 def allocate_optimizer_state(engine: deepspeed.DeepSpeedEngine) -> None:
-    """Give Adam its moments before the first step: a load comes before it, and DeepSpeed links master weights to
-    moments once, after the first parameter group's first step, when those of later groups would not exist yet."""
+    """Give Adam its moments, and Muon its momentum, before the first step: a load comes before it, and DeepSpeed links master
+    weights to them once, after the first parameter group's first step, when those of later groups would not exist yet."""
     zero = engine.optimizer
     names = ("single_partition_of_fp32_groups", "fp32_groups_flat_partition", "fp32_partitioned_groups_flat")
     flat_groups = next(getattr(zero, n) for n in names if hasattr(zero, n))
+    of_muon = {id(p) for group in zero.optimizer.param_groups if group.get("use_muon") for p in group["params"]}
     for flat in flat_groups:
+        if id(flat) in of_muon:
+            zero.optimizer.state[flat] = {"momentum_buffer": torch.zeros_like(flat)}
+            continue
         zero.optimizer.state[flat] = {
             "step": torch.zeros((), device=flat.device),
             "exp_avg": torch.zeros_like(flat),

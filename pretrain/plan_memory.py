@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 
 from pretrain.config import RunConfig
 from pretrain.plan_activations import FP32, Activations, element_size
-from pretrain.plan_work import Sample, count_parameters
+from pretrain.plan_work import Parameters, Sample, count_parameters
 
 # DeepSpeed's defaults, in elements: zero_optimization.reduce_bucket_size, stage3_max_live_parameters.
 BUCKET = 500_000_000
@@ -26,7 +26,7 @@ class Memory:
     Attributes:
         weights: in the compute precision.
         gradients: as they are accumulated over micro-batches.
-        optimizer: fp32 master weights and Adam's two moments.
+        optimizer: fp32 master weights and Adam's two moments (one momentum where Muon updates).
         activations: of all micro-batches in flight, layout and backward's working set included.
         logits: of the last stage, with loss and their gradient.
         buffers: communication: buckets, gathered parameters, received activations and keys.
@@ -63,8 +63,9 @@ def model_states(config: RunConfig, replicas: int) -> States:
     optimizer = 3 * FP32 / replicas
     gradients = FP32 / replicas
     if zero == 1:
-        # Summed whole; in bf16 those of the last micro-batch stay beside the fp32 sum until the update.
-        gradients = FP32 + element if element < FP32 else FP32
+        # Summed whole; in bf16 those of the last micro-batch stay beside the fp32 sum until the update, but for a pipeline, which
+        # adds each to the sum as it arises.
+        gradients = FP32 + element if element < FP32 and config.parallel.pipeline == 1 else FP32
     host = 0.0
     if offload != "none":
         host, optimizer, gradients = optimizer + gradients, 0.0, 0.0
@@ -73,12 +74,17 @@ def model_states(config: RunConfig, replicas: int) -> States:
     return States(weights, gradients, optimizer, host)
 
 
+def spared_by_muon(config: RunConfig, counts: Parameters, replicas: int) -> float:
+    """Bytes of optimizer state that Muon does without: it keeps one number of a layer's matrix element where Adam keeps two."""
+    return FP32 * counts.layers / replicas if config.optimizer.kind == "muon" else 0.0
+
+
 def stage_memory(config: RunConfig, sample: Sample, stage: int, replicas: int, micro_batches: int) -> Memory:
     """Peak memory of a rank of one pipeline stage. replicas: data x context ranks; micro_batches: of a step and rank."""
     parallel = config.parallel
     stages = parallel.pipeline
-    parameters = count_parameters(config.model, parallel.tensor, stage, stages).total
-    states = model_states(config, replicas)
+    counts = count_parameters(config.model, parallel.tensor, stage, stages)
+    parameters, states = counts.total, model_states(config, replicas)
     kept = Activations.of(config, sample)
     in_flight = min(stages - stage, micro_batches)  # 1F1B
     is_last = stage == stages - 1
@@ -93,7 +99,7 @@ def stage_memory(config: RunConfig, sample: Sample, stage: int, replicas: int, m
     return Memory(
         weights=round(states.weights * parameters),
         gradients=round(states.gradients * parameters),
-        optimizer=round(states.optimizer * parameters),
+        optimizer=round(states.optimizer * parameters - spared_by_muon(config, counts, replicas)),
         activations=activations,
         logits=kept.loss() + kept.logits_copy() if is_last else 0,
         buffers=_buffers(config, kept, parameters, replicas, stage, micro_batches),

@@ -24,6 +24,7 @@ LAYOUTS = {
     "zero 3": {"zero": 3},
     "tensor 2": {"tensor": 2},
     "pipeline 2": {"pipeline": 2},
+    "muon": {"zero": 1},
 }
 RAW = 67  # three sinks and whole groups
 HUGE = 10**8  # DeepSpeed's communication bucket has half a billion elements, whatever the model; it is not counted
@@ -39,6 +40,7 @@ def run_config(layout: str, precision: str = "bf16") -> RunConfig:
             "data": {"train": ["x"], "tokenizer": "t", "raw_tokens": RAW},
             "train": {"global_batch": 4},
             "parallel": LAYOUTS[layout],
+            "optimizer": {"kind": "muon" if layout == "muon" else "adamw"},
         }
     )
 
