@@ -21,7 +21,19 @@ CURVE_BYTES = 1_800_000  # room for all curves of a page; the number of buckets 
 MOST_OTHERS = 60  # metrics without a chart of their own design that are drawn
 UNITS = (("_per_s", "per second"), ("_ms", "milliseconds"), ("_s", "seconds"), ("seconds", "seconds"),
          ("_bytes", "bytes"), ("_gib", "GiB"))  # fmt: skip
-TITLES = {"seconds": "Time of a step", "data_wait_s": "Wait for data"}
+TITLES = {
+    "seconds": "Time of a step",
+    "data_wait_s": "Wait for data",
+    "memory_gib": "Memory, the most of any rank",
+    "mfu": "MFU",
+    "tflops": "Useful FLOP/s of a device",
+    "unfolded_tokens": "Raw tokens unfolded by a recalling query",
+    "selected_gists": "Gists selected by a recalling query",
+    "checkpoint_pause_s": "Pause for a checkpoint",
+    "checkpoint_s": "Time of a save",
+}
+OWN_UNITS = {"mfu": "part of the peak", "tflops": "TFLOP/s", "unfolded_tokens": "tokens", "selected_gists": "gists"}
+MASS = "attention_mass."  # its parts are drawn together
 KNOWN = ("step", "loss", "valid_loss", "lr", "grad_norm", "raw_tokens_per_s", "raw_tokens", "samples", "loss_tokens")
 
 
@@ -128,9 +140,12 @@ def _key(css: str, marks: bool = False) -> str:
 def charts(runs: list[Run]) -> tuple[list[Chart], int]:
     """All charts of the page, and how many metrics were left out because there are too many."""
     axes = axis_names(runs)
-    others = {key: None for run in runs for key in run.metrics if key not in KNOWN and len(run.finite(key))}
-    shown = list(others)[:MOST_OTHERS]
-    total = len(runs) * (len(shown) + 5)
+    there = {key: None for run in runs for key in run.metrics if len(run.finite(key))}
+    masses = [key for key in there if key.startswith(MASS)]
+    # Numbers of ranks are no curve.
+    others = [key for key in there if key not in (*KNOWN, *masses) and not key.startswith("stragglers.")]
+    shown = others[:MOST_OTHERS]
+    total = len(runs) * (len(shown) + len(masses) + 5)
     # One bucket takes about 35 bytes per axis in the pictures and 45 in the script's data.
     buckets = int(min(max(CURVE_BYTES / (total * (35 * len(axes) + 45)), 30), 400))
     x = [_axes(run, axes) for run in runs]
@@ -146,10 +161,20 @@ def charts(runs: list[Run]) -> tuple[list[Chart], int]:
     result.append(Chart("Learning rate", "learning rate", curves("lr", False), from_zero=True))
     result.append(Chart("Gradient norm", "norm, before clipping", curves("grad_norm", True)))
     result.append(Chart("Throughput", "raw tokens/s", curves("raw_tokens_per_s", True), from_zero=True))
+    result += _mass_charts(runs, masses, curves)
     for key in shown:
         unit = _unit(key)
         result.append(Chart(TITLES.get(key, key), unit, curves(key, True), from_zero=bool(unit)))
     return [chart for chart in result if chart.curves], len(others) - len(shown)
+
+
+def _mass_charts(runs: list[Run], keys: list[str], curves) -> list[Chart]:
+    """Shares of attention: for one run all kinds in one picture, for several a picture per kind."""
+    unit, names = "share of softmax mass", {key: key.removeprefix(MASS).replace("_", " ") for key in keys}
+    if len(runs) > 1:
+        return [Chart(f"Attention to {names[key]}", unit, curves(key, False), from_zero=True) for key in keys]
+    together = [replace(c, style=style(i)) for i, key in enumerate(keys) for c in curves(key, False, names[key])]
+    return [Chart("Where attention goes", unit, together, from_zero=True)]
 
 
 def _loss_charts(runs: list[Run], curves) -> list[Chart]:
@@ -184,7 +209,7 @@ def _smoothing(runs: list[Run]) -> str:
 
 def _unit(key: str) -> str:
     """What a metric's name tells of its unit; '' for nothing."""
-    return next((unit for suffix, unit in UNITS if key.endswith(suffix)), "")
+    return OWN_UNITS.get(key) or next((unit for suffix, unit in UNITS if key.endswith(suffix)), "")
 
 
 def axis_names(runs: list[Run]) -> list[str]:

@@ -141,13 +141,28 @@ def test_unigram_entropy_is_a_reference_line(tmp_path, run):
 
 
 def test_unknown_metrics_get_curves_of_their_own(tmp_path):
-    rows = [metric(step) | {"mfu": 0.4, "attention_mass": [0.1, 0.9], "note": "text", "resumed": True} for step in range(1, 9)]
+    rows = [metric(step) | {"speed": 0.4, "shares": [0.1, 0.9], "note": "text", "resumed": True} for step in range(1, 9)]
     rows[3]["checkpoint_pause_s"] = 2.5
     page = Page(write_report([make_run(tmp_path / "run", rows)]))
-    for title in ("mfu", "attention_mass.0", "attention_mass.1", "checkpoint_pause_s"):
+    for title in ("speed", "shares.0", "shares.1", "Pause for a checkpoint"):
         assert title in page.texts
     assert "note" not in page.texts and "resumed" not in page.texts
     assert any(c["first"] == [4] and c["y"] == [2.5] for c in page.data["curves"])
+
+
+def test_attention_mass_and_use_of_the_devices(tmp_path):
+    rows = [metric(step) | {"mfu": 0.4, "tflops": 395.0, "memory_gib": 60.0, "stragglers": [3]} for step in range(1, 9)]
+    for row, share in ((rows[3], 0.25), (rows[7], 0.5)):
+        row["attention_mass"] = {"gist_1": share, "raw": 1 - share}
+    run = make_run(tmp_path / "run", rows)
+    page = Page(write_report([run]))
+    drawn = {c["name"]: (c["first"], c["y"]) for c in page.data["curves"]}
+    assert drawn["gist 1"] == ([4, 8], [0.25, 0.5]) and drawn["raw"] == ([4, 8], [0.75, 0.5])
+    for title in ("Where attention goes", "MFU", "Useful FLOP/s of a device", "Memory, the most of any rank"):
+        assert page.texts.count(title) == 1, title
+    assert "part of the peak" in page.texts and not any("stragglers" in text for text in page.texts)
+    both = Page(write_report([run, make_run(tmp_path / "other", rows[:4])]))
+    assert {"Attention to gist 1", "Attention to raw"} <= set(both.texts) and "Where attention goes" not in both.texts
 
 
 def test_nothing_is_fetched(run):
