@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from kernels.compressed import compressed_attention
-from model.context_parallel import make_plan
+from model import context_parallel
+from model.context_parallel import ContextParallel, make_plan
 from model.context_rows import take
 from model.gist import GistConfig, build_layout, interleave
 from tests.conftest import run
@@ -65,6 +66,33 @@ def test_what_is_sent_approaches_the_compression_ratio(chunk_sizes):
     # Beyond the top-level gists: sinks, the last chunks and the last sections before the border.
     border = config.sink + 2 * sum(chunk_sizes) + 8
     assert top_gists_held - 1 <= plan.exports.sent <= top_gists_held + border
+
+
+def test_the_ratio_of_bytes_approaches_the_compression_ratio(monkeypatch):
+    """What a run reports as context_ratio, for one document over 4 ranks that grows: keys of all tokens over those sent."""
+    # What others send does not matter to the bytes that are counted here.
+    monkeypatch.setattr(context_parallel, "gather_sequence", lambda x, group: x.expand(group.size(), *x.shape[1:]))
+    ratios = []
+    for raw in (2048, 8192, 65536):
+        config = GistConfig((8, 4))
+        sample = interleave(np.zeros(raw, np.int64), [raw], np.ones(1, bool), config, [1, 2])
+        level, doc = (torch.from_numpy(x)[None] for x in (sample.level, sample.doc))
+        plan = make_plan(padded(build_layout(level, doc, config), config, 4), 1, 4)
+        context = ContextParallel(FourRanks(), "gists")
+        context.gather(torch.zeros(1, plan.tokens_held, 4, 8), plan.exports)
+        counted = context.traffic.take()
+        assert (counted.exchanges, counted.whole) == (1, 3 * plan.tokens_held * 4 * 8 * 4)
+        assert context.traffic.take().sent == 0
+        ratios.append(counted.whole / counted.sent)
+    # Per top-level gist a rank holds 32 raw tokens and 5 gists.
+    assert ratios == sorted(ratios) and ratios[0] > 8 and 34 < ratios[-1] < 37, ratios
+
+
+class FourRanks:
+    """Stands for a process group of which only the size is asked."""
+
+    def size(self) -> int:
+        return 4
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.long)])
