@@ -17,7 +17,7 @@ def option(default, doc: str):
 
 @dataclass(frozen=True)
 class GistConfig:
-    """How tokens are folded into gists, and how much of what was folded is recalled (METHOD.md)."""
+    """How tokens are folded into gists, and how much of what was folded is recalled."""
 
     chunk_sizes: tuple[int, ...] = option((8, 4), "raw tokens per level-0 gist, level-0 gists per level-1 gist, ..")
     sink: int = option(3, "first raw tokens of a document that every later token sees")
