@@ -41,8 +41,10 @@ def plan_traffic(config: RunConfig, sample: Sample, replicas: int, micro_batches
     if parallel.context > 1:
         found.append(Traffic("context", layers * (forwards + 1) * _context_exchange(config, kept), model_span))
     if parallel.pipeline > 1:
+        # A stage between two others sends on the residual stream, and back its gradient; with two stages each does one of both.
         structure = 3 * FP32 * kept.samples * sample.length
-        found.append(Traffic("pipeline", micro_batches * (2 * kept.residual() + structure), ranks))
+        directions = 2 if parallel.pipeline > 2 else 1
+        found.append(Traffic("pipeline", micro_batches * (directions * kept.residual() + structure), ranks))
         if config.model.tied_embeddings:
             size = FP32 * count_parameters(config.model, parallel.tensor).embedding
             found.append(Traffic("tied embedding", size, ranks))  # an all-reduce between two
@@ -72,12 +74,9 @@ def _replica_traffic(config: RunConfig, replicas: int, micro_batches: int, span:
             Traffic("gradients (reduce-scatter)", round(once * micro_batches), span),
             Traffic("ZeRO-3 parameters (all-gather)", round(2 * once * micro_batches), span),
         ]
-    if parallel.zero == 2:
-        gradients = Traffic("gradients (reduce-scatter)", round(once * micro_batches), span)
-    elif element < FP32:  # BF16_Optimizer sums whole gradients
-        gradients = Traffic("gradients (all-reduce)", round(2 * once), span)
-    else:
-        gradients = Traffic("gradients (reduce-scatter)", round(once), span)
+    # DeepSpeed all-reduces buckets of gradients also where a rank keeps a part alone (use_multi_rank_bucket_allreduce).
+    times = micro_batches if parallel.zero == 2 else 1
+    gradients = Traffic("gradients (all-reduce)", round(2 * once * times), span)
     return [gradients, Traffic("updated parameters (all-gather)", round(once), span)]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import inspect
 import json
 import logging
 
@@ -17,14 +19,17 @@ from model.transformer import IGNORED, MicroBatch
 from pretrain import parallel
 from pretrain.config import RunConfig, parse_config
 from pretrain.engine import build_engine
+from pretrain.plan_work import measure_sample
+from pretrain.step import train_step
 
 LAYOUTS = {
+    "muon": {"zero": 1},  # first: DeepSpeed goes on to use an mpu of an engine before, and Muon brings none
     "zero 1": {"zero": 1},
     "zero 2": {"zero": 2},
     "zero 3": {"zero": 3},
     "tensor 2": {"tensor": 2},
     "pipeline 2": {"pipeline": 2},
-    "muon": {"zero": 1},
+    "context 2": {"context": 2},
 }
 RAW = 67  # three sinks and whole groups
 HUGE = 10**8  # DeepSpeed's communication bucket has half a billion elements, whatever the model; it is not counted
@@ -38,7 +43,7 @@ def run_config(layout: str, precision: str = "bf16") -> RunConfig:
             "model": {"vocab_size": 512, "hidden_size": 128, "layers": 2, "heads": 4, "kv_heads": 2, "ffn_size": 256},
             "gist": {"chunk_sizes": [4, 2]},
             "data": {"train": ["x"], "tokenizer": "t", "raw_tokens": RAW},
-            "train": {"global_batch": 4},
+            "train": {"global_batch": 2 if layout in ("tensor 2", "pipeline 2", "context 2") else 4},  # two micro-batches each
             "parallel": LAYOUTS[layout],
             "optimizer": {"kind": "muon" if layout == "muon" else "adamw"},
         }
@@ -48,8 +53,10 @@ def run_config(layout: str, precision: str = "bf16") -> RunConfig:
 def micro_batch(config: RunConfig) -> MicroBatch:
     rng = np.random.default_rng(0)
     made = interleave(rng.integers(0, 510, RAW), [RAW], np.ones(512, bool), config.gist, [510, 511])
-    ids, level, doc = (torch.from_numpy(x)[None] for x in (made.ids, made.level, made.doc))
-    return MicroBatch(ids, torch.where(level < 0, ids, IGNORED), build_layout(level, doc, config.gist))
+    pad = measure_sample(config).length - len(made.ids)
+    padded = ((made.ids, 0), (made.level, -1), (made.doc, -1))
+    ids, level, doc = (torch.from_numpy(np.pad(x, (0, pad), constant_values=empty))[None] for x, empty in padded)
+    return MicroBatch(ids, torch.where((level < 0) & (doc >= 0), ids, IGNORED), build_layout(level, doc, config.gist))
 
 
 def storages(tensors) -> dict[int, int]:
@@ -70,34 +77,57 @@ def live() -> dict[int, int]:
     return storages([*tensors, *grads, *partitions])
 
 
-class CountedAllReduce:
-    """Counts the bytes that pass through all_reduce between entering and leaving."""
+class Sent:
+    """Counts the bytes that this rank sends between entering and leaving: collectives as rings, a reduce as its part of a
+    reduce-scatter, a broadcast by its source alone. Entered before DeepSpeed looks the functions up; ``begin`` sets to 0."""
+
+    NAMES = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "reduce", "broadcast", "send", "isend")
 
     def __enter__(self):
-        self.bytes, self._real = 0, dist.all_reduce
-        dist.all_reduce = self._count
+        self.bytes, self._real = {}, {name: getattr(dist, name) for name in self.NAMES}
+        for name, real in self._real.items():
+            setattr(dist, name, functools.partial(self._count, name, real))
         return self
 
-    def _count(self, tensor, *args, **kwargs):
-        self.bytes += tensor.numel() * tensor.element_size()
-        return self._real(tensor, *args, **kwargs)
+    def begin(self) -> None:
+        self.bytes = dict.fromkeys(self.NAMES, 0)
+
+    def _count(self, name, real, *args, **kwargs):
+        named = inspect.signature(real).bind(*args, **kwargs).arguments
+        tensor = next(named[n] for n in ("output_tensor", "input", "tensor") if n in named)
+        ranks = dist.get_world_size(named.get("group"))
+        ring = (ranks - 1) / ranks
+        parts = {"all_reduce": 2 * ring, "reduce": named.get("dst") != dist.get_rank(), "send": 1, "isend": 1,
+                 "broadcast": named.get("src") == dist.get_rank()}  # fmt: skip
+        self.bytes[name] = self.bytes.get(name, 0) + parts.get(name, ring) * tensor.numel() * tensor.element_size()
+        return real(*args, **kwargs)
 
     def __exit__(self, *error):
-        dist.all_reduce = self._real
+        for name, real in self._real.items():
+            setattr(dist, name, real)
 
 
-def measure(layout: str) -> dict:
-    """parameters, and where there is no pipeline weights, gradients, optimizer after one backward, and bytes all-reduced."""
+def rest_of_step(engine, batch: MicroBatch) -> None:
+    """The second of two micro-batches, and the update."""
+    engine.step()
+    engine.backward(engine(batch))
+    engine.step()
+
+
+def measure(layout: str, sent: Sent) -> dict:
+    """parameters; bytes sent in a step; of plain data-parallel layouts weights, gradients, optimizer after one backward."""
     config = run_config(layout)
     groups = parallel.initialize(config.parallel)
     batch, before = micro_batch(config), live()
+    held = [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]  # or a gradient may come to lie where one of them was
     engine = build_engine(config, groups)
     parameters = list(engine.module.parameters())
     result = {"parameters": sum(getattr(p, "ds_numel", p.numel()) for p in parameters)}
-    if groups.stages == 1:
-        with CountedAllReduce() as counted:
-            loss = engine(batch)
-            engine.backward(loss)  # the first of two micro-batches: gradients are accumulated
+    if groups.stages == 1 and groups.context_group.size() == 1:
+        sent.begin()
+        loss = engine(batch)
+        engine.backward(loss)  # the first of two micro-batches: gradients are accumulated
+        result["all_reduced"] = sent.bytes["all_reduce"]  # a ring of two sends what is reduced once
         del loss
         weights = storages([getattr(p, "ds_tensor", p) for p in parameters])
         gathered = storages([p for p in parameters if hasattr(p, "ds_tensor")])
@@ -109,7 +139,14 @@ def measure(layout: str) -> dict:
         known = {*before, *weights, *gathered, *optimizer}
         rest = {address: size for address, size in live().items() if address not in known}
         sizes = {"weights": weights, "gradients": rest, "optimizer": optimizer}
-        result |= {name: sum(found.values()) for name, found in sizes.items()} | {"all_reduced": counted.bytes}
+        result |= {name: sum(found.values()) for name, found in sizes.items()}
+        rest_of_step(engine, batch)
+    else:
+        train_step(engine, [batch, batch], groups)  # in its first step a pipeline also tells shapes
+    sent.begin()
+    train_step(engine, [batch, batch], groups)
+    result["sent"] = dict(sent.bytes)
+    del held
     engine.destroy()
     parallel_state.destroy_model_parallel()
     return result
@@ -117,7 +154,8 @@ def measure(layout: str) -> dict:
 
 if __name__ == "__main__":
     deepspeed.utils.logger.setLevel(logging.ERROR)
-    results = {layout: measure(layout) for layout in LAYOUTS}
+    with Sent() as counted:
+        results = {layout: measure(layout, counted) for layout in LAYOUTS}
     everyone = [None, None]
     dist.all_gather_object(everyone, results)
     if dist.get_rank() == 0:
