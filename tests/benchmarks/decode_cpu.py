@@ -58,7 +58,9 @@ def keys_read(decoder: Decoder, sequence: LiveSequence, layer: int) -> float:
     recalls = [decoder.rule is not None]
     attend = StepAttention([NewTokens(cache, cache.outline.append(torch.tensor([-1])), recalls)], decoder.rule)
     before = cache.reads.keys
-    q, k, v = (torch.randn(1, 1, heads, config.head_dim) for heads in (config.heads, config.kv_heads, config.kv_heads))
+    draw = torch.Generator().manual_seed(layer)
+    widths = (config.heads, config.kv_heads, config.kv_heads)
+    q, k, v = (torch.randn(1, 1, heads, config.head_dim, generator=draw) for heads in widths)
     attend(layer, q, k, v)
     return (cache.reads.keys - before) / config.kv_heads
 
