@@ -59,14 +59,16 @@ def plot(path: Path, outcomes: list[Outcome], plan: Plan) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(2, 2, figsize=(9, 6.4), sharex=True, sharey=True, layout="constrained")
+    kinds = [k for k in ("flat", "hierarchical") if any(_kind(o) == k for o in outcomes)] or ["flat"]
+    size = (1.5 + 4 * len(kinds), 6.4)
+    figure, axes = pyplot.subplots(2, len(kinds), figsize=size, sharex=True, sharey=True, layout="constrained", squeeze=False)
     ratios = sorted({prod(o.chunk_sizes) for o in outcomes if o.chunk_sizes})
     for row, (field, hops) in enumerate((("one_hop", "one hop"), ("two_hop", "two hops"))):
-        for column, kind in enumerate(("flat", "hierarchical")):
+        for column, kind in enumerate(kinds):
             axis = axes[row][column]
             _dense_line(axis, [o for o in outcomes if o.arm == DENSE], field, ratios)
             for arm in BRANCHES:
-                _arm_line(axis, [o for o in outcomes if o.arm == arm and (len(o.chunk_sizes) > 1) == bool(column)], field, arm)
+                _arm_line(axis, [o for o in outcomes if o.arm == arm and _kind(o) == kind], field, arm)
             axis.set_title(f"{hops}, {kind} gists", fontsize=10)
             axis.set_xscale("log", base=2)
             axis.set_xticks(ratios, [f"{r}x" for r in ratios])
@@ -77,11 +79,16 @@ def plot(path: Path, outcomes: list[Outcome], plan: Plan) -> None:
     for axis in axes[:, 0]:
         axis.set_ylabel("questions answered rightly")
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     holds = f"{plan.task.facts} facts and {plan.task.links} links in {plan.task.context} tokens"
     figure.suptitle(f"{holds}; mean, lowest and highest seed", fontsize=11)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
+
+
+def _kind(outcome: Outcome) -> str:
+    """Which panel an outcome belongs to; the dense arm to none."""
+    return ("dense", "flat", "hierarchical")[min(len(outcome.chunk_sizes), 2)]
 
 
 def _dense_line(axis, same: list[Outcome], field: str, ratios: list[int]) -> None:
