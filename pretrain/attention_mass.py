@@ -113,8 +113,10 @@ def attention_mass(q: Tensor, k: Tensor, layout: Layout, recall: Recall | None =
     """
     tokens, kv_heads, dim = k.shape[1:]
     queries = sample_queries(layout)
-    chosen = q.flatten(0, 1)[queries].view(len(queries), kv_heads, -1, dim)  # [n, Hkv, G, D]
     total = torch.zeros(layout.intervals.segments + 1, dtype=torch.float64, device=q.device)
+    if not len(queries):  # a rank that had no sample left to validate
+        return total
+    chosen = q.flatten(0, 1)[queries].view(len(queries), kv_heads, -1, dim)  # [n, Hkv, G, D]
     for seen in _what_they_see(q, k, queries, layout.intervals, recall):
         size = max(1, ELEMENTS // max(1, seen.row.shape[1] * dim))
         for query, head, row, kind in zip(*(x.split(size) for x in (seen.query, seen.kv_head, seen.row, seen.kind))):

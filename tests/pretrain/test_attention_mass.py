@@ -92,3 +92,12 @@ def test_queries_are_raw_tokens_spread_over_the_batch():
     flat = lambda x: x.flatten()[queries]
     assert (flat(layout.level) == -1).all() and (flat(layout.doc) >= 0).all()
     assert queries[0] < 10 and queries[-1] > layout.level.numel() - 30
+
+
+def test_a_sample_of_padding_has_no_mass():
+    """A rank that has no validation sample left takes part with one."""
+    config = GistConfig((4, 2))
+    nowhere = torch.full((1, 12), -1, dtype=torch.int32)
+    layout = build_layout(nowhere, nowhere, config)
+    mass = attention_mass(torch.randn(1, 12, 4, 8), torch.randn(1, 12, 2, 8), layout)
+    assert mass.shape == (len(kinds(2)),) and not mass.any()
