@@ -6,10 +6,11 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from itertools import cycle
+from dataclasses import dataclass
 from multiprocessing import get_context
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 
 from data_prep.batches import Batch, EncodedBatch, EncodeJob
 from data_prep.errors import DataError
@@ -17,31 +18,64 @@ from data_prep.fast import open_tokenizer
 from data_prep.supervised import batch_encoder
 from data_prep.tokenizer import Tokenizer
 
+HELD = 2  # batches that a worker has: the one it encodes, and the next
+AHEAD = 8  # batches for each worker, at most, that were read and not written
+
 
 def encode_here(job: EncodeJob, tokenizer: Tokenizer, batches: Iterable[Batch]) -> Iterator[tuple[Batch, EncodedBatch]]:
-    """Encode in this process."""
+    """Encode in a thread of this process, while the next batch is read and the last one written: tokenizer libraries release
+    Python's lock."""
     encode = batch_encoder(job, tokenizer)
-    return ((batch, encode(batch.texts)) for batch in batches)
+    with ThreadPoolExecutor(1) as thread:
+        ahead: deque[tuple[Batch, Future[EncodedBatch]]] = deque()
+        for batch in batches:
+            ahead.append((batch, thread.submit(encode, batch.texts)))
+            if len(ahead) > HELD:
+                batch, result = ahead.popleft()
+                yield batch, result.result()
+        for batch, result in ahead:
+            yield batch, result.result()
 
 
 def encode_in_pool(job: EncodeJob, batches: Iterable[Batch], workers: int) -> Iterator[tuple[Batch, EncodedBatch]]:
-    """Encode in processes, in turn, results in order; two batches ahead in each, so that memory stays bounded."""
+    """Encode in processes, results in order. A batch goes to the worker that has least to do, so that one of long documents
+    keeps no other waiting; results that wait for an earlier one are bounded in number, so that memory is."""
     with ExitStack() as stack:
         pool = [stack.enter_context(_Worker(job)) for _ in range(workers)]
-        ahead: deque[tuple[Batch, _Worker]] = deque()
-
-        def finished() -> tuple[Batch, EncodedBatch]:
-            batch, worker = ahead.popleft()
-            return batch, worker.receive()
-
-        for batch, worker in zip(batches, cycle(pool)):
-            if len(ahead) == 2 * workers:
-                yield finished()
-            worker.send(batch.texts)
-            batch.texts = []  # they live on in the worker
-            ahead.append((batch, worker))
+        ahead: deque[_Task] = deque()
+        for batch in batches:
+            while len(ahead) == AHEAD * workers or all(len(worker.tasks) == HELD for worker in pool):
+                _collect(pool)
+                yield from _finished(ahead)
+            task = _Task(batch)
+            min(pool, key=lambda worker: len(worker.tasks)).send(task)
+            ahead.append(task)
         while ahead:
-            yield finished()
+            _collect(pool)
+            yield from _finished(ahead)
+
+
+@dataclass
+class _Task:
+    """A batch, and what became of it."""
+
+    batch: Batch
+    result: EncodedBatch | DataError | None = None
+
+
+def _collect(pool: "list[_Worker]") -> None:
+    """Wait until a worker is done with a batch, and take what all that are have to give."""
+    for pipe in wait([worker.pipe for worker in pool if worker.tasks]):
+        next(worker for worker in pool if worker.pipe is pipe).receive()
+
+
+def _finished(ahead: deque[_Task]) -> Iterator[tuple[Batch, EncodedBatch]]:
+    """Take the batches from the front that are encoded."""
+    while ahead and ahead[0].result is not None:
+        task = ahead.popleft()
+        if isinstance(task.result, DataError):
+            raise task.result
+        yield task.batch, task.result
 
 
 class _Worker:
@@ -54,7 +88,8 @@ class _Worker:
     def __init__(self, job: EncodeJob):
         # Started afresh rather than forked: tokenizer libraries have threads, which a fork would break.
         context = get_context("spawn")
-        self._pipe, theirs = context.Pipe()
+        self.pipe, theirs = context.Pipe()
+        self.tasks: deque[_Task] = deque()  # sent and not yet received, in order
         self._process = context.Process(target=_work, args=(theirs, job), daemon=True)
         self._process.start()
         theirs.close()
@@ -63,23 +98,23 @@ class _Worker:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self._pipe.close()
+        self.pipe.close()
         self._process.join()
 
-    def send(self, texts: list[str]) -> None:
+    def send(self, task: _Task) -> None:
         try:
-            self._pipe.send(texts)
+            self.pipe.send(task.batch.texts)
         except OSError:
             raise self._died() from None
+        task.batch.texts = []  # they live on in the worker
+        self.tasks.append(task)
 
-    def receive(self) -> EncodedBatch:
+    def receive(self) -> None:
+        """Wait for the result of the first batch that was sent."""
         try:
-            result = self._pipe.recv()
+            self.tasks.popleft().result = self.pipe.recv()
         except (EOFError, OSError):
             raise self._died() from None
-        if isinstance(result, DataError):
-            raise result
-        return result
 
     def _died(self) -> DataError:
         self._process.join()
