@@ -80,4 +80,5 @@ def read_weights(model: Transformer, directory: Path) -> None:
         parts = pieces(f"model.{name}", parameter)
         for piece, shape in parts:
             source.expect(piece, shape)
-        parameter.copy_(torch.cat([source.read(piece) for piece, _ in parts]))
+        for (piece, _), rows in zip(parts, parameter.chunk(len(parts)), strict=True):
+            rows.copy_(source.read(piece))

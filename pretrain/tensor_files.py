@@ -12,6 +12,8 @@ import hashlib
 import json
 import math
 import os
+import queue
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +28,7 @@ SUFFIX = ".safetensors"
 SHARDING = "DCP_SHARDING_INFO"
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.uint8: "U8"}
 PIECE = 16 * 2**20  # bytes hashed and written at once; both let other threads run meanwhile
+HASHED_BEHIND = 2  # pieces that wait for the hash at most; each keeps the tensor that it is of in memory
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,46 @@ class Chunk:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+class _NewFile:
+    """A file that is hashed in a thread beside the writing, and goes to the disk while it grows rather than at its end."""
+
+    def __init__(self, path: Path):
+        self._file, self._digest = open(path, "wb"), hashlib.sha256()
+        self._pieces: queue.Queue = queue.Queue(HASHED_BEHIND)
+        self._thread = threading.Thread(target=self._hash, daemon=True, name="hash")
+        self._thread.start()
+
+    def _hash(self) -> None:
+        while (piece := self._pieces.get()) is not None:
+            self._digest.update(piece)
+
+    def _end_hash(self) -> None:
+        if self._thread.is_alive():
+            self._pieces.put(None)
+            self._thread.join()
+
+    def __enter__(self) -> _NewFile:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._end_hash()
+        self._file.close()
+
+    def write(self, data) -> None:
+        """data: bytes, or a uint8 array that does not change until the file is finished."""
+        self._pieces.put(data)
+        self._file.write(data)
+        if len(data) == PIECE:  # begins to write the dirty pages, and does not wait for it
+            os.posix_fadvise(self._file.fileno(), self._file.tell() - PIECE, PIECE, os.POSIX_FADV_DONTNEED)
+
+    def finish(self) -> dict:
+        """Everything is on the disk; returns ``{"bytes", "sha256"}``."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._end_hash()
+        return {"bytes": self._file.tell(), "sha256": self._digest.hexdigest()}
+
+
 def write_tensor_file(path: Path, chunks: Iterable[Chunk], parts: bool = True) -> dict:
     """Write a safetensors file through to the disk; returns its ``{"bytes", "sha256"}``. Names must be unique.
 
@@ -66,20 +109,15 @@ def write_tensor_file(path: Path, chunks: Iterable[Chunk], parts: bool = True) -
         header[chunk.name] = {"dtype": DTYPES[chunk.dtype], "shape": list(chunk.shape), "data_offsets": [begin, end]}
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)
-    digest = hashlib.sha256()
-    with open(path, "wb") as file:
-        for data in (len(head).to_bytes(8, "little"), head):
-            digest.update(data)
-            file.write(data)
+    with _NewFile(path) as file:
+        file.write(len(head).to_bytes(8, "little"))
+        file.write(head)
         for chunk in chunks:
             flat = chunk.read().contiguous().reshape(-1).view(torch.uint8)
             assert len(flat) == chunk.bytes, chunk.name
             for piece in flat.split(PIECE):
-                digest.update(piece.numpy())
                 file.write(piece.numpy())
-        file.flush()
-        os.fsync(file.fileno())
-        return {"bytes": file.tell(), "sha256": digest.hexdigest()}
+        return file.finish()
 
 
 @dataclass(frozen=True)

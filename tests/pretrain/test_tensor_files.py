@@ -1,6 +1,8 @@
 """Sharded safetensors: what is written is read, by us and by torch.distributed.checkpoint, and damage is named."""
 
+import hashlib
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
+from pretrain import tensor_files
 from pretrain.engine_state import rectangles
 from pretrain.errors import UserError
 from pretrain.tensor_files import Chunk, TensorDirectory, write_tensor_file
@@ -75,6 +78,25 @@ def test_safetensors_reads_a_file(tmp_path):
     facts = write_tensor_file(tmp_path / "a.safetensors", [Chunk("x", (0, 0), (3, 4), torch.float32, lambda: value)])
     assert torch.equal(load_file(tmp_path / "a.safetensors")["x"], value)
     assert facts["bytes"] == (tmp_path / "a.safetensors").stat().st_size
+
+
+def test_the_hash_is_that_of_the_file_whose_tensors_are_of_many_pieces(tmp_path, monkeypatch):
+    """Hashed beside the writing: values made for one chunk may be gone from memory before their hash is done."""
+    monkeypatch.setattr(tensor_files, "PIECE", 1 << 12)
+    sizes = (5, 1 << 10, 1 << 14, 0, 70001)
+    chunks = [Chunk(str(n), (0,), (n,), torch.float32, lambda n=n: torch.full((n,), float(n))) for n in sizes]
+    facts = write_tensor_file(tmp_path / "a.safetensors", chunks)
+    written = (tmp_path / "a.safetensors").read_bytes()
+    assert facts == {"bytes": len(written), "sha256": hashlib.sha256(written).hexdigest()}
+    assert {int(k): len(v) for k, v in load_file(tmp_path / "a.safetensors").items()} == {n: n for n in sizes}
+
+
+def test_a_tensor_that_cannot_be_made_ends_the_file_and_its_threads(tmp_path):
+    before = threading.active_count()
+    chunks = [Chunk("x", (0,), (9,), torch.float32, lambda: torch.zeros(9)), Chunk("y", (0,), (9,), torch.float32, lambda: 1 / 0)]
+    with pytest.raises(ZeroDivisionError):
+        write_tensor_file(tmp_path / "a.safetensors", chunks)
+    assert threading.active_count() == before
 
 
 def test_misfits_are_named(written):
