@@ -9,20 +9,22 @@ import triton
 
 from kernels.compressed.tiles import Tile
 from kernels.decode import kernels as decoding
-from kernels.decode.triton import ATTEND, COMBINE, PICK, SCORES, WIDTH, attend_keys
+from kernels.decode.triton import ATTEND, COMBINE, HELD, SCORE, TOP, attend_keys, searched
 from kernels.select import kernels as selecting
 from kernels.select.triton import TABLE as SELECT_TILES
-from kernels.select.triton import fitted
+from kernels.select.triton import fitted, held
 from kernels.unfold import backward, forward
 from kernels.unfold.tiles import choose_unfold_tiles
+from kernels.unfold.triton import ITEMS
 
 LONGEST_CHUNK = 12  # c0 = 8, and up to half of it more
 SPLITS = 32
 _INT32 = (
     "lo hi blocks row bits place places child_lo child_hi visits parts sums budget words bound last count "
-    "new_row new_bits new_words new_place new_places ints score list total"
+    "new_row new_bits new_words new_place new_places ints score list total "
+    "held query above_score above_row item taken"
 )
-_INT64 = "rows first new_first ends"
+_INT64 = "rows first new_first ends end"
 _FP32 = "shift factor mean part_k part_v part max sum"
 _TYPES = {f"p_{n}": kind for kind, names in (("*i32", _INT32), ("*i64", _INT64), ("*fp32", _FP32)) for n in names.split()}
 
@@ -55,15 +57,16 @@ def recall_programs(arch: str, dim: int, dtype: str, item_size: int, heads: int,
     made = {
         "unfold": (forward.unfold_kernel, tiles.forward, {}, {}),
         "unfold d_query": (backward.unfold_d_query_kernel, tiles.d_query, {}, {}),
-        "unfold d_key chunks": (backward.unfold_d_key_kernel, tiles.chunks, dict(CHUNK=True), sums),
-        "unfold d_key upper": (backward.unfold_d_key_kernel, tiles.upper, dict(CHUNK=False), sums),
+        "unfold list_queries": (backward.list_queries_kernel, Tile(1, ITEMS, 4, 3), dict(SIZE=size), {"p_block": "*i32"}),
+        "unfold d_key chunks": (backward.chunk_d_key_kernel, tiles.chunks, {}, sums),
+        "unfold d_key upper": (backward.upper_d_key_kernel, tiles.upper, {}, sums),
         "unfold add_parts": (backward.add_parts_kernel, replace(tiles.chunks, warps=4, stages=3), dict(CHUNK=True), sums),
     }
     for share, summed in (("head", 1), ("group", group)):
-        tile = fitted(SELECT_TILES[arch][block_dim, item_size], size * group // summed, summed)
-        words = -(-tile.rows // 32)
-        for top in (True, False):
-            flags = dict(SUM=summed, WORDS=words, TOP=top, BOTTOM=not top)
+        for top, tile in zip((True, False), SELECT_TILES[arch][block_dim, item_size]):
+            tile = fitted(tile, size * group // summed, summed)
+            words = -(-tile.rows // 32)
+            flags = dict(SUM=summed, WORDS=words, TOP=top, BOTTOM=not top, HELD=held(tile, False))
             name = f"{share} {'top' if top else 'below'}"
             made[f"select bound {name}"] = (selecting.bound_kernel, tile, flags, {})
             made[f"select list {name}"] = (selecting.list_kernel, tile, flags, {})
@@ -71,8 +74,12 @@ def recall_programs(arch: str, dim: int, dtype: str, item_size: int, heads: int,
     places = {"p_places": "*i64"}
     rows = max(16, triton.next_power_of_2(group))
     width = triton.next_power_of_2(group)
-    flags = dict(BG=rows, GS=width, BS=SCORES // width, BW=WIDTH, SHARED=False)
-    made["decode pick"] = (decoding.pick_kernel, Tile(rows, keys, *PICK), flags, places)
-    made["decode attend"] = (decoding.attend_kernel, Tile(rows, keys, *ATTEND), flags, places)
+    flags = dict(BG=rows, GS=width, W=8, SHARED=False, RECALLS=True)
+    for whole in (True, False):  # what a program holds of a level's scores: all of them, or a part after another
+        name = "" if whole else " many"
+        below = flags | dict(LEVEL=1) | searched((1 if whole else 2) * HELD // width, width, HELD)
+        made[f"decode score below{name}"] = (decoding.score_kernel, Tile(rows, keys, *SCORE), below, places)
+        made[f"decode attend{name}"] = (decoding.attend_kernel, Tile(rows, keys, *ATTEND), below, places)
+    made["decode score top"] = (decoding.score_kernel, Tile(rows, keys, *TOP), flags | dict(LEVEL=0) | searched(0, width), places)
     made["decode combine"] = (decoding.combine_kernel, Tile(rows, keys, *COMBINE), dict(BS=SPLITS), {})
     return {n: Program(k, t, common | dict(BM=t.rows, BN=t.keys) | own, types) for n, (k, t, own, types) in made.items()}

@@ -1,4 +1,4 @@
-"""The Triton kernels of decoding: pick what a new token unfolds, attend to it in splits, combine the splits.
+"""The Triton kernels of decoding: score a level's candidates in splits, attend in splits, combine the splits.
 
 Queries are single new tokens; each reads the cache of its own sequence in place. Where its rows lie stands in two tables, so that
 a captured CUDA graph stays right while sequences grow and their buffers move:
@@ -8,8 +8,14 @@ a captured CUDA graph stays right while sequences grow and their buffers move:
 - ``places`` [N, 2 * (L + 1) + L] int64: per segment where its keys begin, in elements from ``p_anchor``, and its capacity (rows
   from one KV head to the next; values follow the last head's keys); per level where its ``ends`` begin, from ``p_ends``.
 
-A *row code* is a row of a segment, plus the segment times 2^26. What a KV head of a query reads is a few ranges and a list of
-codes, which :func:`pick_kernel` writes; its memory is scratch of fixed size.
+No program works alone: the kernel that scores level s, and the one that attends, begin with the search of the level above (or
+the last one) in the scores that the launch before it left. Every split repeats that search, which costs no time where
+the splits run side by side, and goes on with its own share of what was selected: the items whose number it is, modulo the
+splits. So the selected items of a level are written by many programs, each its own ones, and read by the same program,
+or by a later launch.
+
+The candidates of a level stand side by side: W places for each selected item of the level above (those without a child stay
+empty), then the gists whose parent is open. W is a bucket of the longest group.
 """
 
 import triton
@@ -17,9 +23,12 @@ import triton.language as tl
 
 from kernels.compressed.common import dot, load_tile, store_tile
 from kernels.compressed.forward import softmax_step
-from kernels.select.kernels import LEAST, MOST, any_bit, narrow, ordered
+from kernels.select.search import LEAST, MOST, moments, narrow, ordered, spread_of, three_bounds
 
-SEGMENT: tl.constexpr = tl.constexpr(1 << 26)
+
+@triton.jit
+def any_bit(a, b):
+    return a | b
 
 
 @triton.jit
@@ -37,154 +46,220 @@ def _load_rows(p_anchor, o_x, m_x, D: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
-def _count(p_score, b_1, b_2, b_3, n, capacity, GS: tl.constexpr, BS: tl.constexpr):
-    """Per head, how many of n ordered scores reach each of three bounds."""
-    o_head = tl.arange(0, GS)
-    b_over_1 = tl.zeros([GS], tl.int32)
-    b_over_2 = tl.zeros([GS], tl.int32)
-    b_over_3 = tl.zeros([GS], tl.int32)
-    for i in range(0, n, BS):
-        o_place = i + tl.arange(0, BS)
-        b_s = tl.load(p_score + o_head[:, None] * capacity + o_place[None, :], mask=(o_place < n)[None, :], other=LEAST)
-        b_over_1 += tl.sum((b_s >= b_1[:, None]).to(tl.int32), 1)
-        b_over_2 += tl.sum((b_s >= b_2[:, None]).to(tl.int32), 1)
-        b_over_3 += tl.sum((b_s >= b_3[:, None]).to(tl.int32), 1)
-    return b_over_1, b_over_2, b_over_3
+def _children(p_ends, o_parent, m_parent):
+    """The items [lo, hi) of the segment below that gists closed."""
+    o_hi = tl.load(p_ends + o_parent, mask=m_parent, other=0).to(tl.int32)
+    o_lo = tl.load(p_ends + o_parent - 1, mask=m_parent & (o_parent > 0), other=0).to(tl.int32)
+    return o_lo, o_hi
 
 
 @triton.jit
-def _bound(p_score, n, budget, capacity, GS: tl.constexpr, BS: tl.constexpr):
-    """Per head the bound that the budget reaches, and of those equal to it how many are taken: the search of selection."""
-    o_head = tl.arange(0, GS)
-    b_most = tl.full([GS], LEAST, tl.int32)
-    b_least = tl.full([GS], MOST, tl.int32)
-    b_count = tl.zeros([GS], tl.int32)
-    for i in range(0, n, BS):
-        o_place = i + tl.arange(0, BS)
-        b_s = tl.load(p_score + o_head[:, None] * capacity + o_place[None, :], mask=(o_place < n)[None, :], other=LEAST)
-        b_most = tl.maximum(b_most, tl.max(b_s, 1))
-        b_least = tl.minimum(b_least, tl.min(tl.where(b_s > LEAST, b_s, MOST), 1))
-        b_count += tl.sum((b_s > LEAST).to(tl.int32), 1)
+def _scores(p_score, i, n, capacity, GS: tl.constexpr, BS: tl.constexpr):
+    """Ordered scores [GS, BS] of the places i .. i + BS, LEAST behind the n-th."""
+    o_place = i + tl.arange(0, BS)
+    o_score = tl.arange(0, GS)[:, None] * capacity + o_place[None, :]
+    return tl.load(p_score + o_score, mask=(o_place < n)[None, :], other=LEAST)
+
+
+@triton.jit
+def _over(b_s, b_1, b_2, b_3):
+    """Per head, how many ordered scores reach each of three bounds; two of them share one sum of 16 bits each."""
+    b_two = (b_s >= b_1[:, None]).to(tl.int32) + ((b_s >= b_2[:, None]).to(tl.int32) << 16)
+    b_two = tl.sum(b_two, 1)
+    return b_two & 0xFFFF, b_two >> 16, tl.sum((b_s >= b_3[:, None]).to(tl.int32), 1)
+
+
+@triton.jit
+def _bound(p_score, n, budget, capacity, GS: tl.constexpr, BS: tl.constexpr, WHOLE: tl.constexpr):
+    """Per head the bound that the budget reaches, and of those equal to it how many are taken.
+
+    WHOLE: n is at most BS, so that the scores stay in registers.
+    """
+    b_s = _scores(p_score, 0, n, capacity, GS, BS)
+    b_count, b_sum, b_square = moments(b_s)
+    if not WHOLE:
+        for i in range(BS, n, BS):
+            b_more_count, b_more_sum, b_more_square = moments(_scores(p_score, i, n, capacity, GS, BS))
+            b_count += b_more_count
+            b_sum += b_more_sum
+            b_square += b_more_square
+    b_mean, b_std = spread_of(b_count, b_sum, b_square)
     b_budget = tl.minimum(b_count, budget)
-    b_from = b_least.to(tl.int64)
-    b_to = b_most.to(tl.int64) + 1
-    b_over = tl.zeros([GS], tl.int32)  # scores >= to
-    b_more = (b_count > b_budget) & (b_to - b_from > 1)
+    b_from = tl.full([GS], LEAST + 1, tl.int64)
+    b_to = tl.full([GS], MOST + 1, tl.int64)
+    b_over = tl.zeros([GS], tl.int32)
+    b_more = b_count > b_budget
+    m_quarter = b_count < 0  # nowhere yet
+    b_1, b_2, b_3 = three_bounds(b_from, b_to, b_count, b_over, b_budget, b_more, b_mean, b_std, True, m_quarter)
     while tl.max(b_more.to(tl.int32), 0) > 0:
-        b_width = tl.where(b_more, b_to - b_from, 0)
-        b_1 = (b_from + b_width // 4).to(tl.int32)
-        b_2 = (b_from + b_width // 2).to(tl.int32)
-        b_3 = (b_from + b_width // 4 * 3 + b_width % 4 * 3 // 4).to(tl.int32)
-        b_over_1, b_over_2, b_over_3 = _count(p_score, b_1, b_2, b_3, n, capacity, GS, BS)
+        b_over_1, b_over_2, b_over_3 = _over(b_s, b_1, b_2, b_3)
+        if not WHOLE:
+            for i in range(BS, n, BS):
+                b_more_1, b_more_2, b_more_3 = _over(_scores(p_score, i, n, capacity, GS, BS), b_1, b_2, b_3)
+                b_over_1 += b_more_1
+                b_over_2 += b_more_2
+                b_over_3 += b_more_3
+        b_left = b_count - b_over
         b_from, b_to, b_count, b_over, b_more = narrow(
             b_from, b_to, b_count, b_over, b_more, b_1, b_2, b_3, b_over_1, b_over_2, b_over_3, b_budget
         )
+        m_quarter = (m_quarter == 0) & (2 * (b_count - b_over) > b_left)
+        b_1, b_2, b_3 = three_bounds(b_from, b_to, b_count, b_over, b_budget, b_more, b_mean, b_std, False, m_quarter)
     b_room = tl.where(b_count > b_budget, b_budget - b_over, MOST)
     return b_from.to(tl.int32), b_room
 
 
 @triton.jit
-def pick_kernel(
-    p_q, p_anchor, p_ends, p_ints, p_places, p_score, p_row, p_bits, p_list, p_total, sink, capacity, room,
-    H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, L: tl.constexpr, BG: tl.constexpr, GS: tl.constexpr,
-    BN: tl.constexpr, BS: tl.constexpr, BW: tl.constexpr, SHARED: tl.constexpr, UPCAST: tl.constexpr,
+def _select(
+    p_score, p_row, p_item, p_bits, n, budget, i_split, splits, capacity, room,
+    GS: tl.constexpr, BS: tl.constexpr, WHOLE: tl.constexpr, TOP: tl.constexpr,
 ):  # fmt: skip
-    """The codes [N, HKV, room] that each KV head of a query unfolds, and their number [N, HKV]. Grid: (N, HKV).
+    """Search a level's scores, write the items of this split: rows, and bits of the heads that took them.
 
-    Scratch: scores [N, HKV, GS, capacity] int32; candidates below the top, rows and bits (of the heads that selected their
-    parent) [N, HKV, 2, capacity] int32, one half read and one written per level. SHARED: one selection by the summed scores.
+    Returns their number, of all splits together.
+    """
+    o_head = tl.minimum(tl.arange(0, GS), 31)
+    b_bound, b_room = _bound(p_score, n, budget, capacity, GS, BS, WHOLE)
+    items = 0
+    for i in range(0, n, BS):
+        o_place = i + tl.arange(0, BS)
+        b_s = _scores(p_score, i, n, capacity, GS, BS)
+        b_equal = ((b_s == b_bound[:, None]) & (b_s > LEAST)).to(tl.int32)
+        m_first = tl.cumsum(b_equal, 1) <= b_room[:, None]  # of equal ones the earlier gists
+        b_taken = ((b_s > b_bound[:, None]) | ((b_equal > 0) & m_first)).to(tl.int32)
+        b_room -= tl.sum(b_equal, 1)
+        b_any = tl.max(b_taken, 0)
+        o_item = items + tl.cumsum(b_any, 0) - 1
+        m_own = (b_any > 0) & (o_item % splits == i_split) & (o_item < room)
+        o_key = o_place if TOP else tl.load(p_row + o_place, mask=m_own, other=0)
+        tl.store(p_item + o_item, o_key, mask=m_own)
+        tl.store(p_bits + o_item, tl.reduce(b_taken << o_head[:, None], 0, any_bit), mask=m_own)
+        items += tl.sum(b_any, 0)
+    tl.debug_barrier()  # the program reads what it wrote
+    return tl.minimum(items, room)
+
+
+@triton.jit
+def score_kernel(
+    p_q, p_anchor, p_ends, p_ints, p_places, p_above_score, p_above_row, p_score, p_row, p_item, p_bits, p_taken, p_count,
+    above, capacity, room,
+    H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, L: tl.constexpr, BG: tl.constexpr, GS: tl.constexpr,
+    BN: tl.constexpr, BS: tl.constexpr, WHOLE: tl.constexpr, W: tl.constexpr, LEVEL: tl.constexpr, SHARED: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Ordered scores [N, HKV, GS, capacity] and rows [N, HKV, capacity] of the candidates of segment LEVEL, and their number.
+
+    Below the top first the selection of the segment above from its scores [N, HKV, GS, above] and rows: the items and the bits
+    of heads [N, HKV, L, room], their number in p_taken. p_taken, p_count (of candidates): [N, HKV, L]. SHARED: one selection
+    by the summed scores.
+    Grid: (splits, HKV, N).
     """
     G: tl.constexpr = H // HKV
-    i_query, i_head = tl.program_id(0), tl.program_id(1)
+    i_split, i_head, i_query = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    splits = tl.num_programs(0)
     i_own = i_query.to(tl.int64) * HKV + i_head
-    p_ints += i_query * (3 + 5 * L)
+    p_ints += i_query * (3 + 5 * L) + 3
     p_places += i_query * (3 * L + 2)
     p_score += i_own * GS * capacity
-    p_row += i_own * 2 * capacity
-    p_bits += i_own * 2 * capacity
-    p_list += i_own * room
+    p_row += i_own * capacity
+    i_tail, budget = tl.load(p_ints + 5 * LEVEL + 3), tl.load(p_ints + 5 * LEVEL + 4)
+    tail = tl.load(p_ints + 5 * LEVEL + 2) - i_tail
     o_row = tl.arange(0, BG)
     b_q = load_tile(p_q, i_query.to(tl.int64) * (H * D) + (i_head * G + o_row) * D, o_row < G, D, BD)
-    o_head = tl.arange(0, GS)
-    i_window = tl.load(p_ints + 1)
-    listed, known = 0, 0  # codes written; candidates that have a selected parent
-    for s in tl.static_range(L):
-        p_level = p_ints + 3 + 5 * s
-        i_tail, budget = tl.load(p_level + 3), tl.load(p_level + 4)
-        n = tl.where(budget > 0, known + tl.load(p_level + 2) - i_tail, 0)
-        p_old = (s % 2) * capacity
-        for i in range(0, n, BN):
-            o_place = i + tl.arange(0, BN)
-            m_known = o_place < known
-            o_key = tl.load(p_row + p_old + o_place, mask=m_known, other=0)
-            b_bits = tl.load(p_bits + p_old + o_place, mask=m_known, other=-1)
-            o_key = tl.where(m_known, o_key, i_tail + o_place - known)
-            o_k, _ = _row_offsets(p_places, o_key, s, i_head, HKV, D)
-            b_s = dot(b_q, tl.trans(_load_rows(p_anchor, o_k, o_place < n, D, BD)), UPCAST)
-            if SHARED:
-                b_s = tl.broadcast_to(tl.sum(tl.where((o_row < G)[:, None], b_s, 0.0), 0)[None, :], [BG, BN])
-            m_seen = ((b_bits[None, :] >> tl.minimum(o_row, 31)[:, None]) & 1) != 0
-            b_s = tl.where(m_seen & (o_row < G)[:, None], ordered(b_s), LEAST)
-            m_score = (o_row < GS)[:, None] & (o_place < n)[None, :]
-            tl.store(p_score + o_row[:, None] * capacity + o_place[None, :], b_s, mask=m_score)
-        tl.debug_barrier()
-        b_bound, b_room = _bound(p_score, n, budget, capacity, GS, BS)
+    items = 0
+    if LEVEL > 0:
+        p_item += (i_own * L + LEVEL - 1) * room
+        p_bits += (i_own * L + LEVEL - 1) * room
+        n_above, budget_above = tl.load(p_count + i_own * L + LEVEL - 1), tl.load(p_ints + 5 * LEVEL - 1)
+        items = _select(
+            p_above_score + i_own * GS * above, p_above_row + i_own * above, p_item, p_bits, n_above, budget_above,
+            i_split, splits, above, room, GS, BS, WHOLE, LEVEL == 1,
+        )  # fmt: skip
+        if i_split == 0:
+            tl.store(p_taken + i_own * L + LEVEL - 1, items)
+    items = tl.where(budget > 0, items, 0)
+    tail = tl.where(budget > 0, tail, 0)
+    if i_split == 0:
+        tl.store(p_count + i_own * L + LEVEL, items * W + tail)
 
-        children = 0
-        for i in range(0, n, BN):
-            o_place = i + tl.arange(0, BN)
-            m_place = o_place < n
-            b_s = tl.load(p_score + o_head[:, None] * capacity + o_place[None, :], mask=m_place[None, :], other=LEAST)
-            b_equal = ((b_s == b_bound[:, None]) & (b_s > LEAST)).to(tl.int32)
-            m_first = tl.cumsum(b_equal, 1) <= b_room[:, None]  # of equal ones the earlier gists
-            b_taken = ((b_s > b_bound[:, None]) | ((b_equal > 0) & m_first)).to(tl.int32)
-            b_room -= tl.sum(b_equal, 1)
-            b_any = tl.max(b_taken, 0)
-            o_key = tl.load(p_row + p_old + o_place, mask=o_place < known, other=0)
-            o_key = tl.where(o_place < known, o_key, i_tail + o_place - known)
-            o_new = listed + tl.cumsum(b_any, 0) - 1
-            tl.store(p_list + o_new, o_key + s * SEGMENT, mask=(b_any > 0) & (o_new < room))
-            listed += tl.sum(b_any, 0)
-            # The children: candidates of the next level, or raw tokens that the window does not hold.
-            p_end = p_ends + tl.load(p_places + 2 * (L + 1) + s)
-            o_hi = tl.load(p_end + o_key, mask=b_any > 0, other=0).to(tl.int32)
-            o_lo = tl.load(p_end + o_key - 1, mask=(b_any > 0) & (o_key > 0), other=0).to(tl.int32)
-            if s == L - 1:
-                o_lo = tl.minimum(tl.maximum(o_lo, sink), o_hi)
-                o_lo = tl.where(o_hi > i_window, o_hi, o_lo)
-            b_width = o_hi - o_lo
-            o_at = tl.cumsum(b_width, 0) - b_width
-            b_heads = tl.reduce(b_taken << tl.minimum(o_head, 31)[:, None], 0, any_bit)
-            for w in range(0, tl.max(b_width, 0), BW):
-                o_child = w + tl.arange(0, BW)
-                m_child = o_child[None, :] < b_width[:, None]
-                if s == L - 1:
-                    o_to = listed + o_at[:, None] + o_child[None, :]
-                    tl.store(p_list + o_to, o_lo[:, None] + o_child[None, :] + L * SEGMENT, mask=m_child & (o_to < room))
-                else:
-                    o_to = children + o_at[:, None] + o_child[None, :]
-                    p_new = ((s + 1) % 2) * capacity
-                    b_heads_of = tl.broadcast_to(b_heads[:, None], [BN, BW])
-                    tl.store(p_row + p_new + o_to, o_lo[:, None] + o_child[None, :], mask=m_child & (o_to < capacity))
-                    tl.store(p_bits + p_new + o_to, b_heads_of, mask=m_child & (o_to < capacity))
-            if s == L - 1:
-                listed += tl.sum(b_width, 0)
-            else:
-                children += tl.sum(b_width, 0)
-        known = children
-        tl.debug_barrier()
-    tl.store(p_total + i_own, listed)
+    own = tl.maximum(tl.cdiv(items - i_split, splits), 0) * W  # places behind this split's items
+    per = tl.cdiv(tail, splits)
+    own_tail = tl.maximum(tl.minimum(tail - i_split * per, per), 0)
+    for i in range(0, own + own_tail, BN):
+        o_place = i + tl.arange(0, BN)
+        m_place = o_place < own + own_tail
+        o_open = i_split * per + o_place - own
+        m_key, o_key, o_to = m_place, i_tail + o_open, items * W + o_open
+        b_bits = tl.full([BN], -1, tl.int32)
+        if LEVEL > 0:
+            m_child = o_place < own
+            o_item = i_split + o_place // W * splits
+            o_parent = tl.load(p_item + o_item, mask=m_child, other=0)
+            b_bits = tl.load(p_bits + o_item, mask=m_child, other=-1)
+            o_lo, o_hi = _children(p_ends + tl.load(p_places + 2 * (L + 1) + LEVEL - 1), o_parent, m_child)
+            o_key = tl.where(m_child, o_lo + o_place % W, o_key)
+            m_key = m_place & ((o_key < o_hi) | (o_place >= own))
+            o_to = tl.where(m_child, o_item * W + o_place % W, o_to)
+        o_k, _ = _row_offsets(p_places, o_key, LEVEL, i_head, HKV, D)
+        b_s = dot(b_q, tl.trans(_load_rows(p_anchor, o_k, m_key, D, BD)), UPCAST)
+        if SHARED:
+            b_s = tl.broadcast_to(tl.sum(tl.where((o_row < G)[:, None], b_s, 0.0), 0)[None, :], [BG, BN])
+        m_seen = m_key[None, :] & (((b_bits[None, :] >> tl.minimum(o_row, 31)[:, None]) & 1) != 0)
+        b_s = tl.where(m_seen & (o_row < G)[:, None], ordered(b_s), LEAST)
+        m_to = m_place & (o_to < capacity)
+        tl.store(p_score + o_row[:, None] * capacity + o_to[None, :], b_s, mask=(o_row < GS)[:, None] & m_to[None, :])
+        if LEVEL > 0:
+            tl.store(p_row + o_to, o_key, mask=m_to)
+
+
+@triton.jit
+def _flat_rows(p_ints, p_item, p_taken, o_place, m_place, room, L: tl.constexpr, RECALLS: tl.constexpr):
+    """Segment and row at places of the window, the sinks, the ranges of the compressed mask, the gists selected above level 0."""
+    sinks, i_lo = tl.load(p_ints), tl.load(p_ints + 1)
+    i_before = sinks + tl.load(p_ints + 2) - i_lo
+    o_key = tl.where(o_place < sinks, o_place, i_lo + o_place - sinks)
+    o_segment = tl.full([o_place.shape[0]], L, tl.int32)
+    for s in tl.static_range(L):
+        i_first = tl.load(p_ints + 3 + 5 * s)
+        m_behind = o_place >= i_before
+        o_segment = tl.where(m_behind, s, o_segment)
+        o_key = tl.where(m_behind, i_first + o_place - i_before, o_key)
+        i_before += tl.load(p_ints + 4 + 5 * s) - i_first
+    if RECALLS:
+        for s in tl.static_range(L - 1):
+            m_behind = o_place >= i_before
+            i_after = i_before + tl.load(p_taken + s)
+            m_listed = m_behind & (o_place < i_after) & m_place
+            o_listed = tl.load(p_item + s * room + o_place - i_before, mask=m_listed, other=0)
+            o_segment = tl.where(m_behind, s, o_segment)
+            o_key = tl.where(m_behind, o_listed, o_key)
+            i_before = i_after
+    return o_segment, o_key
+
+
+@triton.jit
+def _flat_total(p_ints, p_taken, L: tl.constexpr, RECALLS: tl.constexpr):
+    """How many places :func:`_flat_rows` has."""
+    total = tl.load(p_ints) + tl.load(p_ints + 2) - tl.load(p_ints + 1)
+    for s in tl.static_range(L):
+        total += tl.load(p_ints + 4 + 5 * s) - tl.load(p_ints + 3 + 5 * s)
+    if RECALLS:
+        for s in tl.static_range(L - 1):
+            total += tl.load(p_taken + s)
+    return total
 
 
 @triton.jit
 def attend_kernel(
-    p_q, p_anchor, p_ints, p_places, p_list, p_total, p_part, p_max, p_sum, scale, room,
-    H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, L: tl.constexpr, BG: tl.constexpr,
-    BN: tl.constexpr, UPCAST: tl.constexpr,
+    p_q, p_anchor, p_ends, p_ints, p_places, p_score, p_row, p_item, p_bits, p_taken, p_count, p_part, p_max, p_sum,
+    scale, sink, capacity, room,
+    H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, L: tl.constexpr, BG: tl.constexpr, GS: tl.constexpr,
+    BN: tl.constexpr, BS: tl.constexpr, WHOLE: tl.constexpr, W: tl.constexpr, RECALLS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One split of a KV head of a query: sums [N, H, splits, D], maxima and sums of weights [N, H, splits], fp32.
 
-    Grid: (splits, HKV, N).
+    First the selection of level 0 from its scores [N, HKV, GS, capacity]; each of its gists has W + 1 places, itself and the
+    raw tokens behind it, but for those that the window or the sinks hold. Grid: (splits, HKV, N).
     """
     G: tl.constexpr = H // HKV
     i_split, i_head, i_query = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -192,38 +267,42 @@ def attend_kernel(
     i_own = i_query.to(tl.int64) * HKV + i_head
     p_ints += i_query * (3 + 5 * L)
     p_places += i_query * (3 * L + 2)
-    p_list += i_own * room
+    p_taken += i_own * L
+    p_item += i_own * L * room
     o_row = tl.arange(0, BG)
     o_q = i_query.to(tl.int64) * H + i_head * G + o_row
     b_q = load_tile(p_q, o_q * D, o_row < G, D, BD)
-    sinks, i_lo = tl.load(p_ints), tl.load(p_ints + 1)
-    ranged = sinks + tl.load(p_ints + 2) - i_lo  # rows of ranges; then come those of the list
-    total = ranged
-    for s in tl.static_range(L):
-        total += tl.load(p_ints + 4 + 5 * s) - tl.load(p_ints + 3 + 5 * s)
-    listed = tl.minimum(tl.load(p_total + i_own), room)
-    gists = total
-    total += listed
-    per = tl.cdiv(tl.cdiv(total, splits), BN) * BN
+    own = 0
+    if RECALLS:
+        p_last = p_item + (L - 1) * room
+        n, budget = tl.load(p_count + i_own * L + L - 1), tl.load(p_ints + 5 * L + 2)
+        items = _select(
+            p_score + i_own * GS * capacity, p_row + i_own * capacity, p_last, p_bits + (i_own * L + L - 1) * room,
+            n, budget, i_split, splits, capacity, room, GS, BS, WHOLE, L == 1,
+        )  # fmt: skip
+        own = tl.maximum(tl.cdiv(items - i_split, splits), 0) * (W + 1)
+    total = _flat_total(p_ints, p_taken, L, RECALLS)
+    per = tl.cdiv(total, splits)
+    flat = tl.maximum(tl.minimum(total - i_split * per, per), 0)
+    i_window = tl.load(p_ints + 1)
     b_max = tl.full([BG], -1e30, tl.float32)
     b_sum = tl.zeros([BG], tl.float32)
     b_out = tl.zeros([BG, BD], tl.float32)
-    for i in range(i_split * per, tl.minimum(total, i_split * per + per), BN):
+    for i in range(0, flat + own, BN):
         o_place = i + tl.arange(0, BN)
-        b_code = tl.load(p_list + o_place - gists, mask=(o_place >= gists) & (o_place < total), other=0)
-        o_segment, o_key = b_code // SEGMENT, b_code % SEGMENT
-        m_raw = o_place < ranged
-        o_segment = tl.where(m_raw, L, o_segment)
-        o_key = tl.where(m_raw, tl.where(o_place < sinks, o_place, i_lo + o_place - sinks), o_key)
-        i_before = ranged
-        for s in tl.static_range(L):
-            i_first = tl.load(p_ints + 3 + 5 * s)
-            i_after = i_before + tl.load(p_ints + 4 + 5 * s) - i_first
-            m_range = (o_place >= i_before) & (o_place < i_after)
-            o_segment = tl.where(m_range, s, o_segment)
-            o_key = tl.where(m_range, i_first + o_place - i_before, o_key)
-            i_before = i_after
-        m_key = o_place < total
+        m_key = o_place < flat + own
+        o_segment, o_key = _flat_rows(p_ints, p_item, p_taken, i_split * per + o_place, o_place < flat, room, L, RECALLS)
+        if RECALLS:
+            o_within = (o_place - flat) % (W + 1)
+            m_own = (o_place >= flat) & m_key
+            o_gist = tl.load(p_last + i_split + (o_place - flat) // (W + 1) * splits, mask=m_own, other=0)
+            o_lo, o_hi = _children(p_ends + tl.load(p_places + 3 * L + 1), o_gist, m_own)
+            # The window holds a chunk entirely or not at all.
+            o_raw = tl.maximum(o_lo, sink) + o_within - 1
+            m_raw = (o_within > 0) & (o_raw < o_hi) & (o_hi <= i_window)
+            o_segment = tl.where(m_own, tl.where(o_within == 0, L - 1, L), o_segment)
+            o_key = tl.where(m_own, tl.where(o_within == 0, o_gist, o_raw), o_key)
+            m_key = m_key & ((o_place < flat) | (o_within == 0) | m_raw)
         o_k = tl.zeros([BN], tl.int64)
         o_v = tl.zeros([BN], tl.int64)
         for s in tl.static_range(L + 1):

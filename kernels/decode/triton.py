@@ -1,4 +1,4 @@
-"""Decoding on GPUs: three launches per layer, whatever the length. Two runs are bit-equal: splits are combined in order.
+"""Decoding on GPUs: a launch per gist level and two more per layer, whatever the length. Two runs are bit-equal: no atomics.
 
 The kernels read every number that changes from step to step out of device tables, and their scratch has sizes of buckets (powers
 of two), so that a step can be captured in a CUDA graph and replayed while the sequences grow within the buckets
@@ -22,11 +22,13 @@ from kernels.select.selection import SelectRule
 
 LARGEST_GROUP = 32  # query heads per KV head: one int32 of bits
 LARGEST_ROW = 1 << 26
-SPLITS = 64  # of one KV head at most
-PICK, ATTEND, COMBINE = (8, 2), (8, 2), (4, 2)  # warps and stages of the kernels
-SCORES = 8192  # scores, of all heads together, that one step of the search loads: 32 a thread
-WIDTH = 8  # children of a gist that are written at once
-PROGRAMS = 264  # that a split should make of all queries and KV heads: two for each of an H100's multiprocessors
+SPLITS = 64  # of one KV head at most, where it attends
+TOP, SCORE, ATTEND, COMBINE = (4, 2), (8, 2), (8, 2), (4, 2)  # warps and stages: scoring at the top, below it, ..
+HELD = 16384  # scores, of all heads together, that a program holds at once: 64 a thread
+WIDTH = 4  # places for the children of a gist are a multiple of this
+# That splits should make of all queries and KV heads, on an H100 with 132 multiprocessors: programs that search (they fill
+# the registers of one), and those that only score the top level.
+PROGRAMS, TOP_PROGRAMS = 132, 1056
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,9 @@ class Tables:
     Attributes:
         ints: [N, 3 + 5 * L] int32.
         ends: an int64 tensor from which the places of ``ends`` count.
-        candidates, listed: buckets: most candidates of a level, and most rows that a KV head selects and unfolds.
+        candidates: buckets per level: most places for candidates.
+        widths: buckets per level: most items that one of its gists closed.
+        room: bucket: most gists of a level that a KV head selects.
         rows: most rows that a KV head reads.
         sink: of the configuration.
         recalls: whether any query does.
@@ -44,8 +48,9 @@ class Tables:
 
     ints: Tensor
     ends: Tensor
-    candidates: int
-    listed: int
+    candidates: tuple[int, ...]
+    widths: tuple[int, ...]
+    room: int
     rows: int
     sink: int
     recalls: bool
@@ -89,32 +94,37 @@ def make_tables(step: Step, rule: SelectRule | None, group: int, device: torch.d
     """The tables of a step, from what the CPU keeps of its sequences; one copy to the device."""
     levels, recalls = step.levels, step.recalls
     columns = [step.sinks, step.lo[-1], step.hi[-1]]
-    listed, candidates = torch.zeros_like(step.span), torch.zeros_like(step.span)
-    longest = torch.tensor([b.ends_on(device)[1] for b in step.borders], dtype=torch.int64).view(-1, levels).T  # [L, N]
-    budget = torch.zeros_like(step.span)
+    longest = torch.tensor([b.ends_on(device)[1] for b in step.borders], dtype=torch.int64).view(-1, levels).amax(0)
+    widths = tuple(-(-max(1, w) // WIDTH) * WIDTH for w in longest.tolist())
+    items = selected = torch.zeros_like(step.span)  # most gists that a KV head selects: of the level above, of all levels
+    rooms, candidates = [], []
     for s in range(levels):
         upto, tail = step.upto[s], step.tail[s]
-        # Candidates: children of what was selected above, and the gists whose parent is open; never more than there are.
-        reached = (group * budget * longest[s - 1] + upto - tail).minimum(upto) if s else upto
-        candidates = torch.maximum(candidates, reached * recalls)
-        budget = rule.budget(step.span, upto, group).minimum(upto) * recalls if rule else budget
+        # Candidates: children of what was selected above, and the gists whose parent is open.
+        candidates.append(_bucket(items * widths[s - 1] + (upto - tail) * recalls))
+        budget = rule.budget(step.span, upto, group).minimum(upto) * recalls if rule else torch.zeros_like(upto)
+        items = (group * budget).minimum(upto)
+        selected = selected + items
+        rooms.append(_bucket(items))
         shown = torch.where(recalls, step.hi[s], step.lo[s])  # what a recalling token sees of gists is selected
         columns += [shown, step.hi[s], upto, tail, budget]
-        listed = listed + (group * budget).minimum(upto)
     ranges = step.sinks + sum((columns[i + 1] - columns[i] for i in range(3, 3 + 5 * levels, 5)), step.hi[-1] - step.lo[-1])
-    if levels:
-        listed = listed + ((group * budget).minimum(step.upto[levels - 1]) * longest[levels - 1]).minimum(step.upto[levels])
-    bucket = lambda x: triton.next_power_of_2(max(16, int(x.max())))
+    unfolded = items * widths[-1] if levels else items
     ends = [end for b in step.borders for end in b.ends_on(device)[0]]
     return Tables(
         torch.stack(columns, 1).int().to(device, non_blocking=True),
         ends[0] if ends else torch.zeros(1, dtype=torch.int64, device=device),
-        bucket(candidates),
-        bucket(listed),
-        int((ranges + listed).max()),
+        tuple(candidates),
+        widths,
+        max(rooms, default=0),
+        int((ranges + selected + unfolded).max()),
         step.borders[0].sink,
         bool(recalls.any()),
     )
+
+
+def _bucket(counts: Tensor) -> int:
+    return triton.next_power_of_2(max(16, int(counts.max())))
 
 
 def make_places(q: Tensor, layers: Sequence[Sequence[RowStore]], step: Step, ends: Tensor) -> Tensor:
@@ -133,33 +143,55 @@ def run(q: Tensor, tables: Tables, places: Tensor, scale: float, kv_heads: int, 
     queries, heads, dim = q.shape
     group, levels = heads // kv_heads, (places.shape[1] - 2) // 3
     new = lambda *shape, dtype=torch.int32: torch.empty(shape, dtype=dtype, device=q.device)
-    listed = new(queries, kv_heads, tables.listed)
-    splits = triton.next_power_of_2(max(1, min(SPLITS, PROGRAMS // (queries * kv_heads), triton.cdiv(tables.rows, 64))))
+    rows = triton.next_power_of_2(group)
     sizes = dict(
-        H=heads, HKV=kv_heads, D=dim, BD=triton.next_power_of_2(dim), L=levels, BG=max(16, triton.next_power_of_2(group)),
+        H=heads, HKV=kv_heads, D=dim, BD=triton.next_power_of_2(dim), L=levels, BG=max(16, rows), GS=rows,
         BN=attend_keys(dim, q.element_size()), UPCAST=INTERPRETED and q.dtype == torch.bfloat16,
     )  # fmt: skip
-    total = torch.zeros(queries, kv_heads, dtype=torch.int32, device=q.device)
-    part = new(queries, heads, splits, dim, dtype=torch.float32)
-    most, weight = new(2, queries, heads, splits, dtype=torch.float32)
-    out = torch.empty_like(q)
+    item, bits = new(2, queries, kv_heads, levels, tables.room)
+    taken, count = new(2, queries, kv_heads, levels)
+    score = row = new(0)  # nothing is read of them above the top
+    capacity = 0
     with on_device(q):
-        if tables.recalls:
-            rows = triton.next_power_of_2(group)
-            score = new(queries, kv_heads, rows, tables.candidates)
-            row, bits = new(2, queries, kv_heads, 2, tables.candidates)
-            kernels.pick_kernel[queries, kv_heads](
-                q, q, tables.ends, tables.ints, places, score, row, bits, listed, total, tables.sink, tables.candidates,
-                tables.listed, **sizes, GS=rows, BS=SCORES // rows, BW=WIDTH, SHARED=rule.share == "group", **_options(PICK),
+        for s, above_and_own in enumerate(zip((0, *tables.candidates), tables.candidates)) if tables.recalls else ():
+            above, capacity = above_and_own
+            above_score, above_row = score, row
+            score, row = new(queries, kv_heads, rows, capacity), new(queries, kv_heads, capacity)
+            programs, launch = (PROGRAMS, SCORE) if s else (TOP_PROGRAMS, TOP)
+            splits = _splits(programs, queries * kv_heads, triton.cdiv(capacity, sizes["BN"]))
+            kernels.score_kernel[splits, kv_heads, queries](
+                q, q, tables.ends, tables.ints, places, above_score, above_row, score, row, item, bits, taken, count,
+                above, capacity, tables.room, **sizes, **searched(above, rows), W=tables.widths[s - 1] if s else 1,
+                LEVEL=s, SHARED=rule.share == "group", **_options(launch),
             )  # fmt: skip
+        splits = _splits(PROGRAMS, queries * kv_heads, min(SPLITS, triton.cdiv(tables.rows, 64)))
+        part = new(queries, heads, splits, dim, dtype=torch.float32)
+        most, weight = new(2, queries, heads, splits, dtype=torch.float32)
+        out = torch.empty_like(q)
         kernels.attend_kernel[splits, kv_heads, queries](
-            q, q, tables.ints, places, listed, total, part, most, weight, scale * LOG2_E, tables.listed, **sizes,
-            **_options(ATTEND),
+            q, q, tables.ends, tables.ints, places, score, row, item, bits, taken, count, part, most, weight, scale * LOG2_E,
+            tables.sink, capacity, tables.room, **sizes, **searched(capacity, rows), W=tables.widths[-1] if levels else 1,
+            RECALLS=tables.recalls, **_options(ATTEND),
         )  # fmt: skip
         kernels.combine_kernel[(queries * heads,)](
             part, most, weight, out, splits, D=dim, BD=sizes["BD"], BS=max(2, splits), **_options(COMBINE)
         )
     return out
+
+
+def searched(capacity: int, rows: int, most: int = 128 if INTERPRETED else HELD) -> dict[str, int | bool]:
+    """How a program goes through a level's scores, of so many rows: all in registers, or half as many after one another.
+
+    In the interpreter so few are held that the tests go both ways.
+    """
+    whole = capacity * rows <= most
+    return dict(WHOLE=whole, BS=max(16, capacity) if whole else max(16, most // rows // 2))
+
+
+def _splits(programs: int, owners: int, most: int) -> int:
+    """A power of two of splits for each of so many queries and KV heads: about so many programs, at least one split."""
+    wanted = max(1, min(programs // owners, most))
+    return 1 << (wanted.bit_length() - 1)
 
 
 def attend_keys(dim: int, item_size: int) -> int:

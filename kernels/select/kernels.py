@@ -1,33 +1,28 @@
 """The Triton kernels of selection: per row the bound that exactly its budget of candidates passes, then the lists of blocks.
 
 A row is a query and a query head (each head selects), or a query (the heads' scores are summed: SUM of them). A block of rows
-visits its *candidates* in tiles and never stores a score: at the top level a span of gists; below it the children of the
-parents that any of its rows selected, side by side, then the span of gists whose parent is still open. Each pass over them
-computes the scores anew, which is cheap on tensor cores; the passes search the bound in four-fold steps, over the scores as
-ordered integers, and stop as soon as exactly the budget passes. Where scores tie at the bound, a second search over the rows
-keeps the earlier gists. So a budget of any size costs about the same, and the result is exact.
+visits its *candidates* in tiles: at the top level a span of gists; below it the children of the parents that any of its rows
+selected, side by side, then the span of gists whose parent is still open. Each pass over them computes the scores anew,
+which is cheap on tensor cores. A pass counts the scores that reach two guessed bounds (kernels/select/search.py), and *holds*
+those between them: of each row at most HELD, in a scratch that stays in the L2 cache. As soon as the wanted bound is among
+what is held, the search goes on there and no key is read any more. So one pass is the rule: the first at the top, after a
+sample of a few tiles, and below it the first where a row has no more than HELD candidates, else the second.
+Where scores tie at the bound, the earlier gists are kept. A budget of any size costs about the same, and the result is exact.
 """
 
 import triton
 import triton.language as tl
 
 from kernels.compressed.common import dot, in_range, load_tile
+from kernels.select.search import LEAST, MOST, held_bounds, moments, narrow, narrow_two, ordered, spread_of, three_bounds
 from kernels.unfold.common import item_of_place
 
-LEAST: tl.constexpr = tl.constexpr(-2147483648)
-MOST: tl.constexpr = tl.constexpr(2147483647)
+SAMPLE: tl.constexpr = tl.constexpr(4)  # tiles of the top level from which the spread of its scores is guessed
 
 
 @triton.jit
 def any_bit(a, b):
     return a | b
-
-
-@triton.jit
-def ordered(b_s):
-    """fp32 -> int32 that compares alike; both zeros are one, and no number becomes LEAST."""
-    b_bits = tl.where(b_s == 0.0, 0.0, b_s).to(tl.int32, bitcast=True)
-    return tl.where(b_bits >= 0, b_bits, b_bits ^ MOST)
 
 
 @triton.jit
@@ -102,38 +97,78 @@ def _tile(
 
 
 @triton.jit
-def narrow(b_from, b_to, b_count, b_over, b_more, b_1, b_2, b_3, b_over_1, b_over_2, b_over_3, b_budget):
-    """One step of the search, where ``more`` holds: the quarter of from .. to in which the budget is reached.
+def _hold(b_s, b_1, b_2, b_held, p_held, o_row, HELD: tl.constexpr):
+    """Per row the scores of a tile that reach each of two bounds; what lies between them is held, behind the ``held`` before."""
+    b_two = (b_s >= b_1[:, None]).to(tl.int32) + ((b_s >= b_2[:, None]).to(tl.int32) << 16)
+    m_held = b_two == 1
+    o_held = b_held[:, None] + tl.cumsum(m_held.to(tl.int32), 1) - 1
+    tl.store(p_held + o_row[:, None] * HELD + o_held, b_s, mask=m_held & (o_held < HELD))
+    b_two = tl.sum(b_two, 1)
+    return b_two & 0xFFFF, b_two >> 16
 
-    ``count`` scores are >= from, ``over`` >= to; ``over_1`` .. ``over_3`` >= the three bounds between. Invariant: count is at
-    least the budget, over less. Done where exactly the budget is >= from, or from is the only score left.
-    """
-    m_1, m_2, m_3 = b_over_1 >= b_budget, b_over_2 >= b_budget, b_over_3 >= b_budget
-    b_next = tl.where(m_3, b_to, tl.where(m_2, b_3, tl.where(m_1, b_2, b_1)).to(tl.int64))
-    b_next_over = tl.where(m_3, b_over, tl.where(m_2, b_over_3, tl.where(m_1, b_over_2, b_over_1)))
-    b_from = tl.where(b_more & m_1, tl.where(m_3, b_3, tl.where(m_2, b_2, b_1)).to(tl.int64), b_from)
-    b_count = tl.where(b_more & m_1, tl.where(m_3, b_over_3, tl.where(m_2, b_over_2, b_over_1)), b_count)
-    b_to = tl.where(b_more, b_next, b_to)
-    b_over = tl.where(b_more, b_next_over, b_over)
-    return b_from, b_to, b_count, b_over, (b_count > b_budget) & (b_to - b_from > 1)
+
+@triton.jit
+def _held(p_held, i, b_held, o_row, HELD: tl.constexpr, BH: tl.constexpr):
+    """Held scores i .. i + BH of every row, LEAST behind the last."""
+    o_held = i + tl.arange(0, BH)
+    return tl.load(p_held + o_row[:, None] * HELD + o_held[None, :], mask=o_held[None, :] < b_held[:, None], other=LEAST)
+
+
+@triton.jit
+def _bound_among(
+    p_held, o_row, b_from, b_to, b_count, b_over, b_budget, m_kept, b_mean, b_std, HELD: tl.constexpr, BH: tl.constexpr
+):  # fmt: skip
+    """The rest of the search, among held scores: from, count and over at its end."""
+    m_quarter = b_count < 0  # nowhere yet
+    b_above, b_held = b_over, tl.where(m_kept, b_count - b_over, 0)
+    b_more = m_kept & (b_to - b_from > 1)
+    while tl.max(b_more.to(tl.int32), 0) > 0:
+        b_1, b_2, b_3 = three_bounds(b_from, b_to, b_count, b_over, b_budget, b_more, b_mean, b_std, False, m_quarter)
+        b_over_1, b_over_2, b_over_3 = b_above, b_above, b_above
+        for i in range(0, tl.max(b_held, 0), BH):
+            b_s = _held(p_held, i, b_held, o_row, HELD, BH)
+            b_over_1 += tl.sum((b_s >= b_1[:, None]).to(tl.int32), 1)
+            b_over_2 += tl.sum((b_s >= b_2[:, None]).to(tl.int32), 1)
+            b_over_3 += tl.sum((b_s >= b_3[:, None]).to(tl.int32), 1)
+        b_left = b_count - b_over
+        b_from, b_to, b_count, b_over, b_more = narrow(
+            b_from, b_to, b_count, b_over, b_more, b_1, b_2, b_3, b_over_1, b_over_2, b_over_3, b_budget
+        )
+        m_quarter = (m_quarter == 0) & (2 * (b_count - b_over) > b_left)
+    return b_from, b_count, b_over
 
 
 @triton.jit
 def bound_kernel(
     p_q, p_k, p_lo, p_hi, p_budget, p_blocks, p_first, p_row, p_words, p_place, p_places, p_child_lo, p_child_hi,
-    p_bound, p_last, p_count, keys, tokens,
+    p_bound, p_last, p_count, p_held, lists, keys, tokens,
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    SUM: tl.constexpr, WORDS: tl.constexpr, TOP: tl.constexpr, UPCAST: tl.constexpr,
+    SUM: tl.constexpr, WORDS: tl.constexpr, TOP: tl.constexpr, HELD: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Per row: candidates over ``bound``, or equal to it and in a key row up to ``last``, are taken; [lists, BM] int32 each.
 
     And ``count`` [lists] int32: keys that any row of the block takes. p_lo, p_hi [N]: the range of candidates that need no
     selected parent; p_budget [N]. p_first, p_row, p_words, p_place, p_places: the lists one level up, as :func:`list_kernel`
-    writes them.
-    Grid: (blocks, HKV).
+    writes them. p_held: scratch of each program, [programs, BM, HELD] int32.
+    Grid: (programs,); each works through every so-many-th list, the last blocks first, which have most to do.
     """
-    i_block, i_head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
-    i_list = i_block * HKV + i_head
+    o_own = tl.program_id(0).to(tl.int64) * (BM * HELD)
+    for i in range(tl.program_id(0), lists, tl.num_programs(0)):
+        _bound_list(
+            lists - 1 - i, p_q, p_k, p_lo, p_hi, p_budget, p_blocks, p_first, p_row, p_words, p_place, p_places, p_child_lo,
+            p_child_hi, p_bound, p_last, p_count, p_held + o_own, keys, tokens,
+            H, HKV, D, BD, BM, BN, SUM, WORDS, TOP, HELD, UPCAST,
+        )  # fmt: skip
+
+
+@triton.jit
+def _bound_list(
+    i_list, p_q, p_k, p_lo, p_hi, p_budget, p_blocks, p_first, p_row, p_words, p_place, p_places, p_child_lo, p_child_hi,
+    p_bound, p_last, p_count, p_held, keys, tokens,
+    H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    SUM: tl.constexpr, WORDS: tl.constexpr, TOP: tl.constexpr, HELD: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    i_block, i_head = i_list // HKV, i_list % HKV
     i_sample, m_row, o_query, o_bit, o_q = _rows(p_blocks, i_block, i_head, H, HKV, D, BM, SUM)
     p_k += i_sample.to(tl.int64) * keys * (HKV * D) + i_head * D
     p_child_lo += i_sample.to(tl.int64) * tokens
@@ -141,6 +176,7 @@ def bound_kernel(
     b_q = load_tile(p_q, o_q, m_row, D, BD)
     b_lo = tl.load(p_lo + o_query, mask=m_row, other=0)
     b_hi = tl.load(p_hi + o_query, mask=m_row, other=0)
+    b_budget = tl.load(p_budget + o_query, mask=m_row, other=0)
     i_span, span = _span(b_lo, b_hi)
     items, places = 0, 0
     if not TOP:
@@ -151,45 +187,73 @@ def bound_kernel(
         p_place += i_first
         p_words += i_first * WORDS
 
-    b_most = tl.full([BM], LEAST, tl.int32)
-    b_least = tl.full([BM], MOST, tl.int32)
-    b_count = tl.zeros([BM], tl.int32)
-    i_item = 0
-    for i in range(0, places + span, BN):
-        o_key, b_s, i_item = _tile(
-            b_q, p_q, o_q, m_row, p_k, p_row, p_words, p_place, p_child_lo, p_child_hi, i, i_item, items, places,
-            i_span, span, b_lo, b_hi, HKV, D, BD, BM, BN, SUM, WORDS, TOP, UPCAST,
-        )  # fmt: skip
-        b_most = tl.maximum(b_most, tl.max(b_s, 1))
-        b_least = tl.minimum(b_least, tl.min(tl.where(b_s > LEAST, b_s, MOST), 1))
-        b_count += tl.sum((b_s > LEAST).to(tl.int32), 1)
-    b_budget = tl.minimum(tl.load(p_budget + o_query, mask=m_row, other=0), b_count)
-
-    # 64 bits hold the difference of two scores.
-    b_from = b_least.to(tl.int64)
-    b_to = b_most.to(tl.int64) + 1
-    b_over = tl.zeros([BM], tl.int32)  # candidates >= to
-    b_more = (b_count > b_budget) & (b_to - b_from > 1)
+    # A few tiles say how the scores at the top are spread; below, the first pass does, and it may be the only one.
+    BH: tl.constexpr = min(HELD, BN)
+    o_row = tl.arange(0, BM)
+    b_n = tl.zeros([BM], tl.int32)
+    b_sum = tl.zeros([BM], tl.float32)
+    b_square = tl.zeros([BM], tl.float32)
+    b_count = tl.full([BM], MOST, tl.int32)
+    if TOP:
+        b_count = tl.maximum(b_hi - b_lo, 0)
+        b_budget = tl.minimum(b_budget, b_count)
+        sampled = tl.where(tl.max(b_count, 0) > HELD, span, 0)
+        for i in range(0, sampled, tl.cdiv(tl.maximum(sampled, 1), SAMPLE * BN) * BN):
+            o_key, b_s, _ = _tile(
+                b_q, p_q, o_q, m_row, p_k, p_row, p_words, p_place, p_child_lo, p_child_hi, i, 0, items, places,
+                i_span, span, b_lo, b_hi, HKV, D, BD, BM, BN, SUM, WORDS, TOP, UPCAST,
+            )  # fmt: skip
+            b_tile_n, b_tile_sum, b_tile_square = moments(b_s)
+            b_n += b_tile_n
+            b_sum += b_tile_sum
+            b_square += b_tile_square
+    b_mean, b_std = spread_of(b_n, b_sum, b_square)
+    b_from = tl.full([BM], LEAST + 1, tl.int64)
+    b_to = tl.full([BM], MOST, tl.int64)
+    b_over = tl.zeros([BM], tl.int32)
+    b_more = m_row & (b_count > b_budget)
+    m_kept = b_count < 0  # no row yet whose bound lies among its held scores
+    m_thirds = b_count < 0
+    b_1, b_2 = b_from.to(tl.int32), b_to.to(tl.int32)
+    if TOP:
+        b_1, b_2 = held_bounds(b_from, b_to, b_count, b_over, b_budget, b_mean, b_std, True, HELD, m_thirds)
+    guessed = 1 if TOP else 0
     while tl.max(b_more.to(tl.int32), 0) > 0:
-        b_width = tl.where(b_more, b_to - b_from, 0)
-        b_1 = (b_from + b_width // 4).to(tl.int32)
-        b_2 = (b_from + b_width // 2).to(tl.int32)
-        b_3 = (b_from + b_width // 4 * 3 + b_width % 4 * 3 // 4).to(tl.int32)
+        b_1 = tl.where(b_more, b_1, MOST)
+        b_2 = tl.where(b_more, b_2, MOST)
         b_over_1 = tl.zeros([BM], tl.int32)
         b_over_2 = tl.zeros([BM], tl.int32)
-        b_over_3 = tl.zeros([BM], tl.int32)
+        tl.debug_barrier()  # nobody reads what was held before
         i_item = 0
         for i in range(0, places + span, BN):
             o_key, b_s, i_item = _tile(
                 b_q, p_q, o_q, m_row, p_k, p_row, p_words, p_place, p_child_lo, p_child_hi, i, i_item, items, places,
                 i_span, span, b_lo, b_hi, HKV, D, BD, BM, BN, SUM, WORDS, TOP, UPCAST,
             )  # fmt: skip
-            b_over_1 += tl.sum((b_s >= b_1[:, None]).to(tl.int32), 1)
-            b_over_2 += tl.sum((b_s >= b_2[:, None]).to(tl.int32), 1)
-            b_over_3 += tl.sum((b_s >= b_3[:, None]).to(tl.int32), 1)
-        b_from, b_to, b_count, b_over, b_more = narrow(
-            b_from, b_to, b_count, b_over, b_more, b_1, b_2, b_3, b_over_1, b_over_2, b_over_3, b_budget
+            b_tile_1, b_tile_2 = _hold(b_s, b_1, b_2, b_over_1 - b_over_2, p_held, o_row, HELD)
+            b_over_1 += b_tile_1
+            b_over_2 += b_tile_2
+        tl.debug_barrier()  # the program reads what it wrote
+        if guessed == 0:  # all candidates were counted, and the first ones of each row held: its sample
+            b_count = b_over_1
+            b_budget = tl.minimum(b_budget, b_count)
+            b_mean, b_std = spread_of(*moments(_held(p_held, 0, b_count, o_row, HELD, BH)))
+        b_left = b_count - b_over
+        b_from, b_to, b_count, b_over = narrow_two(b_from, b_to, b_count, b_over, b_more, b_1, b_2, b_over_1, b_over_2, b_budget)
+        b_more = b_more & (b_count > b_budget)
+        m_kept = m_kept | (b_more & (b_from == b_1) & (b_to == b_2) & (b_count - b_over <= HELD))
+        b_more = b_more & (b_to - b_from > 1) & (m_kept == 0)
+        m_thirds = (m_thirds == 0) & (2 * (b_count - b_over) > b_left) & (guessed > 0)
+        b_1, b_2 = held_bounds(b_from, b_to, b_count, b_over, b_budget, b_mean, b_std, False, HELD, m_thirds)
+        guessed = 1
+
+    if tl.max(m_kept.to(tl.int32), 0) > 0:
+        b_found, b_found_count, b_found_over = _bound_among(
+            p_held, o_row, b_from, b_to, b_count, b_over, b_budget, m_kept, b_mean, b_std, HELD, BH
         )
+        b_from = tl.where(m_kept, b_found, b_from)
+        b_count = tl.where(m_kept, b_found_count, b_count)
+        b_over = tl.where(m_kept, b_found_over, b_over)
     b_bound = b_from.to(tl.int32)
 
     # Where more than the budget reach the bound, they are equal to it but for ``over``: of these the first rows are taken.

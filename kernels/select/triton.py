@@ -1,7 +1,7 @@
 """Selection on GPUs: launches the Triton kernels level by level; makes the lists of blocks that unfolding works through.
 
-Memory: the lists, and two numbers per row and level; no score is ever stored. One synchronisation per level, for the length of
-the lists.
+Memory: the lists, two numbers per row and level, and what the programs that run at once hold, 32 KB each. One
+synchronisation per level, for the length of the lists.
 """
 
 from __future__ import annotations
@@ -21,12 +21,22 @@ from kernels.select.selection import Selection, SelectRule
 from kernels.tree import GistTree
 
 LARGEST_GROUP = 128  # rows of a tile
-# Per architecture, padded head dimension and bytes per element; the rows are those of one block of queries.
-_HALF = {64: Tile(32, 64, 4, 2), 128: Tile(32, 64, 4, 2), 256: Tile(32, 32, 8, 2)}
-_FULL = {64: Tile(32, 32, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)}
+# Per architecture, padded head dimension and bytes per element, of the top level and of those below it; the rows are those of
+# one block of queries.
+_HALF = {
+    64: (Tile(32, 64, 4, 2), Tile(32, 32, 4, 2)),
+    128: (Tile(32, 64, 4, 2), Tile(32, 32, 4, 2)),
+    256: (Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+}
+_FULL = {
+    64: (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+    128: (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    256: (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+}
 _GPU = {(dim, 2): tile for dim, tile in _HALF.items()} | {(dim, 4): tile for dim, tile in _FULL.items()}
 TABLE = {arch: _GPU for arch in ("sm_80", "sm_90", "sm_100")}
-TABLE["interpreter"] = {key: Tile(32, 32, 4, 1) for key in _GPU}
+TABLE["interpreter"] = {key: (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)) for key in _GPU}
+PROGRAMS = 4  # that search, per multiprocessor: their scratch stays in the L2 cache
 
 
 def select_gists_triton(q: Tensor, k: Tensor, tree: GistTree, rule: SelectRule, scale: float) -> Selection:
@@ -39,7 +49,7 @@ def select_gists_triton(q: Tensor, k: Tensor, tree: GistTree, rule: SelectRule, 
     if reason:
         raise ValueError(reason)
     group = q.shape[1] // k.shape[2]
-    return selection_of(tree, select_lists(q, k, tree, rule, max(1, min(BITS, tile_for(q).rows // group))))
+    return selection_of(tree, select_lists(q, k, tree, rule, max(1, min(BITS, tiles_for(q)[0].rows // group))))
 
 
 def why_not(q: Tensor, k: Tensor, rule: SelectRule) -> str | None:
@@ -56,8 +66,8 @@ def why_not(q: Tensor, k: Tensor, rule: SelectRule) -> str | None:
     return None
 
 
-def tile_for(q: Tensor) -> Tile:
-    """The tile for the device, head dimension and dtype of q."""
+def tiles_for(q: Tensor) -> tuple[Tile, Tile]:
+    """The tiles for the device, head dimension and dtype of q: at the top level, below."""
     return TABLE[architecture(q)][max(64, triton.next_power_of_2(q.shape[2])), q.element_size()]
 
 
@@ -65,6 +75,16 @@ def fitted(tile: Tile, rows: int, summed: int) -> Tile:
     """The tile for a number of rows in a block, each the sum of so many heads (which takes registers: fewer keys, more warps)."""
     tile = replace(tile, rows=max(16, triton.next_power_of_2(rows)))
     return tile if summed == 1 else replace(tile, keys=16, warps=8)
+
+
+def held(tile: Tile, interpreted: bool = INTERPRETED) -> int:
+    """Scores per row that a program holds. In the interpreter so few that the tests go every way."""
+    return 16 if interpreted else max(16, min(256, 8192 // tile.rows))
+
+
+def _programs(q: Tensor, lists: int) -> int:
+    """Programs that share the lists."""
+    return min(lists, 3 if INTERPRETED else PROGRAMS * torch.cuda.get_device_properties(q.device).multi_processor_count)
 
 
 @dataclass(frozen=True)
@@ -86,12 +106,12 @@ def select_lists(q: Tensor, k: Tensor, tree: GistTree, rule: SelectRule, size: i
     group = q.shape[1] // k.shape[1]
     summed = group if rule.share == "group" else 1
     rows = size * group // summed
-    tile = fitted(tile_for(q), rows, summed)
+    top, below = (fitted(tile, rows, summed) for tile in tiles_for(q))
     levels: list[_Level] = []
     for s in range(tree.levels):
         # The budget's cap counts all gists of the level before the query.
         budget = rule.budget(tree.span, tree.hi[s] - tree.lo[s], group).int()
-        levels.append(_level(q, k, tree, blocks, budget, levels[-1] if levels else None, s, summed, tile))
+        levels.append(_level(q, k, tree, blocks, budget, levels[-1] if levels else None, s, summed, below if s else top))
     sizes = [len(level.row) for level in levels]
     firsts = torch.stack([level.first + sum(sizes[:s]) for s, level in enumerate(levels)])
     row, bits, place = (torch.cat([getattr(level, name) for level in levels]) for name in ("row", "bits", "place"))
@@ -124,10 +144,13 @@ def _level(
     lists = (above.first, above.row, above.words, above.place, above.places, tree.child_lo, tree.child_hi)
     ends = tree.others.rows.shape[1], tree.others.tokens
     grid = len(blocks.table), kv_heads
+    programs = _programs(q, count)
+    scratch = new(programs, tile.rows, held(tile))
     with on_device(q):
-        kernels.bound_kernel[grid](
-            q, k, tree.tail[s], tree.hi[s], budget, blocks.table, *lists, bound, last, taken, *ends, **sizes
-        )
+        kernels.bound_kernel[(programs,)](
+            q, k, tree.tail[s], tree.hi[s], budget, blocks.table, *lists, bound, last, taken, scratch, count, *ends,
+            HELD=held(tile), **sizes,
+        )  # fmt: skip
         first = torch.nn.functional.pad(taken.cumsum(0), (1, 0))
         items = int(first[-1])
         level = _Level(first, new(items), new(items), new(0 if bottom else items, words), new(items), new(count))

@@ -1,4 +1,4 @@
-"""The backward kernels of unfolding: d_q by blocks of queries; d_k, d_v by groups of keys that are selected together.
+"""The backward kernels of unfolding: d_q by blocks of queries; d_k, d_v by chunks, and by groups of gists above level 0.
 
 What windows and sinks contribute to d_k and d_v is attention over ranges: the kernel of compressed attention does it.
 """
@@ -119,61 +119,38 @@ def _group_keys(p_child_lo, p_child_hi, i_sample, i_row, o_slot, keys, tokens, C
 
 
 @triton.jit
-def _bits_of_keys(p_row, p_bits, i_first, i_last, o_key, CHUNK: tl.constexpr):
-    """Bits of every key of a group from the items of one block: all keys of a chunk have its gist's."""
+def _bits_of_keys(p_row, p_bits, i_first, i_last, o_key):
+    """Bits of every key of a group from the items of one block."""
     b_bits = tl.zeros([o_key.shape[0]], tl.int32)
     for i in range(i_first, i_last):
-        i_bits = tl.load(p_bits + i)
-        if CHUNK:
-            b_bits |= i_bits
-        else:
-            b_bits |= tl.where(o_key == tl.load(p_row + i), i_bits, 0)
+        b_bits |= tl.where(o_key == tl.load(p_row + i), tl.load(p_bits + i), 0)
     return b_bits
 
 
 @triton.jit
-def unfold_d_key_kernel(
-    p_q, p_k, p_v, p_do, p_shift, p_factor, p_mean, p_lo, p_blocks, p_parts, p_visits, p_row, p_bits, p_child_lo, p_child_hi,
-    p_dk, p_dv, p_part_k, p_part_v, scale, d_scale, queries, keys, tokens,
-    H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, L: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
+def _add_rows(
+    b_dk, b_dv, b_k, b_v, p_q, p_do, p_shift, p_factor, p_mean, o_q, o_stat, m_row, m_seen, scale,
+    D: tl.constexpr, BD: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Adds to d_k, d_v [B * R, HKV, D] fp32, or writes partial sums [slots, BN, D]: one part of a group of keys.
+    """Add a tile of query rows to d_k and d_v; everything is transposed, m_seen too: [keys, rows]."""
+    b_q = load_tile(p_q, o_q, m_row, D, BD)
+    b_do = load_tile(p_do, o_q, m_row, D, BD)
+    b_shift = tl.load(p_shift + o_stat, mask=m_row, other=0.0)
+    b_mean = tl.load(p_mean + o_stat, mask=m_row, other=0.0)
+    b_p = tl.exp2(dot(b_k, tl.trans(b_q), UPCAST) * scale - b_shift[None, :])
+    if EXACT:
+        b_p *= tl.load(p_factor + o_stat, mask=m_row, other=0.0)[None, :]
+    b_p = tl.where(m_seen, b_p, 0.0)
+    b_dv += dot(b_p.to(b_do.dtype), b_do, UPCAST)
+    b_ds = tl.where(b_p > 0, b_p * (dot(b_v, tl.trans(b_do), UPCAST) - b_mean[None, :]), 0.0)
+    return b_dk + dot(b_ds.to(b_q.dtype), b_q, UPCAST), b_dv
 
-    A group is a level-0 gist with the raw tokens behind it (CHUNK), or BN neighbouring gists above level 0. It is visited by
-    the blocks of which some query selected some of it. p_parts [parts, 6]: sample, KV head, first key row, first visit,
-    last + 1, slot or -1. p_visits [visits, 3]: block, first item of p_row and p_bits, last + 1. Grid: (parts,).
-    """
-    p_parts += tl.program_id(0).to(tl.int64) * 6
-    i_sample, i_head, i_row = tl.load(p_parts), tl.load(p_parts + 1), tl.load(p_parts + 2)
-    i_first, i_last, i_slot = tl.load(p_parts + 3), tl.load(p_parts + 4), tl.load(p_parts + 5)
-    o_slot = tl.arange(0, BN)
-    o_key, m_key = _group_keys(p_child_lo, p_child_hi, i_sample, i_row, o_slot, keys, tokens, CHUNK)
-    o_k = (i_sample.to(tl.int64) * keys + o_key) * (HKV * D) + i_head * D
-    b_k = load_tile(p_k, o_k, m_key, D, BD)
-    b_v = load_tile(p_v, o_k, m_key, D, BD)
-    b_dk = tl.zeros([BN, BD], tl.float32)
-    b_dv = tl.zeros([BN, BD], tl.float32)
-    for i in range(i_first, i_last):
-        i_block = tl.load(p_visits + i * 3)
-        b_bits = _bits_of_keys(p_row, p_bits, tl.load(p_visits + i * 3 + 1), tl.load(p_visits + i * 3 + 2), o_key, CHUNK)
-        _, m_row, o_query, o_bit, o_q, o_stat = block_rows(p_blocks, i_block, i_head, queries, H, HKV, D, BM)
-        b_q = load_tile(p_q, o_q, m_row, D, BD)
-        b_do = load_tile(p_do, o_q, m_row, D, BD)
-        b_shift = tl.load(p_shift + o_stat, mask=m_row, other=0.0)
-        b_mean = tl.load(p_mean + o_stat, mask=m_row, other=0.0)
-        m_seen = m_key[:, None] & (((b_bits[:, None] >> o_bit[None, :]) & 1) != 0)  # everything is transposed: [keys, rows]
-        if CHUNK:
-            b_lo = tl.load(p_lo + L * queries + o_query, mask=m_row, other=0)
-            m_seen = m_seen & (o_key[:, None] < b_lo[None, :])
-        b_p = tl.exp2(dot(b_k, tl.trans(b_q), UPCAST) * scale - b_shift[None, :])
-        if EXACT:
-            b_p *= tl.load(p_factor + o_stat, mask=m_row, other=0.0)[None, :]
-        b_p = tl.where(m_seen, b_p, 0.0)
-        b_dv += dot(b_p.to(b_do.dtype), b_do, UPCAST)
-        b_ds = tl.where(b_p > 0, b_p * (dot(b_v, tl.trans(b_do), UPCAST) - b_mean[None, :]), 0.0)
-        b_dk += dot(b_ds.to(b_q.dtype), b_q, UPCAST)
-    b_dk *= d_scale
+
+@triton.jit
+def _write_part(
+    p_dk, p_dv, p_part_k, p_part_v, i_slot, o_slot, o_k, m_key, b_dk, b_dv, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr
+):  # fmt: skip
+    """Add to d_k, d_v where a program has all of a group of keys, else write partial sums."""
     if i_slot >= 0:
         o_part = (i_slot.to(tl.int64) * BN + o_slot) * D
         store_tile(p_part_k, o_part, m_key, b_dk, D, BD)
@@ -181,6 +158,94 @@ def unfold_d_key_kernel(
     else:  # no other program has this group
         store_tile(p_dk, o_k, m_key, b_dk + load_tile(p_dk, o_k, m_key, D, BD), D, BD)
         store_tile(p_dv, o_k, m_key, b_dv + load_tile(p_dv, o_k, m_key, D, BD), D, BD)
+
+
+@triton.jit
+def list_queries_kernel(p_bits, p_block, p_blocks, p_end, p_query, items, SIZE: tl.constexpr, BN: tl.constexpr):
+    """The queries of every item, side by side: those whose bits are set. p_end [items] int64: where an item's end.
+
+    Grid: (items / BN,).
+    """
+    o_item = tl.program_id(0) * BN + tl.arange(0, BN)
+    m_item = o_item < items
+    b_bits = tl.load(p_bits + o_item, mask=m_item, other=0)
+    i_first = tl.load(p_blocks + tl.load(p_block + o_item, mask=m_item, other=0) * 3)
+    o_to = tl.load(p_end + o_item - 1, mask=m_item & (o_item > 0), other=0)
+    for j in tl.static_range(SIZE):
+        b_bit = (b_bits >> j) & 1
+        tl.store(p_query + o_to, i_first + j, mask=b_bit > 0)
+        o_to += b_bit
+
+
+@triton.jit
+def chunk_d_key_kernel(
+    p_q, p_k, p_v, p_do, p_shift, p_factor, p_mean, p_lo, p_parts, p_query, p_child_lo, p_child_hi,
+    p_dk, p_dv, p_part_k, p_part_v, scale, d_scale, queries, keys, tokens,
+    H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, L: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Adds to d_k, d_v [B * R, HKV, D] fp32, or writes partial sums [slots, BN, D]: a level-0 gist and the raw tokens behind it.
+
+    From exactly the queries that selected it, with the heads of its KV head's group: BM // G queries a tile.
+    p_parts [parts, 6]: sample, KV head, row of the gist, first of its queries in p_query, last + 1, slot or -1. Grid: (parts,).
+    """
+    G: tl.constexpr = H // HKV
+    p_parts += tl.program_id(0).to(tl.int64) * 6
+    i_sample, i_head, i_row = tl.load(p_parts), tl.load(p_parts + 1), tl.load(p_parts + 2)
+    i_first, i_last, i_slot = tl.load(p_parts + 3), tl.load(p_parts + 4), tl.load(p_parts + 5)
+    o_slot = tl.arange(0, BN)
+    o_key, m_key = _group_keys(p_child_lo, p_child_hi, i_sample, i_row, o_slot, keys, tokens, True)
+    o_k = (i_sample.to(tl.int64) * keys + o_key) * (HKV * D) + i_head * D
+    b_k = load_tile(p_k, o_k, m_key, D, BD)
+    b_v = load_tile(p_v, o_k, m_key, D, BD)
+    b_dk = tl.zeros([BN, BD], tl.float32)
+    b_dv = tl.zeros([BN, BD], tl.float32)
+    o_row = tl.arange(0, BM)
+    for i in range(i_first, i_last, BM // G):
+        o_index = i + o_row // G
+        m_row = (o_row < BM // G * G) & (o_index < i_last)
+        o_query = tl.load(p_query + o_index, mask=m_row, other=0)
+        o_q = o_query.to(tl.int64) * (H * D) + (i_head * G + o_row % G) * D
+        o_stat = (i_head.to(tl.int64) * queries + o_query) * G + o_row % G
+        b_lo = tl.load(p_lo + L * queries + o_query, mask=m_row, other=0)  # what lies in the window counts there
+        m_seen = m_key[:, None] & m_row[None, :] & (o_key[:, None] < b_lo[None, :])
+        b_dk, b_dv = _add_rows(
+            b_dk, b_dv, b_k, b_v, p_q, p_do, p_shift, p_factor, p_mean, o_q, o_stat, m_row, m_seen, scale, D, BD, EXACT, UPCAST
+        )
+    _write_part(p_dk, p_dv, p_part_k, p_part_v, i_slot, o_slot, o_k, m_key, b_dk * d_scale, b_dv, D, BD, BN)
+
+
+@triton.jit
+def upper_d_key_kernel(
+    p_q, p_k, p_v, p_do, p_shift, p_factor, p_mean, p_blocks, p_parts, p_visits, p_row, p_bits,
+    p_dk, p_dv, p_part_k, p_part_v, scale, d_scale, queries, keys, tokens,
+    H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, L: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """The same for BN neighbouring gists above level 0, of which blocks of queries select many at once: visited by blocks.
+
+    p_parts [parts, 6]: sample, KV head, first key row, first visit, last + 1, slot or -1. p_visits [visits, 3]: block, first
+    item of p_row and p_bits, last + 1. Grid: (parts,).
+    """
+    p_parts += tl.program_id(0).to(tl.int64) * 6
+    i_sample, i_head, i_row = tl.load(p_parts), tl.load(p_parts + 1), tl.load(p_parts + 2)
+    i_first, i_last, i_slot = tl.load(p_parts + 3), tl.load(p_parts + 4), tl.load(p_parts + 5)
+    o_slot = tl.arange(0, BN)
+    o_key, m_key = i_row + o_slot, i_row + o_slot < keys
+    o_k = (i_sample.to(tl.int64) * keys + o_key) * (HKV * D) + i_head * D
+    b_k = load_tile(p_k, o_k, m_key, D, BD)
+    b_v = load_tile(p_v, o_k, m_key, D, BD)
+    b_dk = tl.zeros([BN, BD], tl.float32)
+    b_dv = tl.zeros([BN, BD], tl.float32)
+    for i in range(i_first, i_last):
+        i_block = tl.load(p_visits + i * 3)
+        b_bits = _bits_of_keys(p_row, p_bits, tl.load(p_visits + i * 3 + 1), tl.load(p_visits + i * 3 + 2), o_key)
+        _, m_row, o_query, o_bit, o_q, o_stat = block_rows(p_blocks, i_block, i_head, queries, H, HKV, D, BM)
+        m_seen = m_key[:, None] & (((b_bits[:, None] >> o_bit[None, :]) & 1) != 0)
+        b_dk, b_dv = _add_rows(
+            b_dk, b_dv, b_k, b_v, p_q, p_do, p_shift, p_factor, p_mean, o_q, o_stat, m_row, m_seen, scale, D, BD, EXACT, UPCAST
+        )
+    _write_part(p_dk, p_dv, p_part_k, p_part_v, i_slot, o_slot, o_k, m_key, b_dk * d_scale, b_dv, D, BD, BN)
 
 
 @triton.jit

@@ -17,7 +17,8 @@ LONGEST_CHUNK = 127  # raw tokens behind one level-0 gist at most
 class UnfoldTiles:
     """Tiles of the forward kernel, d_q, and of d_k/d_v: by chunks, by gists above level 0, by windows and sinks.
 
-    All but the last have the rows of one block of queries. The keys of ``chunks`` stand for chunks of c0 = 8 tokens.
+    ``forward``, ``d_query`` and ``upper`` have the rows of one block of queries. The keys of ``chunks`` stand for chunks of
+    c0 = 8 tokens, its rows for as many whole queries as fit.
     """
 
     forward: Tile
@@ -34,8 +35,9 @@ class UnfoldTiles:
         """With as many rows as a block of queries has, and room for the longest chunk."""
         rows = max(16, triton.next_power_of_2(self.block(group) * group))
         keys = max(16, triton.next_power_of_2(1 + longest_chunk))
+        chunks = replace(self.chunks, rows=max(self.chunks.rows, triton.next_power_of_2(group)), keys=keys)
         change = {name: replace(getattr(self, name), rows=rows) for name in ("forward", "d_query", "upper")}
-        return replace(self, **change, chunks=replace(self.chunks, rows=rows, keys=keys))
+        return replace(self, **change, chunks=chunks)
 
 
 def choose_unfold_tiles(architecture: str, block_dim: int, item_size: int) -> UnfoldTiles:
@@ -46,8 +48,8 @@ def choose_unfold_tiles(architecture: str, block_dim: int, item_size: int) -> Un
 
 # Forward, d_q, chunks, upper. 32 rows: eight queries of four heads, see docs/kernels.md; within 99 KB of shared memory.
 _GPU = {
-    (64, 2): (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2), Tile(32, 16, 4, 2), Tile(32, 16, 4, 2)),
-    (128, 2): (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2), Tile(32, 16, 4, 2), Tile(32, 16, 4, 2)),
+    (64, 2): (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2), Tile(64, 16, 4, 2), Tile(32, 16, 4, 2)),
+    (128, 2): (Tile(32, 64, 4, 2), Tile(32, 64, 4, 2), Tile(64, 16, 4, 2), Tile(32, 16, 4, 2)),
     (256, 2): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 2), Tile(32, 16, 8, 2), Tile(32, 16, 8, 2)),
     (64, 4): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 16, 4, 1), Tile(32, 16, 4, 1)),
     (128, 4): (Tile(16, 16, 4, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),

@@ -21,8 +21,10 @@ from kernels.select.blocks import BlockLists, block_lists
 from kernels.select.selection import Selection, SelectRule
 from kernels.tree import GistTree
 from kernels.unfold import backward, forward
-from kernels.unfold.plan import Visits, group_visits, longest_chunk, near_items
+from kernels.unfold.plan import Parts, chunk_items, group_visits, longest_chunk, near_items
 from kernels.unfold.tiles import LARGEST_TILE, LONGEST_CHUNK, UnfoldTiles, choose_unfold_tiles
+
+ITEMS = 256  # of one program that lists the queries of items
 
 
 def unfold_attention_triton(
@@ -119,9 +121,8 @@ class _UnfoldAttention(torch.autograd.Function):
                 **_sizes(q, k, tree), **launch_options(tiles.d_query),
             )  # fmt: skip
             rows = _d_near(q, k, v, d_out, shift, factor, mean, tree, scale, tiles.near)
-            for chunks, tile in ((True, tiles.chunks), (False, tiles.upper)):
-                visits = group_visits(tree, lists, tile.keys, chunks)
-                _d_groups(q, k, v, d_out, shift, factor, mean, rows, tree, lists, visits, scale, tile, chunks)
+            _d_chunks(q, k, v, d_out, shift, factor, mean, rows, tree, lists, scale, tiles.chunks)
+            _d_upper(q, k, v, d_out, shift, factor, mean, rows, tree, lists, scale, tiles.upper)
         d_k, d_v = (_by_token(x, tree, ctx.shape).to(k.dtype) for x in rows)
         return d_q, d_k, d_v, None, None, None, None
 
@@ -148,23 +149,47 @@ def _d_near(q, k, v, d_out, shift, factor, mean, tree: GistTree, scale: float, t
     return d_rows
 
 
-def _d_groups(
-    q, k, v, d_out, shift, factor, mean, d_rows, tree: GistTree, lists: BlockLists, visits: Visits, scale, tile: Tile, chunks
-) -> None:
-    """Add what groups of keys get from the blocks that visit them to d_rows [2, B * R, Hkv, D]."""
-    if not len(visits.parts):
+def _d_chunks(q, k, v, d_out, shift, factor, mean, d_rows, tree: GistTree, lists: BlockLists, scale, tile: Tile) -> None:
+    """Add what chunks get from the queries that selected them to d_rows [2, B * R, Hkv, D]."""
+    items = chunk_items(tree, lists, tile.keys)
+    if not items.queries:
         return
-    sizes, lengths = _sizes(q, k, tree), _lengths(tree)
-    parts = torch.empty(2, visits.slots, tile.keys, q.shape[2], dtype=torch.float32, device=q.device)
-    backward.unfold_d_key_kernel[(len(visits.parts),)](
-        q, k, v, d_out, shift, factor, mean, tree.lo, lists.blocks.table, visits.parts, visits.visits, visits.row, visits.bits,
-        tree.child_lo, tree.child_hi, *d_rows, *parts, scale * LOG2_E, scale, *lengths,
-        CHUNK=chunks, **sizes, **launch_options(tile),
+    query = torch.empty(items.queries, dtype=torch.int32, device=q.device)
+    count = len(items.bits)
+    backward.list_queries_kernel[(triton.cdiv(count, ITEMS),)](
+        items.bits, items.block, lists.blocks.table, items.end, query, count, SIZE=lists.blocks.size, BN=ITEMS
+    )
+    parts = _new_parts(q, items.parts, tile)
+    backward.chunk_d_key_kernel[(len(items.parts.table),)](
+        q, k, v, d_out, shift, factor, mean, tree.lo, items.parts.table, query, tree.child_lo, tree.child_hi, *d_rows, *parts,
+        scale * LOG2_E, scale, *_lengths(tree), **_sizes(q, k, tree), **launch_options(tile),
     )  # fmt: skip
-    if len(visits.sums):
-        backward.add_parts_kernel[len(visits.sums), tile.keys // 16](
-            *parts, visits.sums, tree.child_lo, tree.child_hi, *d_rows, *lengths[1:],
-            HKV=k.shape[1], D=q.shape[2], BD=sizes["BD"], BN=tile.keys, CHUNK=chunks,
+    _add_parts(q, k, d_rows, parts, items.parts, tree, tile, True)
+
+
+def _d_upper(q, k, v, d_out, shift, factor, mean, d_rows, tree: GistTree, lists: BlockLists, scale, tile: Tile) -> None:
+    """Add what gists above level 0 get from the blocks that visit them."""
+    visits = group_visits(tree, lists, tile.keys)
+    if not len(visits.visits):
+        return
+    parts = _new_parts(q, visits.parts, tile)
+    backward.upper_d_key_kernel[(len(visits.parts.table),)](
+        q, k, v, d_out, shift, factor, mean, lists.blocks.table, visits.parts.table, visits.visits, visits.row, visits.bits,
+        *d_rows, *parts, scale * LOG2_E, scale, *_lengths(tree), **_sizes(q, k, tree), **launch_options(tile),
+    )  # fmt: skip
+    _add_parts(q, k, d_rows, parts, visits.parts, tree, tile, False)
+
+
+def _new_parts(q: Tensor, parts: Parts, tile: Tile) -> Tensor:
+    return torch.empty(2, parts.slots, tile.keys, q.shape[2], dtype=torch.float32, device=q.device)
+
+
+def _add_parts(q: Tensor, k: Tensor, d_rows: Tensor, partial: Tensor, parts: Parts, tree: GistTree, tile: Tile, chunks: bool):
+    """Add partial sums [2, slots, keys, D] to d_rows."""
+    if len(parts.sums):
+        backward.add_parts_kernel[len(parts.sums), tile.keys // 16](
+            *partial, parts.sums, tree.child_lo, tree.child_hi, *d_rows, *_lengths(tree)[1:],
+            HKV=k.shape[1], D=q.shape[2], BD=triton.next_power_of_2(q.shape[2]), BN=tile.keys, CHUNK=chunks,
         )  # fmt: skip
 
 
