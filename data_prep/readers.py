@@ -7,6 +7,8 @@ how to come back to the place behind it, which is what lets an interrupted run g
 import json
 from collections.abc import Callable, Iterator, Sequence
 
+import orjson
+
 from data_prep.columnar import read_arrow, read_hub, read_parquet
 from data_prep.delimited import read_csv
 from data_prep.errors import DataError
@@ -123,6 +125,13 @@ def _json_text(source: Source, line: Line, at: Position) -> tuple[str | None, st
     if line.size > source.limit:
         return None, too_long(line.size, source.limit), True
     raw = line.raw.removeprefix(BOM) if line.end == line.size else line.raw
+    if not (source.where or source.fields):  # where only a text is taken: orjson rounds integers beyond 64 bits
+        try:
+            row = orjson.loads(raw)
+        except orjson.JSONDecodeError:
+            row = None  # json takes more (NaN, halves of surrogate pairs), and says what is wrong
+        if isinstance(row, dict):
+            return text_of(row, source)
     try:
         decoded = raw.decode("utf-8")
     except UnicodeDecodeError as e:

@@ -54,6 +54,30 @@ def test_places_name_lines(tmp_path):
     assert places == [("1\n2", "a.txt:1"), ("\n5", "a.txt:4"), ("7", "a.txt:7"), ("x", "b.jsonl:2")]
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"text": "a", "text": "b"}',
+        '{"text": "x", "n": NaN, "m": -Infinity}',
+        '{"text": "x", "n": 123456789012345678901234567890, "f": 1e400}',
+        r'{"text": "half \ud83d of a pair"}',
+        r'{"text": "whole \ud83d\ude00 nul \u0000"}',
+        ' \t{"text": "white space"} \r',
+        '{"text": "deep", "n": ' + "[" * 900 + "]" * 900 + "}",
+        '{"text": "too deep for one parser", "n": ' + "[" * 2000 + "]" * 2000 + "}",
+    ],
+)
+def test_a_line_reads_as_json_has_it(tmp_path, line):
+    (tmp_path / "a.jsonl").write_bytes(line.encode() + b"\n")
+    try:
+        expected = json.loads(line)["text"]
+    except RecursionError:
+        with pytest.raises(DataError, match="nested too deeply"):
+            texts(tmp_path / "a.jsonl")
+    else:
+        assert texts(tmp_path / "a.jsonl") == [expected]
+
+
 def test_jsonl_and_parquet(tmp_path):
     rows = ["plain", "tab\tand\nnewline \U0001f600", "", "\u2028 is no line end"]
     with open(tmp_path / "a.jsonl", "w", encoding="utf-8") as stream:
