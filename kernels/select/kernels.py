@@ -76,6 +76,13 @@ def _candidates(
 
 
 @triton.jit
+def _load_slice(p_x, o_x, m_x, i_dim, D: tl.constexpr, BS: tl.constexpr):
+    """Tile [n, BS], the elements from i_dim on of rows that begin at offsets o_x [n]; zero outside the mask and beyond D."""
+    o_dim = i_dim + tl.arange(0, BS)
+    return tl.load(p_x + o_x[:, None] + o_dim[None, :], mask=m_x[:, None] & (o_dim < D)[None, :], other=0.0)
+
+
+@triton.jit
 def _tile(
     b_q, p_q, o_q, m_row, p_k, p_row, p_words, p_place, p_child_lo, p_child_hi, i, i_item, items, places,
     i_span, span, b_lo, b_hi,
@@ -89,10 +96,20 @@ def _tile(
     o_key, m_seen, i_item = _candidates(
         p_row, p_words, p_place, p_child_lo, p_child_hi, i, i_item, items, places, i_span, span, b_lo, b_hi, BM, BN, WORDS, TOP
     )
-    b_k = tl.trans(load_tile(p_k, o_key.to(tl.int64) * (HKV * D), o_key >= 0, D, BD))
-    b_s = dot(b_q, b_k, UPCAST)
-    for h in range(1, SUM):
-        b_s += dot(load_tile(p_q, o_q + h * D, m_row, D, BD), b_k, UPCAST)
+    o_k = o_key.to(tl.int64) * (HKV * D)
+    BS: tl.constexpr = min(BD, 64)
+    if p_k.dtype.element_ty == tl.float32 and BD > BS:
+        # fp32 products run without tensor cores, each thread holding whole rows of its operands: a slice after another.
+        b_s = tl.zeros([BM, BN], tl.float32)
+        for i_dim in range(0, BD, BS):
+            b_k = tl.trans(_load_slice(p_k, o_k, o_key >= 0, i_dim, D, BS))
+            for h in range(0, SUM):
+                b_s += dot(_load_slice(p_q, o_q + h * D, m_row, i_dim, D, BS), b_k, UPCAST)
+    else:
+        b_k = tl.trans(load_tile(p_k, o_k, o_key >= 0, D, BD))
+        b_s = dot(b_q, b_k, UPCAST)
+        for h in range(1, SUM):
+            b_s += dot(load_tile(p_q, o_q + h * D, m_row, D, BD), b_k, UPCAST)
     return o_key, tl.where(m_seen, ordered(b_s), LEAST), i_item
 
 

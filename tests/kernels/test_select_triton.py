@@ -74,7 +74,8 @@ def test_equals_the_cpu_path(name, rule_name, share):
 
 @needs_runs
 @pytest.mark.parametrize(
-    "heads,kv_heads,dim,dtype", [(3, 3, 80, torch.float16), (7, 1, 128, torch.bfloat16), (40, 1, 64, torch.float32)]
+    "heads,kv_heads,dim,dtype",
+    [(3, 3, 80, torch.float16), (7, 1, 128, torch.bfloat16), (2, 1, 80, torch.float32), (40, 1, 64, torch.float32)],
 )
 def test_groups_dimensions_dtypes(heads, kv_heads, dim, dtype):
     tree, config, q, k = case("suffix", heads, kv_heads, dim, dtype)
