@@ -26,9 +26,9 @@ def recall_claim(args: Namespace) -> Iterator[str]:
     Raises:
         UserError: results in --output were made with other settings, or there are none to report.
     """
-    if args.shorten < 1:
-        raise UserError(f"--shorten {args.shorten}: is below 1")
-    plan = shortened(Plan(), args.shorten)
+    if not 0 < args.train_steps < float("inf"):
+        raise UserError(f"--train-steps {args.train_steps}: is no factor above 0, such as 0.1 or 3")
+    plan = scaled(Plan(), args.train_steps)
     results = Results(args.output, plan)
     if not args.report_only:
         groups = parallel.initialize(ParallelConfig())
@@ -41,10 +41,10 @@ def recall_claim(args: Namespace) -> Iterator[str]:
     yield from write_report(args.output, outcomes, plan)
 
 
-def shortened(plan: Plan, divisor: int) -> Plan:
-    """A plan with an n-th of the steps."""
-    cut = lambda stage: tuple((part, max(1, steps // divisor)) for part, steps in stage)
-    return dataclasses.replace(plan, base=cut(plan.base), forget=cut(plan.forget), branch=cut(plan.branch))
+def scaled(plan: Plan, factor: float) -> Plan:
+    """A plan with so many times the steps."""
+    scale = lambda stage: tuple((part, max(1, round(steps * factor))) for part, steps in stage)
+    return dataclasses.replace(plan, base=scale(plan.base), forget=scale(plan.forget), branch=scale(plan.branch))
 
 
 def _run_seed(results: Results, plan: Plan, build: BuildContext, sizes: list[tuple[int, ...]]) -> Iterator[str]:
@@ -68,7 +68,7 @@ class Results:
         self._runs.mkdir(parents=True, exist_ok=True)
         for path in sorted(self._runs.glob("*.json")):
             if json.loads(path.read_text())["plan"] != self._plan:
-                raise UserError(f"{path}: was made with other settings; take another --output, or the same --shorten")
+                raise UserError(f"{path}: was made with other settings; take another --output, or the same --train-steps")
 
     def _path(self, seed: int, chunk_sizes: tuple[int, ...]) -> Path:
         return self._runs / f"seed{seed}-{'x'.join(map(str, chunk_sizes)) or 'dense'}.json"

@@ -21,4 +21,5 @@ def add_arguments(parser: ArgumentParser) -> None:
     kinds = list(CHUNK_SIZES)
     parser.add_argument("--gists", nargs="+", default=kinds, choices=kinds, help="levels of gists: one, two (default: both)")
     parser.add_argument("--report-only", action="store_true", help="train nothing, write the report of what is there")
-    parser.add_argument("--shorten", type=int, default=1, metavar="N", help="an Nth of all steps, to try the command out")
+    words = "so many times the steps of every stage: 0.02 to try the command out, 3 to see what more training brings (default: 1)"
+    parser.add_argument("--train-steps", type=float, default=1.0, metavar="FACTOR", help=words)

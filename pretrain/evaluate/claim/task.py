@@ -27,10 +27,10 @@ class LookupTask:
     """
 
     context: int = 256
-    facts: int = 40
-    links: int = 12
-    singles: int = 20
-    keys: int = 48
+    facts: int = 24
+    links: int = 8
+    singles: int = 14
+    keys: int = 32
     values: int = 16
     aliases: int = 16
     filler: int = 16

@@ -36,16 +36,16 @@ class Plan:
         evaluated: contexts that accuracy is measured on, the same for all arms, never trained on.
     """
 
-    base: Stage = ((8, 450), (4, 150), (1, 150))
-    forget: Stage = ((8, 300), (4, 200))
-    branch: Stage = ((4, 300), (1, 150))
+    base: Stage = ((8, 350), (4, 150), (1, 100))
+    forget: Stage = ((8, 150), (4, 150), (1, 150))
+    branch: Stage = ((4, 100), (1, 250))
     batch: int = 8
-    evaluated: int = 64
-    lr: float = 5e-3
-    matrix_lr: float = 0.01
+    evaluated: int = 128
+    lr: float = 3e-3
+    matrix_lr: float = 0.005
     layers: int = 3
     hidden_size: int = 64
-    heads: int = 2
+    heads: int = 1
     task: LookupTask = LookupTask()
 
     def model(self) -> ModelConfig:
@@ -57,6 +57,8 @@ class Plan:
             kv_heads=self.heads,
             ffn_size=2 * self.hidden_size,
             init_std=self.hidden_size**-0.5,
+            # Look-ups are by content: rotary positions leave only the slow half of so small a head to tell keys apart.
+            nope_layers=tuple(range(1, self.layers)),
         )
 
 
