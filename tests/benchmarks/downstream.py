@@ -1,12 +1,13 @@
-"""An export in the hands of others: lm-evaluation-harness on a local task, dense and with gists, and conversion to GGUF.
+"""An export in the hands of others: lm-evaluation-harness on a local task, dense and with gists, and llama.cpp by way of GGUF.
 
     pip install --target SITE --no-deps lm-eval==0.4.13 evaluate pytablewriter dataproperty mbstrdecoder pathvalidate tabledata \\
         tcolorpy typepy rouge-score nltk absl-py sacrebleu portalocker tabulate colorama lxml scikit-learn scipy joblib \\
-        threadpoolctl sqlitedict dill word2number more_itertools chardet
+        threadpoolctl sqlitedict dill word2number more_itertools chardet xllamacpp==2026.10.11549
     pip download --no-deps --no-binary llama-cpp-python llama-cpp-python==0.3.36 -d DIR      # its script converts
     python -m tests.benchmarks.downstream --model EXPORT --site SITE --llama-cpp DIR/llama_cpp_python-0.3.36.tar.gz --output NEW
 
-Prints one JSON object. The harness is not in requirements.txt: it would bring forty packages that nothing else needs.
+Prints one JSON object. xllamacpp, a wheel with llama.cpp in it, runs the GGUF file. Nothing of this is in requirements.txt: the
+harness would bring forty packages that nothing else needs.
 """
 
 from __future__ import annotations
@@ -36,6 +37,26 @@ ROWS = [
 ]
 # What is installed for the project comes first; SITE only adds to it.
 HARNESS = "import sys; sys.path.append(sys.argv.pop(1)); from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
+# Likeliest next tokens of each prompt, by llama.cpp in fp32 throughout (its cache is fp16 unless told).
+RUN_GGUF = """
+import json, sys
+sys.path.append(sys.argv[1])
+import xllamacpp
+params = xllamacpp.CommonParams()
+params.model.path, params.n_ctx, params.warmup = sys.argv[2], 512, False
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+server, result = xllamacpp.Server(params), []
+for ids in json.loads(sys.argv[3]):
+    asked = {"prompt": ids, "max_tokens": 1, "temperature": 0.0, "logprobs": int(sys.argv[4]), "cache_prompt": False}
+    answer = server.handle_completions(asked)
+    assert answer["usage"]["prompt_tokens"] == len(ids), answer
+    found = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+    result.append([[token["id"], token["logprob"]] for token in found])
+print(json.dumps(result))
+"""
+LIKELIEST = 8
+GGUF = "model.gguf"
 MODES = {"dense": "", "gist": ",attn_implementation=gist"}
 
 
@@ -72,7 +93,8 @@ def ours(model: Path) -> list[list[float]]:
 
 
 def to_gguf(model: Path, archive: Path, output: Path) -> int:
-    """Convert with llama.cpp's script out of the source distribution of llama-cpp-python; the tensors that the file holds."""
+    """Convert into GGUF of ``output`` with llama.cpp's script out of the source distribution of llama-cpp-python; returns the
+    number of tensors that the file holds."""
     output.mkdir(parents=True)
     with tarfile.open(archive) as tar:
         members = [
@@ -82,7 +104,7 @@ def to_gguf(model: Path, archive: Path, output: Path) -> int:
         ]
         tar.extractall(output, members=members, filter="data")
     root = next(output.glob("*/vendor/llama.cpp"))
-    file = output / "model.gguf"
+    file = output / GGUF
     command = [sys.executable, root / "convert_hf_to_gguf.py", model, "--outfile", file, "--outtype", "f32"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     if done.returncode:
@@ -94,6 +116,28 @@ def to_gguf(model: Path, archive: Path, output: Path) -> int:
         [sys.executable, "-c", count, str(root / "gguf-py"), str(file)], capture_output=True, text=True, check=True
     )
     return int(counted.stdout)
+
+
+def gguf_difference(model: Path, file: Path, site: Path) -> float:
+    """Largest difference of log-probabilities, nats: the likeliest next tokens of each row by llama.cpp, and the same tokens by
+    transformers on the export that the file was made of, dense."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    prompts = [tokenizer.encode(row["question"]) for row in ROWS]
+    command = [sys.executable, "-c", RUN_GGUF, site, file, json.dumps(prompts), LIKELIEST]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"llama.cpp ended with {done.returncode}: {done.stderr[-2000:]}")
+    theirs = json.loads(done.stdout.splitlines()[-1])
+    reference, largest = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval(), 0.0
+    for ids, found in zip(prompts, theirs, strict=True):
+        assert len(found) == LIKELIEST, found
+        with torch.no_grad():
+            ours = reference(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+        largest = max(largest, *(abs(float(ours[token]) - value) for token, value in found))
+    return largest
 
 
 def difference(a: list[list[float]], b: list[list[float]]) -> float:
@@ -114,6 +158,8 @@ def main() -> None:
         result |= {"harness": likelihoods, "dense_difference_from_ours": difference(likelihoods["dense"], ours(args.model))}
     if args.llama_cpp:
         result["gguf_tensors"] = to_gguf(args.model, args.llama_cpp, args.output / "gguf")
+    if args.llama_cpp and args.site:
+        result["gguf_difference"] = gguf_difference(args.model, args.output / "gguf" / GGUF, args.site)
     print(json.dumps(result, indent=1))
 
 

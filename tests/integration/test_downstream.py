@@ -1,4 +1,9 @@
-"""Exports in the hands of others: lm-evaluation-harness in both modes, conversion to GGUF (tests/benchmarks/downstream.py)."""
+"""Exports in the hands of others: lm-evaluation-harness in both modes, llama.cpp by way of GGUF.
+
+tests/benchmarks/downstream.py tells how to get what they need: a directory SITE and an archive FILE. Then
+
+    LM_EVAL_SITE=SITE LLAMA_CPP_SDIST=FILE python -m pytest -m long tests/integration/test_downstream.py
+"""
 
 import math
 import os
@@ -38,6 +43,8 @@ def test_harness(exported, tmp_path):
 
 
 def test_gguf(exported, tmp_path):
-    """Nine tensors per layer, the embedding (tied) and the last norm."""
+    """Nine tensors per layer, the embedding (tied) and the last norm; and what llama.cpp computes with them."""
     archive = installed("LLAMA_CPP_SDIST", "the source distribution of llama-cpp-python")
+    site = installed("LM_EVAL_SITE", "a directory with xllamacpp")
     assert downstream.to_gguf(exported, archive, tmp_path / "gguf") == 2 * 9 + 2
+    assert downstream.gguf_difference(exported, tmp_path / "gguf" / downstream.GGUF, site) < 1e-3
