@@ -37,7 +37,8 @@ ROWS = [
 ]
 # What is installed for the project comes first; SITE only adds to it.
 HARNESS = "import sys; sys.path.append(sys.argv.pop(1)); from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
-# Likeliest next tokens of each prompt, by llama.cpp in fp32 throughout (its cache is fp16 unless told).
+# Likeliest next tokens of each prompt, by llama.cpp in fp32 throughout: its cache, and what flash attention multiplies, are fp16
+# unless told, which moves the log-probabilities of a random model by 0.008.
 RUN_GGUF = """
 import json, sys
 sys.path.append(sys.argv[1])
@@ -46,6 +47,7 @@ params = xllamacpp.CommonParams()
 params.model.path, params.n_ctx, params.warmup = sys.argv[2], 512, False
 params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
 params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
 server, result = xllamacpp.Server(params), []
 for ids in json.loads(sys.argv[3]):
     asked = {"prompt": ids, "max_tokens": 1, "temperature": 0.0, "logprobs": int(sys.argv[4]), "cache_prompt": False}
