@@ -63,8 +63,8 @@ def recall_programs(arch: str, dim: int, dtype: str, item_size: int, heads: int,
         "unfold add_parts": (backward.add_parts_kernel, replace(tiles.chunks, warps=4, stages=3), dict(CHUNK=True), sums),
     }
     for share, summed in (("head", 1), ("group", group)):
-        for top, tile in zip((True, False), SELECT_TILES[arch][block_dim, item_size]):
-            tile = fitted(tile, size * group // summed, summed)
+        for top, tile in zip((True, False), SELECT_TILES[arch][share][block_dim, item_size]):
+            tile = fitted(tile, size * group // summed)
             words = -(-tile.rows // 32)
             flags = dict(SUM=summed, WORDS=words, TOP=top, BOTTOM=not top, HELD=held(tile, False))
             name = f"{share} {'top' if top else 'below'}"

@@ -98,8 +98,9 @@ def _tile(
     )
     o_k = o_key.to(tl.int64) * (HKV * D)
     BS: tl.constexpr = min(BD, 64)
-    if p_k.dtype.element_ty == tl.float32 and BD > BS:
-        # fp32 products run without tensor cores, each thread holding whole rows of its operands: a slice after another.
+    if (p_k.dtype.element_ty == tl.float32 or SUM > 1) and BD > BS:
+        # Registers: fp32 products run without tensor cores, each thread holding whole rows of its operands; sums of heads load
+        # every head's queries anew in any case. So a slice of the dimension after another.
         b_s = tl.zeros([BM, BN], tl.float32)
         for i_dim in range(0, BD, BS):
             b_k = tl.trans(_load_slice(p_k, o_k, o_key >= 0, i_dim, D, BS))

@@ -21,21 +21,24 @@ from kernels.select.selection import Selection, SelectRule
 from kernels.tree import GistTree
 
 LARGEST_GROUP = 128  # rows of a tile
-# Per architecture, padded head dimension and bytes per element, of the top level and of those below it; the rows are those of
-# one block of queries.
-_HALF = {
-    64: (Tile(32, 64, 4, 2), Tile(32, 32, 4, 2)),
-    128: (Tile(32, 64, 4, 2), Tile(32, 32, 4, 2)),
-    256: (Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+# Per padded head dimension and bytes per element, of the top level and of those below it; the rows are those of one block of
+# queries. Sums of several heads' scores take more registers.
+_HEAD = {
+    (64, 2): (Tile(32, 64, 4, 2), Tile(32, 32, 4, 2)),
+    (128, 2): (Tile(32, 64, 4, 2), Tile(32, 32, 4, 2)),
+    (256, 2): (Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+    (64, 4): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+    (128, 4): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    (256, 4): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
 }
-_FULL = {
-    64: (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
-    128: (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
-    256: (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
-}
-_GPU = {(dim, 2): tile for dim, tile in _HALF.items()} | {(dim, 4): tile for dim, tile in _FULL.items()}
+_GROUP = {
+    (64, 2): (Tile(16, 16, 4, 2), Tile(16, 32, 4, 2)),
+    (128, 2): (Tile(16, 16, 4, 2), Tile(16, 32, 4, 2)),
+    (256, 2): (Tile(16, 32, 4, 2), Tile(16, 32, 4, 2)),
+} | {(dim, 4): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)) for dim in (64, 128, 256)}
+_GPU = {"head": _HEAD, "group": _GROUP}
 TABLE = {arch: _GPU for arch in ("sm_80", "sm_90", "sm_100")}
-TABLE["interpreter"] = {key: (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)) for key in _GPU}
+TABLE["interpreter"] = {share: {key: (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)) for key in _HEAD} for share in _GPU}
 PROGRAMS = 4  # that search, per multiprocessor: their scratch stays in the L2 cache
 
 
@@ -66,15 +69,14 @@ def why_not(q: Tensor, k: Tensor, rule: SelectRule) -> str | None:
     return None
 
 
-def tiles_for(q: Tensor) -> tuple[Tile, Tile]:
+def tiles_for(q: Tensor, share: str = "head") -> tuple[Tile, Tile]:
     """The tiles for the device, head dimension and dtype of q: at the top level, below."""
-    return TABLE[architecture(q)][max(64, triton.next_power_of_2(q.shape[2])), q.element_size()]
+    return TABLE[architecture(q)][share][max(64, triton.next_power_of_2(q.shape[2])), q.element_size()]
 
 
-def fitted(tile: Tile, rows: int, summed: int) -> Tile:
-    """The tile for a number of rows in a block, each the sum of so many heads (which takes registers: fewer keys, more warps)."""
-    tile = replace(tile, rows=max(16, triton.next_power_of_2(rows)))
-    return tile if summed == 1 else replace(tile, keys=16, warps=8)
+def fitted(tile: Tile, rows: int) -> Tile:
+    """The tile for a number of rows in a block."""
+    return replace(tile, rows=max(16, triton.next_power_of_2(rows)))
 
 
 def held(tile: Tile, interpreted: bool = INTERPRETED) -> int:
@@ -106,7 +108,7 @@ def select_lists(q: Tensor, k: Tensor, tree: GistTree, rule: SelectRule, size: i
     group = q.shape[1] // k.shape[1]
     summed = group if rule.share == "group" else 1
     rows = size * group // summed
-    top, below = (fitted(tile, rows, summed) for tile in tiles_for(q))
+    top, below = (fitted(tile, rows) for tile in tiles_for(q, rule.share))
     levels: list[_Level] = []
     for s in range(tree.levels):
         # The budget's cap counts all gists of the level before the query.

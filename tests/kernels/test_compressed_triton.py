@@ -1,9 +1,6 @@
 """The Triton backend against the reference: on a GPU where there is one, else in Triton's interpreter, in its own process."""
 
 import importlib.util
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -17,31 +14,32 @@ from kernels.compressed.reference import compressed_attention_reference
 from kernels.compressed.tiles import HEAD_DIMS, TABLE
 from kernels.testing import gradients, plain_attention, uniform_intervals
 from tests.kernels.cases import CASES, make_layout, random_qkv
+from tests.kernels.interpreter import DEVICE, GPU, RUNS, compute_like_a_gpu, needs_runs, run_in_interpreter
 
-GPU = torch.cuda.is_available()
-RUNS = GPU or backend.INTERPRETED
-DEVICE = "cuda" if GPU and not backend.INTERPRETED else "cpu"
-runs = pytest.mark.skipif(not RUNS, reason="no GPU; test_in_the_interpreter runs it in a process with TRITON_INTERPRET=1")
 # fp32 sums of some ten terms of size one: where plain PyTorch is exactly right (one visible key), 16-bit kernels may not be.
 FP32_ROUNDING = 2e-6
+# Layouts in fp32 by default: what the other tests, most of them of packed documents or a closed context, do not have.
+SOME = [
+    "jittered chunks", "four levels", "wide window", "no sink", "no gist at all", "shorter than a chunk", "shorter than the sink",
+    "single token",
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
 def faithful_interpreter(monkeypatch):
     if backend.INTERPRETED:
-        from tests.kernels.interpreter import compute_like_a_gpu
-
         compute_like_a_gpu(monkeypatch)
 
 
 @pytest.mark.skipif(RUNS, reason="a GPU, or the interpreter: the tests run here directly")
 def test_in_the_interpreter():
-    """All tests of this file on CPU tensors. TRITON_INTERPRET is read when kernels are decorated, hence the process."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not long", "-p", "no:cacheprovider", __file__]
-    environment = dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    print(result.stdout)
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+    run_in_interpreter(__file__, "not long")
+
+
+@pytest.mark.long
+@pytest.mark.skipif(RUNS, reason="a GPU, or the interpreter: the tests run here directly")
+def test_more_in_the_interpreter():
+    run_in_interpreter(__file__, "long")
 
 
 def errors_at_most_twice_plain(attention, qkv, d_out, intervals, scale):
@@ -64,8 +62,8 @@ def case(name, heads, kv_heads, dim, dtype, seed=0):
     return layout, qkv, d_out
 
 
-@runs
-@pytest.mark.parametrize("name", CASES)
+@needs_runs
+@pytest.mark.parametrize("name", [n if n in SOME else pytest.param(n, marks=pytest.mark.long) for n in CASES])
 def test_error_at_most_twice_plain_pytorch(name):
     """Every case in fp32 (whose bound is the tightest); 16 bits below."""
     layout, qkv, d_out = case(name, 2, 1, 64, torch.float32)
@@ -74,15 +72,15 @@ def test_error_at_most_twice_plain_pytorch(name):
     errors_at_most_twice_plain(ours, qkv, d_out, layout.intervals, scale)
 
 
-@runs
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@needs_runs
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float16, marks=pytest.mark.long), torch.bfloat16])
 def test_16_bits(dtype):
     layout, qkv, d_out = case("packed documents", 2, 1, 64, dtype)
     ours = lambda *x: compressed_attention(*x, layout.intervals, scale=0.125, backend="triton")
     errors_at_most_twice_plain(ours, qkv, d_out, layout.intervals, 0.125)
 
 
-@runs
+@needs_runs
 @pytest.mark.parametrize("dim,dtype", [(80, torch.float32), (96, torch.bfloat16), (128, torch.float16), (256, torch.bfloat16)])
 def test_head_dimensions(dim, dtype):
     layout, qkv, d_out = case("no sink" if dim == 96 else "closed context", 1, 1, dim, dtype)
@@ -90,16 +88,19 @@ def test_head_dimensions(dim, dtype):
     errors_at_most_twice_plain(ours, qkv, d_out, layout.intervals, 0.2)
 
 
-@runs
-@pytest.mark.parametrize("heads,kv_heads", [(3, 3), (6, 2), (7, 1), (40, 1)])
+LONG_GROUPS = [pytest.param(*n, marks=pytest.mark.long) for n in ((3, 3), (7, 1))]
+
+
+@needs_runs
+@pytest.mark.parametrize("heads,kv_heads", [(6, 2), (40, 1), *LONG_GROUPS])
 def test_group_sizes(heads, kv_heads):
     layout, qkv, d_out = case("chunk of one" if heads < 40 else "shorter than the sink", heads, kv_heads, 64, torch.float32)
     ours = lambda *x: compressed_attention(*x, layout.intervals, scale=0.1, backend="triton")
     errors_at_most_twice_plain(ours, qkv, d_out, layout.intervals, 0.1)
 
 
-@runs
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@needs_runs
+@pytest.mark.parametrize("arch", [pytest.param("sm_80", marks=pytest.mark.long), "sm_90"])
 def test_tiles_of_the_table(arch):
     """The tile sizes that GPUs run, with split key blocks and long full parts."""
     _, intervals = uniform_intervals(300, (2, 2), device=DEVICE)
@@ -112,8 +113,8 @@ def test_tiles_of_the_table(arch):
     errors_at_most_twice_plain(ours, [q, k, v], d_out, intervals, 0.125)
 
 
-@runs
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@needs_runs
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.long)])
 def test_many_partial_sums(monkeypatch, dtype):
     """Blocks of keys split into many items: as at 100k tokens, and with one head per KV head."""
     monkeypatch.setattr(plan, "SHORTEST_SPLIT", 24)
@@ -125,10 +126,10 @@ def test_many_partial_sums(monkeypatch, dtype):
     assert min(keys.sink.slots, keys.top.slots, keys.local.slots) >= 8
 
 
-@runs
+@needs_runs
 def test_two_runs_are_bit_equal_and_no_uninitialised_memory_is_read(monkeypatch):
     """Every buffer the backend allocates begins as NaN in the second run; nothing may change."""
-    layout, qkv, d_out = case("packed documents", 2, 2, 64, torch.bfloat16)
+    layout, qkv, d_out = case("packed documents", 2, 1, 64, torch.bfloat16)
     step = lambda: gradients(lambda *x: compressed_attention(*x, layout.intervals, backend="triton"), qkv, d_out)
     first = step()
 
@@ -145,10 +146,10 @@ def test_two_runs_are_bit_equal_and_no_uninitialised_memory_is_read(monkeypatch)
     assert all(torch.equal(a, b) for a, b in zip(first, step()))
 
 
-@runs
+@needs_runs
 def test_hidden_keys_do_not_matter():
     """Huge keys and values of other documents reach neither output nor gradient of a document."""
-    layout, qkv, d_out = case("packed documents", 2, 1, 64, torch.float32)
+    layout, qkv, d_out = case("packed documents", 1, 1, 64, torch.float32)
     own = layout.doc == 2
     d_out = d_out * own[..., None, None]
     poisoned = [x.detach().clone() for x in qkv]
@@ -160,7 +161,7 @@ def test_hidden_keys_do_not_matter():
         assert torch.equal(a[own], b[own])
 
 
-@runs
+@needs_runs
 def test_inputs_that_are_not_contiguous():
     layout, qkv, d_out = case("one level", 2, 2, 64, torch.float32)
     attention = lambda *x: compressed_attention(*x, layout.intervals, backend="triton")
@@ -170,7 +171,7 @@ def test_inputs_that_are_not_contiguous():
         assert torch.equal(a, b)
 
 
-@runs
+@needs_runs
 @pytest.mark.parametrize(
     "dim,dtype,message", [(72, torch.float32, "head dimension 72 is not one of"), (64, torch.float64, "float64; backend")]
 )

@@ -21,6 +21,7 @@ SOME = [
     ("context shorter than the sink", "everything", "head"),
     ("suffix", "fixed", "group"),
 ]
+LARGE = pytest.param(40, 1, 64, torch.float32, marks=pytest.mark.long)
 BY_NUMBER = ["adaptive", "adaptive, small ratio", "fixed", "everything"]
 
 
@@ -75,7 +76,7 @@ def test_equals_the_cpu_path(name, rule_name, share):
 @needs_runs
 @pytest.mark.parametrize(
     "heads,kv_heads,dim,dtype",
-    [(3, 3, 80, torch.float16), (7, 1, 128, torch.bfloat16), (2, 1, 80, torch.float32), (40, 1, 64, torch.float32)],
+    [(3, 3, 80, torch.float16), (7, 1, 128, torch.bfloat16), (2, 1, 80, torch.float32), LARGE],
 )
 def test_groups_dimensions_dtypes(heads, kv_heads, dim, dtype):
     tree, config, q, k = case("suffix", heads, kv_heads, dim, dtype)

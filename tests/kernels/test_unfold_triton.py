@@ -122,8 +122,11 @@ def test_head_dimensions(dim, dtype):
     check("suffix", 1, 1, dim, dtype)
 
 
+LONG_GROUPS = [pytest.param(*n, marks=pytest.mark.long) for n in ((3, 3), (7, 1), (40, 1))]
+
+
 @needs_runs
-@pytest.mark.parametrize("heads,kv_heads", [(3, 3), (6, 2), (7, 1), pytest.param(40, 1, marks=pytest.mark.long)])
+@pytest.mark.parametrize("heads,kv_heads", [(6, 2), *LONG_GROUPS])
 def test_group_sizes(heads, kv_heads):
     """Blocks of 32, 10, 4 queries and, with more heads than a tile has rows, of one."""
     check("suffix longer than a chunk", heads, kv_heads, 64, torch.float32)
@@ -139,10 +142,11 @@ def test_tiles_of_the_table(arch):
 
 
 @needs_runs
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.long)])
 def test_many_partial_sums(monkeypatch, dtype):
-    """Groups of keys split into many parts: as where thousands of blocks select one chunk."""
+    """Groups of keys split into many parts: as where thousands of queries select one chunk."""
     monkeypatch.setattr(plan, "SHORTEST_PART", 1)
+    monkeypatch.setattr(plan, "SHORTEST_LIST", 5)
     monkeypatch.setattr(plan, "SHORTEST_SPLIT", 24)
     small = Tile(16, 16, 4, 1)
     check("suffix", 4, 1, 64, dtype, UnfoldTiles(small, small, small, small, Tile(64, 32, 4, 1)))
