@@ -236,7 +236,7 @@ def test_a_whole_layer(share):
     """Selection's lists handed on as they are: output, gradients and what is reported, against the CPU path."""
     layout, config, tree = make_recall("suffixes of packed documents")
     rule = make_rule("adaptive, small ratio", config, share)
-    *qkv, d_out = random_qkv(layout, 4, 2, 64, torch.float32)
+    *qkv, d_out = random_qkv(layout, 2, 1, 64, torch.float32)
     stats = {}
 
     def layer(name, device):
