@@ -153,9 +153,9 @@ def imported(tiny, tmp_path_factory) -> Path:
 
 
 LAYOUTS = {
+    "tp2 sequence": (2, ["parallel.tensor=2", "parallel.sequence=true"]),
     "tp2 pp2": (4, ["parallel.tensor=2", "parallel.pipeline=2", "parallel.zero=1"]),
     "zero3": (2, ["parallel.zero=3"]),
-    "tp2 sequence": (2, ["parallel.tensor=2", "parallel.sequence=true"]),
     "pp2": (2, ["parallel.pipeline=2", "parallel.zero=1"]),
 }
 
@@ -172,7 +172,7 @@ def _settings(tiny) -> list[str]:
             "optimizer.lr=1e-3", "monitor.wandb=false"]  # fmt: skip
 
 
-@pytest.mark.parametrize("layout", ["tp2 pp2", *(pytest.param(n, marks=pytest.mark.long) for n in list(LAYOUTS)[1:])])
+@pytest.mark.parametrize("layout", ["tp2 sequence", *(pytest.param(n, marks=pytest.mark.long) for n in list(LAYOUTS)[1:])])
 def test_every_layout_goes_on_from_it(layout, tiny, imported, alone, tmp_path):
     ranks, settings = LAYOUTS[layout]
     metrics = train(imported / "config.yaml", tmp_path / "run", ranks, *_settings(tiny), *settings)
