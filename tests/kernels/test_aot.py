@@ -81,7 +81,7 @@ SOME_RECALL = [
     ("sm_90", "unfold d_key chunks", 128, "bf16"),
     ("sm_90", "select list head below", 128, "bf16"),
     ("sm_90", "decode score below many", 128, "bf16"),
-    ("sm_80", "decode attend", 128, "bf16"),
+    ("sm_80", "decode attend many", 128, "bf16"),
 ]
 
 
