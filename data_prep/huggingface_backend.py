@@ -18,7 +18,6 @@ USUAL_NAMES = {
     "eos_token": ("</s>", "<eos>", "<|endoftext|>", "<|end_of_text|>"),
     "pad_token": ("<pad>", "[PAD]", "<|padding|>"),
 }
-CACHED_WORDS = 200_000  # whose pieces the library remembers; its default of 10,000 is soon full
 NEVER = -1e6  # a unigram score that loses against any other way to write the same text
 
 
@@ -71,8 +70,6 @@ class HuggingFaceTokenizer:
         self._vocab = vocab
         self._inner = tokenizers.Tokenizer.from_str(json.dumps(_disarmed(spec, control)))
         self._inner.encode_special_tokens = True  # a literal special token in a text is text
-        if spec["model"]["type"] in ("BPE", "Unigram"):
-            self._inner.model._resize_cache(CACHED_WORDS)
         self._forbidden = np.zeros(self.info.vocab_size, dtype=bool)
         self._forbidden[[i for token, i in control.items() if token != self.unk_token]] = True
 
