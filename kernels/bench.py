@@ -12,6 +12,7 @@ least, sorting the keys included; ``sort bytes`` is that part alone.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import math
@@ -24,8 +25,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from kernels.bench_recall import random_leaves
 from kernels.compressed import compressed_attention
 from kernels.compressed.plan import key_plan, row_plan
 from kernels.intervals import Intervals
@@ -44,11 +47,9 @@ class Shape:
         self.raw, self.chunk_sizes, self.args = raw, chunk_sizes, args
         level, self.intervals = uniform_intervals(raw, chunk_sizes, device=args.device)
         self.tokens = len(level)
-        g = torch.Generator().manual_seed(0)
         heads = (args.heads, args.kv_heads, args.kv_heads, args.heads)
-        self.q, self.k, self.v, self.d_out = (
-            torch.randn(1, self.tokens, h, args.dim, generator=g).to(args.device, args.dtype) for h in heads
-        )
+        leaves = random_leaves(args, *((1, self.tokens, h, args.dim) for h in heads))
+        self.q, self.k, self.v, self.d_out = (x.detach() for x in leaves)
         self.detached = (self.q, self.k, self.v)
         self.q, self.k, self.v = (x.detach().requires_grad_() for x in self.detached)
         self.scale = 1 / math.sqrt(args.dim)
@@ -74,15 +75,13 @@ def ours(shape: Shape):
     return functools.partial(compressed_attention, intervals=shape.intervals)
 
 
-def dense(shape: Shape):
-    """SDPA, causal, over as many tokens as there are raw ones; on CUDA the flash kernel or an error."""
+def dense(shape: Shape, kernel: SDPBackend = SDPBackend.FLASH_ATTENTION):
+    """SDPA, causal, over as many tokens as there are raw ones; on CUDA the named kernel or an error."""
 
     def run(q, k, v):
         q, k, v = (x[:, : shape.raw].transpose(1, 2) for x in (q, k, v))
-        if q.is_cuda:
-            with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
-                return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+        with torch.nn.attention.sdpa_kernel(kernel) if q.is_cuda else contextlib.nullcontext():
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
     return run
 
@@ -158,7 +157,14 @@ def _compiled_flex():
     return torch.compile(flex_attention, dynamic=False)
 
 
-CONTESTANTS = {"dense SDPA": dense, "ours": ours, "flex, sorted keys": flex_sorted, "flex, interleaved": flex_interleaved}
+CONTESTANTS = {
+    "dense SDPA": dense,
+    "dense cuDNN": functools.partial(dense, kernel=SDPBackend.CUDNN_ATTENTION),
+    "ours": ours,
+    "flex, sorted keys": flex_sorted,
+    "flex, interleaved": flex_interleaved,
+}
+DENSE = ("dense SDPA", "dense cuDNN")  # they see no gists
 
 
 def check(shape: Shape, attention, backward: bool) -> str | None:
@@ -237,13 +243,13 @@ def measure(shape: Shape, name: str, peak: float) -> dict:
     attention = CONTESTANTS[name](shape)
     backward = args.device == "cuda" or not name.startswith("flex")
     result = dict(name=name, raw=shape.raw, tokens=shape.tokens, chunk_sizes=list(shape.chunk_sizes))
-    if name != "dense SDPA":
+    if name not in DENSE:
         wrong = check(shape, attention, backward)
         if wrong:
             return result | dict(refused=wrong)
     leaves = (shape.q, shape.k, shape.v)
     forward_ms = milliseconds(lambda: attention(*shape.detached), args.device, args.seconds)
-    pairs = shape.raw * (shape.raw + 1) // 2 if name == "dense SDPA" else shape.pairs
+    pairs = shape.raw * (shape.raw + 1) // 2 if name in DENSE else shape.pairs
     flops = 4 * args.dim * args.heads * pairs
     result |= _speed("forward", forward_ms, flops, peak)
     if backward:
@@ -306,7 +312,7 @@ def table(results: list[dict]) -> list[str]:
 
 
 def _line(r: dict, other: dict) -> str:
-    sizes = "-" if r["name"] == "dense SDPA" else "(" + ", ".join(map(str, r["chunk_sizes"])) + ")"
+    sizes = "-" if r["name"] in DENSE else "(" + ", ".join(map(str, r["chunk_sizes"])) + ")"
     cells = [sizes, str(r["raw"]), r["name"]]
     if "refused" in r:
         cells.append("refused: " + r["refused"])
@@ -388,8 +394,8 @@ def _compressed(args: argparse.Namespace, about: str, kind: str, peak: float) ->
         for raw in args.raw:
             shape = Shape(raw, chunk_sizes, args)
             for name in args.only:
-                if name == "dense SDPA" and chunk_sizes != args.chunks[0]:
-                    continue  # it sees no gists: once per length
+                if name in DENSE and (chunk_sizes != args.chunks[0] or (name == "dense cuDNN" and args.device != "cuda")):
+                    continue  # once per length
                 results.append(measure(shape, name, peak))
                 print(table(results)[-1], flush=True)
     lines = ["# Compressed attention, measured", "", f"`python -m kernels.bench` on {about};", ""]

@@ -38,7 +38,7 @@ def unfold_rows(args: argparse.Namespace, milliseconds: Callable) -> Iterator[di
     for raw in args.raw:
         for share, recalling in (("all", raw), ("tenth", max(1, raw // 10))):
             yield from _unfold(raw, share, recalling, args, milliseconds)
-        dense = _leaves(args, (1, raw, args.heads, args.dim), *((1, raw, args.kv_heads, args.dim),) * 2)
+        dense = random_leaves(args, (1, raw, args.heads, args.dim), *((1, raw, args.kv_heads, args.dim),) * 2)
         attend = lambda q, k, v: _sdpa(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True)
         yield dict(op="unfold", name="dense SDPA", raw=raw) | _times(attend, dense, args, milliseconds)
 
@@ -47,11 +47,12 @@ def _unfold(raw: int, share: str, recalling: int, args: argparse.Namespace, mill
     chunk_sizes = args.chunks[0]
     tree, rule = uniform_tree(raw, chunk_sizes, recalling, SINK, args.device), rule_for(chunk_sizes, args.topk)
     tokens = tree.others.tokens
-    leaves = _leaves(args, (recalling, args.heads, args.dim), *((1, tokens, args.kv_heads, args.dim),) * 2)
+    leaves = random_leaves(args, (recalling, args.heads, args.dim), *((1, tokens, args.kv_heads, args.dim),) * 2)
+    leaves[0] = alike(leaves[0])
     selection = select_gists(*leaves[:2], tree, rule)
     about = dict(op="unfold", raw=raw, recalling=share, selected=len(selection.rows[-1]) / recalling / args.kv_heads)
     attend = lambda q, k, v: unfold_attention(q, k, v, tree, selection)
-    wrong = _wrong_unfold(attend, leaves, tree, selection)
+    wrong = wrong_unfold(attend, leaves, tree, selection)
     if wrong:
         yield about | dict(name="unfold", refused=wrong)
         return
@@ -62,7 +63,7 @@ def _unfold(raw: int, share: str, recalling: int, args: argparse.Namespace, mill
         yield about | dict(name="NSA (fla)") | _nsa(raw, int(about["selected"] * chunk_sizes[0]), args, milliseconds)
 
 
-def _wrong_unfold(attend: Callable, leaves: list[Tensor], tree, selection) -> str | None:
+def wrong_unfold(attend: Callable, leaves: list[Tensor], tree, selection) -> str | None:
     """What is wrong with the output at sampled queries, against fp64 and measured by plain PyTorch; None if nothing is."""
     q, k, v = (x.detach() for x in leaves)
     out, kv_heads = attend(q, k, v), k.shape[2]
@@ -90,7 +91,7 @@ def _nsa(raw: int, selected: int, args: argparse.Namespace, milliseconds: Callab
     blocks = max(1, selected // 16)
     before = (torch.arange(raw, device=args.device) // 16 + 1)[None, :, None, None]
     drawn = torch.rand(1, raw, args.kv_heads, blocks, device=args.device)
-    leaves = _leaves(args, (1, raw, args.heads, args.dim), *((1, raw, args.kv_heads, args.dim),) * 2)
+    leaves = random_leaves(args, (1, raw, args.heads, args.dim), *((1, raw, args.kv_heads, args.dim),) * 2)
     gate = torch.ones(1, raw, args.heads, dtype=args.dtype, device=args.device)
     attend = lambda q, k, v: parallel_nsa(
         q, k, v, g_slc=gate, g_swa=gate, block_indices=(drawn * before).long(), block_counts=blocks, block_size=16, window_size=0
@@ -101,9 +102,20 @@ def _nsa(raw: int, selected: int, args: argparse.Namespace, milliseconds: Callab
         return dict(refused=f"{type(error).__name__}: {error}")
 
 
-def _leaves(args: argparse.Namespace, *shapes: tuple[int, ...]) -> list[Tensor]:
-    g = torch.Generator().manual_seed(0)
-    return [torch.randn(shape, generator=g).to(args.device, args.dtype).requires_grad_() for shape in shapes]
+def random_leaves(args: argparse.Namespace, *shapes: tuple[int, ...]) -> list[Tensor]:
+    """Random numbers made where they are used: at 128k tokens the CPU would take longer to make them than the GPU to attend."""
+    g = torch.Generator(args.device).manual_seed(0)
+    make = lambda shape: torch.randn(shape, generator=g, device=args.device, dtype=torch.float32).to(args.dtype)
+    return [make(shape).requires_grad_() for shape in shapes]
+
+
+def alike(q: Tensor, run: int = 16, share: float = 0.7) -> Tensor:
+    """Queries [N, H, D] of which ``run`` neighbours share that part of their variance.
+
+    Independent queries would select as no model's do: neighbours select much alike (docs/kernels.md).
+    """
+    common = q.detach()[::run].repeat_interleave(run, 0)[: len(q)].roll(1, 1)
+    return (share**0.5 * common + (1 - share) ** 0.5 * q.detach()).to(q.dtype).requires_grad_()
 
 
 def _times(attend: Callable, leaves: list[Tensor], args: argparse.Namespace, milliseconds: Callable) -> dict:
@@ -166,36 +178,58 @@ def decode_rows(args: argparse.Namespace, milliseconds: Callable) -> Iterator[di
             yield from _decode(raw, batch, args, milliseconds)
 
 
-def _decode(raw: int, batch: int, args: argparse.Namespace, milliseconds: Callable) -> Iterator[dict]:
-    chunk_sizes = args.chunks[0]
+@dataclasses.dataclass(frozen=True)
+class DecodeCase:
+    """One new token for each sequence of a batch after a closed context: queries [N, H, D], caches of one layer."""
+
+    q: Tensor
+    layers: list[list[PlainRows]]
+    step: Step
+    first: Step  # of the first sequence alone
+    rule: SelectRule
+
+    def error(self, out: Tensor) -> float:
+        """Largest error of the first sequence's output against fp64."""
+        wide = [[PlainRows(rows.memory.double()) for rows in self.layers[0]]]
+        exact = decode_attention(self.q[:1].double(), wide, self.first, self.rule, backend="cpu")
+        return float((out[:1] - exact).abs().max())
+
+
+# Largest error of a decoding step: outputs are means of values of size one.
+DECODE_BOUNDS = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+
+
+def decode_case(raw: int, batch: int, chunk_sizes: tuple[int, ...], args: argparse.Namespace) -> DecodeCase:
+    """A case of about ``raw`` tokens, so that every group is full."""
     counts, items = [], raw
     for size in chunk_sizes:
         items //= size
         counts.insert(0, items)
-    raw = counts[0] * math.prod(chunk_sizes)  # every group is full
-    step = _uniform_step(counts, raw, chunk_sizes, batch)
+    raw = counts[0] * math.prod(chunk_sizes)
+    step, first = (_uniform_step(counts, raw, chunk_sizes, n) for n in (batch, 1))
     shape = lambda rows: (2, args.kv_heads, rows, args.dim)
-    make = lambda: [PlainRows(x.detach()) for x in _leaves(args, *(shape(n) for n in counts), shape(raw + 1))]
+    make = lambda: [PlainRows(x.detach()) for x in random_leaves(args, *(shape(n) for n in counts), shape(raw + 1))]
+    layers = [make() for _ in range(batch)]
+    (q,) = (x.detach() for x in random_leaves(args, (batch, args.heads, args.dim)))
+    return DecodeCase(q, layers, step, first, rule_for(chunk_sizes, getattr(args, "topk", None)))
+
+
+def _decode(raw: int, batch: int, args: argparse.Namespace, milliseconds: Callable) -> Iterator[dict]:
+    about = dict(op="decode", raw=raw, batch=batch)
     try:
-        layers = [make() for _ in range(batch)]
-        (q,) = (x.detach() for x in _leaves(args, (batch, args.heads, args.dim)))
-        keys, values = (torch.stack([layer[-1].memory[i] for layer in layers]) for i in (0, 1))
+        case = decode_case(raw, batch, args.chunks[0], args)
+        keys, values = (torch.stack([layer[-1].memory[i] for layer in case.layers]) for i in (0, 1))
     except torch.OutOfMemoryError as error:
-        yield dict(op="decode", name="ours", raw=raw, batch=batch, refused=str(error).split(".")[0])
+        yield about | dict(name="ours", refused=str(error).split(".")[0])
         return
-    about, rule = dict(op="decode", raw=raw, batch=batch), rule_for(chunk_sizes, args.topk)
-    ours = _prepared(q, layers, step, rule)
-    wide = [[PlainRows(rows.memory.double()) for rows in layers[0]]]
-    first = dataclasses.replace(_uniform_step(counts, raw, chunk_sizes, 1))
-    exact = decode_attention(q[:1].double(), wide, first, rule, backend="cpu")
-    error = float((ours()[:1] - exact).abs().max())
-    bound = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}[args.dtype]
+    ours = prepared(case)
+    error, bound = case.error(ours()), DECODE_BOUNDS[args.dtype]
     if not error <= bound:
         yield about | dict(name="ours", refused=f"off by {error:.2e}, allowed {bound:.0e}")
     else:
-        yield about | dict(name="ours", forward_ms=milliseconds(_captured(ours, args), args.device, args.seconds))
-    dense = lambda: _sdpa(q[:, :, None], keys, values)
-    yield about | dict(name="dense SDPA", forward_ms=milliseconds(_captured(dense, args), args.device, args.seconds))
+        yield about | dict(name="ours", forward_ms=milliseconds(captured(ours, args), args.device, args.seconds))
+    dense = lambda: _sdpa(case.q[:, :, None], keys, values)
+    yield about | dict(name="dense SDPA", forward_ms=milliseconds(captured(dense, args), args.device, args.seconds))
 
 
 def _uniform_step(counts: list[int], raw: int, chunk_sizes: tuple[int, ...], batch: int) -> Step:
@@ -210,8 +244,9 @@ def _uniform_step(counts: list[int], raw: int, chunk_sizes: tuple[int, ...], bat
     return Step(borders, lo, upto, torch.full((batch,), SINK), upto, tail, span, torch.ones(batch, dtype=torch.bool))
 
 
-def _prepared(q: Tensor, layers: list[list[PlainRows]], step: Step, rule: SelectRule) -> Callable[[], Tensor]:
+def prepared(case: DecodeCase) -> Callable[[], Tensor]:
     """A step of ours; on CUDA with its tables on the device, so that it can be captured."""
+    q, layers, step, rule = case.q, case.layers, case.step, case.rule
     if not q.is_cuda:
         return lambda: decode_attention(q, layers, step, rule)
     from kernels.decode import triton as backend
@@ -221,7 +256,7 @@ def _prepared(q: Tensor, layers: list[list[PlainRows]], step: Step, rule: Select
     return lambda: backend.run(q, tables, places, 1 / math.sqrt(q.shape[2]), layers[0][0].memory.shape[1], rule)
 
 
-def _captured(step: Callable[[], Tensor], args: argparse.Namespace) -> Callable[[], object]:
+def captured(step: Callable[[], Tensor], args: argparse.Namespace) -> Callable[[], object]:
     """On CUDA the step as a graph's replay."""
     if args.device != "cuda":
         return step

@@ -117,7 +117,8 @@ class Kept:
     def by_row(self, values: Tensor, empty: int) -> Tensor:
         """[B, T] by row of the whole sequence -> [B, N] by new row; ``empty`` in rows beyond a sample's kept tokens."""
         spare = values.new_full((values.shape[0], self.length + 1), empty)
-        return spare.scatter_(1, self.target, values)[:, : self.length]
+        # Kernels index the tables flat: a view over the spare column would shift every sample but the first.
+        return spare.scatter_(1, self.target, values)[:, : self.length].contiguous()
 
     def intervals(self, whole: Intervals) -> Intervals:
         """The intervals of the kept tokens, in which only this rank's queries see anything; their ranges are kept whole."""

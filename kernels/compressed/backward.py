@@ -3,7 +3,17 @@
 import triton
 import triton.language as tl
 
-from kernels.compressed.common import dot, in_range, listed_keys, load_full_tile, load_tile, row_offsets, seen_places, store_tile
+from kernels.compressed.common import (
+    dot,
+    in_range,
+    kernel,
+    listed_keys,
+    load_full_tile,
+    load_tile,
+    row_offsets,
+    seen_places,
+    store_tile,
+)
 
 
 @triton.jit
@@ -36,7 +46,7 @@ def d_query_step(
     return b_dq + dot(b_ds.to(b_k.dtype), b_k, UPCAST)
 
 
-@triton.jit
+@kernel
 def d_query_kernel(
     p_q, p_k, p_v, p_out, p_do, p_shift, p_factor, p_mean, p_dq, p_lo, p_hi, p_plan, scale, d_scale, tokens, keys,
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, S: tl.constexpr,
@@ -150,7 +160,7 @@ def _d_key_step(
     return b_dk, b_dv
 
 
-@triton.jit
+@kernel
 def d_key_kernel(
     p_q, p_k, p_v, p_do, p_shift, p_factor, p_mean, p_lo, p_hi, p_items, p_rows, p_copy_of, p_copy_k, p_copy_v,
     p_dk, p_dv, p_part_k, p_part_v, scale, d_scale, tokens, keys,
@@ -205,7 +215,7 @@ def d_key_kernel(
         )
 
 
-@triton.jit
+@kernel
 def sum_parts_kernel(
     p_part_k, p_part_v, p_sums, p_rows, p_copy_of, p_copy_k, p_copy_v, p_dk, p_dv, tokens, keys,
     HKV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,

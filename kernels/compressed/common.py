@@ -12,8 +12,20 @@ D head dimension, BD its next power of two, S segments, BM rows and BN keys of a
 fp32: only for Triton's interpreter, whose bf16 product is wrong.
 """
 
+import functools
+
 import triton
 import triton.language as tl
+
+# Numbers that differ from one micro-batch or decoding step to the next, and tables that may begin anywhere: a kernel is compiled
+# once for all of them. Left to itself Triton compiles anew, for seconds, where one of them is or is not a multiple of 16.
+CHANGING = "tokens keys queries items lists above capacity room splits sink".split()
+TABLES = (
+    "p_lo p_hi p_plan p_items p_rows p_copy_of p_sums p_parts p_blocks p_first p_row p_bits p_words p_place p_places p_child_lo "
+    "p_child_hi p_budget p_bound p_last p_count p_new_first p_new_row p_new_bits p_new_words p_new_place p_new_places p_visits "
+    "p_block p_end p_query p_ends p_ints"
+).split()
+kernel = functools.partial(triton.jit, do_not_specialize=CHANGING, do_not_specialize_on_alignment=TABLES)
 
 
 @triton.jit

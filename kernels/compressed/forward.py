@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from kernels.compressed.common import dot, listed_keys, load_full_tile, load_tile, row_offsets, seen_places, store_tile
+from kernels.compressed.common import dot, kernel, listed_keys, load_full_tile, load_tile, row_offsets, seen_places, store_tile
 
 
 @triton.jit
@@ -20,7 +20,7 @@ def softmax_step(b_out, b_max, b_sum, b_q, b_k, b_v, m_seen, scale, MASKED: tl.c
     return b_out, b_new, b_sum
 
 
-@triton.jit
+@kernel
 def forward_kernel(
     p_q, p_k, p_v, p_out, p_shift, p_factor, p_lo, p_hi, p_plan, scale, tokens, keys,
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, S: tl.constexpr,

@@ -5,8 +5,9 @@ a captured CUDA graph stays right while sequences grow and their buffers move:
 
 - ``ints`` [N, 3 + 5 * L]: sinks, first and end of the raw window; per level (segment 0 first) first and end of the gists that the
   compressed mask shows (equal where the token recalls), gists so far, first gist whose parent is open, budget (0: no recall);
-- ``places`` [N, 2 * (L + 1) + L] int64: per segment where its keys begin, in elements from ``p_anchor``, and its capacity (rows
-  from one KV head to the next; values follow the last head's keys); per level where its ``ends`` begin, from ``p_ends``.
+- ``places`` [N, 2 * (L + 1) + L] int64: per segment where its keys begin, in units of UNIT elements from ``p_anchor``, and its
+  capacity (rows from one KV head to the next; values follow the last head's keys); per level where its ``ends`` begin, from
+  ``p_ends``.
 
 No program works alone: the kernel that scores level s, and the one that attends, begin with the search of the level above (or
 the last one) in the scores that the launch before it left. Every split repeats that search, which costs no time where
@@ -21,9 +22,13 @@ empty), then the gists whose parent is open. W is a bucket of the longest group.
 import triton
 import triton.language as tl
 
-from kernels.compressed.common import dot, load_tile, store_tile
+from kernels.compressed.common import dot, kernel, load_tile, store_tile
 from kernels.compressed.forward import softmax_step
 from kernels.select.search import LEAST, MOST, moments, narrow, ordered, spread_of, three_bounds
+
+# Elements. Rows begin at multiples of it, which the compiler sees only where the number is multiplied by it here: with a hint
+# on a function's argument it would load two bytes at a time.
+UNIT: tl.constexpr = tl.constexpr(8)
 
 
 @triton.jit
@@ -34,15 +39,9 @@ def any_bit(a, b):
 @triton.jit
 def _row_offsets(p_places, o_row, i_segment, i_head, HKV: tl.constexpr, D: tl.constexpr):
     """Elements from the anchor to the key of rows of one segment, and from there to the value."""
-    i_base = tl.load(p_places + 2 * i_segment)
+    i_base = tl.load(p_places + 2 * i_segment) * UNIT
     i_capacity = tl.load(p_places + 2 * i_segment + 1)
     return i_base + (i_head * i_capacity + o_row.to(tl.int64)) * D, HKV * i_capacity * D
-
-
-@triton.jit
-def _load_rows(p_anchor, o_x, m_x, D: tl.constexpr, BD: tl.constexpr):
-    """Tile [n, BD]; every row begins at a multiple of 8 elements."""
-    return load_tile(p_anchor, tl.multiple_of(o_x, 8), m_x, D, BD)
 
 
 @triton.jit
@@ -139,7 +138,7 @@ def _select(
     return tl.minimum(items, room)
 
 
-@triton.jit
+@kernel
 def score_kernel(
     p_q, p_anchor, p_ends, p_ints, p_places, p_above_score, p_above_row, p_score, p_row, p_item, p_bits, p_taken, p_count,
     above, capacity, room,
@@ -201,7 +200,7 @@ def score_kernel(
             m_key = m_place & ((o_key < o_hi) | (o_place >= own))
             o_to = tl.where(m_child, o_item * W + o_place % W, o_to)
         o_k, _ = _row_offsets(p_places, o_key, LEVEL, i_head, HKV, D)
-        b_s = dot(b_q, tl.trans(_load_rows(p_anchor, o_k, m_key, D, BD)), UPCAST)
+        b_s = dot(b_q, tl.trans(load_tile(p_anchor, o_k, m_key, D, BD)), UPCAST)
         if SHARED:
             b_s = tl.broadcast_to(tl.sum(tl.where((o_row < G)[:, None], b_s, 0.0), 0)[None, :], [BG, BN])
         m_seen = m_key[None, :] & (((b_bits[None, :] >> tl.minimum(o_row, 31)[:, None]) & 1) != 0)
@@ -249,7 +248,7 @@ def _flat_total(p_ints, p_taken, L: tl.constexpr, RECALLS: tl.constexpr):
     return total
 
 
-@triton.jit
+@kernel
 def attend_kernel(
     p_q, p_anchor, p_ends, p_ints, p_places, p_score, p_row, p_item, p_bits, p_taken, p_count, p_part, p_max, p_sum,
     scale, sink, capacity, room,
@@ -309,15 +308,15 @@ def attend_kernel(
             o_s, to_value = _row_offsets(p_places, o_key, s, i_head, HKV, D)
             o_k = tl.where(o_segment == s, o_s, o_k)
             o_v = tl.where(o_segment == s, o_s + to_value, o_v)
-        b_k = _load_rows(p_anchor, o_k, m_key, D, BD)
-        b_v = _load_rows(p_anchor, o_v, m_key, D, BD)
+        b_k = load_tile(p_anchor, o_k, m_key, D, BD)
+        b_v = load_tile(p_anchor, o_v, m_key, D, BD)
         b_out, b_max, b_sum = softmax_step(b_out, b_max, b_sum, b_q, b_k, b_v, m_key[None, :], scale, True, UPCAST)
     store_tile(p_part, (o_q * splits + i_split) * D, o_row < G, b_out, D, BD)
     tl.store(p_max + o_q * splits + i_split, b_max, mask=o_row < G)
     tl.store(p_sum + o_q * splits + i_split, b_sum, mask=o_row < G)
 
 
-@triton.jit
+@kernel
 def combine_kernel(
     p_part, p_max, p_sum, p_out, splits, D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip

@@ -22,6 +22,7 @@ from kernels.select.selection import SelectRule
 
 LARGEST_GROUP = 32  # query heads per KV head: one int32 of bits
 LARGEST_ROW = 1 << 26
+UNIT = kernels.UNIT.value
 SPLITS = 64  # of one KV head at most, where it attends
 TOP, SCORE, ATTEND, COMBINE = (4, 2), (8, 2), (8, 2), (4, 2)  # warps and stages: scoring at the top, below it, ..
 HELD = 16384  # scores, of all heads together, that a program holds at once: 64 a thread
@@ -128,10 +129,12 @@ def _bucket(counts: Tensor) -> int:
 
 
 def make_places(q: Tensor, layers: Sequence[Sequence[RowStore]], step: Step, ends: Tensor) -> Tensor:
-    """Where the rows of a layer's caches lie, [N, 2 * (L + 1) + L] int64, in elements from q and from ``ends``."""
-    size, lines = q.element_size(), []
+    """Where rows of a layer's caches lie, [N, 2 * (L + 1) + L] int64: from q in units of UNIT elements, from ``ends``."""
+    size, lines = q.element_size() * UNIT, []
     for layer, borders in zip(layers, step.borders):
-        line = [x for rows in layer for x in ((rows.memory.data_ptr() - q.data_ptr()) // size, rows.memory.shape[2])]
+        begins = [rows.memory.data_ptr() - q.data_ptr() for rows in layer]
+        assert not any(begin % size for begin in begins), "rows and queries must begin at multiples of 8 elements"
+        line = [x for begin, rows in zip(begins, layer) for x in (begin // size, rows.memory.shape[2])]
         line += [(end.data_ptr() - ends.data_ptr()) // ends.element_size() for end in borders.ends_on(q.device)[0]]
         lines.append(line)
     return torch.tensor(lines, dtype=torch.int64).to(q.device, non_blocking=True)

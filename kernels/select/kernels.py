@@ -13,7 +13,7 @@ Where scores tie at the bound, the earlier gists are kept. A budget of any size 
 import triton
 import triton.language as tl
 
-from kernels.compressed.common import dot, in_range, load_tile
+from kernels.compressed.common import dot, in_range, kernel, load_tile
 from kernels.select.search import LEAST, MOST, held_bounds, moments, narrow, narrow_two, ordered, spread_of, three_bounds
 from kernels.unfold.common import item_of_place
 
@@ -156,7 +156,7 @@ def _bound_among(
     return b_from, b_count, b_over
 
 
-@triton.jit
+@kernel
 def bound_kernel(
     p_q, p_k, p_lo, p_hi, p_budget, p_blocks, p_first, p_row, p_words, p_place, p_places, p_child_lo, p_child_hi,
     p_bound, p_last, p_count, p_held, lists, keys, tokens,
@@ -315,7 +315,7 @@ def _taken(b_s, o_key, b_bound, b_last):
     return (b_s > LEAST) & ((b_s > b_bound[:, None]) | m_equal)
 
 
-@triton.jit
+@kernel
 def list_kernel(
     p_q, p_k, p_lo, p_hi, p_blocks, p_first, p_row, p_words, p_place, p_places, p_child_lo, p_child_hi,
     p_bound, p_last, p_new_first, p_new_row, p_new_bits, p_new_words, p_new_place, p_new_places, keys, tokens,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from kernels.compressed.backward import d_query_step, mean_step
-from kernels.compressed.common import dot, load_tile, store_tile
+from kernels.compressed.common import dot, kernel, load_tile, store_tile
 from kernels.unfold.common import block_rows, chunk_tile, near_spans, near_tile, upper_tile
 
 
@@ -64,7 +64,7 @@ def _visit(
     return b_sum_or_dq, b_mean
 
 
-@triton.jit
+@kernel
 def unfold_d_query_kernel(
     p_q, p_k, p_v, p_out, p_do, p_shift, p_factor, p_mean, p_dq, p_lo, p_hi, p_blocks, p_first, p_row, p_bits, p_place,
     p_places, p_child_lo, scale, d_scale, queries, keys, tokens,
@@ -160,7 +160,7 @@ def _write_part(
         store_tile(p_dv, o_k, m_key, b_dv + load_tile(p_dv, o_k, m_key, D, BD), D, BD)
 
 
-@triton.jit
+@kernel
 def list_queries_kernel(p_bits, p_block, p_blocks, p_end, p_query, items, SIZE: tl.constexpr, BN: tl.constexpr):
     """The queries of every item, side by side: those whose bits are set. p_end [items] int64: where an item's end.
 
@@ -177,7 +177,7 @@ def list_queries_kernel(p_bits, p_block, p_blocks, p_end, p_query, items, SIZE: 
         o_to += b_bit
 
 
-@triton.jit
+@kernel
 def chunk_d_key_kernel(
     p_q, p_k, p_v, p_do, p_shift, p_factor, p_mean, p_lo, p_parts, p_query, p_child_lo, p_child_hi,
     p_dk, p_dv, p_part_k, p_part_v, scale, d_scale, queries, keys, tokens,
@@ -215,7 +215,7 @@ def chunk_d_key_kernel(
     _write_part(p_dk, p_dv, p_part_k, p_part_v, i_slot, o_slot, o_k, m_key, b_dk * d_scale, b_dv, D, BD, BN)
 
 
-@triton.jit
+@kernel
 def upper_d_key_kernel(
     p_q, p_k, p_v, p_do, p_shift, p_factor, p_mean, p_blocks, p_parts, p_visits, p_row, p_bits,
     p_dk, p_dv, p_part_k, p_part_v, scale, d_scale, queries, keys, tokens,
@@ -248,7 +248,7 @@ def upper_d_key_kernel(
     _write_part(p_dk, p_dv, p_part_k, p_part_v, i_slot, o_slot, o_k, m_key, b_dk * d_scale, b_dv, D, BD, BN)
 
 
-@triton.jit
+@kernel
 def add_parts_kernel(
     p_part_k, p_part_v, p_sums, p_child_lo, p_child_hi, p_dk, p_dv, keys, tokens,
     HKV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, CHUNK: tl.constexpr,

@@ -1,14 +1,13 @@
 """The forward kernel of unfolding: one online softmax over what a block's queries see."""
 
-import triton
 import triton.language as tl
 
-from kernels.compressed.common import load_tile, store_tile
+from kernels.compressed.common import kernel, load_tile, store_tile
 from kernels.compressed.forward import softmax_step
 from kernels.unfold.common import block_rows, chunk_tile, near_spans, near_tile, upper_tile
 
 
-@triton.jit
+@kernel
 def unfold_kernel(
     p_q, p_k, p_v, p_out, p_shift, p_factor, p_lo, p_hi, p_blocks, p_first, p_row, p_bits, p_place, p_places, p_child_lo,
     scale, queries, keys, tokens,

@@ -1,0 +1,227 @@
+"""Where the time goes: each kernel's own time on the GPU, of whole steps of every operation and of several tile sizes.
+
+    python -m tests.benchmarks.gpu.kernel_times [--raw 8192 32768 131072] [--sweep] [--output FILE]
+
+Times are read off PyTorch's profiler, so that the kernels of a backward pass are told apart and no host work counts. ``--sweep``
+also times every kernel at the tiles of VARIANTS (one variant sets the tiles of all kernels at once); they are compiled first, in
+parallel processes. Nothing here is checked: tests.benchmarks.gpu.smoke and tests/kernels do that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from kernels import bench, bench_recall
+from kernels.compressed.tiles import Tile, Tiles
+from kernels.compressed.triton import compressed_attention_triton
+from kernels.testing import uniform_tree
+from kernels.unfold import recall_attention
+from kernels.unfold import triton as unfolding
+from kernels.unfold.tiles import UnfoldTiles
+
+CHUNKS = (8, 4)
+SMALL = 512  # raw tokens with which a variant is compiled
+
+# Rows, keys, warps, stages. One column per kernel: forward, d_query, top, local, sink.
+COMPRESSED = [
+    [(128, 64, 8, 3), (128, 64, 8, 2), (64, 128, 8, 2), (32, 64, 4, 2), (64, 16, 4, 2)],
+    [(128, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (128, 16, 4, 2)],
+    [(64, 64, 4, 2), (64, 64, 4, 3), (32, 128, 8, 2), (64, 32, 4, 2), (64, 16, 4, 3)],
+    [(64, 64, 4, 3), (128, 32, 8, 2), (64, 128, 8, 1), (32, 32, 4, 2), (128, 16, 8, 2)],
+    [(128, 128, 8, 2), (64, 32, 4, 2), (32, 128, 4, 2), (64, 64, 4, 3), (32, 16, 4, 2)],
+    [(64, 128, 4, 2), (64, 32, 4, 3), (64, 64, 8, 2), (32, 64, 4, 3), (64, 16, 2, 2)],
+    [(128, 64, 8, 2), (128, 128, 8, 1), (32, 64, 4, 2), (64, 128, 8, 2), (64, 16, 4, 4)],
+    [(128, 32, 4, 3), (64, 128, 4, 2), (64, 64, 4, 3), (64, 32, 4, 3), (128, 16, 4, 3)],
+    [(64, 32, 4, 3), (128, 64, 4, 2), (64, 128, 4, 2), (16, 64, 4, 2), (64, 16, 8, 2)],
+    [(128, 64, 8, 4), (128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 8, 2), (32, 16, 4, 3)],
+]
+# Forward, d_query, chunks, upper, near. The rows of forward make the block of queries.
+UNFOLD = [
+    [(32, 64, 4, 2), (32, 64, 4, 2), (64, 16, 4, 2), (32, 16, 4, 2), (32, 64, 4, 2)],
+    [(64, 64, 4, 2), (64, 64, 4, 2), (128, 16, 4, 2), (64, 16, 4, 2), (64, 64, 4, 2)],
+    [(64, 64, 4, 3), (64, 32, 4, 3), (128, 16, 4, 3), (64, 32, 4, 2), (64, 32, 4, 2)],
+    [(32, 64, 4, 3), (32, 64, 4, 3), (64, 16, 4, 3), (32, 16, 4, 3), (64, 64, 4, 3)],
+    [(64, 128, 4, 2), (64, 128, 4, 2), (64, 16, 2, 2), (64, 64, 4, 2), (64, 64, 8, 2)],
+    [(128, 64, 8, 2), (128, 64, 8, 2), (128, 16, 8, 2), (128, 16, 8, 2), (32, 64, 4, 3)],
+]
+
+
+def kernel_times(step: Callable[[], object], repeats: int = 3) -> dict[str, list[float]]:
+    """Milliseconds of every launch of each kernel during ``repeats`` steps, after one that is not counted."""
+    step()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        for _ in range(repeats):
+            step()
+        torch.cuda.synchronize()
+    times = defaultdict(list)
+    for event in trace.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            times[short(event.name)].append(event.device_time / 1e3)
+    return times
+
+
+def short(name: str) -> str:
+    """A kernel's name without its template arguments."""
+    return re.sub(r"<.*|\(.*", "", name.replace("void ", "").replace("at::native::", ""))[:60]
+
+
+def summary(step: Callable[[], object], repeats: int = 3) -> dict:
+    """Of a step: milliseconds on the GPU and by the clock, launches, and its costliest kernels."""
+    times = kernel_times(step, repeats)
+    clock = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        clock.append(1e3 * (time.perf_counter() - begin))
+    ranked = sorted(times.items(), key=lambda item: -sum(item[1]))
+    return dict(
+        gpu_ms=sum(map(sum, times.values())) / repeats,
+        clock_ms=statistics.median(clock),
+        launches=sum(map(len, times.values())) / repeats,
+        kernels={name: [round(sum(t) / repeats, 4), len(t) / repeats] for name, t in ranked[:14]},
+    )
+
+
+def compressed_step(raw: int, args: SimpleNamespace, tiles: Tiles | None = None) -> Callable[[], object]:
+    shape = bench.Shape(raw, CHUNKS, args)
+    leaves = (shape.q, shape.k, shape.v)
+
+    def step():
+        out = compressed_attention_triton(*leaves, shape.intervals, shape.scale, tiles)
+        return torch.autograd.grad(out, leaves, shape.d_out)
+
+    return step
+
+
+def dense_step(name: str, raw: int, args: SimpleNamespace) -> Callable[[], object]:
+    shape = bench.Shape(raw, CHUNKS, args)
+    leaves, d_out = (shape.q, shape.k, shape.v), shape.d_out[:, :raw]
+    attend = bench.CONTESTANTS[name](shape)
+    return lambda: torch.autograd.grad(attend(*leaves), leaves, d_out)
+
+
+def recall_step(raw: int, recalling: int, args: SimpleNamespace) -> Callable[[], object]:
+    """A whole layer's attention, of which the last ``recalling`` tokens recall."""
+    tree = uniform_tree(raw, CHUNKS, recalling, device=args.device)
+    tokens, rule = tree.others.tokens, bench_recall.rule_for(CHUNKS, None)
+    leaves = bench_recall.random_leaves(args, *((1, tokens, h, args.dim) for h in (args.heads, args.kv_heads, args.kv_heads)))
+    leaves[0] = bench_recall.alike(leaves[0][0])[None].detach().requires_grad_()
+    d_out = torch.randn_like(leaves[0])
+
+    def step():
+        out, _ = recall_attention(*leaves, tree, rule)
+        return torch.autograd.grad(out, leaves, d_out)
+
+    return step
+
+
+def unfold_step(raw: int, recalling: int, tiles: UnfoldTiles, args: SimpleNamespace) -> Callable[[], object]:
+    """Selecting and unfolding alone, at given tiles."""
+    tree = uniform_tree(raw, CHUNKS, recalling, device=args.device)
+    tokens, rule = tree.others.tokens, bench_recall.rule_for(CHUNKS, None)
+    shapes = (recalling, args.heads, args.dim), *((1, tokens, args.kv_heads, args.dim),) * 2
+    q, k, v = bench_recall.random_leaves(args, *shapes)
+    q = bench_recall.alike(q)
+    d_out = torch.randn_like(q)
+    size = tiles.block(args.heads // args.kv_heads)
+
+    def step():
+        with torch.no_grad():
+            lists = unfolding.selecting.select_lists(q, k, tree, rule, size)
+        out = unfolding.unfold_lists(q, k, v, tree, lists, args.dim**-0.5, tiles)
+        return torch.autograd.grad(out, (q, k, v), d_out)
+
+    return step
+
+
+def variants(kind: str) -> list:
+    columns = {"compressed": (COMPRESSED, Tiles), "unfold": (UNFOLD, UnfoldTiles)}[kind]
+    return [columns[1](*(Tile(*t) for t in row)) for row in columns[0]]
+
+
+def _compile(job: tuple[str, int, SimpleNamespace]) -> str | None:
+    """Compile one variant by running it on few tokens; what went wrong, if anything."""
+    kind, index, args = job
+    try:
+        if kind == "table":
+            recall_step(SMALL, SMALL // 2, args)()
+            return None
+        tiles = variants(kind)[index]
+        step = compressed_step(SMALL, args, tiles) if kind == "compressed" else unfold_step(SMALL, SMALL // 2, tiles, args)
+        step()
+        torch.cuda.synchronize()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}".split("\n")[0][:200]
+
+
+def compile_variants(args: SimpleNamespace, sweep: bool) -> dict[tuple[str, int], str]:
+    """Fill Triton's cache in parallel processes; the variants that do not compile."""
+    jobs = [("table", 0, args)]
+    if sweep:
+        jobs += [("compressed", i, args) for i in range(len(COMPRESSED))] + [("unfold", i, args) for i in range(len(UNFOLD))]
+    with multiprocessing.get_context("spawn").Pool(min(len(jobs), os.cpu_count() or 1)) as pool:
+        return {job[:2]: wrong for job, wrong in zip(jobs, pool.map(_compile, jobs, chunksize=1)) if wrong}
+
+
+def cases(args: argparse.Namespace, own: SimpleNamespace) -> Iterator[tuple[str, Callable[[], Callable]]]:
+    """Name and maker of every step."""
+    for raw in args.raw:
+        yield f"compressed {raw}", lambda raw=raw: compressed_step(raw, own)
+        for name in ("dense SDPA", "dense cuDNN"):
+            yield f"{name} {raw}", lambda raw=raw, name=name: dense_step(name, raw, own)
+        if raw <= args.recall_up_to:
+            yield f"recall, a tenth {raw}", lambda raw=raw: recall_step(raw, raw // 10, own)
+            yield f"recall, all {raw}", lambda raw=raw: recall_step(raw, raw, own)
+    if args.sweep:
+        for i, tiles in enumerate(variants("compressed")):
+            for raw in args.sweep_raw:
+                yield f"compressed variant {i} {raw}", lambda raw=raw, tiles=tiles: compressed_step(raw, own, tiles)
+        for i, tiles in enumerate(variants("unfold")):
+            yield f"unfold variant {i} 32768", lambda tiles=tiles: unfold_step(32768, 3276, tiles, own)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--raw", type=int, nargs="+", default=[8192, 32768, 131072])
+    parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--sweep-raw", type=int, nargs="+", default=[32768])
+    parser.add_argument("--recall-up-to", type=int, default=32768)
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin no further step after this")
+    parser.add_argument("--output", type=Path, default=Path("kernel_times.json"))
+    args = parser.parse_args()
+    begin = time.perf_counter()
+    own = SimpleNamespace(device="cuda", dtype=torch.bfloat16, heads=32, kv_heads=8, dim=128)
+    wrong = compile_variants(own, args.sweep)
+    print(f"compiled in {time.perf_counter() - begin:.0f} s; {wrong or 'all well'}", flush=True)
+    results = {}
+    for name, make in cases(args, own):
+        if time.perf_counter() - begin > args.seconds:
+            print(f"{name}: left out, time is up", flush=True)
+            continue
+        try:
+            results[name] = summary(make())
+        except Exception as error:
+            results[name] = dict(refused=f"{type(error).__name__}: {error}".split("\n")[0][:300])
+        print(name, json.dumps(results[name]), flush=True)
+        args.output.write_text(json.dumps(results, indent=1))
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
