@@ -48,7 +48,8 @@ class BlockLists:
         bits: [items] int32, bit j for query j of the block.
         place: [items] int32, where the chunks of a list lie side by side, a level-0 gist and the raw tokens behind it each: the
             first place of every level-0 item. Means nothing for items above.
-        places: [lists] int32, places of a list.
+        start: [lists + 1] int64, how many places the lists before one have: their sum at the end.
+        places: that sum.
         kv_heads: Hkv.
     """
 
@@ -57,7 +58,8 @@ class BlockLists:
     row: Tensor
     bits: Tensor
     place: Tensor
-    places: Tensor
+    start: Tensor
+    places: int
     kv_heads: int
 
     def owners(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,12 +105,13 @@ def block_lists(tree: GistTree, selection: Selection, size: int) -> BlockLists:
         row.append((key % rows).int())
         edges = torch.arange(lists + 1, device=key.device) * rows
         firsts.append(torch.searchsorted(key, edges) + sum(len(r) for r in row[:-1]))
-    place, places = _chunk_places(tree, blocks, firsts[-1], torch.cat(row), selection.kv_heads)
-    return BlockLists(blocks, torch.stack(firsts), torch.cat(row), torch.cat(bits), place, places, selection.kv_heads)
+    place, start = _chunk_places(tree, blocks, firsts[-1], torch.cat(row), selection.kv_heads)
+    first, row, bits = torch.stack(firsts), torch.cat(row), torch.cat(bits)
+    return BlockLists(blocks, first, row, bits, place, start, int(start[-1]), selection.kv_heads)
 
 
 def _chunk_places(tree: GistTree, blocks: QueryBlocks, first: Tensor, row: Tensor, kv_heads: int) -> tuple[Tensor, Tensor]:
-    """``place`` and ``places`` of :class:`BlockLists`; first: [lists + 1] of level 0, whose items are the last of ``row``."""
+    """``place`` and ``start`` of :class:`BlockLists`; first: [lists + 1] of level 0, whose items are the last of ``row``."""
     counts = first.diff()
     gists = row[len(row) - int(counts.sum()) :]
     at = blocks.table[expand(counts)[0] // kv_heads, 2].long() * tree.others.tokens + gists
@@ -117,7 +120,7 @@ def _chunk_places(tree: GistTree, blocks: QueryBlocks, first: Tensor, row: Tenso
     edges = after[first - first[0]]
     place = torch.zeros_like(row)
     place[len(row) - len(gists) :] = (after[:-1] - edges[:-1].repeat_interleave(counts)).int()
-    return place, edges.diff().int()
+    return place, edges
 
 
 def selection_of(tree: GistTree, lists: BlockLists) -> Selection:

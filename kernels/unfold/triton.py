@@ -20,11 +20,11 @@ from kernels.select import triton as selecting
 from kernels.select.blocks import BlockLists, block_lists
 from kernels.select.selection import Selection, SelectRule
 from kernels.tree import GistTree
-from kernels.unfold import backward, forward
+from kernels.unfold import backward, common, forward
 from kernels.unfold.plan import Parts, chunk_items, group_visits, longest_chunk, near_items
 from kernels.unfold.tiles import LARGEST_TILE, LONGEST_CHUNK, UnfoldTiles, choose_unfold_tiles
 
-ITEMS = 256  # of one program that lists the queries of items
+ITEMS = 256  # of a tile where nothing is multiplied
 
 
 def unfold_attention_triton(
@@ -100,7 +100,7 @@ class _UnfoldAttention(torch.autograd.Function):
         with on_device(q):
             forward.unfold_kernel[len(lists.blocks.table), k.shape[1]](
                 q, k, v, out, shift, factor, tree.lo, tree.hi, lists.blocks.table, lists.first, lists.row, lists.bits,
-                lists.place, lists.places, tree.child_lo, scale * LOG2_E, *_lengths(tree),
+                lists.start, *_places(tree, lists), scale * LOG2_E, *_lengths(tree),
                 **_sizes(q, k, tree), **launch_options(tiles.forward),
             )  # fmt: skip
         ctx.save_for_backward(q, k, v, out, shift, factor)
@@ -117,7 +117,7 @@ class _UnfoldAttention(torch.autograd.Function):
         with on_device(q):
             backward.unfold_d_query_kernel[len(lists.blocks.table), k.shape[1]](
                 q, k, v, out, d_out, shift, factor, mean, d_q, tree.lo, tree.hi, lists.blocks.table, lists.first, lists.row,
-                lists.bits, lists.place, lists.places, tree.child_lo, scale * LOG2_E, scale, *_lengths(tree),
+                lists.bits, lists.start, *_places(tree, lists), scale * LOG2_E, scale, *_lengths(tree),
                 **_sizes(q, k, tree), **launch_options(tiles.d_query),
             )  # fmt: skip
             rows = _d_near(q, k, v, d_out, shift, factor, mean, tree, scale, tiles.near)
@@ -125,6 +125,18 @@ class _UnfoldAttention(torch.autograd.Function):
             _d_upper(q, k, v, d_out, shift, factor, mean, rows, tree, lists, scale, tiles.upper)
         d_k, d_v = (_by_token(x, tree, ctx.shape).to(k.dtype) for x in rows)
         return d_q, d_k, d_v, None, None, None, None
+
+
+def _places(tree: GistTree, lists: BlockLists) -> Tensor:
+    """Key and bits of every place of the chunks, [2, places] int32. Made anew by each pass: kept, it would outweigh the layer."""
+    places = lists.row.new_empty(2, lists.places)
+    owners, size = lists.first.shape[1] - 1, lists.blocks.size
+    common.place_kernel[(owners,)](
+        lists.first[-1], lists.start, lists.row, lists.bits, lists.place, tree.lo, lists.blocks.table, tree.child_lo,
+        tree.child_hi, *places, tree.queries, tree.others.tokens, HKV=lists.kv_heads, L=tree.levels, SIZE=size,
+        BQ=triton.next_power_of_2(size), BN=ITEMS,
+    )  # fmt: skip
+    return places
 
 
 def _d_near(q, k, v, d_out, shift, factor, mean, tree: GistTree, scale: float, tile: Tile) -> Tensor:
