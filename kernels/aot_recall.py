@@ -11,9 +11,10 @@ from kernels.compressed.tiles import Tile
 from kernels.decode import kernels as decoding
 from kernels.decode.triton import ATTEND, COMBINE, HELD, SCORE, TOP, attend_keys, searched
 from kernels.select import kernels as selecting
+from kernels.select.triton import LIST_KEYS, LIST_WARPS, SCORE_TILES, fitted
 from kernels.select.triton import TABLE as SELECT_TILES
-from kernels.select.triton import fitted, held
 from kernels.unfold import backward, forward
+from kernels.unfold.common import place_kernel
 from kernels.unfold.tiles import choose_unfold_tiles
 from kernels.unfold.triton import ITEMS
 
@@ -22,9 +23,9 @@ SPLITS = 32
 _INT32 = (
     "lo hi blocks row bits place places child_lo child_hi visits parts sums budget words bound last count "
     "new_row new_bits new_words new_place new_places ints score list total "
-    "held query above_score above_row item taken"
+    "new_takers unfolded query above_score above_row item taken spans next_spans key seen next_places new_key"
 )
-_INT64 = "rows first new_first ends end"
+_INT64 = "rows first new_first ends end begin new_begin start"
 _FP32 = "shift factor mean part_k part_v part max sum"
 _TYPES = {f"p_{n}": kind for kind, names in (("*i32", _INT32), ("*i64", _INT64), ("*fp32", _FP32)) for n in names.split()}
 
@@ -65,11 +66,16 @@ def recall_programs(arch: str, dim: int, dtype: str, item_size: int, heads: int,
     for share, summed in (("head", 1), ("group", group)):
         for top, tile in zip((True, False), SELECT_TILES[arch][share][block_dim, item_size]):
             tile = fitted(tile, size * group // summed)
-            words = -(-tile.rows // 32)
-            flags = dict(SUM=summed, WORDS=words, TOP=top, BOTTOM=not top, HELD=held(tile, False))
-            name = f"{share} {'top' if top else 'below'}"
-            made[f"select bound {name}"] = (selecting.bound_kernel, tile, flags, {})
-            made[f"select list {name}"] = (selecting.list_kernel, tile, flags, {})
+            words, per = -(-tile.rows // 32), group // summed
+            flags = dict(SUM=summed, WORDS=words, TOP=top, BOTTOM=not top, TILES=SCORE_TILES, PER=per)
+            name, light = f"{share} {'top' if top else 'below'}", Tile(tile.rows, LIST_KEYS, LIST_WARPS, 3)
+            made[f"select score {name}"] = (selecting.score_kernel, tile, flags, {})
+            made[f"select mark {name}"] = (selecting.mark_kernel, light, flags, {})
+            made[f"select list {name}"] = (selecting.list_kernel, light, flags, {})
+    for n, warps in ((1024, 1), (8192, 8)):  # scores of a row that stay in registers
+        flags = dict(N=n, WHOLE=n < 8192, TOP=True, PER=group)
+        made[f"select bound {n}"] = (selecting.bound_kernel, Tile(size * group, n, warps, 3), flags, {})
+    made["unfold places"] = (place_kernel, Tile(1, ITEMS, 4, 3), dict(SIZE=size, BQ=size), {})
     keys = attend_keys(dim, item_size)
     places = {"p_places": "*i64"}
     rows = max(16, triton.next_power_of_2(group))

@@ -46,10 +46,12 @@ class BlockLists:
         first: [L, lists + 1] int64; the lists of segment 0 come first, those of segment L - 1 (level 0) last.
         row: [items] int32, rows of the level-sorted buffer of the block's sample.
         bits: [items] int32, bit j for query j of the block.
+        takers: [items] int32, how many bits are set.
         place: [items] int32, where the chunks of a list lie side by side, a level-0 gist and the raw tokens behind it each: the
             first place of every level-0 item. Means nothing for items above.
         start: [lists + 1] int64, how many places the lists before one have: their sum at the end.
         places: that sum.
+        sizes: items of each segment.
         kv_heads: Hkv.
     """
 
@@ -57,15 +59,22 @@ class BlockLists:
     first: Tensor
     row: Tensor
     bits: Tensor
+    takers: Tensor
     place: Tensor
     start: Tensor
     places: int
+    sizes: tuple[int, ...]
     kv_heads: int
+
+    def items(self, segment: int) -> slice:
+        """The items of a segment."""
+        first = sum(self.sizes[:segment])
+        return slice(first, first + self.sizes[segment])
 
     def owners(self) -> tuple[Tensor, Tensor, Tensor]:
         """Segment, block and KV head of every item: three [items] int64."""
         lists = self.first.shape[1] - 1
-        index, _ = expand(self.first.diff(dim=1).flatten())
+        index, _ = expand(self.first.diff(dim=1).flatten(), sum(self.sizes))
         of_segment = index % max(lists, 1)
         return index // max(lists, 1), of_segment // self.kv_heads, of_segment % self.kv_heads
 
@@ -106,8 +115,9 @@ def block_lists(tree: GistTree, selection: Selection, size: int) -> BlockLists:
         edges = torch.arange(lists + 1, device=key.device) * rows
         firsts.append(torch.searchsorted(key, edges) + sum(len(r) for r in row[:-1]))
     place, start = _chunk_places(tree, blocks, firsts[-1], torch.cat(row), selection.kv_heads)
-    first, row, bits = torch.stack(firsts), torch.cat(row), torch.cat(bits)
-    return BlockLists(blocks, first, row, bits, place, start, int(start[-1]), selection.kv_heads)
+    sizes, first, row, bits = tuple(map(len, row)), torch.stack(firsts), torch.cat(row), torch.cat(bits)
+    takers = count_bits(bits).int()
+    return BlockLists(blocks, first, row, bits, takers, place, start, int(start[-1]), sizes, selection.kv_heads)
 
 
 def _chunk_places(tree: GistTree, blocks: QueryBlocks, first: Tensor, row: Tensor, kv_heads: int) -> tuple[Tensor, Tensor]:
@@ -129,7 +139,7 @@ def selection_of(tree: GistTree, lists: BlockLists) -> Selection:
     first = lists.blocks.table[block, 0]
     starts, rows = [], []
     for s in range(tree.levels):
-        items = slice(int(lists.first[s, 0]), int(lists.first[s, -1]))
+        items = lists.items(s)
         member = (lists.bits[items, None] >> torch.arange(lists.blocks.size, device=lists.row.device)) & 1  # [items, size]
         item, query = member.nonzero().unbind(1)
         owner = (first[items][item] + query) * lists.kv_heads + head[items][item]

@@ -16,11 +16,7 @@ import triton
 import triton.language as tl
 
 from kernels.compressed.common import in_range, kernel
-
-
-@triton.jit
-def any_bit(a, b):
-    return a | b
+from kernels.select.kernels import any_bit, count_bits
 
 
 @triton.jit
@@ -78,10 +74,10 @@ def listed_tile(p_key, p_bits, i, n, o_bit, BN: tl.constexpr):
 
 @kernel
 def place_kernel(
-    p_first, p_start, p_row, p_bits, p_place, p_lo, p_blocks, p_child_lo, p_child_hi, p_key, p_seen, queries, tokens,
+    p_first, p_start, p_row, p_bits, p_place, p_lo, p_blocks, p_child_lo, p_child_hi, p_key, p_seen, p_unfolded, queries, tokens,
     HKV: tl.constexpr, L: tl.constexpr, SIZE: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Key and bits of every place of the chunks: p_key, p_seen [places] int32.
+    """Key and bits of every place of the chunks: p_key, p_seen [places] int32; per list how many raw tokens its queries unfold.
 
     The raw tokens of a chunk that lies in a query's window count there: they lose that query's bit (a chunk lies in a window
     entirely or not at all). p_first [lists + 1] of level 0; p_start [lists + 1]; p_lo: [N], where the windows begin.
@@ -101,6 +97,7 @@ def place_kernel(
     i_start = tl.load(p_start + i_list)
     p_key += i_start
     p_seen += i_start
+    unfolded = tl.zeros([BN], tl.int32)
     for i in range(i_first, i_last, BN):
         o_item = i + tl.arange(0, BN)
         m_item = o_item < i_last
@@ -114,7 +111,9 @@ def place_kernel(
         if tl.max(b_child + b_width, 0) > i_window:  # few lists reach into a window
             m_within = (b_child[:, None] >= b_window[None, :]) & (o_bit < SIZE)[None, :]  # [BN, BQ]
             b_bits &= ~tl.reduce(m_within.to(tl.int32) << o_bit[None, :], 1, any_bit)
+        unfolded += count_bits(b_bits) * b_width
         for j in range(0, tl.max(b_width, 0)):
             m_child = j < b_width
             tl.store(p_key + o_place + 1 + j, b_child + j, mask=m_child)
             tl.store(p_seen + o_place + 1 + j, b_bits, mask=m_child)
+    tl.store(p_unfolded + i_list, tl.sum(unfolded, 0))
