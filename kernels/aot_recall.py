@@ -11,7 +11,7 @@ from kernels.compressed.tiles import Tile
 from kernels.decode import kernels as decoding
 from kernels.decode.triton import ATTEND, COMBINE, HELD, SCORE, TOP, attend_keys, searched
 from kernels.select import kernels as selecting
-from kernels.select.triton import LIST_KEYS, LIST_WARPS, SCORE_TILES, fitted
+from kernels.select.triton import LIST_KEYS, LIST_WARPS
 from kernels.select.triton import TABLE as SELECT_TILES
 from kernels.unfold import backward, forward
 from kernels.unfold.common import place_kernel
@@ -64,10 +64,10 @@ def recall_programs(arch: str, dim: int, dtype: str, item_size: int, heads: int,
         "unfold add_parts": (backward.add_parts_kernel, replace(tiles.chunks, warps=4, stages=3), dict(CHUNK=True), sums),
     }
     for share, summed in (("head", 1), ("group", group)):
-        for top, tile in zip((True, False), SELECT_TILES[arch][share][block_dim, item_size]):
-            tile = fitted(tile, size * group // summed)
+        chosen = SELECT_TILES[arch][share][block_dim, item_size].fit(size * group // summed)
+        for top, tile in ((True, chosen.top), (False, chosen.below)):
             words, per = -(-tile.rows // 32), group // summed
-            flags = dict(SUM=summed, WORDS=words, TOP=top, BOTTOM=not top, TILES=SCORE_TILES, PER=per)
+            flags = dict(SUM=summed, WORDS=words, TOP=top, BOTTOM=not top, TILES=chosen.run, PER=per)
             name, light = f"{share} {'top' if top else 'below'}", Tile(tile.rows, LIST_KEYS, LIST_WARPS, 3)
             made[f"select score {name}"] = (selecting.score_kernel, tile, flags, {})
             made[f"select mark {name}"] = (selecting.mark_kernel, light, flags, {})

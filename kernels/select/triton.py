@@ -21,27 +21,48 @@ from kernels.select.selection import Selection, SelectRule
 from kernels.tree import GistTree
 
 LARGEST_GROUP = 128  # rows of a tile
-# Per padded head dimension and bytes per element, of the top level and of those below it; the rows are those of one block of
-# queries. Sums of several heads' scores take more registers.
+
+
+@dataclass(frozen=True)
+class SelectTiles:
+    """Tiles that score candidates at the top level and below it; their rows are those of one block of queries.
+
+    ``run``: tiles that one program scores. ``held``: scores of a row that one warp holds in registers.
+    """
+
+    top: Tile
+    below: Tile
+    run: int = 4
+    held: int = 1024
+
+    def fit(self, rows: int) -> SelectTiles:
+        """With as many rows as a block has."""
+        rows = max(16, triton.next_power_of_2(rows))
+        return replace(self, top=replace(self.top, rows=rows), below=replace(self.below, rows=rows))
+
+
+def _same(tile: Tile) -> SelectTiles:
+    return SelectTiles(tile, tile)
+
+
+# Per padded head dimension and bytes per element. Sums of several heads' scores take more registers.
 _HEAD = {
-    (64, 2): (Tile(32, 64, 4, 2), Tile(32, 32, 4, 2)),
-    (128, 2): (Tile(32, 64, 4, 2), Tile(32, 32, 4, 2)),
-    (256, 2): (Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
-    (64, 4): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
-    (128, 4): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
-    (256, 4): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    (64, 2): SelectTiles(Tile(32, 64, 4, 2), Tile(32, 32, 4, 2)),
+    (128, 2): SelectTiles(Tile(32, 64, 4, 2), Tile(32, 32, 4, 2)),
+    (256, 2): _same(Tile(32, 32, 8, 2)),
+    (64, 4): _same(Tile(32, 32, 8, 1)),
+    (128, 4): _same(Tile(16, 16, 8, 1)),
+    (256, 4): _same(Tile(16, 16, 8, 1)),
 }
 _GROUP = {
-    (64, 2): (Tile(16, 16, 4, 2), Tile(16, 16, 4, 2)),
-    (128, 2): (Tile(16, 16, 4, 2), Tile(16, 64, 4, 2)),
-    (256, 2): (Tile(16, 32, 4, 2), Tile(16, 64, 4, 2)),
-} | {(dim, 4): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)) for dim in (64, 128, 256)}
+    (64, 2): _same(Tile(16, 16, 4, 2)),
+    (128, 2): SelectTiles(Tile(16, 16, 4, 2), Tile(16, 64, 4, 2)),
+    (256, 2): SelectTiles(Tile(16, 32, 4, 2), Tile(16, 64, 4, 2)),
+} | {(dim, 4): _same(Tile(16, 16, 8, 1)) for dim in (64, 128, 256)}
 _GPU = {"head": _HEAD, "group": _GROUP}
 TABLE = {arch: _GPU for arch in ("sm_80", "sm_90", "sm_100")}
-TABLE["interpreter"] = {share: {key: (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)) for key in _HEAD} for share in _GPU}
+TABLE["interpreter"] = {share: {key: _same(Tile(32, 32, 4, 1)) for key in _HEAD} for share in _GPU}
 SCRATCH = 1 << 28  # bytes of scores at once: few enough to be read back from the cache in part, enough to fill a GPU
-SCORE_TILES = 4  # tiles of candidates that one program scores
-SCORES_PER_WARP = 1024  # that a program holds in registers, 32 a thread
 # In the interpreter so little fits that the tests go every way: rows held whole and in parts, several slices of lists.
 LONGEST_ROW, SLICE = (32, 3) if INTERPRETED else (8192, None)
 UNIT = kernels.ROOM_UNIT.value
@@ -58,7 +79,7 @@ def select_gists_triton(q: Tensor, k: Tensor, tree: GistTree, rule: SelectRule, 
     if reason:
         raise ValueError(reason)
     group = q.shape[1] // k.shape[2]
-    return selection_of(tree, select_lists(q, k, tree, rule, max(1, min(BITS, tiles_for(q)[0].rows // group))))
+    return selection_of(tree, select_lists(q, k, tree, rule, max(1, min(BITS, tiles_for(q).top.rows // group))))
 
 
 def why_not(q: Tensor, k: Tensor, rule: SelectRule) -> str | None:
@@ -75,14 +96,9 @@ def why_not(q: Tensor, k: Tensor, rule: SelectRule) -> str | None:
     return None
 
 
-def tiles_for(q: Tensor, share: str = "head") -> tuple[Tile, Tile]:
-    """The tiles for the device, head dimension and dtype of q: at the top level, below."""
+def tiles_for(q: Tensor, share: str = "head") -> SelectTiles:
+    """The tiles for the device, head dimension and dtype of q."""
     return TABLE[architecture(q)][share][max(64, triton.next_power_of_2(q.shape[2])), q.element_size()]
-
-
-def fitted(tile: Tile, rows: int) -> Tile:
-    """The tile for a number of rows in a block."""
-    return replace(tile, rows=max(16, triton.next_power_of_2(rows)))
 
 
 @dataclass(frozen=True)
@@ -114,12 +130,14 @@ class _Level:
     places: int
 
 
-def select_lists(q: Tensor, k: Tensor, tree: GistTree, rule: SelectRule, size: int) -> BlockLists:
+def select_lists(
+    q: Tensor, k: Tensor, tree: GistTree, rule: SelectRule, size: int, tiles: SelectTiles | None = None
+) -> BlockLists:
     """What blocks of at most ``size`` queries select. q: [N, H, D]; k: [B, T, Hkv, D]."""
     q, k = q.contiguous(), k.reshape(-1, *k.shape[2:]).index_select(0, key_rows(tree.others))  # [B * R, Hkv, D]
     blocks = query_blocks(tree, size)
     with on_device(q):
-        search = _Search(q, k, tree, rule, blocks)
+        search = _Search(q, k, tree, rule, blocks, tiles or tiles_for(q, rule.share))
         nothing = blocks.table.new_empty(0)
         candidates = _Candidates(*[nothing] * 4, search.top_room)
         levels: list[_Level] = []
@@ -149,13 +167,13 @@ def _room(places: int) -> int:
 class _Search:
     """What the levels of one selection share. q: [N, H, D]; k: [B * R, Hkv, D], sorted by level."""
 
-    def __init__(self, q: Tensor, k: Tensor, tree: GistTree, rule: SelectRule, blocks: QueryBlocks):
+    def __init__(self, q: Tensor, k: Tensor, tree: GistTree, rule: SelectRule, blocks: QueryBlocks, tiles: SelectTiles):
         self.q, self.k, self.tree, self.rule, self.blocks = q, k, tree, rule, blocks
         self.spans, self.top_room = tree.others.memo(("spans of candidates", blocks.size), lambda: _spans(tree, blocks))
         self.group = q.shape[1] // k.shape[1]
         self.summed = self.group if rule.share == "group" else 1
-        self.tiles = [fitted(tile, blocks.size * self.group // self.summed) for tile in tiles_for(q, rule.share)]
-        self.rows = self.tiles[0].rows
+        self.tiles = tiles.fit(blocks.size * self.group // self.summed)
+        self.rows = self.tiles.top.rows
         self.words = triton.cdiv(self.rows, 32)
         self.lists = len(blocks.table) * k.shape[1]
 
@@ -186,7 +204,8 @@ class _Search:
     def _choose(self, s: int, candidates: _Candidates, taken: Tensor, count: Tensor, places: Tensor) -> None:
         """Fill ``taken`` [places, WORDS], ``count`` and ``places`` [lists]: slice by slice of lists, so that the scratch fits."""
         q, tree, kv_heads = self.q, self.tree, self.k.shape[1]
-        top, bottom, tile, room = s == 0, s == tree.levels - 1, self.tiles[min(s, 1)], candidates.room
+        top, bottom, room = s == 0, s == tree.levels - 1, candidates.room
+        tile, run = self.tiles.top if top else self.tiles.below, self.tiles.run
         budget = self.rule.budget(tree.span, tree.hi[s] - tree.lo[s], self.group).int()  # its cap counts all gists of the level
         step = min(self.lists, SLICE or max(1, SCRATCH // (4 * self.rows * room * UNIT)))
         score, (bound, last) = self.new(step, self.rows, room * UNIT), self.new(2, step, self.rows)
@@ -195,16 +214,16 @@ class _Search:
         shared = dict(HKV=kv_heads, BM=self.rows, TOP=top)
         for i in range(0, self.lists, step):
             lists = min(step, self.lists - i)
-            kernels.score_kernel[(lists, triton.cdiv(room * UNIT, SCORE_TILES * tile.keys))](
+            kernels.score_kernel[(lists, triton.cdiv(room * UNIT, run * tile.keys))](
                 q, self.k, tree.tail[s], tree.hi[s], self.blocks.table, self.spans[s], *own, candidates.words, score, i, room,
                 tree.others.rows.shape[1], H=q.shape[1], D=q.shape[2], BD=triton.next_power_of_2(q.shape[2]), BN=tile.keys,
-                SUM=self.summed, WORDS=self.words, TILES=SCORE_TILES, UPCAST=INTERPRETED and q.dtype == torch.bfloat16, **shared,
+                SUM=self.summed, WORDS=self.words, TILES=run, UPCAST=INTERPRETED and q.dtype == torch.bfloat16, **shared,
                 num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
             kernels.bound_kernel[(lists, self.rows)](
                 score, budget, self.blocks.table, self.spans[s], candidates.places, bound, last, i, room,
                 PER=self.group // self.summed, N=min(held, LONGEST_ROW), WHOLE=held <= LONGEST_ROW, **shared,
-                num_warps=max(1, min(held, LONGEST_ROW) // SCORES_PER_WARP),
+                num_warps=max(1, min(held, LONGEST_ROW) // self.tiles.held),
             )  # fmt: skip
             kernels.mark_kernel[(lists,)](
                 score, bound, last, self.spans[s], self.spans[s if bottom else s + 1], *own, tree.child_lo, tree.child_hi,
