@@ -4,13 +4,13 @@ from pathlib import Path
 
 from tokenizers import AddedToken
 
-from data_prep.convert import to_huggingface
-from data_prep.directory import write_directory
-from data_prep.errors import DataError
-from data_prep.files import check_new_directory
-from data_prep.huggingface_backend import HuggingFaceTokenizer, parse_tokenizer
-from data_prep.sentencepiece_backend import SentencePieceTokenizer, parse_model
-from data_prep.tokenizer import (
+from unfold.data_prep.convert import to_huggingface
+from unfold.data_prep.directory import write_directory
+from unfold.data_prep.errors import DataError
+from unfold.data_prep.files import check_new_directory
+from unfold.data_prep.huggingface_backend import HuggingFaceTokenizer, parse_tokenizer
+from unfold.data_prep.sentencepiece_backend import SentencePieceTokenizer, parse_model
+from unfold.data_prep.tokenizer import (
     CHAT_TEMPLATE_FILE,
     CONFIG_FILE,
     INFO_FILE,

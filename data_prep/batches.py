@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from data_prep.errors import DataError
-from data_prep.items import Document, Position
-from data_prep.journal import Counts
-from data_prep.spans import Spans
-from data_prep.tokenizer import Tokenizer
+from unfold.data_prep.errors import DataError
+from unfold.data_prep.items import Document, Position
+from unfold.data_prep.journal import Counts
+from unfold.data_prep.spans import Spans
+from unfold.data_prep.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from data_prep.supervised import SupervisedJob
+    from unfold.data_prep.supervised import SupervisedJob
 
 BATCH_CHARACTERS = 1 << 20
 BATCH_DOCUMENTS = 4096

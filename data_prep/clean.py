@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from data_prep.errors import DataError
-from data_prep.files import finish_partial, open_partial, write_all
-from data_prep.readers import read_items
-from data_prep.sources import Source
+from unfold.data_prep.errors import DataError
+from unfold.data_prep.files import finish_partial, open_partial, write_all
+from unfold.data_prep.readers import read_items
+from unfold.data_prep.sources import Source
 
 WORD = re.compile(r"\w+")
 EMAIL = re.compile(r"\b[\w.+-]+@[\w-]+(?:\.[\w-]+)+\b")

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from data_prep.errors import DataError
+from unfold.data_prep.errors import DataError
 
 PATTERN = re.compile(r"^([\w.\-]+)\s*(>=|<=|!=|=|>|<)\s*(.*)$", re.DOTALL)
 

@@ -10,9 +10,9 @@ import random
 import sentencepiece
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
-from data_prep.errors import DataError
-from data_prep.huggingface_backend import NEVER
-from data_prep.word_starts import SPACE_MARK
+from unfold.data_prep.errors import DataError
+from unfold.data_prep.huggingface_backend import NEVER
+from unfold.data_prep.word_starts import SPACE_MARK
 
 AWKWARD = (
     "",

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from data_prep.errors import DataError
+from unfold.data_prep.errors import DataError
 
 PARTIAL = ".partial"
 

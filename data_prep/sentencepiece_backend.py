@@ -6,9 +6,9 @@ import numpy as np
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
-from data_prep.errors import DataError
-from data_prep.tokenizer import ControlToken, TokenizerInfo, find_gists, sha256
-from data_prep.word_starts import sentencepiece_word_starts
+from unfold.data_prep.errors import DataError
+from unfold.data_prep.tokenizer import ControlToken, TokenizerInfo, find_gists, sha256
+from unfold.data_prep.word_starts import sentencepiece_word_starts
 
 MANY = 1000  # characters: as a long line of prose, over which float32 sums were never seen to matter
 

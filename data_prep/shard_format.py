@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.errors import DataError
-from data_prep.tokenizer import read_json
+from unfold.data_prep.errors import DataError
+from unfold.data_prep.tokenizer import read_json
 
 FORMAT = 1
 MAGIC = b"MMIDIDX\x00\x00"

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.errors import DataError
-from data_prep.files import PARTIAL, Appended, finish_partial, open_partial, write_all
-from data_prep.shard_format import (
+from unfold.data_prep.errors import DataError
+from unfold.data_prep.files import PARTIAL, Appended, finish_partial, open_partial, write_all
+from unfold.data_prep.shard_format import (
     DTYPE_CODES,
     HEADER,
     MAGIC,
@@ -28,8 +28,8 @@ from data_prep.shard_format import (
     token_dtype,
     unigram_entropy,
 )
-from data_prep.spans import SUFFIX, Spans, SpansWriter
-from data_prep.tokenizer import TokenizerInfo
+from unfold.data_prep.spans import SUFFIX, Spans, SpansWriter
+from unfold.data_prep.tokenizer import TokenizerInfo
 
 
 @dataclass(frozen=True)

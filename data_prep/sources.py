@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data_prep.conditions import Condition
-from data_prep.errors import DataError
-from data_prep.fields import SupervisedFields
-from data_prep.streams import COMPRESSIONS, count_lines
+from unfold.data_prep.conditions import Condition
+from unfold.data_prep.errors import DataError
+from unfold.data_prep.fields import SupervisedFields
+from unfold.data_prep.streams import COMPRESSIONS, count_lines
 
 SUFFIXES = {
     ".txt": "txt",

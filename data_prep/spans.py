@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.errors import DataError
-from data_prep.files import Appended
+from unfold.data_prep.errors import DataError
+from unfold.data_prep.files import Appended
 
 MAGIC = b"UNFSPANS"
 VERSION = 1

@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from data_prep.errors import DataError
+from unfold.data_prep.errors import DataError
 
 INFO_FILE = "tokenizer_info.json"
 JSON_FILE = "tokenizer.json"
@@ -171,9 +171,9 @@ def _load_file(kind: str, path: Path) -> Tokenizer:
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     if kind == "sentencepiece":
-        from data_prep.sentencepiece_backend import SentencePieceTokenizer
+        from unfold.data_prep.sentencepiece_backend import SentencePieceTokenizer
 
         return SentencePieceTokenizer(path.read_bytes(), str(path))
-    from data_prep.huggingface_backend import HuggingFaceTokenizer
+    from unfold.data_prep.huggingface_backend import HuggingFaceTokenizer
 
     return HuggingFaceTokenizer.from_file(path)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.buffers import Growable
-from model.config import GistConfig, ModelConfig
-from model.gist.outline import Outline
+from unfold.model.buffers import Growable
+from unfold.model.config import GistConfig, ModelConfig
+from unfold.model.gist.outline import Outline
 
 
 @dataclass

@@ -16,12 +16,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from kernels.compressed import compressed_attention
-from kernels.select import Selection, SelectRule, select_gists
-from kernels.tree import GistTree
-from kernels.unfold import RecallStats, unfold_attention
-from kernels.unfold.op import recall_stats
-from model.context_rows import Exports, Kept, queries_of_part, seen_by_part, seen_tokens, take
+from unfold.kernels.compressed import compressed_attention
+from unfold.kernels.select import Selection, SelectRule, select_gists
+from unfold.kernels.tree import GistTree
+from unfold.kernels.unfold import RecallStats, unfold_attention
+from unfold.kernels.unfold.op import recall_stats
+from unfold.model.context_rows import Exports, Kept, queries_of_part, seen_by_part, seen_tokens, take
 
 
 @dataclass(frozen=True)

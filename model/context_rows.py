@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.intervals import Intervals
-from kernels.tree import GistTree
+from unfold.kernels.intervals import Intervals
+from unfold.kernels.tree import GistTree
 
 
 def seen_tokens(intervals: Intervals, sample: Tensor, lo: Tensor, hi: Tensor) -> Tensor:

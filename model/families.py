@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from model.config import ModelConfig
+    from unfold.model.config import ModelConfig
 
 # Settings of ModelConfig that say which optional parts a model has.
 PARTS = ("qkv_bias", "output_bias", "mlp_bias", "qk_norm", "nope_layers")

@@ -15,12 +15,12 @@ import torch
 from deepspeed.pipe import LayerSpec, TiedLayerSpec
 from torch import Tensor, nn
 
-from model.attention import Attend, MicroBatchAttention
-from model.config import GistConfig, ModelConfig
-from model.context_parallel import ContextAttention
-from model.gist import Recall, build_layout
-from model.layers import BuildContext, RMSNorm, Rotary
-from model.transformer import Embedding, Layer, MicroBatch, token_loss_sum
+from unfold.model.attention import Attend, MicroBatchAttention
+from unfold.model.config import GistConfig, ModelConfig
+from unfold.model.context_parallel import ContextAttention
+from unfold.model.gist import Recall, build_layout
+from unfold.model.layers import BuildContext, RMSNorm, Rotary
+from unfold.model.transformer import Embedding, Layer, MicroBatch, token_loss_sum
 
 TIED = "embedding"  # key of the weight that the first and the last stage share
 
@@ -121,7 +121,7 @@ def stage_inputs(batch: MicroBatch, factor: float) -> tuple[tuple[Tensor, Tensor
 
 
 def canonical_name(layers: int) -> Callable[[str], str]:
-    """Names of the pipeline's parameters -> those of :class:`model.transformer.Transformer`."""
+    """Names of the pipeline's parameters -> those of :class:`unfold.model.transformer.Transformer`."""
 
     def rename(name: str) -> str:
         name = name.removeprefix(f"tied_modules.{TIED}.")

@@ -13,18 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.compressed import compressed_attention
-from kernels.intervals import Intervals
-from kernels.select import SelectRule
-from kernels.unfold import recall_queries
-from model.cache import SequenceCache
-from model.gist.outline import Sight
+from unfold.kernels.compressed import compressed_attention
+from unfold.kernels.intervals import Intervals
+from unfold.kernels.select import SelectRule
+from unfold.kernels.unfold import recall_queries
+from unfold.model.cache import SequenceCache
+from unfold.model.gist.outline import Sight
 
 DENSE_BLOCK = 128  # queries of dense attention at a time: bounds its mask
 
 
 class PrefillAttention:
-    """The next ``n`` tokens of one sequence attend to its cache; an :data:`model.attention.Attend` of one row.
+    """The next ``n`` tokens of one sequence attend to its cache; an :data:`unfold.model.attention.Attend` of one row.
 
     Args:
         cache: the sequence's; its outline holds the tokens already, its layers not yet.

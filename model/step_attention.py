@@ -1,4 +1,4 @@
-"""Attention of new tokens over the caches of their sequences: keeps their keys and values, then one call of kernels.decode."""
+"""Attention of new tokens over the caches of their sequences: keeps their keys and values, then one call of the op for it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.decode import Step, decode_attention
-from kernels.select import SelectRule
-from model.cache import SequenceCache
-from model.gist.outline import Sight
+from unfold.kernels.decode import Step, decode_attention
+from unfold.kernels.select import SelectRule
+from unfold.model.cache import SequenceCache
+from unfold.model.gist.outline import Sight
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class NewTokens:
 
 
 class StepAttention:
-    """Every new token of a batch of sequences attends to its own cache; an :data:`model.attention.Attend` of one row.
+    """Every new token of a batch of sequences attends to its own cache; an :data:`unfold.model.attention.Attend` of one row.
 
     Args:
         batch: the sequences; their tokens stand one after another in the row.

@@ -16,13 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kernels.intervals import Intervals
-from kernels.select import select_gists
-from kernels.tree import GistTree
-from model.attention import Attend, Attention, MicroBatchAttention
-from model.context_parallel import ContextAttention
-from model.gist import Layout, Recall
-from pretrain.parallel import Parallel
+from unfold.kernels.intervals import Intervals
+from unfold.kernels.select import select_gists
+from unfold.kernels.tree import GistTree
+from unfold.model.attention import Attend, Attention, MicroBatchAttention
+from unfold.model.context_parallel import ContextAttention
+from unfold.model.gist import Layout, Recall
+from unfold.pretrain.parallel import Parallel
 
 QUERIES = 64  # raw tokens per rank and layer, spread evenly over a micro-batch
 ELEMENTS = 1 << 24  # of the keys that are gathered at a time

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pretrain.errors import UserError
+from unfold.pretrain.errors import UserError
 
 SCALE = 1 << 32  # weights become whole numbers, so that every machine computes the same
 

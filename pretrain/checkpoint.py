@@ -2,7 +2,7 @@
 
     checkpoints/step-00000100/   shard-00001-model-00001-of-00003.safetensors ..  manifest.json
 
-A directory is made under a hidden name and renamed when it is whole (pretrain.saving), so one without a manifest does not
+A directory is made under a hidden name and renamed when it is whole (unfold.pretrain.saving), so one without a manifest does not
 count as a checkpoint, and one whose files differ from its manifest is passed over for the newest older whole one. Nothing
 in it is pickled: tensors are safetensors, everything else is JSON.
 """
@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pretrain.errors import UserError
+from unfold.pretrain.errors import UserError
 
 if TYPE_CHECKING:  # listing checkpoints needs none of the heavy libraries behind it
-    from pretrain.parallel import Parallel
+    from unfold.pretrain.parallel import Parallel
 
 MANIFEST = "manifest.json"
 FORMAT = 2
@@ -42,7 +42,7 @@ class Manifest:
         world: number of ranks that wrote it.
         skipped: steps whose update was skipped.
         recent_losses: what a loss spike is measured against.
-        quarantine: rollbacks so far, each with the samples that it took out (pretrain.faults.Quarantine).
+        quarantine: rollbacks so far, each with the samples that it took out (unfold.pretrain.faults.Quarantine).
         files: {name: {"bytes", "sha256"}} of every other file of the directory.
     """
 

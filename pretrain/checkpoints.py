@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from pretrain.checkpoint import (
+from unfold.pretrain.checkpoint import (
     Manifest,
     checkpoint_directories,
     find_checkpoint,
@@ -20,9 +20,9 @@ from pretrain.checkpoint import (
     superfluous,
     write_atomically,
 )
-from pretrain.config import flatten
-from pretrain.errors import UserError
-from pretrain.tensor_files import Chunk, TensorDirectory, write_tensor_file
+from unfold.pretrain.config import flatten
+from unfold.pretrain.errors import UserError
+from unfold.pretrain.tensor_files import Chunk, TensorDirectory, write_tensor_file
 
 
 def run_command(args: argparse.Namespace) -> Iterator[str]:

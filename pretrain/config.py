@@ -11,9 +11,9 @@ from typing import get_type_hints
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from model.config import GistConfig, ModelConfig, option, raise_together
-from pretrain.config_monitor import MonitorConfig
-from pretrain.errors import UserError
+from unfold.model.config import GistConfig, ModelConfig, option, raise_together
+from unfold.pretrain.config_monitor import MonitorConfig
+from unfold.pretrain.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from model.config import option, raise_together
+from unfold.model.config import option, raise_together
 
 MOST_PROFILED = 100  # steps; a trace of more needs more memory than anybody can look at
 

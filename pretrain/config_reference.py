@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
-from pretrain.config import CHANGEABLE_ON_RESUME, FREE_ON_RESUME, RunConfig
+from unfold.pretrain.config import CHANGEABLE_ON_RESUME, FREE_ON_RESUME, RunConfig
 
 PAGE_HEAD = """# Configuration reference
 

@@ -1,8 +1,8 @@
 """Global sample number -> packed raw tokens -> micro-batches.
 
-The order of samples is a pure function of (seed, number) (`pretrain.windows`). The state of the data is therefore one
+The order of samples is a pure function of (seed, number) (`unfold.pretrain.windows`). The state of the data is therefore one
 integer, and ranks, micro-batches and chunk sizes do not change what is seen. Where sources have weights, each is a stream of
-windows of its own, and `pretrain.blend` tells which one gives a sample.
+windows of its own, and `unfold.pretrain.blend` tells which one gives a sample.
 
 A supervised document is a context and a suffix: the context is closed, the suffix gets no gists, and only answers are
 predicted. Every other document is all text, and every token of it but the first is predicted.
@@ -16,14 +16,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model.config import GistConfig
-from model.gist import Recall, build_layout, interleave, max_interleaved_length
-from model.transformer import IGNORED, MicroBatch
-from pretrain.blend import make_blend, parse_entry
-from pretrain.errors import UserError
-from pretrain.shards import Shard, open_shards
-from pretrain.tokenizer import TokenizerInfo
-from pretrain.windows import CutWindows, PackedWindows, Segment
+from unfold.model.config import GistConfig
+from unfold.model.gist import Recall, build_layout, interleave, max_interleaved_length
+from unfold.model.transformer import IGNORED, MicroBatch
+from unfold.pretrain.blend import make_blend, parse_entry
+from unfold.pretrain.errors import UserError
+from unfold.pretrain.shards import Shard, open_shards
+from unfold.pretrain.tokenizer import TokenizerInfo
+from unfold.pretrain.windows import CutWindows, PackedWindows, Segment
 
 
 class TokenSource:

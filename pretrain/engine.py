@@ -11,14 +11,14 @@ from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import nn
 
-from model.config import GistConfig
-from model.context_parallel import ContextParallel
-from model.layers import BuildContext
-from model.pipeline import canonical_name, layer_specs, stage_loss
-from model.transformer import Transformer
-from pretrain.config import OptimizerConfig, RunConfig, ScheduleConfig, accumulation_steps
-from pretrain.engine_state import allocate_optimizer_state
-from pretrain.parallel import Parallel
+from unfold.model.config import GistConfig
+from unfold.model.context_parallel import ContextParallel
+from unfold.model.layers import BuildContext
+from unfold.model.pipeline import canonical_name, layer_specs, stage_loss
+from unfold.model.transformer import Transformer
+from unfold.pretrain.config import OptimizerConfig, RunConfig, ScheduleConfig, accumulation_steps
+from unfold.pretrain.engine_state import allocate_optimizer_state
+from unfold.pretrain.parallel import Parallel
 
 
 def deepspeed_config(config: RunConfig, data_size: int) -> dict:

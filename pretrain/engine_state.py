@@ -17,8 +17,8 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
-from pretrain.parallel import Parallel
-from pretrain.tensor_files import TensorDirectory
+from unfold.pretrain.parallel import Parallel
+from unfold.pretrain.tensor_files import TensorDirectory
 
 KINDS = ("model", "exp_avg", "exp_avg_sq")
 MUON_KINDS = ("model", "momentum_buffer")

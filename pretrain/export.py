@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from pretrain.errors import UserError
-from pretrain.export_files import write_configs, write_model_card
-from pretrain.export_proof import file_hashes, prove
-from pretrain.export_weights import write_weights
-from pretrain.hf_directory import new_directory, write_json
-from pretrain.load import find_run
+from unfold.pretrain.errors import UserError
+from unfold.pretrain.export_files import write_configs, write_model_card
+from unfold.pretrain.export_proof import file_hashes, prove
+from unfold.pretrain.export_weights import write_weights
+from unfold.pretrain.hf_directory import new_directory, write_json
+from unfold.pretrain.load import find_run
 
 PROOF = "export_proof.json"
 DTYPES = {"fp32": (torch.float32, "float32"), "bf16": (torch.bfloat16, "bfloat16"), "fp16": (torch.float16, "float16")}

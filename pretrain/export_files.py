@@ -5,12 +5,12 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from model.hf.keys import hf_config, model_family
-from model.hf.remote import config_entries, remote_code_files
-from pretrain.config import RunConfig
-from pretrain.hf_directory import write_json
-from pretrain.load import FoundRun
-from pretrain.plan_work import count_parameters
+from unfold.model.hf.keys import hf_config, model_family
+from unfold.model.hf.remote import config_entries, remote_code_files
+from unfold.pretrain.config import RunConfig
+from unfold.pretrain.hf_directory import write_json
+from unfold.pretrain.load import FoundRun
+from unfold.pretrain.plan_work import count_parameters
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "chat_template.jinja"

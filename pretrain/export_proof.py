@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.attention import MicroBatchAttention
-from model.config import GistConfig
-from model.generation import Decoder
-from model.gist import Recall, build_layout, build_recall, select_rule
-from model.transformer import Transformer
-from pretrain.errors import UserError
-from pretrain.load import FoundRun, load_model
-from pretrain.tokenizer import TokenizerInfo
+from unfold.model.attention import MicroBatchAttention
+from unfold.model.config import GistConfig
+from unfold.model.generation import Decoder
+from unfold.model.gist import Recall, build_layout, build_recall, select_rule
+from unfold.model.transformer import Transformer
+from unfold.pretrain.errors import UserError
+from unfold.pretrain.load import FoundRun, load_model
+from unfold.pretrain.tokenizer import TokenizerInfo
 
 TOLERANCE = 1e-5  # largest difference of fp32 logits between our model and the reloaded one, as a share of the largest logit
 SMALLEST_SCALE = 10.0  # of logits, in that share: rounding grows with them, but a tiny model's does not vanish

@@ -9,11 +9,11 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 
-from model.config import ModelConfig
-from model.hf.names import Entry, entries
-from pretrain.errors import UserError
-from pretrain.import_weights import INDEX
-from pretrain.tensor_files import Chunk, TensorDirectory, write_tensor_file
+from unfold.model.config import ModelConfig
+from unfold.model.hf.names import Entry, entries
+from unfold.pretrain.errors import UserError
+from unfold.pretrain.import_weights import INDEX
+from unfold.pretrain.tensor_files import Chunk, TensorDirectory, write_tensor_file
 
 
 class _Source:

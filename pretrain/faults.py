@@ -14,11 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pretrain.checkpoint import Manifest, write_atomically
-from pretrain.errors import UserError
+from unfold.pretrain.checkpoint import Manifest, write_atomically
+from unfold.pretrain.errors import UserError
 
 if TYPE_CHECKING:  # looking at a run needs no configuration machinery
-    from pretrain.config import FaultConfig
+    from unfold.pretrain.config import FaultConfig
 
 QUARANTINE = "quarantine.json"
 FAULTS = ("", "steps in a row without a finite loss and gradient", "loss spike")

@@ -8,8 +8,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from pretrain.checkpoint import sync_directory
-from pretrain.errors import UserError
+from unfold.pretrain.checkpoint import sync_directory
+from unfold.pretrain.errors import UserError
 
 UNFINISHED = "UNFINISHED"  # a file of this name marks a directory that was not written to its end
 

@@ -14,15 +14,15 @@ from pathlib import Path
 import torch
 import yaml
 
-from model.config import ModelConfig
-from model.hf.keys import model_config
-from pretrain.checkpoint import MANIFEST, Manifest, checkpoint_name, sync_directory, write_atomically
-from pretrain.config import RunConfig, parse_config
-from pretrain.errors import UserError
-from pretrain.hf_directory import new_directory, read_keys
-from pretrain.import_vocabulary import adopt_tokenizer, match_vocabulary
-from pretrain.import_weights import WeightFiles, write_checkpoint_weights
-from pretrain.tokenizer import TokenizerInfo, load_tokenizer
+from unfold.model.config import ModelConfig
+from unfold.model.hf.keys import model_config
+from unfold.pretrain.checkpoint import MANIFEST, Manifest, checkpoint_name, sync_directory, write_atomically
+from unfold.pretrain.config import RunConfig, parse_config
+from unfold.pretrain.errors import UserError
+from unfold.pretrain.hf_directory import new_directory, read_keys
+from unfold.pretrain.import_vocabulary import adopt_tokenizer, match_vocabulary
+from unfold.pretrain.import_weights import WeightFiles, write_checkpoint_weights
+from unfold.pretrain.tokenizer import TokenizerInfo, load_tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FILE_BYTES = 5 * 10**9

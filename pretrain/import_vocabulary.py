@@ -10,11 +10,10 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from pretrain.errors import UserError
-from pretrain.import_weights import EMBEDDING, HEAD, NewRows, WeightFiles
-from pretrain.tokenizer import TokenizerInfo
-
-ROOT = Path(__file__).parent.parent
+import unfold
+from unfold.pretrain.errors import UserError
+from unfold.pretrain.import_weights import EMBEDDING, HEAD, NewRows, WeightFiles
+from unfold.pretrain.tokenizer import TokenizerInfo
 
 
 def adopt_tokenizer(source: Path, output: Path, gist_levels: int) -> None:
@@ -23,10 +22,10 @@ def adopt_tokenizer(source: Path, output: Path, gist_levels: int) -> None:
     Raises:
         UserError: with the line that it ends with.
     """
-    command = [sys.executable, "-m", "data_prep", "import-tokenizer", "--input", source.resolve(), "--output", output.resolve()]
-    done = subprocess.run(
-        [*map(str, command), "--gist-levels", str(gist_levels)], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-m", "unfold.data_prep", "import-tokenizer", "--gist-levels", gist_levels]
+    command += ["--input", source.resolve(), "--output", output.resolve()]
+    root = Path(unfold.__file__).parent.parent  # from where `-m unfold` is found, installed or not
+    done = subprocess.run([*map(str, command)], cwd=root, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["it ended without a word"]
         raise UserError(f"tokenizer of {source}: {lines[-1].removeprefix('data_prep: error: ')}; or give --tokenizer DIR")

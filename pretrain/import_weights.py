@@ -12,10 +12,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from model.config import ModelConfig
-from model.hf.names import Entry, entries
-from pretrain.errors import UserError
-from pretrain.tensor_files import DTYPES, Chunk, write_tensor_file
+from unfold.model.config import ModelConfig
+from unfold.model.hf.names import Entry, entries
+from unfold.pretrain.errors import UserError
+from unfold.pretrain.tensor_files import DTYPES, Chunk, write_tensor_file
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import torch
 
-from model.layers import BuildContext
-from model.transformer import Transformer
-from pretrain import parallel as parallel_groups
-from pretrain.checkpoint import Manifest, find_checkpoint
-from pretrain.config import ParallelConfig, RunConfig, parse_config
-from pretrain.engine_state import pieces
-from pretrain.errors import UserError
-from pretrain.tensor_files import TensorDirectory
-from pretrain.tokenizer import TokenizerInfo, load_tokenizer
+from unfold.model.layers import BuildContext
+from unfold.model.transformer import Transformer
+from unfold.pretrain import parallel as parallel_groups
+from unfold.pretrain.checkpoint import Manifest, find_checkpoint
+from unfold.pretrain.config import ParallelConfig, RunConfig, parse_config
+from unfold.pretrain.engine_state import pieces
+from unfold.pretrain.errors import UserError
+from unfold.pretrain.tensor_files import TensorDirectory
+from unfold.pretrain.tokenizer import TokenizerInfo, load_tokenizer
 
 
 @dataclass(frozen=True)

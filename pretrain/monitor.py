@@ -12,8 +12,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from pretrain.checkpoint import write_atomically
-from pretrain.config import MonitorConfig, RunConfig, flatten
+from unfold.pretrain.checkpoint import write_atomically
+from unfold.pretrain.config import MonitorConfig, RunConfig, flatten
 
 SECONDS_BETWEEN_LINES = 10.0  # progress lines when stderr is not a terminal
 

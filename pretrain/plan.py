@@ -25,13 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def plan_command(args: argparse.Namespace) -> Iterator[str]:
     """Lines of the plan that the arguments ask for. Raises UserError for what is wrong or does not fit."""
     # PyTorch and DeepSpeed take seconds to load: a wrong argument is told before.
-    from pretrain.config import load_config
-    from pretrain.plan_hardware import Cluster, find_gpu
+    from unfold.pretrain.config import load_config
+    from unfold.pretrain.plan_hardware import Cluster, find_gpu
 
     cluster = Cluster(find_gpu(args.gpu, args.gpu_memory), args.gpus, args.gpus_per_node, args.mfu)
     config = load_config(args.config, args.overrides)
-    from pretrain.plan_make import Planner, with_known_vocabulary
-    from pretrain.plan_report import report
+    from unfold.pretrain.plan_make import Planner, with_known_vocabulary
+    from unfold.pretrain.plan_report import report
 
     config, planner = with_known_vocabulary(config), Planner(cluster)
     plan = planner.plan(config)

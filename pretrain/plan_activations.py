@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from model.config import ModelConfig
-from pretrain.config import RunConfig
-from pretrain.plan_work import Sample
+from unfold.model.config import ModelConfig
+from unfold.pretrain.config import RunConfig
+from unfold.pretrain.plan_work import Sample
 
 FP32 = 4
 INT64 = 8

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from pretrain.config import RunConfig
-from pretrain.errors import UserError
+from unfold.pretrain.config import RunConfig
+from unfold.pretrain.errors import UserError
 
 MOST_CHANGES = 5
 WORTH = 0.8  # a change that leaves more of the memory in use is not worth its cost while others save more

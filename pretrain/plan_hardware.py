@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 
-from pretrain.errors import UserError
+from unfold.pretrain.errors import UserError
 
 GIB = 2**30
 

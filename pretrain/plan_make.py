@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from pretrain.config import RunConfig, with_vocab_size
-from pretrain.errors import UserError
-from pretrain.plan_fit import suggest, with_setting
-from pretrain.plan_hardware import GIB, Cluster
-from pretrain.plan_memory import RESERVED, Memory, plan_memory
-from pretrain.plan_ranks import Division
-from pretrain.plan_traffic import Traffic, plan_traffic
-from pretrain.plan_work import Flops, Sample, count_flops, measure_sample
-from pretrain.tokenizer import load_tokenizer
+from unfold.pretrain.config import RunConfig, with_vocab_size
+from unfold.pretrain.errors import UserError
+from unfold.pretrain.plan_fit import suggest, with_setting
+from unfold.pretrain.plan_hardware import GIB, Cluster
+from unfold.pretrain.plan_memory import RESERVED, Memory, plan_memory
+from unfold.pretrain.plan_ranks import Division
+from unfold.pretrain.plan_traffic import Traffic, plan_traffic
+from unfold.pretrain.plan_work import Flops, Sample, count_flops, measure_sample
+from unfold.pretrain.tokenizer import load_tokenizer
 
 
 def with_known_vocabulary(config: RunConfig) -> RunConfig:

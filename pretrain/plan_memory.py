@@ -1,6 +1,6 @@
 """Memory of one GPU in a plan: what stays, what a step needs at its peak.
 
-What DeepSpeed keeps follows its optimizers as :mod:`pretrain.engine` configures them: BF16_Optimizer (bf16, ZeRO-1),
+What DeepSpeed keeps follows its optimizers as :mod:`unfold.pretrain.engine` configures them: BF16_Optimizer (bf16, ZeRO-1),
 DeepSpeedZeroOptimizer (ZeRO-2, and ZeRO-1 in fp32), DeepSpeedZeroOptimizer_Stage3. A test compares with their buffers.
 """
 
@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from pretrain.config import RunConfig
-from pretrain.plan_activations import FP32, Activations, element_size
-from pretrain.plan_work import Parameters, Sample, count_parameters
+from unfold.pretrain.config import RunConfig
+from unfold.pretrain.plan_activations import FP32, Activations, element_size
+from unfold.pretrain.plan_work import Parameters, Sample, count_parameters
 
 # DeepSpeed's defaults, in elements: zero_optimization.reduce_bucket_size, stage3_max_live_parameters.
 BUCKET = 500_000_000

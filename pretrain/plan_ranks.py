@@ -1,12 +1,12 @@
-"""Which rank does what: the division of a cluster's GPUs, as :mod:`pretrain.parallel` makes it when a run starts."""
+"""Which rank does what: the division of a cluster's GPUs, as :mod:`unfold.pretrain.parallel` makes it when a run starts."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pretrain.config import RunConfig, accumulation_steps
-from pretrain.errors import UserError
-from pretrain.plan_hardware import Cluster
+from unfold.pretrain.config import RunConfig, accumulation_steps
+from unfold.pretrain.errors import UserError
+from unfold.pretrain.plan_hardware import Cluster
 
 SHOWN = 16  # ranks of a table before it is abbreviated
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pretrain.plan_hardware import GIB
-from pretrain.plan_make import Plan
-from pretrain.plan_ranks import rank_table
-from pretrain.plan_work import FLOPS_FORMULA, count_parameters
+from unfold.pretrain.plan_hardware import GIB
+from unfold.pretrain.plan_make import Plan
+from unfold.pretrain.plan_ranks import rank_table
+from unfold.pretrain.plan_work import FLOPS_FORMULA, count_parameters
 
 MEMORY = (
     ("weights", "weights"),

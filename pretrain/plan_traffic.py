@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pretrain.config import RunConfig
-from pretrain.plan_activations import FP32, Activations, element_size
-from pretrain.plan_work import Sample, count_parameters
+from unfold.pretrain.config import RunConfig
+from unfold.pretrain.plan_activations import FP32, Activations, element_size
+from unfold.pretrain.plan_work import Sample, count_parameters
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
-from model.config import GistConfig, ModelConfig
-from model.context_parallel import make_plan
-from model.gist import Layout, build_layout, interleave, max_interleaved_length
-from model.hf.names import model_entries
-from pretrain.config import RunConfig
+from unfold.model.config import GistConfig, ModelConfig
+from unfold.model.context_parallel import make_plan
+from unfold.model.gist import Layout, build_layout, interleave, max_interleaved_length
+from unfold.model.hf.names import model_entries
+from unfold.pretrain.config import RunConfig
 
 
 @dataclass(frozen=True)

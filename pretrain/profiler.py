@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from pretrain.parallel import Parallel
+from unfold.pretrain.parallel import Parallel
 
 DIRECTORY = "profile"
 

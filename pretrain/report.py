@@ -7,8 +7,8 @@ import os
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pretrain.errors import UserError
-from pretrain.report_page import (
+from unfold.pretrain.errors import UserError
+from unfold.pretrain.report_page import (
     charts_section,
     checkpoints_section,
     configuration_section,
@@ -16,9 +16,9 @@ from pretrain.report_page import (
     sample_section,
     text,
 )
-from pretrain.report_runs import Run, read_runs
-from pretrain.report_sample import read_sample, script_data
-from pretrain.report_style import SCRIPT, STYLE
+from unfold.pretrain.report_runs import Run, read_runs
+from unfold.pretrain.report_sample import read_sample, script_data
+from unfold.pretrain.report_style import SCRIPT, STYLE
 
 REPORT = "report.html"
 MOST_SAMPLES = 4  # pictures of layouts; runs with the same gist settings share one

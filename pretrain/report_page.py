@@ -9,12 +9,12 @@ from html import escape
 
 import numpy as np
 
-from pretrain.config import RunConfig, flatten
-from pretrain.config_reference import sections
-from pretrain.report_curves import AXES, Chart, Curve, draw, hover_data, make_curve, number, smoothing_window
-from pretrain.report_runs import Run, parameters
-from pretrain.report_sample import Sample, describe, draw_grid, draw_strip, kind_class, kind_name
-from pretrain.status import duration
+from unfold.pretrain.config import RunConfig, flatten
+from unfold.pretrain.config_reference import sections
+from unfold.pretrain.report_curves import AXES, Chart, Curve, draw, hover_data, make_curve, number, smoothing_window
+from unfold.pretrain.report_runs import Run, parameters
+from unfold.pretrain.report_sample import Sample, describe, draw_grid, draw_strip, kind_class, kind_name
+from unfold.pretrain.status import duration
 
 COLOURS, DASHES = 6, 4
 CURVE_BYTES = 1_800_000  # room for all curves of a page; the number of buckets follows from it

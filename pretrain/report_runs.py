@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from model.config import ModelConfig
-from pretrain.config import RunConfig, parse_config
-from pretrain.errors import UserError
+from unfold.model.config import ModelConfig
+from unfold.pretrain.config import RunConfig, parse_config
+from unfold.pretrain.errors import UserError
 
 
 @dataclass(frozen=True)

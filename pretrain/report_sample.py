@@ -8,9 +8,9 @@ from html import escape
 
 import numpy as np
 
-from model.config import GistConfig
-from pretrain.config import RunConfig
-from pretrain.errors import UserError
+from unfold.model.config import GistConfig
+from unfold.pretrain.config import RunConfig
+from unfold.pretrain.errors import UserError
 
 FEWEST, MOST = 100, 200  # tokens of the picture
 
@@ -71,8 +71,8 @@ def _real_tokens(config: RunConfig, gist: GistConfig | None, length: int):
     """(ids, document lengths, contexts, tokenizer) of the first ``length`` raw tokens of sample 0. Raises UserError."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # megatron-core's advice on optional packages is not for readers of a report
-        from pretrain.data import TokenSource
-        from pretrain.tokenizer import load_tokenizer
+        from unfold.pretrain.data import TokenSource
+        from unfold.pretrain.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(config.data.tokenizer, gist.levels if gist else 0)
     try:
@@ -100,7 +100,7 @@ def _lay_out(
         return Sample(np.full(len(doc), -1), doc, none, mask, [text_of(int(i)) for i in ids[:length]], 0, origin)
     import torch  # with the layout: seconds of start-up that a wrong argument need not wait for
 
-    from model.gist import build_layout, interleave
+    from unfold.model.gist import build_layout, interleave
 
     made = interleave(ids, lengths, word_starts, gist, gist_ids[: gist.levels], contexts=contexts)
     level, doc, position = made.level[:length], made.doc[:length], made.position[:length]

@@ -15,8 +15,8 @@ import deepspeed
 import torch
 import yaml
 
-from model.config import ModelConfig
-from pretrain.checkpoint import (
+from unfold.model.config import ModelConfig
+from unfold.pretrain.checkpoint import (
     Manifest,
     agree_on_newest,
     checkpoint_directories,
@@ -26,14 +26,14 @@ from pretrain.checkpoint import (
     remove_leftovers,
     write_atomically,
 )
-from pretrain.config import RunConfig, changes_on_resume, parse_config
-from pretrain.engine_state import load_state
-from pretrain.errors import UserError
-from pretrain.faults import Quarantine, Rollback
-from pretrain.parallel import Parallel
-from pretrain.run_dir import HEARTBEATS, LOCK
-from pretrain.tensor_files import TensorDirectory
-from pretrain.tokenizer import TokenizerInfo
+from unfold.pretrain.config import RunConfig, changes_on_resume, parse_config
+from unfold.pretrain.engine_state import load_state
+from unfold.pretrain.errors import UserError
+from unfold.pretrain.faults import Quarantine, Rollback
+from unfold.pretrain.parallel import Parallel
+from unfold.pretrain.run_dir import HEARTBEATS, LOCK
+from unfold.pretrain.tensor_files import TensorDirectory
+from unfold.pretrain.tokenizer import TokenizerInfo
 
 LOCK_SECONDS = 15.0
 

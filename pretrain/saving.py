@@ -20,7 +20,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from pretrain.checkpoint import (
+from unfold.pretrain.checkpoint import (
     MANIFEST,
     Manifest,
     checkpoint_directories,
@@ -31,10 +31,10 @@ from pretrain.checkpoint import (
     sync_directory,
     write_atomically,
 )
-from pretrain.config import CheckpointConfig
-from pretrain.engine_state import ADAM_STEP, RECTANGLES, adam_step, fragments
-from pretrain.parallel import Parallel
-from pretrain.tensor_files import Chunk, write_tensor_file
+from unfold.pretrain.config import CheckpointConfig
+from unfold.pretrain.engine_state import ADAM_STEP, RECTANGLES, adam_step, fragments
+from unfold.pretrain.parallel import Parallel
+from unfold.pretrain.tensor_files import Chunk, write_tensor_file
 
 POLL_SECONDS = 0.05
 

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pretrain.errors import UserError
-from pretrain.tokenizer import TokenizerInfo
+from unfold.pretrain.errors import UserError
+from unfold.pretrain.tokenizer import TokenizerInfo
 
 HEADER = struct.Struct("<9sQBQQ")  # of a megatron-core index: magic, version, dtype code, sequences, document borders
 MAGIC = b"MMIDIDX\x00\x00"

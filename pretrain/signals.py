@@ -12,7 +12,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from pretrain.parallel import Parallel
+from unfold.pretrain.parallel import Parallel
 
 STOPS = ("", "SIGTERM", "SIGUSR1", "the time limit (checkpoint.stop_after_minutes)")
 REQUEST = "SAVE"  # a file of this name in the run directory asks for a checkpoint
@@ -69,7 +69,7 @@ class Boundary:
         save: whether a checkpoint was asked for.
         fault: number of the worst fault that a rank saw, 0 for none.
         busy: seconds that each rank was busy with its own work in this step.
-        usage: what each rank used in it, the numbers of its :class:`pretrain.usage.RankUsage`.
+        usage: what each rank used in it, the numbers of its :class:`unfold.pretrain.usage.RankUsage`.
     """
 
     stop: str

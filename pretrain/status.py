@@ -16,10 +16,10 @@ from pathlib import Path
 
 import yaml
 
-from pretrain.checkpoint import checkpoint_directories, peek_manifest
-from pretrain.errors import UserError
-from pretrain.faults import Rollback, read_quarantine
-from pretrain.run_dir import HEARTBEAT_SECONDS, HEARTBEATS, LOCK, STACKS
+from unfold.pretrain.checkpoint import checkpoint_directories, peek_manifest
+from unfold.pretrain.errors import UserError
+from unfold.pretrain.faults import Rollback, read_quarantine
+from unfold.pretrain.run_dir import HEARTBEAT_SECONDS, HEARTBEATS, LOCK, STACKS
 
 EXIT_CODES = {"starting": 0, "running": 0, "finished": 0, "stopped": 3, "dead": 4, "hung": 5}
 EXIT_CODES_TEXT = "exit codes: 0 starting, running or finished; 1 not a run; 3 stopped, its state saved; 4 dead; 5 hung"

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import deepspeed
 import torch
 
-from model.pipeline import stage_inputs
-from model.transformer import IGNORED, MicroBatch
-from pretrain.parallel import Parallel
+from unfold.model.pipeline import stage_inputs
+from unfold.model.transformer import IGNORED, MicroBatch
+from unfold.pretrain.parallel import Parallel
 
 
 @dataclass(frozen=True)

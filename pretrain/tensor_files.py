@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pretrain.errors import UserError
+from unfold.pretrain.errors import UserError
 
 SUFFIX = ".safetensors"
 SHARDING = "DCP_SHARDING_INFO"

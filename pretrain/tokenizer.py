@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from pretrain.errors import UserError
+from unfold.pretrain.errors import UserError
 
 
 @dataclass(frozen=True)

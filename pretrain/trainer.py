@@ -13,26 +13,26 @@ from pathlib import Path
 import deepspeed
 import torch.distributed as dist
 
-from model.transformer import MicroBatch
-from pretrain import parallel as parallel_groups
-from pretrain.attention_mass import AttentionMass
-from pretrain.checkpoint import Manifest
-from pretrain.config import RunConfig, accumulation_steps, with_vocab_size
-from pretrain.data import BatchBuilder, TokenSource, step_samples
-from pretrain.engine import build_engine, learning_rate, set_learning_rate
-from pretrain.errors import UserError
-from pretrain.faults import FAULTS, FaultGuard, Rollback, finite_or_none, read_quarantine, write_quarantine
-from pretrain.monitor import Outputs, print_line
-from pretrain.parallel import Parallel
-from pretrain.prefetch import prefetch
-from pretrain.profiler import StepProfiler
-from pretrain.resume import check_run_dir, load_newest, merged_quarantine, only_writer, prepare_run_dir, warm_start
-from pretrain.saving import Saver, SaveResult
-from pretrain.signals import Boundary, Signals, agree, process_seconds, take_request, time_is_up
-from pretrain.step import StepResult, train_step, validation_loss
-from pretrain.tokenizer import TokenizerInfo, load_tokenizer
-from pretrain.usage import RankUsage, Usage
-from pretrain.watchdog import Stragglers, Watchdog, limit_groups
+from unfold.model.transformer import MicroBatch
+from unfold.pretrain import parallel as parallel_groups
+from unfold.pretrain.attention_mass import AttentionMass
+from unfold.pretrain.checkpoint import Manifest
+from unfold.pretrain.config import RunConfig, accumulation_steps, with_vocab_size
+from unfold.pretrain.data import BatchBuilder, TokenSource, step_samples
+from unfold.pretrain.engine import build_engine, learning_rate, set_learning_rate
+from unfold.pretrain.errors import UserError
+from unfold.pretrain.faults import FAULTS, FaultGuard, Rollback, finite_or_none, read_quarantine, write_quarantine
+from unfold.pretrain.monitor import Outputs, print_line
+from unfold.pretrain.parallel import Parallel
+from unfold.pretrain.prefetch import prefetch
+from unfold.pretrain.profiler import StepProfiler
+from unfold.pretrain.resume import check_run_dir, load_newest, merged_quarantine, only_writer, prepare_run_dir, warm_start
+from unfold.pretrain.saving import Saver, SaveResult
+from unfold.pretrain.signals import Boundary, Signals, agree, process_seconds, take_request, time_is_up
+from unfold.pretrain.step import StepResult, train_step, validation_loss
+from unfold.pretrain.tokenizer import TokenizerInfo, load_tokenizer
+from unfold.pretrain.usage import RankUsage, Usage
+from unfold.pretrain.watchdog import Stragglers, Watchdog, limit_groups
 
 TIME_LIMIT = 3  # index into signals.STOPS
 

@@ -10,12 +10,12 @@ from typing import NamedTuple
 import psutil
 import torch
 
-from model.transformer import MicroBatch
-from pretrain.config import RunConfig
-from pretrain.parallel import Parallel
-from pretrain.plan_hardware import GIB, GPUS
-from pretrain.plan_work import FLOPS_FORMULA, count_flops, measure_sample
-from pretrain.step import StepResult
+from unfold.model.transformer import MicroBatch
+from unfold.pretrain.config import RunConfig
+from unfold.pretrain.parallel import Parallel
+from unfold.pretrain.plan_hardware import GIB, GPUS
+from unfold.pretrain.plan_work import FLOPS_FORMULA, count_flops, measure_sample
+from unfold.pretrain.step import StepResult
 
 SLOWER_VARIANTS = ("PCIE", "NVL")  # of a name's GPU, with another peak than the sheet's; but the A100's is the same
 
@@ -37,7 +37,7 @@ def known_peak(name: str) -> float:
 
 
 class Usage:
-    """Counts the useful FLOPs of steps where the devices' peak is given or known (useful: pretrain.plan_work)."""
+    """Counts the useful FLOPs of steps where the devices' peak is given or known (useful: unfold.pretrain.plan_work)."""
 
     def __init__(self, config: RunConfig, parallel: Parallel, say: Callable[[str], None]):
         self._config, self._parallel = config, parallel

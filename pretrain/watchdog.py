@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from pretrain.parallel import Parallel
-from pretrain.run_dir import HEARTBEAT_SECONDS, HEARTBEATS, STACKS
+from unfold.pretrain.parallel import Parallel
+from unfold.pretrain.run_dir import HEARTBEAT_SECONDS, HEARTBEATS, STACKS
 
 EXIT_CODE = 70  # of a process that its watchdog ended
 SECONDS_FOR_OTHERS = 3.0  # between a rank's stacks and its end, so that the other ranks can write theirs

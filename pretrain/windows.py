@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numba
 import numpy as np
 
-from pretrain.errors import UserError
-from pretrain.shards import Shard
+from unfold.pretrain.errors import UserError
+from unfold.pretrain.shards import Shard
 
 GROUPS = 1 << 20  # documents are shuffled in at most so many runs, so that entering an epoch takes milliseconds
 OPEN_WINDOWS = 128  # that packing keeps open at a time

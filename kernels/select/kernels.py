@@ -13,9 +13,9 @@ Where scores tie at the bound, the earlier gists are kept. A budget of any size 
 import triton
 import triton.language as tl
 
-from kernels.compressed.common import dot, in_range, load_tile
-from kernels.select.search import LEAST, MOST, held_bounds, moments, narrow, narrow_two, ordered, spread_of, three_bounds
-from kernels.unfold.common import item_of_place
+from unfold.kernels.compressed.common import dot, in_range, load_tile
+from unfold.kernels.select.search import LEAST, MOST, held_bounds, moments, narrow, narrow_two, ordered, spread_of, three_bounds
+from unfold.kernels.unfold.common import item_of_place
 
 SAMPLE: tl.constexpr = tl.constexpr(4)  # tiles of the top level from which the spread of its scores is guessed
 

@@ -6,9 +6,9 @@ What windows and sinks contribute to d_k and d_v is attention over ranges: the k
 import triton
 import triton.language as tl
 
-from kernels.compressed.backward import d_query_step, mean_step
-from kernels.compressed.common import dot, load_tile, store_tile
-from kernels.unfold.common import block_rows, chunk_tile, near_spans, near_tile, upper_tile
+from unfold.kernels.compressed.backward import d_query_step, mean_step
+from unfold.kernels.compressed.common import dot, load_tile, store_tile
+from unfold.kernels.unfold.common import block_rows, chunk_tile, near_spans, near_tile, upper_tile
 
 
 @triton.jit

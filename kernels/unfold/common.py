@@ -14,7 +14,7 @@ The lists behind the last two are kernels.select.blocks.BlockLists, loop bounds 
 import triton
 import triton.language as tl
 
-from kernels.compressed.common import in_range
+from unfold.kernels.compressed.common import in_range
 
 
 @triton.jit

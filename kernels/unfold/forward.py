@@ -3,9 +3,9 @@
 import triton
 import triton.language as tl
 
-from kernels.compressed.common import load_tile, store_tile
-from kernels.compressed.forward import softmax_step
-from kernels.unfold.common import block_rows, chunk_tile, near_spans, near_tile, upper_tile
+from unfold.kernels.compressed.common import load_tile, store_tile
+from unfold.kernels.compressed.forward import softmax_step
+from unfold.kernels.unfold.common import block_rows, chunk_tile, near_spans, near_tile, upper_tile
 
 
 @triton.jit

@@ -22,13 +22,13 @@ TREE = ("others", "child_lo", "child_hi", "parent", "tokens", "splits", "lo", "h
 
 
 def find_kernels() -> SimpleNamespace | None:
-    """The kernels; None where they are not installed. Another package of that name (PyPI has one) lacks what is asked for."""
+    """The kernels; None where unfold is not installed, or in a version with other ones."""
     try:
-        from kernels.compressed import compressed_attention
-        from kernels.intervals import Intervals
-        from kernels.select import SelectRule, select_gists
-        from kernels.tree import GistTree
-        from kernels.unfold import unfold_attention
+        from unfold.kernels.compressed import compressed_attention
+        from unfold.kernels.intervals import Intervals
+        from unfold.kernels.select import SelectRule, select_gists
+        from unfold.kernels.tree import GistTree
+        from unfold.kernels.unfold import unfold_attention
     except ImportError:
         return None
     for kind, names in ((Intervals, INTERVALS), (GistTree, TREE)):

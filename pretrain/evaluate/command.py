@@ -5,8 +5,8 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 
-from pretrain.evaluate import passkey, perplexity, tasks
-from pretrain.evaluate.claim.flags import add_arguments as add_claim_arguments
+from unfold.pretrain.evaluate import passkey, perplexity, tasks
+from unfold.pretrain.evaluate.claim.flags import add_arguments as add_claim_arguments
 
 MODEL_COMMANDS = {"perplexity": perplexity.perplexity, "passkey": passkey.passkey, "tasks": tasks.tasks}
 
@@ -29,7 +29,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def evaluate(args: Namespace) -> Iterator[str]:
     """Run the sub-command; yields lines to print."""
     if args.kind == "recall-claim":
-        from pretrain.evaluate.claim.command import recall_claim
+        from unfold.pretrain.evaluate.claim.command import recall_claim
 
         yield from recall_claim(args)
     else:

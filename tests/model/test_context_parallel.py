@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.compressed import compressed_attention
-from model import context_parallel
-from model.context_parallel import ContextParallel, make_plan
-from model.context_rows import take
-from model.gist import GistConfig, build_layout, interleave
 from tests.conftest import run
 from tests.kernels.cases import CASES, make_layout, random_qkv
 from tests.kernels.recall_cases import SUFFIX_CASES
+from unfold.kernels.compressed import compressed_attention
+from unfold.model import context_parallel
+from unfold.model.context_parallel import ContextParallel, make_plan
+from unfold.model.context_rows import take
+from unfold.model.gist import GistConfig, build_layout, interleave
 
 
 def padded(layout, config, multiple):

@@ -12,12 +12,12 @@ import fsspec
 import numpy as np
 import pytest
 
-from pretrain import windows
-from pretrain.blend import Blend, Stage, make_blend, parse_entry
-from pretrain.data import TokenSource
-from pretrain.errors import UserError
-from pretrain.tokenizer import load_tokenizer
-from pretrain.windows import shuffled
+from unfold.pretrain import windows
+from unfold.pretrain.blend import Blend, Stage, make_blend, parse_entry
+from unfold.pretrain.data import TokenSource
+from unfold.pretrain.errors import UserError
+from unfold.pretrain.tokenizer import load_tokenizer
+from unfold.pretrain.windows import shuffled
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +167,7 @@ def test_remote_shards_are_fetched_once(tiny, tokenizer, tmp_path):
 def test_ranks_share_one_fetch(tiny, tmp_path):
     """Three processes at once: each gets whole files, and nothing is left half written."""
     code = (
-        "import sys, numpy; from pretrain.shards import open_shards; from pretrain.tokenizer import load_tokenizer;"
+        "import sys, numpy; from unfold.pretrain.shards import open_shards; from unfold.pretrain.tokenizer import load_tokenizer;"
         "s = open_shards([sys.argv[1]], load_tokenizer(sys.argv[2], 1), 'data.train', sys.argv[3])[0];"
         "out = numpy.empty(50, numpy.int64); s.read(3, 10, out); print(out.sum())"
     )

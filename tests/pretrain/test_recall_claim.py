@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from model.attention import MicroBatchAttention
-from model.gist import GistConfig
-from model.transformer import IGNORED
-from pretrain.errors import UserError
-from pretrain.evaluate.claim.arms import BRANCHES, GISTS, RANDOM, RECALL, RECENT, gist_arm
-from pretrain.evaluate.claim.command import Results, _run_seed
-from pretrain.evaluate.claim.report import table, write_report
-from pretrain.evaluate.claim.task import LookupTask
-from pretrain.evaluate.claim.training import Outcome, Plan
+from unfold.model.attention import MicroBatchAttention
+from unfold.model.gist import GistConfig
+from unfold.model.transformer import IGNORED
+from unfold.pretrain.errors import UserError
+from unfold.pretrain.evaluate.claim.arms import BRANCHES, GISTS, RANDOM, RECALL, RECENT, gist_arm
+from unfold.pretrain.evaluate.claim.command import Results, _run_seed
+from unfold.pretrain.evaluate.claim.report import table, write_report
+from unfold.pretrain.evaluate.claim.task import LookupTask
+from unfold.pretrain.evaluate.claim.training import Outcome, Plan
 
 TASK = LookupTask(context=64, facts=10, links=3, singles=5)
 SMALL = Plan(base=((2, 2),), forget=((2, 1),), branch=((1, 2),), batch=2, evaluated=4, layers=2, hidden_size=32, task=TASK)

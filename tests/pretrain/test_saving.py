@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pretrain import saving
-from pretrain.checkpoint import Manifest, checkpoint_directories, newest_whole, step_of, superfluous
-from pretrain.config import CheckpointConfig
-from pretrain.errors import UserError
-from pretrain.tensor_files import Chunk
+from unfold.pretrain import saving
+from unfold.pretrain.checkpoint import Manifest, checkpoint_directories, newest_whole, step_of, superfluous
+from unfold.pretrain.config import CheckpointConfig
+from unfold.pretrain.errors import UserError
+from unfold.pretrain.tensor_files import Chunk
 
 
 def manifest(step: int) -> Manifest:
@@ -114,6 +114,6 @@ def test_manifests_of_other_formats_are_refused(make, tmp_path):
     assert newest_whole(tmp_path, said.append) is None and "is of format 1, this version reads format 2" in said[0]
     path.write_text("[]")
     with pytest.raises(UserError, match="manifest.json: is damaged"):
-        from pretrain.checkpoint import read_manifest
+        from unfold.pretrain.checkpoint import read_manifest
 
         read_manifest(path.parent)

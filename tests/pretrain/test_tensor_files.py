@@ -10,10 +10,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
-from pretrain import tensor_files
-from pretrain.engine_state import rectangles
-from pretrain.errors import UserError
-from pretrain.tensor_files import Chunk, TensorDirectory, write_tensor_file
+from unfold.pretrain import tensor_files
+from unfold.pretrain.engine_state import rectangles
+from unfold.pretrain.errors import UserError
+from unfold.pretrain.tensor_files import Chunk, TensorDirectory, write_tensor_file
 
 
 def write_in_runs(directory, tensors: dict[str, torch.Tensor], cuts: dict[str, list[int]]) -> None:

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.select import select_gists
-from kernels.select.selection import Selection
-from kernels.tree import GistTree
-from kernels.unfold.op import recall_stats
-from model.attention import MicroBatchAttention
-from model.transformer import MicroBatch, Transformer, token_loss_sum
+from unfold.kernels.select import select_gists
+from unfold.kernels.select.selection import Selection
+from unfold.kernels.tree import GistTree
+from unfold.kernels.unfold.op import recall_stats
+from unfold.model.attention import MicroBatchAttention
+from unfold.model.transformer import MicroBatch, Transformer, token_loss_sum
 
 DENSE, GISTS, RECALL, RANDOM, RECENT = "dense", "gists", "recall", "random", "recent"
 BRANCHES = (GISTS, RECALL, RANDOM, RECENT)  # what a model that has learned to forget goes on with
@@ -23,7 +23,7 @@ BRANCHES = (GISTS, RECALL, RANDOM, RECENT)  # what a model that has learned to f
 
 @dataclass(frozen=True)
 class GistArm:
-    """Attention of an arm with gists in one micro-batch, an :data:`model.attention.Attend`.
+    """Attention of an arm with gists in one micro-batch, an :data:`unfold.model.attention.Attend`.
 
     The contexts are a few hundred tokens long: masks over all keys are many times faster there than the kernels' plans, and say
     the same (a test holds them against recall as it is trained). The questions that recall end every sample.

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import torch
 
-from model.layers import BuildContext
-from model.transformer import Transformer
-from pretrain import parallel
-from pretrain.config import ParallelConfig
-from pretrain.errors import UserError
-from pretrain.evaluate.claim.flags import CHUNK_SIZES
-from pretrain.evaluate.claim.report import write_report
-from pretrain.evaluate.claim.training import Outcome, Plan, base_model, dense_outcome, gist_outcomes
+from unfold.model.layers import BuildContext
+from unfold.model.transformer import Transformer
+from unfold.pretrain import parallel
+from unfold.pretrain.config import ParallelConfig
+from unfold.pretrain.errors import UserError
+from unfold.pretrain.evaluate.claim.flags import CHUNK_SIZES
+from unfold.pretrain.evaluate.claim.report import write_report
+from unfold.pretrain.evaluate.claim.training import Outcome, Plan, base_model, dense_outcome, gist_outcomes
 
 
 def recall_claim(args: Namespace) -> Iterator[str]:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from model.gist import GistConfig, Recall, build_layout, interleave
-from model.transformer import IGNORED, MicroBatch
+from unfold.model.gist import GistConfig, Recall, build_layout, interleave
+from unfold.model.transformer import IGNORED, MicroBatch
 
 
 @dataclass(frozen=True)
