@@ -14,10 +14,10 @@ from typing import NoReturn
 from unfold.pretrain.errors import UserError
 from unfold.pretrain.evaluate.command import add_arguments as add_evaluate_arguments
 from unfold.pretrain.generate import add_arguments as add_generate_arguments
-from unfold.pretrain.plan import add_arguments as add_plan_arguments
-from unfold.pretrain.plan import plan_command
-from unfold.pretrain.status import EXIT_CODES_TEXT, status_command
-from unfold.pretrain.status import add_arguments as add_status_arguments
+from unfold.pretrain.monitor.status import EXIT_CODES_TEXT, status_command
+from unfold.pretrain.monitor.status import add_arguments as add_status_arguments
+from unfold.pretrain.plan.command import add_arguments as add_plan_arguments
+from unfold.pretrain.plan.command import plan_command
 
 NAME = "python -m pretrain"
 
@@ -110,7 +110,7 @@ def _train(args: argparse.Namespace) -> Iterator[str]:
 
     config = load_config(args.config, args.overrides)
     _log_to_stderr()
-    from unfold.pretrain.trainer import train
+    from unfold.pretrain.train.trainer import train
 
     train(config, args.run_dir)
     return iter(())
@@ -118,14 +118,14 @@ def _train(args: argparse.Namespace) -> Iterator[str]:
 
 def _export(args: argparse.Namespace) -> Iterator[str]:
     _log_to_stderr()
-    from unfold.pretrain.export import export
+    from unfold.pretrain.hf.export import export
 
     export(args.run_dir, args.step, args.output, args.dtype, args.max_shard_size)
     return iter(())
 
 
 def _import(args: argparse.Namespace) -> Iterator[str]:
-    from unfold.pretrain.import_model import import_model
+    from unfold.pretrain.hf.import_model import import_model
 
     yield f"{import_model(args)}\n"
 
@@ -141,7 +141,7 @@ def _generate(args: argparse.Namespace) -> Iterator[str]:
 
 
 def _checkpoints(args: argparse.Namespace) -> Iterator[str]:
-    from unfold.pretrain.checkpoints import run_command
+    from unfold.pretrain.checkpoint.command import run_command
 
     return (f"{line}\n" for line in run_command(args))
 
@@ -159,13 +159,13 @@ def _evaluate(args: argparse.Namespace) -> Iterator[str]:
 
 
 def _report(args: argparse.Namespace) -> Iterator[str]:
-    from unfold.pretrain.report import write_report
+    from unfold.pretrain.report.command import write_report
 
     yield f"{write_report(args.run_dirs)}\n"
 
 
 def _config_reference(args: argparse.Namespace) -> Iterator[str]:
-    from unfold.pretrain.config_reference import reference_page
+    from unfold.pretrain.config.reference import reference_page
 
     yield reference_page()
 

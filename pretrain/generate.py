@@ -97,7 +97,7 @@ def _from_run(args: Namespace, prompts: list[str]) -> Iterator[tuple[int, str]]:
     context = None if args.context_file is None else _read(args.context_file, "--context-file")
     from unfold.model.generation import Decoder  # heavy libraries only after the arguments are checked
     from unfold.model.text import stream_text
-    from unfold.pretrain.load import load_run
+    from unfold.pretrain.checkpoint.load import load_run
 
     run = load_run(args.run_dir, args.step)
     info, tokenizer = run.tokenizer, run.tokenizer.tokenizer()

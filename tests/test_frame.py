@@ -61,7 +61,7 @@ def test_data_prep_uses_one_rule_of_the_model():
 
 
 def test_no_room_is_imported_by_a_name_of_its_own():
-    """`pretrain.step` beside `unfold.pretrain.step` would be a second copy of the module, with classes of its own."""
+    """`pretrain.step` beside `unfold.pretrain.train.step` would be a second copy of the module, with classes of its own."""
     for package in (*PROJECT, "unfold"):
         for path in (ROOT / package).rglob("*.py"):
             bare = {module.split(".")[0] for module, _ in imported(path)} & ALLOWED.keys()

@@ -64,7 +64,7 @@ def documents(entries: list[str], field: str, subject: Subject) -> Iterator[np.n
 
 
 def _shard_documents(entry: str, subject: Subject) -> Iterator[np.ndarray]:
-    from unfold.pretrain.shards import open_shards
+    from unfold.pretrain.data.shards import open_shards
 
     for shard in open_shards([entry], subject.tokenizer, "--data"):
         for document, length in enumerate(shard.lengths.tolist()):

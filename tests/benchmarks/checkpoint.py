@@ -15,7 +15,7 @@ from pathlib import Path
 import yaml
 
 from tests.conftest import module
-from unfold.pretrain.monitor import read_metrics
+from unfold.pretrain.monitor.metrics import read_metrics
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tests.conftest import ROOT
 from tests.launch.cluster import Cluster, why_not
-from unfold.pretrain.monitor import read_metrics
+from unfold.pretrain.monitor.metrics import read_metrics
 
 
 def measure(cluster: Cluster, run_dir: Path) -> None:

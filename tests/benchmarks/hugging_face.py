@@ -22,13 +22,13 @@ import torch
 from unfold.model.config import ModelConfig
 from unfold.model.hf.keys import hf_config
 from unfold.model.hf.names import entries
-from unfold.pretrain.tensor_files import Chunk, write_tensor_file
+from unfold.pretrain.checkpoint.tensors import Chunk, write_tensor_file
 
 READ = """
 import json, sys, time
 from pathlib import Path
 from unfold.model.hf.keys import model_config
-from unfold.pretrain.import_weights import NewRows, WeightFiles, write_checkpoint_weights
+from unfold.pretrain.hf.import_weights import NewRows, WeightFiles, write_checkpoint_weights
 source = Path(sys.argv[1])
 config = model_config(json.loads((source / "config.json").read_text()))
 began = time.monotonic()
@@ -40,8 +40,8 @@ print(time.monotonic() - began)
 WRITE = """
 import sys, time, torch
 from pathlib import Path
-from unfold.pretrain.export_weights import write_weights
-from unfold.pretrain.load import find_run
+from unfold.pretrain.hf.export_weights import write_weights
+from unfold.pretrain.checkpoint.load import find_run
 run = find_run(Path(sys.argv[1]), None)
 began = time.monotonic()
 write_weights(run.directory, run.config.model, torch.bfloat16, Path(sys.argv[2]), "2GB")

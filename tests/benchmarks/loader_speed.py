@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from unfold.model.gist import GistConfig
-from unfold.pretrain.data import BatchBuilder, TokenSource
-from unfold.pretrain.tokenizer import TokenizerInfo
+from unfold.pretrain.data.samples import BatchBuilder, TokenSource
+from unfold.pretrain.data.tokenizer import TokenizerInfo
 
 VOCAB, DOCUMENTS = 32_000, 20_000
 

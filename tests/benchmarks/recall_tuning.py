@@ -23,7 +23,7 @@ import yaml
 from unfold.data_prep.shards import ShardWriter
 from unfold.data_prep.spans import Spans
 from unfold.data_prep.tokenizer import load_tokenizer
-from unfold.pretrain.monitor import read_metrics
+from unfold.pretrain.monitor.metrics import read_metrics
 
 DOCUMENTS = 64
 SAMPLES_PER_STEP = 2

@@ -8,9 +8,9 @@ import sys
 
 from unfold.model.pipeline import stage_inputs
 from unfold.model.transformer import Transformer
-from unfold.pretrain import step
 from unfold.pretrain.command import main
-from unfold.pretrain.data import BatchBuilder
+from unfold.pretrain.data.samples import BatchBuilder
+from unfold.pretrain.train import step
 
 FACTORS = {"nan": float("nan"), "spike": 10.0}
 

@@ -3,7 +3,7 @@
 import torch
 
 from tests.integration.runs import series, train
-from unfold.pretrain.load import load_run
+from unfold.pretrain.checkpoint.load import load_run
 
 
 def test_split_biases_train_and_load_like_whole_ones(tiny, tmp_path):

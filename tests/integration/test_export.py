@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import module, run
 from tests.integration.runs import train
-from unfold.pretrain import export as export_module
 from unfold.pretrain.command import main
-from unfold.pretrain.export_files import write_configs
-from unfold.pretrain.export_weights import write_weights
-from unfold.pretrain.hf_directory import UNFINISHED, new_directory
+from unfold.pretrain.hf import export as export_module
+from unfold.pretrain.hf.directory import UNFINISHED, new_directory
+from unfold.pretrain.hf.export_weights import write_weights
+from unfold.pretrain.hf.files import write_configs
 
 PROMPT = "Fellow-Citizens of the Senate"
 
@@ -146,7 +146,7 @@ def test_an_export_that_is_not_the_model_is_not_finished(case, run_dir, tmp_path
 
 def test_a_killed_export_is_not_mistaken_for_a_whole_one(run_dir, tmp_path, capsys):
     code = (
-        "import os, sys; from pathlib import Path; from unfold.pretrain.hf_directory import new_directory\n"
+        "import os, sys; from pathlib import Path; from unfold.pretrain.hf.directory import new_directory\n"
         "with new_directory(Path(sys.argv[1])) as partial:\n"
         "    (partial / 'config.json').write_text('{}'); os._exit(9)"
     )
@@ -166,7 +166,7 @@ def test_logits_equal_those_of_the_training_model(exported, run_dir):
 
     from unfold.model.gist import GistConfig, build_layout
     from unfold.model.transformer import Transformer
-    from unfold.pretrain.load import load_run
+    from unfold.pretrain.checkpoint.load import load_run
 
     run = load_run(run_dir, None)
     ids = torch.tensor([AutoTokenizer.from_pretrained(exported).encode("The state of the Union is strong. " * 8)])

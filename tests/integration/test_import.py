@@ -22,12 +22,12 @@ from tests.model.families import MODELS
 from unfold.model.attention import MicroBatchAttention
 from unfold.model.config import GistConfig
 from unfold.model.gist import build_layout
+from unfold.pretrain.checkpoint.load import find_run, load_model, load_run
+from unfold.pretrain.checkpoint.tensors import TensorDirectory
 from unfold.pretrain.command import main
 from unfold.pretrain.config import load_config
-from unfold.pretrain.export_weights import write_weights
-from unfold.pretrain.import_weights import WeightFiles
-from unfold.pretrain.load import find_run, load_model, load_run
-from unfold.pretrain.tensor_files import TensorDirectory
+from unfold.pretrain.hf.export_weights import write_weights
+from unfold.pretrain.hf.import_weights import WeightFiles
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from tests.conftest import ROOT
-from unfold.pretrain.monitor import read_metrics
+from unfold.pretrain.monitor.metrics import read_metrics
 
 SCRIPT = ROOT.parent / "shared" / "slurm-cluster"  # not part of the project: a cluster is a matter of the machine
 NODES = 9

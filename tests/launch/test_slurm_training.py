@@ -6,7 +6,7 @@ import pytest
 
 from tests.integration.runs import series
 from tests.launch.scenarios import EVERY, STEPS
-from unfold.pretrain.monitor import read_metrics
+from unfold.pretrain.monitor.metrics import read_metrics
 
 pytestmark = pytest.mark.slurm
 EXACT = ("step", "loss", "grad_norm", "sample_range", "samples")

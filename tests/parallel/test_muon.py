@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from tests.integration.runs import series, train
+from unfold.pretrain.checkpoint.tensors import TensorDirectory
 from unfold.pretrain.config import load_config
 from unfold.pretrain.errors import UserError
-from unfold.pretrain.tensor_files import TensorDirectory
 
 MUON = ["precision=bf16", "optimizer.kind=muon", "train.steps=5"]
 STOP = "checkpoint.stop_after_minutes=0.0001"  # after the first step

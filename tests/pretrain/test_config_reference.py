@@ -2,7 +2,7 @@
 
 from tests.conftest import ROOT
 from unfold.pretrain.config import flatten, parse_config
-from unfold.pretrain.config_reference import reference_page, sections
+from unfold.pretrain.config.reference import reference_page, sections
 
 SETTINGS = {s.key: s for _, _, settings in sections() for s in settings}
 

@@ -10,9 +10,9 @@ import torch
 
 from unfold.model.gist import GistConfig
 from unfold.model.transformer import IGNORED
-from unfold.pretrain.data import BatchBuilder, TokenSource, step_samples
+from unfold.pretrain.data.samples import BatchBuilder, TokenSource, step_samples
+from unfold.pretrain.data.tokenizer import load_tokenizer
 from unfold.pretrain.errors import UserError
-from unfold.pretrain.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")

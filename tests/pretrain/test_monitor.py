@@ -14,9 +14,9 @@ from unfold.model.config import GistConfig
 from unfold.model.gist import Recall, build_layout, interleave
 from unfold.pretrain.config import parse_config
 from unfold.pretrain.errors import UserError
-from unfold.pretrain.monitor import Outputs
-from unfold.pretrain.profiler import StepProfiler
-from unfold.pretrain.usage import RankUsage, Usage, known_peak
+from unfold.pretrain.monitor.metrics import Outputs
+from unfold.pretrain.monitor.profiler import StepProfiler
+from unfold.pretrain.monitor.throughput import RankUsage, Usage, known_peak
 
 
 def configuration(**sections):

@@ -25,13 +25,13 @@ from unfold.pretrain import parallel as parallel_groups
 from unfold.pretrain.command import main
 from unfold.pretrain.config import ParallelConfig, RunConfig, load_config, parse_config
 from unfold.pretrain.errors import UserError
-from unfold.pretrain.plan_activations import Activations
-from unfold.pretrain.plan_hardware import GIB, Cluster, find_gpu
-from unfold.pretrain.plan_make import Planner
-from unfold.pretrain.plan_memory import model_states, spared_by_muon
-from unfold.pretrain.plan_ranks import Division
-from unfold.pretrain.plan_traffic import plan_traffic
-from unfold.pretrain.plan_work import count_flops, count_parameters, measure_sample
+from unfold.pretrain.plan.activations import Activations
+from unfold.pretrain.plan.hardware import GIB, Cluster, find_gpu
+from unfold.pretrain.plan.make import Planner
+from unfold.pretrain.plan.memory import model_states, spared_by_muon
+from unfold.pretrain.plan.ranks import Division
+from unfold.pretrain.plan.traffic import plan_traffic
+from unfold.pretrain.plan.work import count_flops, count_parameters, measure_sample
 
 CONFIGS = ROOT / "launch" / "configs"
 TOLERANCE = 0.02  # of every formula that is compared with a measurement; "about 10 %" would hide a forgotten term

@@ -13,10 +13,10 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT
-from unfold.pretrain.checkpoint import Manifest
+from unfold.pretrain.checkpoint.manifest import Manifest
 from unfold.pretrain.command import main
 from unfold.pretrain.errors import UserError
-from unfold.pretrain.status import EXIT_CODES, SILENT_SECONDS, read_status
+from unfold.pretrain.monitor.status import EXIT_CODES, SILENT_SECONDS, read_status
 
 STEPS, TOKENS = 100, 4096
 

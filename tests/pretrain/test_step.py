@@ -8,8 +8,8 @@ import torch
 
 from unfold.model.transformer import IGNORED
 from unfold.pretrain.config import ScheduleConfig
-from unfold.pretrain.engine import learning_rate
-from unfold.pretrain.step import train_step
+from unfold.pretrain.train.engine import learning_rate
+from unfold.pretrain.train.step import train_step
 
 
 class FakeEngine:

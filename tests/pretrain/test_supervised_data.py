@@ -13,12 +13,12 @@ from unfold.model.gist import GistConfig
 from unfold.model.pipeline import stage_inputs
 from unfold.model.transformer import IGNORED
 from unfold.pretrain.config import load_config
-from unfold.pretrain.data import BatchBuilder, TokenSource
+from unfold.pretrain.data.packing import pack
+from unfold.pretrain.data.samples import BatchBuilder, TokenSource
+from unfold.pretrain.data.shards import open_shards
+from unfold.pretrain.data.tokenizer import load_tokenizer
 from unfold.pretrain.errors import UserError
-from unfold.pretrain.report_sample import read_sample
-from unfold.pretrain.shards import open_shards
-from unfold.pretrain.tokenizer import load_tokenizer
-from unfold.pretrain.windows import pack
+from unfold.pretrain.report.sample import read_sample
 
 R = 256
 
