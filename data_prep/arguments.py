@@ -3,7 +3,7 @@
 import argparse
 from typing import NoReturn
 
-# Of supervised data; the names of unfold.data_prep.fields.SupervisedFields, which is not imported for --help alone.
+# Of supervised data; the names of unfold.data_prep.corpus.fields.SupervisedFields, which is not imported for --help alone.
 SUPERVISED_KEYS = {
     "context": "the context",
     "question": "the question",

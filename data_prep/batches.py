@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from unfold.data_prep.corpus.items import Document, Position
 from unfold.data_prep.errors import DataError
-from unfold.data_prep.items import Document, Position
+from unfold.data_prep.format.spans import Spans
+from unfold.data_prep.format.tokenizer import Tokenizer
 from unfold.data_prep.journal import Counts
-from unfold.data_prep.spans import Spans
-from unfold.data_prep.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from unfold.data_prep.supervised import SupervisedJob

@@ -16,9 +16,9 @@ from unfold.data_prep.errors import DataError
 
 def find_corpus(args: argparse.Namespace) -> list:
     """The corpus that the options name."""
-    from unfold.data_prep.conditions import parse_condition
-    from unfold.data_prep.fields import SupervisedFields
-    from unfold.data_prep.sources import find_sources
+    from unfold.data_prep.corpus.conditions import parse_condition
+    from unfold.data_prep.corpus.fields import SupervisedFields
+    from unfold.data_prep.corpus.sources import find_sources
 
     if args.command == "tokenize-supervised":
         kind = {"fields": SupervisedFields(**{name: getattr(args, f"{name}_key") for name in SUPERVISED_KEYS})}
@@ -35,7 +35,7 @@ def find_corpus(args: argparse.Namespace) -> list:
 
 def run_train_tokenizer(args: argparse.Namespace) -> int:
     """Train a tokenizer."""
-    from unfold.data_prep.train import train_tokenizer
+    from unfold.data_prep.tokenization.train import train_tokenizer
 
     info = train_tokenizer(
         find_corpus(args),
@@ -55,7 +55,7 @@ def run_train_tokenizer(args: argparse.Namespace) -> int:
 
 def run_import_tokenizer(args: argparse.Namespace) -> int:
     """Adopt a tokenizer."""
-    from unfold.data_prep.adopt import import_tokenizer
+    from unfold.data_prep.tokenization.adopt import import_tokenizer
 
     roles = {f"{r}_token": getattr(args, f"{r}_token") for r in ("bos", "eos", "pad") if getattr(args, f"{r}_token")}
     info = import_tokenizer(
@@ -73,7 +73,7 @@ def print_tokenizer(output: str, info) -> None:
 
 def run_clean(args: argparse.Namespace) -> int:
     """Leave documents out."""
-    from unfold.data_prep.clean import Rules, clean_corpus
+    from unfold.data_prep.corpus.clean import Rules, clean_corpus
 
     names = ("min_words", "max_words", "quality", "language", "exact", "near", "mask_pii")
     rules = Rules(**{name: getattr(args, name) for name in names})
@@ -90,9 +90,9 @@ def run_stats(args: argparse.Namespace) -> int:
     import numpy as np
 
     from unfold.data_prep.describe import length_histogram
+    from unfold.data_prep.format.index import clean_prefix
+    from unfold.data_prep.format.shards import open_shard
     from unfold.data_prep.report import draw_lengths, length_statistics
-    from unfold.data_prep.shard_format import clean_prefix
-    from unfold.data_prep.shards import open_shard
 
     shards = [open_shard(clean_prefix(prefix)) for prefix in args.prefixes]
     lengths = np.concatenate([shard.lengths for shard in shards])
@@ -178,8 +178,8 @@ def make_shards(args: argparse.Namespace, corpus: list | None = None, **options:
 
 def run_verify(args: argparse.Namespace) -> int:
     """Check shards; 1 if one is bad."""
-    from unfold.data_prep.shard_format import clean_prefix
-    from unfold.data_prep.tokenizer import load_tokenizer
+    from unfold.data_prep.format.index import clean_prefix
+    from unfold.data_prep.format.tokenizer import load_tokenizer
     from unfold.data_prep.verify import verify_shard
 
     tokenizer = load_tokenizer(args.tokenizer).info if args.tokenizer else None
@@ -198,8 +198,8 @@ def run_verify(args: argparse.Namespace) -> int:
 def run_inspect(args: argparse.Namespace) -> int:
     """Show a shard."""
     from unfold.data_prep.describe import describe_shard
-    from unfold.data_prep.shard_format import clean_prefix
-    from unfold.data_prep.tokenizer import load_tokenizer
+    from unfold.data_prep.format.index import clean_prefix
+    from unfold.data_prep.format.tokenizer import load_tokenizer
 
     if args.documents and not args.tokenizer:
         raise DataError(f"--documents {args.documents}: needs --tokenizer, to turn ids back into text")
@@ -214,8 +214,8 @@ def run_inspect(args: argparse.Namespace) -> int:
 
 def run_merge(args: argparse.Namespace) -> int:
     """Concatenate shards."""
+    from unfold.data_prep.format.index import clean_prefix
     from unfold.data_prep.merge import merge_shards
-    from unfold.data_prep.shard_format import clean_prefix
 
     info = merge_shards([clean_prefix(p) for p in args.input], args.output, overwrite=args.overwrite)
     print(f"{args.output}: {info.documents:,} documents, {info.tokens:,} tokens from {len(args.input)} shards")

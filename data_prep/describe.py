@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from unfold.data_prep.errors import DataError
-from unfold.data_prep.shards import Shard, open_shard
-from unfold.data_prep.spans import Spans
-from unfold.data_prep.tokenizer import Tokenizer
+from unfold.data_prep.format.shards import Shard, open_shard
+from unfold.data_prep.format.spans import Spans
+from unfold.data_prep.format.tokenizer import Tokenizer
 from unfold.data_prep.verify import check_tokenizer
 
 BAR = 40

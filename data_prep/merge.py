@@ -3,8 +3,8 @@
 import hashlib
 
 from unfold.data_prep.errors import DataError
-from unfold.data_prep.shard_format import shard_path
-from unfold.data_prep.shards import Shard, ShardInfo, ShardWriter, blocks, open_shard
+from unfold.data_prep.format.index import shard_path
+from unfold.data_prep.format.shards import Shard, ShardInfo, ShardWriter, blocks, open_shard
 from unfold.data_prep.verify import file_hash
 
 

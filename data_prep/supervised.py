@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from unfold.data_prep.batches import EncodedBatch, EncodeJob, Part, encode_batch, is_held_out
+from unfold.data_prep.corpus.fields import DOCUMENTS, SupervisedFields
 from unfold.data_prep.errors import DataError
-from unfold.data_prep.fields import DOCUMENTS, SupervisedFields
+from unfold.data_prep.format.spans import Spans
+from unfold.data_prep.format.tokenizer import Tokenizer
 from unfold.data_prep.journal import Counts
-from unfold.data_prep.spans import Spans
 from unfold.data_prep.templates import ANSWER, ANSWER_END, CONTEXT_END, ChatTemplate, ControlText, Piece, special_tokens
-from unfold.data_prep.tokenizer import Tokenizer
 
 CONTEXT_ROLES = ("context", DOCUMENTS)
 SEPARATOR = "\n\n"  # between documents of a context, and between a context and the question in one message

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from unfold.model.config import ModelConfig
-from unfold.model.context_parallel import ContextParallel
-from unfold.model.tensor_parallel import ColumnLinear, RowLinear
+from unfold.model.parallel.context import ContextParallel
+from unfold.model.parallel.tensor import ColumnLinear, RowLinear
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from torch.utils.checkpoint import checkpoint
 
 from unfold.model.attention import Attend, Attention, MicroBatchAttention
 from unfold.model.config import ModelConfig
-from unfold.model.context_parallel import ContextAttention
 from unfold.model.gist import Layout, Recall
 from unfold.model.layers import MLP, BuildContext, RMSNorm, Rotary
-from unfold.model.tensor_parallel import VocabularyEmbedding, column_product, gather_sequence
+from unfold.model.parallel.context import ContextAttention
+from unfold.model.parallel.tensor import VocabularyEmbedding, column_product, gather_sequence
 
 IGNORED = -100  # label of a position that has no target
 

@@ -88,15 +88,15 @@ def _read(path: Path, flag: str) -> str:
 
 
 def _sampling(args: Namespace):
-    from unfold.model.generation import Sampling
+    from unfold.model.decode.generation import Sampling
 
     return Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
 
 
 def _from_run(args: Namespace, prompts: list[str]) -> Iterator[tuple[int, str]]:
     context = None if args.context_file is None else _read(args.context_file, "--context-file")
-    from unfold.model.generation import Decoder  # heavy libraries only after the arguments are checked
-    from unfold.model.text import stream_text
+    from unfold.model.decode.generation import Decoder  # heavy libraries only after the arguments are checked
+    from unfold.model.decode.text import stream_text
     from unfold.pretrain.checkpoint.load import load_run
 
     run = load_run(args.run_dir, args.step)

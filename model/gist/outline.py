@@ -13,8 +13,8 @@ from torch import Tensor
 
 from unfold.kernels.intervals import Intervals
 from unfold.kernels.tree import GistTree
-from unfold.model.buffers import Growable
 from unfold.model.config import GistConfig
+from unfold.model.gist.buffers import Growable
 
 
 @dataclass(frozen=True)

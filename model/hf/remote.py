@@ -12,7 +12,7 @@ import torch
 from unfold.model.config import GistConfig
 from unfold.model.hf.gist_sequence import GistSettings, pack_word_starts
 
-FILES = ("modeling_gist.py", "gist_attention.py", "gist_kernels.py", "gist_sequence.py")
+FILES = ("modeling_gist.py", "gist_attention.py", "own_kernels.py", "gist_sequence.py")
 
 
 def remote_code_files() -> dict[str, str]:

@@ -17,7 +17,7 @@ from unfold.model.config import GistConfig
 from unfold.pretrain.errors import UserError
 
 if TYPE_CHECKING:
-    from unfold.model.generation import Decoder
+    from unfold.model.decode.generation import Decoder
     from unfold.model.transformer import Transformer
     from unfold.pretrain.data.tokenizer import TokenizerInfo
 
@@ -99,7 +99,7 @@ class Subject:
 
     def decoder(self, variant: Variant) -> Decoder:
         """Reads contexts, which are folded, and suffixes, which recall if the variant does."""
-        from unfold.model.generation import Decoder
+        from unfold.model.decode.generation import Decoder
 
         return Decoder(self.model, variant.recalling("suffix"), self.tokenizer.gist_ids, self.tokenizer.word_starts)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from unfold.model.attention import MicroBatchAttention
 from unfold.model.config import GistConfig
-from unfold.model.generation import Decoder
+from unfold.model.decode.generation import Decoder
 from unfold.model.gist import Recall, build_layout, build_recall, select_rule
 from unfold.model.transformer import Transformer
 from unfold.pretrain.checkpoint.load import FoundRun, load_model

@@ -20,8 +20,8 @@ from unfold.kernels.intervals import Intervals
 from unfold.kernels.select import select_gists
 from unfold.kernels.tree import GistTree
 from unfold.model.attention import Attend, Attention, MicroBatchAttention
-from unfold.model.context_parallel import ContextAttention
 from unfold.model.gist import Layout, Recall
+from unfold.model.parallel.context import ContextAttention
 from unfold.pretrain.parallel import Parallel
 
 QUERIES = 64  # raw tokens per rank and layer, spread evenly over a micro-batch

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from unfold.model.config import GistConfig, ModelConfig
-from unfold.model.context_parallel import make_plan
 from unfold.model.gist import Layout, build_layout, interleave, max_interleaved_length
 from unfold.model.hf.names import model_entries
+from unfold.model.parallel.context import make_plan
 from unfold.pretrain.config import RunConfig
 
 

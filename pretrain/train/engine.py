@@ -12,9 +12,9 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import nn
 
 from unfold.model.config import GistConfig
-from unfold.model.context_parallel import ContextParallel
 from unfold.model.layers import BuildContext
-from unfold.model.pipeline import canonical_name, layer_specs, stage_loss
+from unfold.model.parallel.context import ContextParallel
+from unfold.model.parallel.pipeline import canonical_name, layer_specs, stage_loss
 from unfold.model.transformer import Transformer
 from unfold.pretrain.checkpoint.state import allocate_optimizer_state
 from unfold.pretrain.config import OptimizerConfig, RunConfig, ScheduleConfig, accumulation_steps

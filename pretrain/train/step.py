@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import deepspeed
 import torch
 
-from unfold.model.pipeline import stage_inputs
+from unfold.model.parallel.pipeline import stage_inputs
 from unfold.model.transformer import IGNORED, MicroBatch
 from unfold.pretrain.parallel import Parallel
 

@@ -18,10 +18,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from unfold.model.config import GistConfig, ModelConfig
-from unfold.model.generation import Decoder, LiveSequence
+from unfold.model.decode.generation import Decoder, LiveSequence
+from unfold.model.decode.step import NewTokens, StepAttention
 from unfold.model.gist.placement import Feed
 from unfold.model.layers import BuildContext
-from unfold.model.step_attention import NewTokens, StepAttention
 from unfold.model.transformer import Transformer
 
 WORDS = 500  # ids from here on are gists

@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from unfold.data_prep.shards import ShardWriter
-from unfold.data_prep.spans import Spans
-from unfold.data_prep.tokenizer import load_tokenizer
+from unfold.data_prep.format.shards import ShardWriter
+from unfold.data_prep.format.spans import Spans
+from unfold.data_prep.format.tokenizer import load_tokenizer
 from unfold.pretrain.monitor.metrics import read_metrics
 
 DOCUMENTS = 64

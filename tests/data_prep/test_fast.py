@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from tests.data_prep.texts import TEXTS, contents, fuzz, write_jsonl
-from unfold.data_prep import encode, fast
+from unfold.data_prep import encode
 from unfold.data_prep.errors import DataError
-from unfold.data_prep.fast import FastTokenizer
+from unfold.data_prep.tokenization import fast
+from unfold.data_prep.tokenization.fast import FastTokenizer
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from unfold.data_prep import readers
+from unfold.data_prep.corpus import readers
+from unfold.data_prep.corpus.readers import read_documents
+from unfold.data_prep.corpus.sources import find_sources
 from unfold.data_prep.errors import DataError
-from unfold.data_prep.readers import read_documents
-from unfold.data_prep.sources import find_sources
 
 
 def texts(*inputs, **options) -> list[str]:

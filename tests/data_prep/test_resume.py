@@ -13,7 +13,7 @@ import pytest
 
 from tests.data_prep.texts import contents, write_jsonl
 from unfold.data_prep import batches, encode
-from unfold.data_prep.files import Appended
+from unfold.data_prep.format.files import Appended
 
 TEXTS = [f"document {i} " + "of the people " * (i % 40) for i in range(300)]
 

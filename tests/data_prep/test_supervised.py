@@ -8,8 +8,8 @@ import pytest
 from tests.data_prep.texts import contents
 from tests.supervised import rows, write_jsonl
 from unfold.data_prep import batches
-from unfold.data_prep.shards import open_shard
-from unfold.data_prep.spans import Spans
+from unfold.data_prep.format.shards import open_shard
+from unfold.data_prep.format.spans import Spans
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"

@@ -6,7 +6,7 @@
 import math
 import sys
 
-from unfold.model.pipeline import stage_inputs
+from unfold.model.parallel.pipeline import stage_inputs
 from unfold.model.transformer import Transformer
 from unfold.pretrain.command import main
 from unfold.pretrain.data.samples import BatchBuilder

@@ -11,9 +11,9 @@ from tests import rules
 from unfold.kernels.decode import decode_attention
 from unfold.kernels.decode.step import Step
 from unfold.kernels.select import SelectRule
-from unfold.model.cache import SequenceCache
 from unfold.model.config import GistConfig, ModelConfig
-from unfold.model.step_attention import NewTokens, StepAttention
+from unfold.model.decode.cache import SequenceCache
+from unfold.model.decode.step import NewTokens, StepAttention
 
 TRITON = importlib.util.find_spec("triton") is not None
 if TRITON:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from unfold.model.config import GistConfig, ModelConfig
-from unfold.model.generation import Decoder, LiveSequence, Sampling
+from unfold.model.decode.generation import Decoder, LiveSequence, Sampling
 from unfold.model.gist import Recall, build_layout, build_recall, select_rule
 from unfold.model.transformer import Transformer
 

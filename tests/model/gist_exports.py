@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from unfold.model.config import GistConfig, ModelConfig
-from unfold.model.generation import Decoder, LiveSequence, Sampling
+from unfold.model.decode.generation import Decoder, LiveSequence, Sampling
 from unfold.model.gist import Recall, build_layout, build_recall, select_rule
 from unfold.model.hf.keys import hf_config
 from unfold.model.hf.names import to_hugging_face

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from tests.benchmarks import decode_cpu
-from unfold.model.buffers import Growable
-from unfold.model.cache import Reads, Rows
 from unfold.model.config import GistConfig
+from unfold.model.decode.cache import Reads, Rows
+from unfold.model.decode.prefill import short_sample
 from unfold.model.gist import build_layout, build_recall, interleave
+from unfold.model.gist.buffers import Growable
 from unfold.model.gist.outline import Outline
 from unfold.model.gist.placement import GistPlacement
-from unfold.model.prefill_attention import short_sample
 
 
 def test_growable():

@@ -11,9 +11,9 @@ from unfold.kernels.unfold import recall_attention
 from unfold.model.config import GistConfig
 from unfold.model.gist import build_layout, build_recall, interleave, select_rule
 from unfold.model.hf.gist_attention import GistPass, take_best
-from unfold.model.hf.gist_kernels import find_kernels
 from unfold.model.hf.gist_sequence import GistSequence, GistSettings, pack_word_starts, unpack_word_starts
 from unfold.model.hf.modeling_gist import GistCache
+from unfold.model.hf.own_kernels import find_kernels
 from unfold.model.hf.remote import config_entries
 
 HEADS, KV_HEADS, DIM = 4, 2, 8

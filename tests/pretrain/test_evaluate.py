@@ -10,7 +10,7 @@ import torch
 
 from tests.conftest import module
 from tests.pretrain.test_evaluate_scores import LONGBENCH, RAG, RULER, write
-from unfold.model.generation import Decoder
+from unfold.model.decode.generation import Decoder
 from unfold.pretrain.command import main
 from unfold.pretrain.evaluate import passkey, perplexity, tasks
 from unfold.pretrain.evaluate.answering import Reader

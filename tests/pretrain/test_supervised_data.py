@@ -10,7 +10,7 @@ import torch
 
 from tests.supervised import make_shard
 from unfold.model.gist import GistConfig
-from unfold.model.pipeline import stage_inputs
+from unfold.model.parallel.pipeline import stage_inputs
 from unfold.model.transformer import IGNORED
 from unfold.pretrain.config import load_config
 from unfold.pretrain.data.packing import pack
@@ -36,7 +36,7 @@ def shard(tiny, tmp_path_factory):
 @pytest.fixture(scope="module")
 def reference(shard):
     """What data_prep says is in the shard: ids, context and ranges of each document."""
-    from unfold.data_prep.shards import open_shard
+    from unfold.data_prep.format.shards import open_shard
 
     opened = open_shard(shard)
     spans = [opened.spans[i : i + 1] for i in range(opened.info.documents)]

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from unfold.data_prep.sources import Source
+from unfold.data_prep.corpus.sources import Source
 
 BOM = b"\xef\xbb\xbf"
 

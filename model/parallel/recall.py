@@ -21,7 +21,7 @@ from unfold.kernels.select import Selection, SelectRule, select_gists
 from unfold.kernels.tree import GistTree
 from unfold.kernels.unfold import RecallStats, unfold_attention
 from unfold.kernels.unfold.op import recall_stats
-from unfold.model.context_rows import Exports, Kept, queries_of_part, seen_by_part, seen_tokens, take
+from unfold.model.parallel.rows import Exports, Kept, queries_of_part, seen_by_part, seen_tokens, take
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from unfold.data_prep.errors import DataError
-from unfold.data_prep.tokenizer import read_json
+from unfold.data_prep.format.tokenizer import read_json
 
 FORMAT = 1
 MAGIC = b"MMIDIDX\x00\x00"

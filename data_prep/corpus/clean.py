@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from unfold.data_prep.corpus.readers import read_items
+from unfold.data_prep.corpus.sources import Source
 from unfold.data_prep.errors import DataError
-from unfold.data_prep.files import finish_partial, open_partial, write_all
-from unfold.data_prep.readers import read_items
-from unfold.data_prep.sources import Source
+from unfold.data_prep.format.files import finish_partial, open_partial, write_all
 
 WORD = re.compile(r"\w+")
 EMAIL = re.compile(r"\b[\w.+-]+@[\w-]+(?:\.[\w-]+)+\b")

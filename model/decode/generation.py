@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unfold.model.cache import SequenceCache
+from unfold.model.decode.cache import SequenceCache
+from unfold.model.decode.prefill import PrefillAttention
+from unfold.model.decode.step import NewTokens, StepAttention
 from unfold.model.gist import GistConfig, select_rule
 from unfold.model.gist.placement import Feed, GistPlacement
-from unfold.model.prefill_attention import PrefillAttention
-from unfold.model.step_attention import NewTokens, StepAttention
 from unfold.model.transformer import Transformer
 
 PREFILL = 1024  # interleaved tokens read at a time: bounds the memory of a prefill

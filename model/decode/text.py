@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from unfold.model.generation import Decoder, LiveSequence, Sampling
+from unfold.model.decode.generation import Decoder, LiveSequence, Sampling
 
 Decode = Callable[[list[int]], str]
 # A character has at most four bytes, each perhaps a token of its own: what is longer incomplete never becomes one.

@@ -9,8 +9,8 @@ import numpy as np
 import tokenizers
 
 from unfold.data_prep.errors import DataError
-from unfold.data_prep.tokenizer import CONFIG_FILE, ControlToken, TokenizerInfo, find_gists, read_json, sha256
-from unfold.data_prep.word_starts import huggingface_word_starts
+from unfold.data_prep.format.tokenizer import CONFIG_FILE, ControlToken, TokenizerInfo, find_gists, read_json, sha256
+from unfold.data_prep.tokenization.word_starts import huggingface_word_starts
 
 # Tried in this order where no tokenizer_config.json says which tokens these are.
 USUAL_NAMES = {

@@ -4,13 +4,10 @@ from pathlib import Path
 
 from tokenizers import AddedToken
 
-from unfold.data_prep.convert import to_huggingface
-from unfold.data_prep.directory import write_directory
 from unfold.data_prep.errors import DataError
-from unfold.data_prep.files import check_new_directory
-from unfold.data_prep.huggingface_backend import HuggingFaceTokenizer, parse_tokenizer
-from unfold.data_prep.sentencepiece_backend import SentencePieceTokenizer, parse_model
-from unfold.data_prep.tokenizer import (
+from unfold.data_prep.format.directory import write_directory
+from unfold.data_prep.format.files import check_new_directory
+from unfold.data_prep.format.tokenizer import (
     CHAT_TEMPLATE_FILE,
     CONFIG_FILE,
     INFO_FILE,
@@ -21,6 +18,9 @@ from unfold.data_prep.tokenizer import (
     locate,
     read_json,
 )
+from unfold.data_prep.tokenization.convert import to_huggingface
+from unfold.data_prep.tokenization.huggingface import HuggingFaceTokenizer, parse_tokenizer
+from unfold.data_prep.tokenization.sentencepiece import SentencePieceTokenizer, parse_model
 
 KEPT_CONFIG = ("chat_template", "model_max_length", "padding_side", "add_bos_token", "add_eos_token")
 

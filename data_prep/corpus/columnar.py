@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import BinaryIO
 
-from unfold.data_prep.items import Document, Position, text_of, too_long
-from unfold.data_prep.sources import HUB, Source
-from unfold.data_prep.streams import open_seekable
+from unfold.data_prep.corpus.items import Document, Position, text_of, too_long
+from unfold.data_prep.corpus.sources import HUB, Source
+from unfold.data_prep.corpus.streams import open_seekable
 
 ROWS = 256  # taken at a time, so that memory does not depend on the size of row groups
 

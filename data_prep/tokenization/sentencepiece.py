@@ -7,8 +7,8 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from unfold.data_prep.errors import DataError
-from unfold.data_prep.tokenizer import ControlToken, TokenizerInfo, find_gists, sha256
-from unfold.data_prep.word_starts import sentencepiece_word_starts
+from unfold.data_prep.format.tokenizer import ControlToken, TokenizerInfo, find_gists, sha256
+from unfold.data_prep.tokenization.word_starts import sentencepiece_word_starts
 
 MANY = 1000  # characters: as a long line of prose, over which float32 sums were never seen to matter
 

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 import orjson
 
-from unfold.data_prep.columnar import read_arrow, read_hub, read_parquet
-from unfold.data_prep.delimited import read_csv
+from unfold.data_prep.corpus.columnar import read_arrow, read_hub, read_parquet
+from unfold.data_prep.corpus.delimited import read_csv
+from unfold.data_prep.corpus.items import BOM, Document, Position, text_of, too_long
+from unfold.data_prep.corpus.sources import Source
+from unfold.data_prep.corpus.streams import BLOCK, Line, Stream, lines, not_utf8, open_stream, reading_errors, unreadable
 from unfold.data_prep.errors import DataError
-from unfold.data_prep.items import BOM, Document, Position, text_of, too_long
-from unfold.data_prep.sources import Source
-from unfold.data_prep.streams import BLOCK, Line, Stream, lines, not_utf8, open_stream, reading_errors, unreadable
 
 
 def read_items(sources: Sequence[Source], start: Position | None = None) -> Iterator[Document]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from unfold.data_prep.errors import DataError
-from unfold.data_prep.files import Appended
+from unfold.data_prep.format.files import Appended
 
 MAGIC = b"UNFSPANS"
 VERSION = 1

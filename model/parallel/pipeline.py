@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from unfold.model.attention import Attend, MicroBatchAttention
 from unfold.model.config import GistConfig, ModelConfig
-from unfold.model.context_parallel import ContextAttention
 from unfold.model.gist import Recall, build_layout
 from unfold.model.layers import BuildContext, RMSNorm, Rotary
+from unfold.model.parallel.context import ContextAttention
 from unfold.model.transformer import Embedding, Layer, MicroBatch, token_loss_sum
 
 TIED = "embedding"  # key of the weight that the first and the last stage share

@@ -171,9 +171,9 @@ def _load_file(kind: str, path: Path) -> Tokenizer:
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     if kind == "sentencepiece":
-        from unfold.data_prep.sentencepiece_backend import SentencePieceTokenizer
+        from unfold.data_prep.tokenization.sentencepiece import SentencePieceTokenizer
 
         return SentencePieceTokenizer(path.read_bytes(), str(path))
-    from unfold.data_prep.huggingface_backend import HuggingFaceTokenizer
+    from unfold.data_prep.tokenization.huggingface import HuggingFaceTokenizer
 
     return HuggingFaceTokenizer.from_file(path)

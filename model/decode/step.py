@@ -10,7 +10,7 @@ from torch import Tensor
 
 from unfold.kernels.decode import Step, decode_attention
 from unfold.kernels.select import SelectRule
-from unfold.model.cache import SequenceCache
+from unfold.model.decode.cache import SequenceCache
 from unfold.model.gist.outline import Sight
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import sentencepiece
 
-from unfold.data_prep.adopt import write_sentencepiece
+from unfold.data_prep.corpus.readers import read_documents
+from unfold.data_prep.corpus.sources import Source
 from unfold.data_prep.errors import DataError
-from unfold.data_prep.files import check_new_directory
-from unfold.data_prep.readers import read_documents
-from unfold.data_prep.sources import Source
-from unfold.data_prep.tokenizer import INFO_FILE, TokenizerInfo
+from unfold.data_prep.format.files import check_new_directory
+from unfold.data_prep.format.tokenizer import INFO_FILE, TokenizerInfo
+from unfold.data_prep.tokenization.adopt import write_sentencepiece
 
 MAX_LINE = 4000  # bytes; sentencepiece drops longer lines without a word, so they are cut here
 BYTES, SPECIALS = 256, 4

@@ -4,9 +4,9 @@ import csv
 import sys
 from collections.abc import Iterator
 
-from unfold.data_prep.items import BOM, Document, Position, text_of, too_long
-from unfold.data_prep.sources import Source
-from unfold.data_prep.streams import Stream, lines, not_utf8, open_stream
+from unfold.data_prep.corpus.items import BOM, Document, Position, text_of, too_long
+from unfold.data_prep.corpus.sources import Source
+from unfold.data_prep.corpus.streams import Stream, lines, not_utf8, open_stream
 
 
 def read_csv(source: Source, at: Position) -> Iterator[Document]:

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from unfold.data_prep.conditions import Condition
+from unfold.data_prep.corpus.conditions import Condition
+from unfold.data_prep.corpus.fields import SupervisedFields
+from unfold.data_prep.corpus.streams import COMPRESSIONS, count_lines
 from unfold.data_prep.errors import DataError
-from unfold.data_prep.fields import SupervisedFields
-from unfold.data_prep.streams import COMPRESSIONS, count_lines
 
 SUFFIXES = {
     ".txt": "txt",

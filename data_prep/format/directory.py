@@ -1,12 +1,12 @@
-"""Writing a tokenizer directory (its files are listed in `unfold.data_prep.tokenizer`)."""
+"""Writing a tokenizer directory (its files are listed in `unfold.data_prep.format.tokenizer`)."""
 
 import json
 from pathlib import Path
 
 import numpy as np
 
-from unfold.data_prep.files import new_directory
-from unfold.data_prep.tokenizer import CONFIG_FILE, INFO_FILE, JSON_FILE, MODEL_FILE, WORD_STARTS_FILE, Tokenizer
+from unfold.data_prep.format.files import new_directory
+from unfold.data_prep.format.tokenizer import CONFIG_FILE, INFO_FILE, JSON_FILE, MODEL_FILE, WORD_STARTS_FILE, Tokenizer
 
 
 def write_directory(

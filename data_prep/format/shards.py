@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from unfold.data_prep.errors import DataError
-from unfold.data_prep.files import PARTIAL, Appended, finish_partial, open_partial, write_all
-from unfold.data_prep.shard_format import (
+from unfold.data_prep.format.files import PARTIAL, Appended, finish_partial, open_partial, write_all
+from unfold.data_prep.format.index import (
     DTYPE_CODES,
     HEADER,
     MAGIC,
@@ -28,8 +28,8 @@ from unfold.data_prep.shard_format import (
     token_dtype,
     unigram_entropy,
 )
-from unfold.data_prep.spans import SUFFIX, Spans, SpansWriter
-from unfold.data_prep.tokenizer import TokenizerInfo
+from unfold.data_prep.format.spans import SUFFIX, Spans, SpansWriter
+from unfold.data_prep.format.tokenizer import TokenizerInfo
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import sentencepiece
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 from unfold.data_prep.errors import DataError
-from unfold.data_prep.huggingface_backend import NEVER
-from unfold.data_prep.word_starts import SPACE_MARK
+from unfold.data_prep.tokenization.huggingface import NEVER
+from unfold.data_prep.tokenization.word_starts import SPACE_MARK
 
 AWKWARD = (
     "",

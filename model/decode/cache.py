@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unfold.model.buffers import Growable
 from unfold.model.config import GistConfig, ModelConfig
+from unfold.model.gist.buffers import Growable
 from unfold.model.gist.outline import Outline
 
 

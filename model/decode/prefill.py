@@ -17,7 +17,7 @@ from unfold.kernels.compressed import compressed_attention
 from unfold.kernels.intervals import Intervals
 from unfold.kernels.select import SelectRule
 from unfold.kernels.unfold import recall_queries
-from unfold.model.cache import SequenceCache
+from unfold.model.decode.cache import SequenceCache
 from unfold.model.gist.outline import Sight
 
 DENSE_BLOCK = 128  # queries of dense attention at a time: bounds its mask

@@ -3,7 +3,7 @@
 ``gists`` sends what the method lets later ranks see and nothing else: gists, sinks and the raw tokens of the last chunks
 before a border. Each rank gathers these keys and values once per layer (one differentiable all-gather), puts them before
 its own and attends over that short sequence with the ordinary operation, whose ranges are mapped row by row; so it is
-exact by construction. Recall adds the chunks that are selected (:mod:`unfold.model.context_recall`). ``ulysses`` is
+exact by construction. Recall adds the chunks that are selected (:mod:`unfold.model.parallel.recall`). ``ulysses`` is
 DeepSpeed-Ulysses: it trades the sequence for heads, and any attention runs unchanged.
 """
 
@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from unfold.kernels.tree import GistTree
-from unfold.model.context_recall import RecallPlan, make_recall_plan, recall_over_ranks
-from unfold.model.context_rows import Exports, Kept, seen_by_part, take
 from unfold.model.gist import Layout, Recall
-from unfold.model.tensor_parallel import gather_sequence
+from unfold.model.parallel.recall import RecallPlan, make_recall_plan, recall_over_ranks
+from unfold.model.parallel.rows import Exports, Kept, seen_by_part, take
+from unfold.model.parallel.tensor import gather_sequence
 
 METHODS = ("gists", "ulysses")
 
