@@ -1,18 +1,20 @@
-"""The flags of ``evaluate recall-claim``, apart from what trains: telling them must not load it."""
+"""Train small models with and without recall on look-ups in a long context, and report what each finds:
+
+    python -m tests.benchmarks.recall_claim --output DIR
+"""
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
+import argparse
+import sys
 from pathlib import Path
 
-CHUNK_SIZES = {
-    "flat": {8: (8,), 16: (16,), 32: (32,)},
-    "hierarchical": {8: (4, 2), 16: (4, 4), 32: (8, 4)},
-}
+from tests.benchmarks.recall_claim.command import CHUNK_SIZES, recall_claim
+from unfold.pretrain.errors import UserError
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """The command's flags."""
+def read_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where results are kept; what is there stays")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one set of models each (default: 0 1 2)")
     parser.add_argument(
@@ -23,3 +25,16 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--report-only", action="store_true", help="train nothing, write the report of what is there")
     words = "so many times the steps of every stage: 0.02 to try the command out, 3 to see what more training brings (default: 1)"
     parser.add_argument("--train-steps", type=float, default=1.0, metavar="FACTOR", help=words)
+    return parser.parse_args()
+
+
+def main() -> None:
+    try:
+        for line in recall_claim(read_arguments()):
+            print(line, flush=True)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

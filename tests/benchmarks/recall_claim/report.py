@@ -8,8 +8,8 @@ from math import prod
 from pathlib import Path
 from statistics import mean
 
-from unfold.pretrain.evaluate.claim.arms import BRANCHES, DENSE, GISTS, RANDOM, RECALL, RECENT
-from unfold.pretrain.evaluate.claim.training import Outcome, Plan
+from tests.benchmarks.recall_claim.arms import BRANCHES, DENSE, GISTS, RANDOM, RECALL, RECENT
+from tests.benchmarks.recall_claim.training import Outcome, Plan
 
 NAMES = {
     DENSE: "dense attention",

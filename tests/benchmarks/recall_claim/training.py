@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from tests.benchmarks.recall_claim.arms import BRANCHES, DENSE, GISTS, hidden, loss_sum
+from tests.benchmarks.recall_claim.task import LookupTask
 from unfold.model.config import GistConfig, ModelConfig
 from unfold.model.layers import BuildContext
 from unfold.model.transformer import IGNORED, Transformer
-from unfold.pretrain.evaluate.claim.arms import BRANCHES, DENSE, GISTS, hidden, loss_sum
-from unfold.pretrain.evaluate.claim.task import LookupTask
 
 # (n, steps): so many steps on contexts of 1/n of the length, n times as many of them in a batch. Short contexts come first:
 # look-ups are learned far faster there, by every arm.

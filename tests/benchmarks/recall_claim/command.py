@@ -1,4 +1,4 @@
-"""``python -m pretrain evaluate recall-claim``: runs what is not there yet, then writes table, plot and figures."""
+"""Runs what is not there yet, then writes table, plot and figures."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ from pathlib import Path
 
 import torch
 
+from tests.benchmarks.recall_claim.report import write_report
+from tests.benchmarks.recall_claim.training import Outcome, Plan, base_model, dense_outcome, gist_outcomes
 from unfold.model.layers import BuildContext
 from unfold.model.transformer import Transformer
 from unfold.pretrain import parallel
 from unfold.pretrain.config import ParallelConfig
 from unfold.pretrain.errors import UserError
-from unfold.pretrain.evaluate.claim.flags import CHUNK_SIZES
-from unfold.pretrain.evaluate.claim.report import write_report
-from unfold.pretrain.evaluate.claim.training import Outcome, Plan, base_model, dense_outcome, gist_outcomes
+
+CHUNK_SIZES = {  # by levels of gists and compression ratio
+    "flat": {8: (8,), 16: (16,), 32: (32,)},
+    "hierarchical": {8: (4, 2), 16: (4, 4), 32: (8, 4)},
+}
 
 
 def recall_claim(args: Namespace) -> Iterator[str]:

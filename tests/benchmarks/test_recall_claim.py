@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
+from tests.benchmarks.recall_claim.arms import BRANCHES, GISTS, RANDOM, RECALL, RECENT, gist_arm
+from tests.benchmarks.recall_claim.command import Results, _run_seed
+from tests.benchmarks.recall_claim.report import table, write_report
+from tests.benchmarks.recall_claim.task import LookupTask
+from tests.benchmarks.recall_claim.training import Outcome, Plan
 from unfold.model.attention import MicroBatchAttention
 from unfold.model.gist import GistConfig
 from unfold.model.transformer import IGNORED
 from unfold.pretrain.errors import UserError
-from unfold.pretrain.evaluate.claim.arms import BRANCHES, GISTS, RANDOM, RECALL, RECENT, gist_arm
-from unfold.pretrain.evaluate.claim.command import Results, _run_seed
-from unfold.pretrain.evaluate.claim.report import table, write_report
-from unfold.pretrain.evaluate.claim.task import LookupTask
-from unfold.pretrain.evaluate.claim.training import Outcome, Plan
 
 TASK = LookupTask(context=64, facts=10, links=3, singles=5)
 SMALL = Plan(base=((2, 2),), forget=((2, 1),), branch=((1, 2),), batch=2, evaluated=4, layers=2, hidden_size=32, task=TASK)
