@@ -179,7 +179,7 @@ def make_shards(args: argparse.Namespace, corpus: list | None = None, **options:
 def run_verify(args: argparse.Namespace) -> int:
     """Check shards; 1 if one is bad."""
     from unfold.data_prep.format.index import clean_prefix
-    from unfold.data_prep.format.tokenizer import load_tokenizer
+    from unfold.data_prep.tokenization.load import load_tokenizer
     from unfold.data_prep.verify import verify_shard
 
     tokenizer = load_tokenizer(args.tokenizer).info if args.tokenizer else None
@@ -199,7 +199,7 @@ def run_inspect(args: argparse.Namespace) -> int:
     """Show a shard."""
     from unfold.data_prep.describe import describe_shard
     from unfold.data_prep.format.index import clean_prefix
-    from unfold.data_prep.format.tokenizer import load_tokenizer
+    from unfold.data_prep.tokenization.load import load_tokenizer
 
     if args.documents and not args.tokenizer:
         raise DataError(f"--documents {args.documents}: needs --tokenizer, to turn ids back into text")

@@ -24,12 +24,12 @@ from unfold.data_prep.errors import DataError
 from unfold.data_prep.format.files import PARTIAL, Appended
 from unfold.data_prep.format.index import ShardInfo
 from unfold.data_prep.format.shards import ShardWriter
-from unfold.data_prep.format.tokenizer import load_tokenizer
 from unfold.data_prep.journal import Counts, Journal, Record, refuse_other_work
 from unfold.data_prep.pool import encode_here, encode_in_pool
 from unfold.data_prep.report import write_report
 from unfold.data_prep.supervised import SupervisedJob, batch_encoder
 from unfold.data_prep.tokenization.fast import SAMPLE_CHARACTERS, FastTokenizer, choose_backend
+from unfold.data_prep.tokenization.load import load_tokenizer
 
 COMMIT_SECONDS = 5.0  # at most this much work is lost to a kill
 POOL_BYTES = 500_000_000  # of input, from which on processes pay for their start with the fast backend

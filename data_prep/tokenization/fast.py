@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from unfold.data_prep.errors import DataError
-from unfold.data_prep.format.tokenizer import Tokenizer, load_tokenizer
+from unfold.data_prep.format.tokenizer import Tokenizer
+from unfold.data_prep.tokenization.load import load_tokenizer
 
 BACKENDS = ("auto", "exact", "fast")
 SAMPLE_CHARACTERS = 50_000  # of the corpus, in the first check

@@ -1,8 +1,8 @@
 """The configuration of a run: what it consists of, how it is read and written, and what may change when a run is resumed."""
 
+from unfold.pretrain.config.read import FREE_ON_RESUME, changes_on_resume, flatten, load_config, parse_config, with_vocab_size
 from unfold.pretrain.config.schema import (
     CHANGEABLE_ON_RESUME,
-    FREE_ON_RESUME,
     CheckpointConfig,
     FaultConfig,
     MonitorConfig,
@@ -11,11 +11,6 @@ from unfold.pretrain.config.schema import (
     RunConfig,
     ScheduleConfig,
     accumulation_steps,
-    changes_on_resume,
-    flatten,
-    load_config,
-    parse_config,
-    with_vocab_size,
 )
 
 __all__ = [

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
-from unfold.pretrain.config.schema import CHANGEABLE_ON_RESUME, FREE_ON_RESUME, RunConfig
+from unfold.pretrain.config.read import FREE_ON_RESUME
+from unfold.pretrain.config.schema import CHANGEABLE_ON_RESUME, RunConfig
 
 PAGE_HEAD = """# Configuration reference
 

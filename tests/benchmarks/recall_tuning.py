@@ -22,7 +22,7 @@ import yaml
 
 from unfold.data_prep.format.shards import ShardWriter
 from unfold.data_prep.format.spans import Spans
-from unfold.data_prep.format.tokenizer import load_tokenizer
+from unfold.data_prep.tokenization.load import load_tokenizer
 from unfold.pretrain.monitor.metrics import read_metrics
 
 DOCUMENTS = 64

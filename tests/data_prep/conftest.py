@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from unfold.data_prep.command import main
 from unfold.data_prep.corpus.sources import find_sources
-from unfold.data_prep.format.tokenizer import load_tokenizer
+from unfold.data_prep.tokenization.load import load_tokenizer
 from unfold.data_prep.tokenization.train import train_tokenizer
 
 EOT = "<|endoftext|>"
