@@ -7,16 +7,16 @@ from typing import Any
 
 import triton
 
-from kernels.compressed.tiles import Tile
-from kernels.decode import kernels as decoding
-from kernels.decode.triton import ATTEND, COMBINE, HELD, SCORE, TOP, attend_keys, searched
-from kernels.select import kernels as selecting
-from kernels.select.triton import LIST_KEYS, LIST_WARPS
-from kernels.select.triton import TABLE as SELECT_TILES
-from kernels.unfold import backward, forward
-from kernels.unfold.common import place_kernel
-from kernels.unfold.tiles import choose_unfold_tiles
-from kernels.unfold.triton import ITEMS
+from unfold.kernels.compressed.tiles import Tile
+from unfold.kernels.decode import kernels as decoding
+from unfold.kernels.decode.triton import ATTEND, COMBINE, HELD, SCORE, TOP, attend_keys, searched
+from unfold.kernels.select import kernels as selecting
+from unfold.kernels.select.triton import LIST_KEYS, LIST_WARPS
+from unfold.kernels.select.triton import TABLE as SELECT_TILES
+from unfold.kernels.unfold import backward, forward
+from unfold.kernels.unfold.common import place_kernel
+from unfold.kernels.unfold.tiles import choose_unfold_tiles
+from unfold.kernels.unfold.triton import ITEMS
 
 LONGEST_CHUNK = 12  # c0 = 8, and up to half of it more
 SPLITS = 32

@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.decode import Step, decode_attention
-from kernels.select import SelectRule, select_gists
-from kernels.testing import uniform_tree
-from kernels.unfold import unfold_attention
-from kernels.unfold.reference import visible_tokens
+from unfold.kernels.decode import Step, decode_attention
+from unfold.kernels.select import SelectRule, select_gists
+from unfold.kernels.testing import uniform_tree
+from unfold.kernels.unfold import unfold_attention
+from unfold.kernels.unfold.reference import visible_tokens
 
 SAMPLES = 8
 SINK = 3
@@ -249,7 +249,7 @@ def prepared(case: DecodeCase) -> Callable[[], Tensor]:
     q, layers, step, rule = case.q, case.layers, case.step, case.rule
     if not q.is_cuda:
         return lambda: decode_attention(q, layers, step, rule)
-    from kernels.decode import triton as backend
+    from unfold.kernels.decode import triton as backend
 
     tables = backend.make_tables(step, rule, q.shape[1] // layers[0][0].memory.shape[1], q.device)
     places = backend.make_places(q, layers, step, tables.ends)

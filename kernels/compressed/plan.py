@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.intervals import Intervals
+from unfold.kernels.intervals import Intervals
 
 # Columns of RowPlan.table before its two columns per segment, and of the item and sum tables of KeyPlan.
 ROW_HEAD = 3

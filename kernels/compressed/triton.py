@@ -15,10 +15,10 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.compressed import backward, forward
-from kernels.compressed.plan import KeyItems, key_plan, key_rows, row_plan
-from kernels.compressed.tiles import HEAD_DIMS, TABLE, Tile, Tiles, choose_tiles
-from kernels.intervals import Intervals
+from unfold.kernels.compressed import backward, forward
+from unfold.kernels.compressed.plan import KeyItems, key_plan, key_rows, row_plan
+from unfold.kernels.compressed.tiles import HEAD_DIMS, TABLE, Tile, Tiles, choose_tiles
+from unfold.kernels.intervals import Intervals
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # TRITON_INTERPRET=1 was set when the kernels were decorated: they run on CPU tensors, one program after another.

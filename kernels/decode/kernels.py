@@ -22,9 +22,9 @@ empty), then the gists whose parent is open. W is a bucket of the longest group.
 import triton
 import triton.language as tl
 
-from kernels.compressed.common import dot, kernel, load_tile, store_tile
-from kernels.compressed.forward import softmax_step
-from kernels.select.search import LEAST, MOST, moments, narrow, ordered, spread_of, three_bounds
+from unfold.kernels.compressed.common import dot, kernel, load_tile, store_tile
+from unfold.kernels.compressed.forward import softmax_step
+from unfold.kernels.select.search import LEAST, MOST, moments, narrow, ordered, spread_of, three_bounds
 
 # Elements. Rows begin at multiples of it, which the compiler sees only where the number is multiplied by it here: with a hint
 # on a function's argument it would load two bytes at a time.

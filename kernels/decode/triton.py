@@ -14,11 +14,11 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.compressed.tiles import HEAD_DIMS
-from kernels.compressed.triton import DTYPES, INTERPRETED, LOG2_E, architecture, on_device
-from kernels.decode import kernels
-from kernels.decode.step import RowStore, Step
-from kernels.select.selection import SelectRule
+from unfold.kernels.compressed.tiles import HEAD_DIMS
+from unfold.kernels.compressed.triton import DTYPES, INTERPRETED, LOG2_E, architecture, on_device
+from unfold.kernels.decode import kernels
+from unfold.kernels.decode.step import RowStore, Step
+from unfold.kernels.select.selection import SelectRule
 
 LARGEST_GROUP = 32  # query heads per KV head: one int32 of bits
 LARGEST_ROW = 1 << 26

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.compressed.plan import expand
-from kernels.select.selection import Selection
-from kernels.tree import GistTree
+from unfold.kernels.compressed.plan import expand
+from unfold.kernels.select.selection import Selection
+from unfold.kernels.tree import GistTree
 
 BITS = 32  # queries of a block at most: one int32 of bits
 # Queries whose windows are further apart than this share no block: it would visit all that lies between them.

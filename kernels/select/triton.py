@@ -12,13 +12,13 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.compressed.plan import key_rows
-from kernels.compressed.tiles import HEAD_DIMS, Tile
-from kernels.compressed.triton import DTYPES, INTERPRETED, architecture, on_device
-from kernels.select import kernels
-from kernels.select.blocks import BITS, BlockLists, QueryBlocks, query_blocks, selection_of
-from kernels.select.selection import Selection, SelectRule
-from kernels.tree import GistTree
+from unfold.kernels.compressed.plan import key_rows
+from unfold.kernels.compressed.tiles import HEAD_DIMS, Tile
+from unfold.kernels.compressed.triton import DTYPES, INTERPRETED, architecture, on_device
+from unfold.kernels.select import kernels
+from unfold.kernels.select.blocks import BITS, BlockLists, QueryBlocks, query_blocks, selection_of
+from unfold.kernels.select.selection import Selection, SelectRule
+from unfold.kernels.tree import GistTree
 
 LARGEST_GROUP = 128  # rows of a tile
 

@@ -6,9 +6,9 @@ What windows and sinks contribute to d_k and d_v is attention over ranges: the k
 import triton
 import triton.language as tl
 
-from kernels.compressed.backward import d_query_step, mean_step
-from kernels.compressed.common import dot, kernel, load_tile, store_tile
-from kernels.unfold.common import block_rows, listed_tile, near_spans, near_tile
+from unfold.kernels.compressed.backward import d_query_step, mean_step
+from unfold.kernels.compressed.common import dot, kernel, load_tile, store_tile
+from unfold.kernels.unfold.common import block_rows, listed_tile, near_spans, near_tile
 
 
 @triton.jit

@@ -15,8 +15,8 @@ The lists behind the last two are kernels.select.blocks.BlockLists, loop bounds 
 import triton
 import triton.language as tl
 
-from kernels.compressed.common import in_range, kernel
-from kernels.select.kernels import any_bit, count_bits
+from unfold.kernels.compressed.common import in_range, kernel
+from unfold.kernels.select.kernels import any_bit, count_bits
 
 
 @triton.jit

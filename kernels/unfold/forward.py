@@ -2,9 +2,9 @@
 
 import triton.language as tl
 
-from kernels.compressed.common import kernel, load_tile, store_tile
-from kernels.compressed.forward import softmax_step
-from kernels.unfold.common import block_rows, listed_tile, near_spans, near_tile
+from unfold.kernels.compressed.common import kernel, load_tile, store_tile
+from unfold.kernels.compressed.forward import softmax_step
+from unfold.kernels.unfold.common import block_rows, listed_tile, near_spans, near_tile
 
 
 @kernel

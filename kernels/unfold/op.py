@@ -8,18 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.compressed import compressed_attention
-from kernels.select import Selection, SelectRule, select_gists
-from kernels.select.blocks import BlockLists
-from kernels.select.op import check_backend, check_queries, choice, default_backend
-from kernels.tree import GistTree
-from kernels.unfold.cpu import unfold_attention_cpu
-from kernels.unfold.reference import unfold_attention_reference
+from unfold.kernels.compressed import compressed_attention
+from unfold.kernels.select import Selection, SelectRule, select_gists
+from unfold.kernels.select.blocks import BlockLists
+from unfold.kernels.select.op import check_backend, check_queries, choice, default_backend
+from unfold.kernels.tree import GistTree
+from unfold.kernels.unfold.cpu import unfold_attention_cpu
+from unfold.kernels.unfold.reference import unfold_attention_reference
 
 
 def _unfold_triton(*arguments) -> Tensor:
     """Triton is imported only where it is used: a CPU run does not need it."""
-    from kernels.unfold.triton import unfold_attention_triton
+    from unfold.kernels.unfold.triton import unfold_attention_triton
 
     return unfold_attention_triton(*arguments)
 
@@ -90,7 +90,7 @@ def _default_backend(q: Tensor, k: Tensor, tree: GistTree) -> str:
         return "cpu"
     if tree.queries == 0:
         return "reference"
-    from kernels.unfold.triton import why_not
+    from unfold.kernels.unfold.triton import why_not
 
     return choice("unfold", "reference", why_not(q, k, tree))
 
@@ -143,7 +143,7 @@ def recall_queries(
     if backend is None and _default_backend(q, k, tree) == default_backend(q, k, tree, rule) == "triton":
         backend = "triton"
     if backend == "triton":
-        from kernels.unfold.triton import recall_queries_triton
+        from unfold.kernels.unfold.triton import recall_queries_triton
 
         found = recall_queries_triton(q, k, v, tree, rule, 1 / math.sqrt(q.shape[-1]) if scale is None else scale)
         return found[0], list_stats(tree, *found[1:])

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.compressed.plan import SHORTEST_SPLIT, SPLITS, KeyItems, TokenSearch, expand, key_items
-from kernels.intervals import Intervals
-from kernels.select.blocks import BlockLists
-from kernels.tree import GistTree
+from unfold.kernels.compressed.plan import SHORTEST_SPLIT, SPLITS, KeyItems, TokenSearch, expand, key_items
+from unfold.kernels.intervals import Intervals
+from unfold.kernels.select.blocks import BlockLists
+from unfold.kernels.tree import GistTree
 
 # A group of keys that many blocks visit, or a chunk that many queries selected, is split into parts of at most this many visits
 # or queries, or of so many that the partial sums hold no more numbers than d_k and d_v.

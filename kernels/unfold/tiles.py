@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 import triton
 
-from kernels.compressed.tiles import Tile, choose_tiles
-from kernels.select.blocks import BITS
+from unfold.kernels.compressed.tiles import Tile, choose_tiles
+from unfold.kernels.select.blocks import BITS
 
 LARGEST_TILE = 128  # rows of a tile: query heads of one KV head at most
 LONGEST_CHUNK = 127  # raw tokens behind one level-0 gist at most

@@ -12,17 +12,17 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.compressed import backward as ranges
-from kernels.compressed.plan import key_rows
-from kernels.compressed.tiles import HEAD_DIMS, Tile
-from kernels.compressed.triton import DTYPES, INTERPRETED, LOG2_E, SUM_ROWS, architecture, launch_options, on_device
-from kernels.select import triton as selecting
-from kernels.select.blocks import BlockLists, block_lists
-from kernels.select.selection import Selection, SelectRule
-from kernels.tree import GistTree
-from kernels.unfold import backward, common, forward
-from kernels.unfold.plan import ChunkItems, Parts, Visits, longest_chunk, near_items, turned_lists
-from kernels.unfold.tiles import LARGEST_TILE, LONGEST_CHUNK, UnfoldTiles, choose_unfold_tiles
+from unfold.kernels.compressed import backward as ranges
+from unfold.kernels.compressed.plan import key_rows
+from unfold.kernels.compressed.tiles import HEAD_DIMS, Tile
+from unfold.kernels.compressed.triton import DTYPES, INTERPRETED, LOG2_E, SUM_ROWS, architecture, launch_options, on_device
+from unfold.kernels.select import triton as selecting
+from unfold.kernels.select.blocks import BlockLists, block_lists
+from unfold.kernels.select.selection import Selection, SelectRule
+from unfold.kernels.tree import GistTree
+from unfold.kernels.unfold import backward, common, forward
+from unfold.kernels.unfold.plan import ChunkItems, Parts, Visits, longest_chunk, near_items, turned_lists
+from unfold.kernels.unfold.tiles import LARGEST_TILE, LONGEST_CHUNK, UnfoldTiles, choose_unfold_tiles
 
 ITEMS = 256  # of a tile where nothing is multiplied
 

@@ -8,13 +8,13 @@ import torch
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-from kernels.compressed import compressed_attention, plan
-from kernels.compressed import triton as backend
-from kernels.compressed.reference import compressed_attention_reference
-from kernels.compressed.tiles import HEAD_DIMS, TABLE
-from kernels.testing import gradients, plain_attention, uniform_intervals
 from tests.kernels.cases import CASES, make_layout, random_qkv
 from tests.kernels.interpreter import DEVICE, GPU, RUNS, compute_like_a_gpu, needs_runs, run_in_interpreter
+from unfold.kernels.compressed import compressed_attention, plan
+from unfold.kernels.compressed import triton as backend
+from unfold.kernels.compressed.reference import compressed_attention_reference
+from unfold.kernels.compressed.tiles import HEAD_DIMS, TABLE
+from unfold.kernels.testing import gradients, plain_attention, uniform_intervals
 
 # fp32 sums of some ten terms of size one, and a GPU's exp2, right to some units of the last place: where plain PyTorch is exactly
 # right (one visible key), a kernel need not be.

@@ -9,10 +9,10 @@ import torch
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-from kernels.select import SelectRule, select_gists
-from kernels.select import triton as backend
 from tests.kernels.interpreter import DEVICE, RUNS, compute_like_a_gpu, needs_runs, run_in_interpreter
 from tests.kernels.recall_cases import CASES, SUFFIX_CASES, make_recall, make_rule, random_qkv, recalling
+from unfold.kernels.select import SelectRule, select_gists
+from unfold.kernels.select import triton as backend
 
 ALL = [*CASES, *SUFFIX_CASES]
 # Few queries: a pass over the candidates takes the interpreter long. The others are `long`.

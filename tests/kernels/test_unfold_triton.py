@@ -8,16 +8,16 @@ import torch
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-from kernels.compressed.tiles import Tile
-from kernels.select import SelectRule, select_gists
-from kernels.select.blocks import block_lists, count_bits, query_blocks, selection_of
-from kernels.unfold import plan, recall_attention, unfold_attention
-from kernels.unfold import triton as backend
-from kernels.unfold.reference import unfold_attention_reference, visible_tokens
-from kernels.unfold.tiles import TABLE, UnfoldTiles
-from model.gist import build_recall
 from tests.kernels.interpreter import DEVICE, GPU, RUNS, compute_like_a_gpu, needs_runs, run_in_interpreter
 from tests.kernels.recall_cases import CASES, SUFFIX_CASES, make_recall, make_rule, random_qkv, recalling
+from unfold.kernels.compressed.tiles import Tile
+from unfold.kernels.select import SelectRule, select_gists
+from unfold.kernels.select.blocks import block_lists, count_bits, query_blocks, selection_of
+from unfold.kernels.unfold import plan, recall_attention, unfold_attention
+from unfold.kernels.unfold import triton as backend
+from unfold.kernels.unfold.reference import unfold_attention_reference, visible_tokens
+from unfold.kernels.unfold.tiles import TABLE, UnfoldTiles
+from unfold.model.gist import build_recall
 
 # fp32 sums of some ten terms of size one, and a GPU's exp2, right to some units of the last place: where plain PyTorch is exactly
 # right (one visible key), a kernel need not be.

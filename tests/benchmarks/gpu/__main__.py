@@ -6,8 +6,8 @@ Steps, each in processes of its own, each with a share of the time, none keeping
 
 - ``check``: tests.benchmarks.gpu.smoke, the same under compute-sanitizer, and tests/kernels in parallel processes, all at once;
 - ``times``: every kernel's own time in whole steps, and at several tile sizes (tests.benchmarks.gpu.kernel_times --sweep);
-- ``decode``: a decoding step beside dense attention (python -m kernels.bench --ops decode);
-- ``bench``: compressed attention beside dense and FlexAttention (python -m kernels.bench);
+- ``decode``: a decoding step beside dense attention (python -m unfold.kernels.bench --ops decode);
+- ``bench``: compressed attention beside dense and FlexAttention (python -m unfold.kernels.bench);
 - ``train``: training a model of Llama-8B's width and four layers at 32k tokens: dense, forgetting, recalling.
 
 Training reads DATA (tokenizer/ and shards/sotu_{train,valid}, as launch/demo.sh makes them). DIR gets a log and a file per step.
@@ -98,13 +98,13 @@ def times(runner: Runner, args: argparse.Namespace) -> None:
 
 
 def decode(runner: Runner, args: argparse.Namespace) -> None:
-    command = [sys.executable, "-m", "kernels.bench", "--ops", "decode", "--chunks", "8,4", "--output", str(runner.output)]
+    command = [sys.executable, "-m", "unfold.kernels.bench", "--ops", "decode", "--chunks", "8,4", "--output", str(runner.output)]
     flags = ["--decode-raw", "32768", "131072", "--batch", "1", "8", "--seconds", "0.2"]
     runner.run("decode", [*command, *flags], 90)
 
 
 def bench(runner: Runner, args: argparse.Namespace) -> None:
-    command = [sys.executable, "-m", "kernels.bench", "--chunks", "8,4", "--raw", "8192", "32768", "131072"]
+    command = [sys.executable, "-m", "unfold.kernels.bench", "--chunks", "8,4", "--raw", "8192", "32768", "131072"]
     flags = ["--seconds", "0.2", "--only", "dense SDPA", "dense cuDNN", "ours", "flex, sorted keys"]
     runner.run("bench", [*command, *flags, "--output", str(runner.output)], 150)
 

@@ -24,14 +24,14 @@ from types import SimpleNamespace
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from kernels import bench, bench_recall
-from kernels.compressed.tiles import Tile, Tiles
-from kernels.compressed.triton import compressed_attention_triton
-from kernels.select.triton import SelectTiles
-from kernels.testing import uniform_tree
-from kernels.unfold import recall_attention
-from kernels.unfold import triton as unfolding
-from kernels.unfold.tiles import UnfoldTiles
+from unfold.kernels import bench, bench_recall
+from unfold.kernels.compressed.tiles import Tile, Tiles
+from unfold.kernels.compressed.triton import compressed_attention_triton
+from unfold.kernels.select.triton import SelectTiles
+from unfold.kernels.testing import uniform_tree
+from unfold.kernels.unfold import recall_attention
+from unfold.kernels.unfold import triton as unfolding
+from unfold.kernels.unfold.tiles import UnfoldTiles
 
 CHUNKS = (8, 4)
 SMALL = 512  # raw tokens with which a variant is compiled
