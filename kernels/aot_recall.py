@@ -8,8 +8,10 @@ from typing import Any
 import triton
 
 from unfold.kernels.compressed.tiles import Tile
+from unfold.kernels.decode import attend
 from unfold.kernels.decode import kernels as decoding
-from unfold.kernels.decode.triton import ATTEND, COMBINE, HELD, SCORE, TOP, attend_keys, searched
+from unfold.kernels.decode.tiles import decode_tiles
+from unfold.kernels.decode.triton import COMPARED, HELD, searched
 from unfold.kernels.select import kernels as selecting
 from unfold.kernels.select.triton import LIST_KEYS, LIST_WARPS
 from unfold.kernels.select.triton import TABLE as SELECT_TILES
@@ -76,16 +78,29 @@ def recall_programs(arch: str, dim: int, dtype: str, item_size: int, heads: int,
         flags = dict(N=n, WHOLE=n < 8192, TOP=True, PER=group)
         made[f"select bound {n}"] = (selecting.bound_kernel, Tile(size * group, n, warps, 3), flags, {})
     made["unfold places"] = (place_kernel, Tile(1, ITEMS, 4, 3), dict(SIZE=size, BQ=size), {})
-    keys = attend_keys(dim, item_size)
-    places = {"p_places": "*i64"}
-    rows = max(16, triton.next_power_of_2(group))
-    width = triton.next_power_of_2(group)
-    flags = dict(BG=rows, GS=width, W=8, SHARED=False, RECALLS=True)
-    for whole in (True, False):  # what a program holds of a level's scores: all of them, or a part after another
-        name = "" if whole else " many"
-        below = flags | dict(LEVEL=1) | searched((1 if whole else 2) * HELD // width, width, HELD)
-        made[f"decode score below{name}"] = (decoding.score_kernel, Tile(rows, keys, *SCORE), below, places)
-        made[f"decode attend{name}"] = (decoding.attend_kernel, Tile(rows, keys, *ATTEND), below, places)
-    made["decode score top"] = (decoding.score_kernel, Tile(rows, keys, *TOP), flags | dict(LEVEL=0) | searched(0, width), places)
-    made["decode combine"] = (decoding.combine_kernel, Tile(rows, keys, *COMBINE), dict(BS=SPLITS), {})
+    made |= _decode_programs(arch, dim, item_size, group)
     return {n: Program(k, t, common | dict(BM=t.rows, BN=t.keys) | own, types) for n, (k, t, own, types) in made.items()}
+
+
+def _decode_programs(arch: str, dim: int, item_size: int, group: int) -> dict[str, tuple]:
+    """The programs of decoding, every head selecting for itself: name -> kernel, tile, sizes, types."""
+    width = triton.next_power_of_2(group)
+    rows = max(16, width)
+    tiles = decode_tiles(triton.next_power_of_2(dim), item_size)
+    tile = lambda launch: Tile(rows, launch.keys, launch.warps, launch.stages)
+    flags = dict(BG=rows, GS=width, HS=group, W=8, LEVEL=1, BO=COMPARED, RECALLS=True, PDL=arch != "sm_80")
+    places = {"p_places": "*i64"}
+    lists = places | {"p_lo": "*i32", "p_hi": "*i32", "p_item": "*i32", "p_new": "*i32", "p_score": "*i32"}
+    made = {
+        "decode score top": (decoding.score_top_kernel, tile(tiles.top), flags, lists),
+        "decode score below": (decoding.score_below_kernel, tile(tiles.below), flags, lists),
+        "decode attend": (attend.attend_kernel, tile(tiles.attend), flags, lists),
+    }
+    for name, scores, level in (("top", 4096, 0), ("below", 1024, 1), ("most", HELD, 0), ("many", 2 * HELD, 1)):
+        held = searched(scores, HELD)
+        search = Tile(1, held["BS"], tiles.search_warps(held["BS"]), 1)
+        made[f"decode select {name}"] = (decoding.select_kernel, search, flags | held | dict(LEVEL=level), lists)
+    sums = Tile(1, tiles.part, tiles.combine_warps, 1)
+    own = dict(BN=tiles.attend.keys, BS=tiles.splits, BP=tiles.part)
+    made["decode combine"] = (attend.combine_kernel, sums, flags | own, {})
+    return made

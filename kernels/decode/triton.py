@@ -1,4 +1,4 @@
-"""Decoding on GPUs: a launch per gist level and two more per layer, whatever the length. Two runs are bit-equal: no atomics.
+"""Decoding on GPUs: two launches per gist level and two more per layer, whatever the length. Two runs are bit-equal: no atomics.
 
 The kernels read every number that changes from step to step out of device tables, and their scratch has sizes of buckets (powers
 of two), so that a step can be captured in a CUDA graph and replayed while the sequences grow within the buckets
@@ -16,20 +16,17 @@ from torch import Tensor
 
 from unfold.kernels.compressed.tiles import HEAD_DIMS
 from unfold.kernels.compressed.triton import DTYPES, INTERPRETED, LOG2_E, architecture, on_device
-from unfold.kernels.decode import kernels
+from unfold.kernels.decode import attend, kernels
 from unfold.kernels.decode.step import RowStore, Step
+from unfold.kernels.decode.tiles import DecodeTiles, Launch, decode_tiles
 from unfold.kernels.select.selection import SelectRule
 
-LARGEST_GROUP = 32  # query heads per KV head: one int32 of bits
+LARGEST_GROUP = 32  # query heads per KV head
 LARGEST_ROW = 1 << 26
 UNIT = kernels.UNIT.value
-SPLITS = 64  # of one KV head at most, where it attends
-TOP, SCORE, ATTEND, COMBINE = (4, 2), (8, 2), (8, 2), (4, 2)  # warps and stages: scoring at the top, below it, ..
-HELD = 16384  # scores, of all heads together, that a program holds at once: 64 a thread
+HELD = 8192  # scores that a program of the search holds in registers
+COMPARED = 256
 WIDTH = 4  # places for the children of a gist are a multiple of this
-# That splits should make of all queries and KV heads, on an H100 with 132 multiprocessors: programs that search (they fill
-# the registers of one), and those that only score the top level.
-PROGRAMS, TOP_PROGRAMS = 132, 1056
 
 
 @dataclass(frozen=True)
@@ -39,10 +36,10 @@ class Tables:
     Attributes:
         ints: [N, 3 + 5 * L] int32.
         ends: an int64 tensor from which the places of ``ends`` count.
-        candidates: buckets per level: most places for candidates.
+        candidates: buckets per level: most places for candidates of one selection.
         widths: buckets per level: most items that one of its gists closed.
-        room: bucket: most gists of a level that a KV head selects.
-        rows: most rows that a KV head reads.
+        room: bucket: most gists of a level that one selection takes.
+        rows: most places of rows that a KV head reads.
         sink: of the configuration.
         recalls: whether any query does.
     """
@@ -97,20 +94,19 @@ def make_tables(step: Step, rule: SelectRule | None, group: int, device: torch.d
     columns = [step.sinks, step.lo[-1], step.hi[-1]]
     longest = torch.tensor([b.ends_on(device)[1] for b in step.borders], dtype=torch.int64).view(-1, levels).amax(0)
     widths = tuple(-(-max(1, w) // WIDTH) * WIDTH for w in longest.tolist())
-    items = selected = torch.zeros_like(step.span)  # most gists that a KV head selects: of the level above, of all levels
+    taken = selected = torch.zeros_like(step.span)  # most gists that one selection takes: of the level above, of all levels
     rooms, candidates = [], []
     for s in range(levels):
         upto, tail = step.upto[s], step.tail[s]
-        # Candidates: children of what was selected above, and the gists whose parent is open.
-        candidates.append(_bucket(items * widths[s - 1] + (upto - tail) * recalls))
-        budget = rule.budget(step.span, upto, group).minimum(upto) * recalls if rule else torch.zeros_like(upto)
-        items = (group * budget).minimum(upto)
-        selected = selected + items
-        rooms.append(_bucket(items))
+        # Candidates: children of what was taken above, and the gists whose parent is open.
+        candidates.append(_bucket(taken * widths[s - 1] + (upto - tail) * recalls))
+        taken = rule.budget(step.span, upto, group).minimum(upto) * recalls if rule else torch.zeros_like(upto)
+        selected = selected + taken
+        rooms.append(_bucket(taken))
         shown = torch.where(recalls, step.hi[s], step.lo[s])  # what a recalling token sees of gists is selected
-        columns += [shown, step.hi[s], upto, tail, budget]
+        columns += [shown, step.hi[s], upto, tail, taken]
     ranges = step.sinks + sum((columns[i + 1] - columns[i] for i in range(3, 3 + 5 * levels, 5)), step.hi[-1] - step.lo[-1])
-    unfolded = items * widths[-1] if levels else items
+    unfolded = taken * widths[-1] if levels else taken
     ends = [end for b in step.borders for end in b.ends_on(device)[0]]
     return Tables(
         torch.stack(columns, 1).int().to(device, non_blocking=True),
@@ -118,7 +114,7 @@ def make_tables(step: Step, rule: SelectRule | None, group: int, device: torch.d
         tuple(candidates),
         widths,
         max(rooms, default=0),
-        int((ranges + selected + unfolded).max()),
+        int((ranges + (selected + unfolded) * searches_of(rule, group)).max()),
         step.borders[0].sink,
         bool(recalls.any()),
     )
@@ -140,67 +136,115 @@ def make_places(q: Tensor, layers: Sequence[Sequence[RowStore]], step: Step, end
     return torch.tensor(lines, dtype=torch.int64).to(q.device, non_blocking=True)
 
 
-def run(q: Tensor, tables: Tables, places: Tensor, scale: float, kv_heads: int, rule: SelectRule | None) -> Tensor:
-    """Launch the kernels: nothing here looks at the device, so that a CUDA graph can capture it. q: [N, H, D], contiguous."""
-    architecture(q)
+def run(
+    q: Tensor,
+    tables: Tables,
+    places: Tensor,
+    scale: float,
+    kv_heads: int,
+    rule: SelectRule | None,
+    tiles: DecodeTiles | None = None,
+    pdl: bool | None = None,
+) -> Tensor:
+    """Launch the kernels: nothing here looks at the device, so that a CUDA graph can capture it.
+
+    Args:
+        q: [N, H, D], contiguous.
+        tables, places: what :func:`make_tables` and :func:`make_places` made for the step and the layer.
+        tiles: others than the table's, for tests and measurements.
+        pdl: whether a launch begins before the one before it ends (programmatic dependent launch); None: where the GPU can.
+    """
+    arch = architecture(q)
     queries, heads, dim = q.shape
-    group, levels = heads // kv_heads, (places.shape[1] - 2) // 3
-    new = lambda *shape, dtype=torch.int32: torch.empty(shape, dtype=dtype, device=q.device)
-    rows = triton.next_power_of_2(group)
-    sizes = dict(
-        H=heads, HKV=kv_heads, D=dim, BD=triton.next_power_of_2(dim), L=levels, BG=max(16, rows), GS=rows,
-        BN=attend_keys(dim, q.element_size()), UPCAST=INTERPRETED and q.dtype == torch.bfloat16,
-    )  # fmt: skip
-    item, bits = new(2, queries, kv_heads, levels, tables.room)
-    taken, count = new(2, queries, kv_heads, levels)
-    score = row = new(0)  # nothing is read of them above the top
-    capacity = 0
+    group, levels, block_dim = heads // kv_heads, (places.shape[1] - 2) // 3, triton.next_power_of_2(dim)
+    tiles = tiles or decode_tiles(block_dim, q.element_size())
+    chain = Chain(arch not in ("interpreter", "sm_80") if pdl is None else pdl)
+    searches = searches_of(rule, group)
+    owners, rows = queries * kv_heads, triton.next_power_of_2(group)
+    sizes = dict(H=heads, HKV=kv_heads, D=dim, BD=block_dim, L=levels, HS=searches)
+    product = dict(BG=max(16, rows), UPCAST=INTERPRETED and q.dtype == torch.bfloat16)
+    new = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=q.device)
+    # Of every list the gists, first and end of the items behind them, and again those gists that no head before took.
+    lists = new(4, queries, kv_heads, levels, searches * tables.room, dtype=torch.int32)
+    others = others_compared(searches, tables.room)
     with on_device(q):
-        for s, above_and_own in enumerate(zip((0, *tables.candidates), tables.candidates)) if tables.recalls else ():
-            above, capacity = above_and_own
-            above_score, above_row = score, row
-            score, row = new(queries, kv_heads, rows, capacity), new(queries, kv_heads, capacity)
-            programs, launch = (PROGRAMS, SCORE) if s else (TOP_PROGRAMS, TOP)
-            splits = _splits(programs, queries * kv_heads, triton.cdiv(capacity, sizes["BN"]))
-            kernels.score_kernel[splits, kv_heads, queries](
-                q, q, tables.ends, tables.ints, places, above_score, above_row, score, row, item, bits, taken, count,
-                above, capacity, tables.room, **sizes, **searched(above, rows), W=tables.widths[s - 1] if s else 1,
-                LEVEL=s, SHARED=rule.share == "group", **_options(launch),
+        for s, capacity in enumerate(tables.candidates) if tables.recalls else ():
+            score = new(queries, kv_heads, searches, capacity, dtype=torch.int32)
+            launch, owned = (tiles.below, owners * searches) if s else (tiles.top, owners)
+            splits = _splits(tiles.programs // owned, capacity, launch.keys)
+            width = tables.widths[s - 1] if s else 1
+            marking = triton.cdiv(tables.room, launch.keys)
+            if s:
+                chain.launch(
+                    kernels.score_below_kernel, (splits + marking, kv_heads * searches, queries), launch,
+                    q, q, tables.ints, places, *lists, score, capacity, tables.room, marking,
+                    **sizes, GS=rows, BN=launch.keys, BO=others, W=width, LEVEL=s,
+                )  # fmt: skip
+            else:
+                chain.launch(
+                    kernels.score_top_kernel, (splits, kv_heads, queries), launch, q, q, tables.ints, places, score, capacity,
+                    **sizes, **product, BN=launch.keys,
+                )  # fmt: skip
+            held = searched(capacity)
+            chain.launch(
+                kernels.select_kernel, (searches, kv_heads, queries), Launch(0, tiles.search_warps(held["BS"]), 1),
+                tables.ends, tables.ints, places, score, *lists[:3], tables.sink, capacity, tables.room,
+                HKV=kv_heads, L=levels, HS=searches, W=width, LEVEL=s, **held,
             )  # fmt: skip
-        splits = _splits(PROGRAMS, queries * kv_heads, min(SPLITS, triton.cdiv(tables.rows, 64)))
-        part = new(queries, heads, splits, dim, dtype=torch.float32)
-        most, weight = new(2, queries, heads, splits, dtype=torch.float32)
+        keys = tiles.attend.keys
+        splits = _splits(min(tiles.splits, tiles.programs // owners), tables.rows, keys)
+        part = new(queries, heads, splits, dim)
+        most, weight = new(2, queries, heads, splits)
         out = torch.empty_like(q)
-        kernels.attend_kernel[splits, kv_heads, queries](
-            q, q, tables.ends, tables.ints, places, score, row, item, bits, taken, count, part, most, weight, scale * LOG2_E,
-            tables.sink, capacity, tables.room, **sizes, **searched(capacity, rows), W=tables.widths[-1] if levels else 1,
-            RECALLS=tables.recalls, **_options(ATTEND),
+        width = tables.widths[-1] if levels else 1
+        chain.launch(
+            attend.attend_kernel, (splits, kv_heads, queries), tiles.attend,
+            q, q, tables.ints, places, *lists, part, most, weight, scale * LOG2_E, tables.room,
+            **sizes, **product, BN=keys, BO=others, W=width, RECALLS=tables.recalls,
         )  # fmt: skip
-        kernels.combine_kernel[(queries * heads,)](
-            part, most, weight, out, splits, D=dim, BD=sizes["BD"], BS=max(2, splits), **_options(COMBINE)
-        )
+        width_of_part = min(tiles.part, block_dim)
+        chain.launch(
+            attend.combine_kernel, (triton.cdiv(dim, width_of_part), queries * heads), Launch(keys, tiles.combine_warps, 1),
+            tables.ints, part, most, weight, out, splits,
+            H=heads, D=dim, L=levels, HS=searches, BN=keys, W=width, BS=max(2, splits), BP=width_of_part,
+        )  # fmt: skip
     return out
 
 
-def searched(capacity: int, rows: int, most: int = 128 if INTERPRETED else HELD) -> dict[str, int | bool]:
-    """How a program goes through a level's scores, of so many rows: all in registers, or half as many after one another.
+class Chain:
+    """Launches one after another. With ``pdl`` each but the first, whose inputs others make, begins before the last ends."""
+
+    def __init__(self, pdl: bool):
+        self.pdl, self.first = pdl, True
+
+    def launch(self, kernel: triton.JITFunction, grid: tuple[int, int, int], launch: Launch, *arguments, **sizes) -> None:
+        options = dict(num_warps=launch.warps, num_stages=launch.stages)
+        if self.pdl and not self.first:
+            options["launch_pdl"] = True
+        kernel[grid](*arguments, **sizes, PDL=self.pdl, **options)
+        self.first = False
+
+
+def searches_of(rule: SelectRule | None, group: int) -> int:
+    """Selections that the heads of a KV head make: one each, or one for all."""
+    return 1 if rule is None or rule.share == "group" else group
+
+
+def searched(capacity: int, most: int = 32 if INTERPRETED else HELD) -> dict[str, int | bool]:
+    """How a program goes through so many scores: all in registers, or half as many after one another.
 
     In the interpreter so few are held that the tests go both ways.
     """
-    whole = capacity * rows <= most
-    return dict(WHOLE=whole, BS=max(16, capacity) if whole else max(16, most // rows // 2))
+    whole = capacity <= most
+    return dict(WHOLE=whole, BS=capacity if whole else max(16, most // 2))
 
 
-def _splits(programs: int, owners: int, most: int) -> int:
-    """A power of two of splits for each of so many queries and KV heads: about so many programs, at least one split."""
-    wanted = max(1, min(programs // owners, most))
-    return 1 << (wanted.bit_length() - 1)
+def others_compared(searches: int, room: int, most: int = 32 if INTERPRETED else COMPARED) -> int:
+    """Entries of other heads' lists that a tile's gists are compared with at once."""
+    return min(most, triton.next_power_of_2(max(1, searches - 1) * room))
 
 
-def attend_keys(dim: int, item_size: int) -> int:
-    """Keys of a tile: what fits the registers, rows standing anywhere."""
-    return 32 if dim * item_size <= 256 else 16
-
-
-def _options(launch: tuple[int, int]) -> dict[str, int]:
-    return dict(num_warps=launch[0], num_stages=launch[1])
+def _splits(programs: int, places: int, keys: int) -> int:
+    """Splits of so many places: a tile each, up to so many programs; a power of two."""
+    most = 1 << (max(1, programs).bit_length() - 1)
+    return min(most, triton.next_power_of_2(triton.cdiv(places, keys)))
