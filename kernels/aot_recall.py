@@ -97,8 +97,8 @@ def _decode_programs(arch: str, dim: int, item_size: int, group: int) -> dict[st
         "decode attend": (attend.attend_kernel, tile(tiles.attend), flags, lists),
     }
     for name, scores, level in (("top", 4096, 0), ("below", 1024, 1), ("most", HELD, 0), ("many", 2 * HELD, 1)):
-        held = searched(scores, HELD)
-        search = Tile(1, held["BS"], tiles.search_warps(held["BS"]), 1)
+        warps, held = searched(scores, tiles, HELD)
+        search = Tile(1, held["BS"], warps, 1)
         made[f"decode select {name}"] = (decoding.select_kernel, search, flags | held | dict(LEVEL=level), lists)
     sums = Tile(1, tiles.part, tiles.combine_warps, 1)
     own = dict(BN=tiles.attend.keys, BS=tiles.splits, BP=tiles.part)

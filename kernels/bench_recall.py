@@ -199,8 +199,10 @@ class DecodeCase:
 DECODE_BOUNDS = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
 
-def decode_case(raw: int, batch: int, chunk_sizes: tuple[int, ...], args: argparse.Namespace) -> DecodeCase:
-    """A case of about ``raw`` tokens, so that every group is full."""
+def decode_case(
+    raw: int, batch: int, chunk_sizes: tuple[int, ...], args: argparse.Namespace, shared: bool = False
+) -> DecodeCase:
+    """A case of about ``raw`` tokens, so that every group is full; ``shared``: all sequences read one cache."""
     counts, items = [], raw
     for size in chunk_sizes:
         items //= size
@@ -209,7 +211,7 @@ def decode_case(raw: int, batch: int, chunk_sizes: tuple[int, ...], args: argpar
     step, first = (_uniform_step(counts, raw, chunk_sizes, n) for n in (batch, 1))
     shape = lambda rows: (2, args.kv_heads, rows, args.dim)
     make = lambda: [PlainRows(x.detach()) for x in random_leaves(args, *(shape(n) for n in counts), shape(raw + 1))]
-    layers = [make() for _ in range(batch)]
+    layers = [make()] * batch if shared else [make() for _ in range(batch)]
     (q,) = (x.detach() for x in random_leaves(args, (batch, args.heads, args.dim)))
     return DecodeCase(q, layers, step, first, rule_for(chunk_sizes, getattr(args, "topk", None)))
 
@@ -249,11 +251,17 @@ def prepared(case: DecodeCase) -> Callable[[], Tensor]:
     q, layers, step, rule = case.q, case.layers, case.step, case.rule
     if not q.is_cuda:
         return lambda: decode_attention(q, layers, step, rule)
+    return launched(case)
+
+
+def launched(case: DecodeCase, **how) -> Callable[[], Tensor]:
+    """A step of ours on the Triton backend, its tables made; ``how``: further arguments of kernels.decode.triton.run."""
     from unfold.kernels.decode import triton as backend
 
+    q, layers, step, rule = case.q, case.layers, case.step, case.rule
     tables = backend.make_tables(step, rule, q.shape[1] // layers[0][0].memory.shape[1], q.device)
     places = backend.make_places(q, layers, step, tables.ends)
-    return lambda: backend.run(q, tables, places, 1 / math.sqrt(q.shape[2]), layers[0][0].memory.shape[1], rule)
+    return lambda: backend.run(q, tables, places, 1 / math.sqrt(q.shape[2]), layers[0][0].memory.shape[1], rule, **how)
 
 
 def captured(step: Callable[[], Tensor], args: argparse.Namespace) -> Callable[[], object]:

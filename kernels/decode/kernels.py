@@ -182,24 +182,34 @@ def score_below_kernel(
 
 
 @triton.jit
-def _last_equal(b_s, i, bound, of_equal, BS: tl.constexpr):
-    """The place of the of_equal-th score that equals the bound, among BS from place i on, and how many of them are left then."""
-    b_equal = (b_s == bound).to(tl.int32)
-    m_last = (b_equal > 0) & (tl.cumsum(b_equal, 0) == of_equal)
-    return tl.min(tl.where(m_last, i + tl.arange(0, BS), MOST), 0), of_equal - tl.sum(b_equal, 0)
+def _equal_until(b_s, o_key, bound, key):
+    return tl.sum(((b_s == bound) & (o_key <= key)).to(tl.int32), 0)
+
+
+@triton.jit
+def _positions(b_taken, BS: tl.constexpr, C: tl.constexpr):
+    """Numbers for the ones among [BS] zeros and ones, and how many there are. C: threads, each of which holds a column.
+
+    Thread by thread: a running sum in the order of places would pass through all threads for every row of them.
+    """
+    b_rows = tl.reshape(b_taken, [BS // C, C])
+    b_sums = tl.sum(b_rows, 0)
+    b_until = tl.cumsum(b_rows, 0) + (tl.cumsum(b_sums, 0) - b_sums)[None, :]
+    return tl.reshape(b_until, [BS]) - b_taken, tl.sum(b_sums, 0)
 
 
 @triton.jit
 def _list_taken(
-    p_item, p_lo, p_hi, b_s, i, o_key, o_lo, o_hi, bound, last, items, budget, window, sink, BS: tl.constexpr, BOTTOM: tl.constexpr
+    p_item, p_lo, p_hi, b_s, o_key, o_lo, o_hi, bound, last, items, budget, window, sink,
+    BS: tl.constexpr, C: tl.constexpr, BOTTOM: tl.constexpr,
 ):  # fmt: skip
     """Append the taken ones of a tile of candidates to the lists; how many entries these have then.
 
-    last: the last place of which a score equal to the bound is taken.
+    last: the last gist that is taken for a score equal to the bound.
     """
-    m_equal = (b_s == bound) & (i + tl.arange(0, BS) <= last)
-    b_taken = ((b_s > bound) | m_equal) & (b_s > LEAST)
-    o_item = items + tl.cumsum(b_taken.to(tl.int32), 0) - 1
+    b_taken = ((b_s > bound) | ((b_s == bound) & (o_key <= last))) & (b_s > LEAST)
+    o_item, count = _positions(b_taken.to(tl.int32), BS, C)
+    o_item += items
     m_item = b_taken & (o_item < budget)
     if BOTTOM:  # raw tokens that neither the sinks nor the window hold; this holds a chunk entirely or not at all
         o_lo = tl.maximum(o_lo, sink)
@@ -207,18 +217,18 @@ def _list_taken(
     tl.store(p_item + o_item, o_key, mask=m_item)
     tl.store(p_lo + o_item, o_lo, mask=m_item)
     tl.store(p_hi + o_item, o_hi, mask=m_item)
-    return items + tl.sum(b_taken.to(tl.int32), 0)
+    return items + count
 
 
 @kernel
 def select_kernel(
     p_ends, p_ints, p_places, p_score, p_item, p_lo, p_hi, sink, capacity, room,
-    HKV: tl.constexpr, L: tl.constexpr, HS: tl.constexpr, BS: tl.constexpr, WHOLE: tl.constexpr, W: tl.constexpr,
+    HKV: tl.constexpr, L: tl.constexpr, HS: tl.constexpr, BS: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr, W: tl.constexpr,
     LEVEL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """What one head takes of segment LEVEL: p_item, p_lo, p_hi [N, HKV, L, HS * room], the head's ``budget`` entries after others'.
 
-    WHOLE: BS places are all there can be. W: of the level above. Grid: (HS, HKV, N).
+    WHOLE: BS places are all there can be. C: threads. W: of the level above. Grid: (HS, HKV, N).
     """
     i_search, i_head, i_query = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     let_next_begin(PDL)
@@ -226,6 +236,7 @@ def select_kernel(
     p_ints += i_query * (3 + 5 * L)
     window = tl.load(p_ints + 1)
     budget, behind, n, i_tail = _level(p_ints + 3, LEVEL, W)
+    i_end = tl.load(p_ints + 3 + 5 * LEVEL + 2)  # gists of the level
     z, error = normal_quantile(n, budget)
     p_ends += tl.load(p_places + i_query * (3 * L + 2) + 2 * (L + 1) + LEVEL)
     p_score += (i_own * HS + i_search) * capacity
@@ -243,24 +254,32 @@ def select_kernel(
         if LEVEL > 0:
             o_lo, o_hi = _children(p_ends, o_key, m_key)
     bound, reached, of_equal = find_bound(p_score, b_s, n, budget, z, error, BS, WHOLE)
-    last = tl.where(reached > budget, LEAST, MOST)
+    last = i_end
+    if reached > budget:  # of equal ones the earlier: halving, since ties are rare, and code is read anew by every launch
+        first = tl.minimum(budget, 0)
+        while first < last:
+            middle = (first + last) // 2
+            if WHOLE:
+                until = _equal_until(b_s, o_key, bound, middle)
+            else:
+                until = 0
+                for i in range(0, n, BS):
+                    o_key, _ = _candidates(p_lo + i_above, p_hi + i_above, i + o_place, behind, n, i_tail, W, LEVEL)
+                    until += _equal_until(load_scores(p_score, i, n, BS), o_key, bound, middle)
+            first = tl.where(until >= of_equal, first, middle + 1)
+            last = tl.where(until >= of_equal, middle, last)
     if WHOLE:
-        if reached > budget:  # of equal ones the earlier
-            last, _ = _last_equal(b_s, 0, bound, of_equal, BS)
         items = _list_taken(
-            p_item + i_list, p_lo + i_list, p_hi + i_list, b_s, 0, o_key, o_lo, o_hi, bound, last, items, budget, window, sink,
-            BS, BOTTOM,
+            p_item + i_list, p_lo + i_list, p_hi + i_list, b_s, o_key, o_lo, o_hi, bound, last, items, budget, window, sink,
+            BS, C, BOTTOM,
         )  # fmt: skip
     else:
         for i in range(0, n, BS):
             o_key, m_key = _candidates(p_lo + i_above, p_hi + i_above, i + o_place, behind, n, i_tail, W, LEVEL)
             o_lo, o_hi = _children(p_ends, o_key, m_key)
-            b_s = load_scores(p_score, i, n, BS)
-            if (reached > budget) & (of_equal > 0):
-                last, of_equal = _last_equal(b_s, i, bound, of_equal, BS)
             items = _list_taken(
-                p_item + i_list, p_lo + i_list, p_hi + i_list, b_s, i, o_key, o_lo, o_hi, bound, last, items, budget, window, sink,
-                BS, BOTTOM,
+                p_item + i_list, p_lo + i_list, p_hi + i_list, load_scores(p_score, i, n, BS), o_key, o_lo, o_hi, bound, last,
+                items, budget, window, sink, BS, C, BOTTOM,
             )  # fmt: skip
     o_fill = tl.arange(0, FILL)
     for i in range(items, budget, FILL):  # fewer candidates than the budget

@@ -98,16 +98,16 @@ def find_bound(p_score, b_s, n, budget, z, error, BS: tl.constexpr, WHOLE: tl.co
     No score may be MOST. ``count`` scores reach ``lower``, at least the budget; ``over`` reach ``upper``, fewer.
     """
     SMALL: tl.constexpr = WHOLE and BS <= 1024
-    count, total, square, lower, high = _moments(b_s)
+    count, summed, square, lower, high = _moments(b_s)
     if not WHOLE:
         for i in range(BS, n, BS):
-            more_count, more_total, more_square, more_low, more_high = _moments(load_scores(p_score, i, n, BS))
+            more_count, more_summed, more_square, more_low, more_high = _moments(load_scores(p_score, i, n, BS))
             count += more_count
-            total += more_total
+            summed += more_summed
             square += more_square
             lower = tl.minimum(lower, more_low)
             high = tl.maximum(high, more_high)
-    mean, std = spread_of(count, total, square)
+    mean, std = spread_of(count, summed, square)
     upper = high + 1
     over = tl.minimum(count, 0)
     guess = mean + z * std

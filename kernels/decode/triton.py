@@ -185,9 +185,9 @@ def run(
                     kernels.score_top_kernel, (splits, kv_heads, queries), launch, q, q, tables.ints, places, score, capacity,
                     **sizes, **product, BN=launch.keys,
                 )  # fmt: skip
-            held = searched(capacity)
+            warps, held = searched(capacity, tiles)
             chain.launch(
-                kernels.select_kernel, (searches, kv_heads, queries), Launch(0, tiles.search_warps(held["BS"]), 1),
+                kernels.select_kernel, (searches, kv_heads, queries), Launch(0, warps, 1),
                 tables.ends, tables.ints, places, score, *lists[:3], tables.sink, capacity, tables.room,
                 HKV=kv_heads, L=levels, HS=searches, W=width, LEVEL=s, **held,
             )  # fmt: skip
@@ -230,13 +230,15 @@ def searches_of(rule: SelectRule | None, group: int) -> int:
     return 1 if rule is None or rule.share == "group" else group
 
 
-def searched(capacity: int, most: int = 32 if INTERPRETED else HELD) -> dict[str, int | bool]:
-    """How a program goes through so many scores: all in registers, or half as many after one another.
+def searched(capacity: int, tiles: DecodeTiles, most: int = 32 if INTERPRETED else HELD) -> tuple[int, dict[str, int | bool]]:
+    """Warps of a program that searches so many scores, and its tile: all in registers, or half as many after one another.
 
     In the interpreter so few are held that the tests go both ways.
     """
     whole = capacity <= most
-    return dict(WHOLE=whole, BS=capacity if whole else max(16, most // 2))
+    size = capacity if whole else most // 2
+    warps = tiles.search_warps(size)
+    return warps, dict(WHOLE=whole, BS=size, C=min(size, 32 * warps))
 
 
 def others_compared(searches: int, room: int, most: int = 32 if INTERPRETED else COMPARED) -> int:

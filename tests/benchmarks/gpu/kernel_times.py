@@ -221,6 +221,7 @@ def main() -> None:
     parser.add_argument("--sweep-raw", type=int, nargs="+", default=[32768])
     parser.add_argument("--recall-up-to", type=int, default=131072)
     parser.add_argument("--all-up-to", type=int, default=32768)
+    parser.add_argument("--compile-only", action="store_true")
     parser.add_argument("--no-dense", action="store_true", help="leave out dense attention")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no further step after this")
     parser.add_argument("--output", type=Path, default=Path("kernel_times.json"))
@@ -230,6 +231,8 @@ def main() -> None:
     wrong = compile_variants(own, args.sweep)
     print(f"compiled in {time.perf_counter() - begin:.0f} s; {wrong or 'all well'}", flush=True)
     results = {}
+    if args.compile_only:
+        return
     for name, make in cases(args, own):
         if time.perf_counter() - begin > args.seconds:
             print(f"{name}: left out, time is up", flush=True)
