@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 
 from unfold.kernels.compressed.common import dot, in_range, kernel, load_tile
-from unfold.kernels.select.search import LEAST, MOST, moments, narrow, ordered, spread_of, three_bounds
+from unfold.kernels.decode.search import find_bound, load_scores, normal_quantile
+from unfold.kernels.select.search import LEAST, MOST, ordered
 
 # The room of a row in the scratch is a multiple of it, which the compiler sees only where it multiplies: it then loads 16 bytes.
 ROOM_UNIT: tl.constexpr = tl.constexpr(16)
@@ -151,27 +152,6 @@ def score_kernel(
             tl.store(p_score + o_score[:, None] + o_place[None, :], b_s, mask=m_place[None, :])
 
 
-@triton.jit
-def _row_scores(p_score, i, n, N: tl.constexpr):
-    """Scores i .. i + N of a row, LEAST behind the n-th."""
-    o_place = i + tl.arange(0, N)
-    return tl.load(p_score + o_place, mask=o_place < n, other=LEAST)
-
-
-@triton.jit
-def _moments(b_s):
-    """:func:`moments` of one row, as scalars."""
-    b_n, b_sum, b_square = moments(b_s[None, :])
-    return tl.sum(b_n, 0), tl.sum(b_sum, 0), tl.sum(b_square, 0)
-
-
-@triton.jit
-def _over(b_s, i_1, i_2, i_3):
-    """How many ordered scores reach each of three bounds."""
-    n_1 = tl.sum((b_s >= i_1).to(tl.int32), 0)
-    return n_1, tl.sum((b_s >= i_2).to(tl.int32), 0), tl.sum((b_s >= i_3).to(tl.int32), 0)
-
-
 @kernel
 def bound_kernel(
     p_score, p_budget, p_blocks, p_spans, p_places, p_bound, p_last, i_from, room,
@@ -192,45 +172,22 @@ def bound_kernel(
     budget = tl.load(p_budget + i_query, mask=m_row, other=0)
     p_score += (i_slot * BM + i_row).to(tl.int64) * (room * ROOM_UNIT)
 
-    b_s = _row_scores(p_score, 0, n, N)  # [N]
-    count, total, squares = _moments(b_s)
+    b_s = load_scores(p_score, 0, n, N)  # [N]
+    count = tl.sum((b_s > LEAST).to(tl.int32), 0)
     if not WHOLE:
         for i in range(N, n, N):
-            more_count, more_total, more_squares = _moments(_row_scores(p_score, i, n, N))
-            count += more_count
-            total += more_total
-            squares += more_squares
-    mean, std = spread_of(count, total, squares)
-    budget = tl.minimum(budget, count)
-    i_low, i_high = tl.full([], LEAST + 1, tl.int64), tl.full([], MOST, tl.int64)
-    over = count * 0
-    more = count > budget
-    quarter = count < 0  # not yet
-    i_1, i_2, i_3 = three_bounds(i_low, i_high, count, over, budget, more, mean, std, True, quarter)
-    while more:
-        over_1, over_2, over_3 = _over(b_s, i_1, i_2, i_3)
-        if not WHOLE:
-            for i in range(N, n, N):
-                more_1, more_2, more_3 = _over(_row_scores(p_score, i, n, N), i_1, i_2, i_3)
-                over_1 += more_1
-                over_2 += more_2
-                over_3 += more_3
-        left = count - over
-        i_low, i_high, count, over, more = narrow(
-            i_low, i_high, count, over, more, i_1, i_2, i_3, over_1, over_2, over_3, budget
-        )
-        quarter = (quarter == 0) & (2 * (count - over) > left)
-        i_1, i_2, i_3 = three_bounds(i_low, i_high, count, over, budget, more, mean, std, False, quarter)
-    bound = i_low.to(tl.int32)
+            count += tl.sum((load_scores(p_score, i, n, N) > LEAST).to(tl.int32), 0)
+    z, error = normal_quantile(count, budget)
+    bound, count, wanted = find_bound(p_score, b_s, n, budget, z, error, N, WHOLE)
 
-    # Where more than the budget reach the bound, all but ``over`` are equal to it: of these the first places are taken.
+    # Where more than the budget reach the bound, only ``wanted`` of those equal to it are taken: the first places.
     i_last = tl.full([], MOST, tl.int32)
     if count > budget:
-        wanted, i_last = budget - over, tl.full([], -1, tl.int32)
-        before = over * 0
+        i_last = tl.full([], -1, tl.int32)
+        before = wanted * 0
         for i in range(0, n, N):
             if not WHOLE:
-                b_s = _row_scores(p_score, i, n, N)
+                b_s = load_scores(p_score, i, n, N)
             b_equal = (b_s == bound).to(tl.int32)
             b_rank = before + tl.cumsum(b_equal, 0)
             m_taken = (b_equal > 0) & (b_rank <= wanted)
