@@ -14,7 +14,7 @@ from torch import Tensor
 
 from unfold.kernels.compressed.plan import key_rows
 from unfold.kernels.compressed.tiles import HEAD_DIMS, Tile
-from unfold.kernels.compressed.triton import DTYPES, INTERPRETED, architecture, on_device
+from unfold.kernels.compressed.triton import DTYPES, INTERPRETED, architecture, check_flat, on_device
 from unfold.kernels.select import kernels
 from unfold.kernels.select.blocks import BITS, BlockLists, QueryBlocks, query_blocks, selection_of
 from unfold.kernels.select.selection import Selection, SelectRule
@@ -170,6 +170,7 @@ class _Search:
 
     def __init__(self, q: Tensor, k: Tensor, tree: GistTree, rule: SelectRule, blocks: QueryBlocks, tiles: SelectTiles):
         self.q, self.k, self.tree, self.rule, self.blocks = q, k, tree, rule, blocks
+        check_flat(tail=tree.tail, hi=tree.hi, child_lo=tree.child_lo, child_hi=tree.child_hi, blocks=blocks.table)
         self.spans, self.top_room = tree.others.memo(("spans of candidates", blocks.size), lambda: _spans(tree, blocks))
         self.group = q.shape[1] // k.shape[1]
         self.summed = self.group if rule.share == "group" else 1

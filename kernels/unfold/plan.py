@@ -112,6 +112,8 @@ def turned_lists(tree: GistTree, lists: BlockLists, chunk_keys: int, upper_keys:
         _Splitting.of(upper_lists, _longest(tree, lists, SHORTEST_PART, upper_keys, upper_lists)),
     ]
     lengths = torch.stack([x for s in about for x in (s.parts.sum(), s.slots.sum(), s.split.sum(), s.ends[-1])]).tolist()
+    # Tables hold int32: at recall on every one of 512k tokens a layer's selections are more.
+    assert max(lengths) < 2**31, f"{lengths[3]} selections of chunks, {lengths[7]} visits in one layer; use smaller micro-batches"
     parts = [_parts(tree, s, x, lengths[4 * i : 4 * i + 3]) for i, (s, x) in enumerate(zip(about, (chunks, upper)))]
     first = _places_of(new, lengths[7])
     visits = torch.stack([upper.block[first], first, _ends(first, len(new))], 1).int()

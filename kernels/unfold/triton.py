@@ -15,7 +15,16 @@ from torch.autograd.function import once_differentiable
 from unfold.kernels.compressed import backward as ranges
 from unfold.kernels.compressed.plan import key_rows
 from unfold.kernels.compressed.tiles import HEAD_DIMS, Tile
-from unfold.kernels.compressed.triton import DTYPES, INTERPRETED, LOG2_E, SUM_ROWS, architecture, launch_options, on_device
+from unfold.kernels.compressed.triton import (
+    DTYPES,
+    INTERPRETED,
+    LOG2_E,
+    SUM_ROWS,
+    architecture,
+    check_flat,
+    launch_options,
+    on_device,
+)
 from unfold.kernels.select import triton as selecting
 from unfold.kernels.select.blocks import BlockLists, block_lists
 from unfold.kernels.select.selection import Selection, SelectRule
@@ -99,6 +108,7 @@ class _UnfoldAttention(torch.autograd.Function):
         unfolded: Tensor,
     ) -> Tensor:  # fmt: skip
         q, shape = q.contiguous(), k.shape
+        check_flat(lo=tree.lo, hi=tree.hi, child_lo=tree.child_lo, child_hi=tree.child_hi, first=lists.first, start=lists.start)
         rows = key_rows(tree.others)
         k, v = (x.reshape(-1, *x.shape[2:]).index_select(0, rows) for x in (k, v))  # [B * R, Hkv, D]
         out = torch.empty_like(q)

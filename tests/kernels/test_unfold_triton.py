@@ -19,8 +19,8 @@ from unfold.kernels.unfold.reference import unfold_attention_reference, visible_
 from unfold.kernels.unfold.tiles import TABLE, UnfoldTiles
 from unfold.model.gist import build_recall
 
-# fp32 sums of some ten terms of size one, and a GPU's exp2, right to some units of the last place: where plain PyTorch is exactly
-# right (one visible key), a kernel need not be.
+# fp32 sums of some ten terms of size one: where plain PyTorch is exactly right (one visible key), a kernel need not be. On a GPU
+# exp2 is right to two units of the last place only, of sums of any size.
 FP32_ROUNDING = 2e-6
 ALL = [*CASES, *SUFFIX_CASES]
 # One layout of each kind; the others are `long`, fp32 only.
@@ -89,7 +89,8 @@ def errors_at_most_twice_plain(attention, qkv, d_out, tree, selection, scale):
     plain = gradients(lambda *x: plain_unfold(*x, tree, selection, scale), qkv, d_out)
     for name, got, near, true in zip(("out", "d_q", "d_k", "d_v"), gradients(attention, qkv, d_out), plain, exact):
         assert got.dtype == qkv[0].dtype and got.shape == true.shape
-        error, allowed = (got - true).abs().max(), 2 * (near - true).abs().max() + FP32_ROUNDING
+        error, allowed = (got - true).abs().max(), 2 * (near - true).abs().max()
+        allowed += FP32_ROUNDING * (true.abs().max().clamp(min=1) if GPU else 1)
         assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
 
 
