@@ -19,7 +19,9 @@ import triton.language as tl
 
 # Numbers that differ from one micro-batch or decoding step to the next, and tables that may begin anywhere: a kernel is compiled
 # once for all of them. Left to itself Triton compiles anew, for seconds, where one of them is or is not a multiple of 16.
-CHANGING = "tokens keys queries items lists above capacity room splits sink i_from".split()
+CHANGING = (
+    "tokens keys queries items lists above capacity room splits sink i_from bottom batch per_upper per_chunk groups most"
+).split()
 _TABLES = (
     "lo hi plan items rows copy_of sums parts blocks first start row bits takers words place places key seen unfolded begin "
     "child_lo child_hi budget bound last count taken spans next_spans next_places visits block end query ends ints new_first "

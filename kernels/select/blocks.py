@@ -47,6 +47,7 @@ class BlockLists:
         row: [items] int32, rows of the level-sorted buffer of the block's sample.
         bits: [items] int32, bit j for query j of the block.
         takers: [items] int32, how many bits are set.
+        owner: [items] int32, the list of each item.
         place: [items] int32, where the chunks of a list lie side by side, a level-0 gist and the raw tokens behind it each: the
             first place of every level-0 item. Means nothing for items above.
         start: [lists + 1] int64, how many places the lists before one have: their sum at the end.
@@ -60,6 +61,7 @@ class BlockLists:
     row: Tensor
     bits: Tensor
     takers: Tensor
+    owner: Tensor
     place: Tensor
     start: Tensor
     places: int
@@ -73,10 +75,8 @@ class BlockLists:
 
     def owners(self) -> tuple[Tensor, Tensor, Tensor]:
         """Segment, block and KV head of every item: three [items] int64."""
-        lists = self.first.shape[1] - 1
-        index, _ = expand(self.first.diff(dim=1).flatten(), sum(self.sizes))
-        of_segment = index % max(lists, 1)
-        return index // max(lists, 1), of_segment // self.kv_heads, of_segment % self.kv_heads
+        segment, _ = expand(torch.tensor(self.sizes, device=self.owner.device), sum(self.sizes))
+        return segment, self.owner.long() // self.kv_heads, self.owner.long() % self.kv_heads
 
 
 def query_blocks(tree: GistTree, size: int) -> QueryBlocks:
@@ -102,7 +102,7 @@ def block_lists(tree: GistTree, selection: Selection, size: int) -> BlockLists:
     """The lists of a selection made by any backend: sorts its entries."""
     blocks = query_blocks(tree, size)
     lists, rows = len(blocks.table) * selection.kv_heads, tree.others.tokens
-    firsts, row, bits = [], [], []
+    firsts, row, bits, owners = [], [], [], []
     for s in range(tree.levels):
         owner, _ = expand(selection.start[s].diff())
         query, head = owner // selection.kv_heads, owner % selection.kv_heads
@@ -112,12 +112,14 @@ def block_lists(tree: GistTree, selection: Selection, size: int) -> BlockLists:
         bit = torch.ones_like(query) << (query - blocks.table[block, 0])
         bits.append(to_int32(torch.zeros_like(key).index_add_(0, item, bit)))
         row.append((key % rows).int())
+        owners.append((key // rows).int())
         edges = torch.arange(lists + 1, device=key.device) * rows
         firsts.append(torch.searchsorted(key, edges) + sum(len(r) for r in row[:-1]))
     place, start = _chunk_places(tree, blocks, firsts[-1], torch.cat(row), selection.kv_heads)
     sizes, first, row, bits = tuple(map(len, row)), torch.stack(firsts), torch.cat(row), torch.cat(bits)
     takers = count_bits(bits).int()
-    return BlockLists(blocks, first, row, bits, takers, place, start, int(start[-1]), sizes, selection.kv_heads)
+    owner = torch.cat(owners)
+    return BlockLists(blocks, first, row, bits, takers, owner, place, start, int(start[-1]), sizes, selection.kv_heads)
 
 
 def _chunk_places(tree: GistTree, blocks: QueryBlocks, first: Tensor, row: Tensor, kv_heads: int) -> tuple[Tensor, Tensor]:

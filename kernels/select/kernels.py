@@ -261,11 +261,11 @@ def _query_bits(p_taken, o_place, m_place, BM: tl.constexpr, WORDS: tl.constexpr
 @kernel
 def list_kernel(
     p_taken, p_lo, p_hi, p_blocks, p_spans, p_next_spans, p_begin, p_places, p_key, p_child_lo, p_child_hi,
-    p_new_first, p_new_begin, p_new_row, p_new_bits, p_new_takers, p_new_place, p_new_key, p_new_words, room, tokens,
+    p_new_first, p_new_begin, p_new_row, p_new_bits, p_new_takers, p_new_owner, p_new_place, p_new_key, p_new_words, room, tokens,
     HKV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PER: tl.constexpr, WORDS: tl.constexpr,
     TOP: tl.constexpr, BOTTOM: tl.constexpr,
 ):  # fmt: skip
-    """The list of each block and KV head, from p_new_first [lists + 1] on: rows, queries as bits, their number, places (int32).
+    """The list of each block and KV head, from p_new_first [lists + 1] on: rows, queries as bits, their number, list, places.
 
     Below which there is a level, also its candidates from p_new_begin [lists + 1] on: p_new_key [places], p_new_words
     [places, WORDS]; p_lo, p_hi [N] are then the ranges of that level's open gists. Grid: (lists,).
@@ -303,6 +303,7 @@ def list_kernel(
         tl.store(p_new_row + o_new, o_key, mask=m_any)
         tl.store(p_new_bits + o_new, b_bits, mask=m_any)
         tl.store(p_new_takers + o_new, count_bits(b_bits), mask=m_any)
+        tl.store(p_new_owner + o_new, i_list, mask=m_any)
         tl.store(p_new_place + o_new, o_to, mask=m_any)
         if not BOTTOM:
             for j in range(0, tl.max(b_width, 0)):

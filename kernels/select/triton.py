@@ -120,12 +120,13 @@ class _Candidates:
 
 @dataclass(frozen=True)
 class _Level:
-    """The lists of one level: [lists + 1] int64, four [items] int32; where the places of each begin, and how many there are."""
+    """The lists of one level: [lists + 1] int64, five [items] int32; where the places of each begin, and how many there are."""
 
     first: Tensor
     row: Tensor
     bits: Tensor
     takers: Tensor
+    owner: Tensor
     place: Tensor
     start: Tensor
     places: int
@@ -147,7 +148,7 @@ def select_lists(
             levels.append(level)
     sizes = tuple(len(level.row) for level in levels)
     firsts = torch.stack([level.first + sum(sizes[:s]) for s, level in enumerate(levels)])
-    items = (torch.cat([getattr(level, name) for level in levels]) for name in ("row", "bits", "takers", "place"))
+    items = (torch.cat([getattr(level, name) for level in levels]) for name in ("row", "bits", "takers", "owner", "place"))
     return BlockLists(blocks, firsts, *items, levels[-1].start, levels[-1].places, sizes, k.shape[1])
 
 
@@ -190,14 +191,14 @@ class _Search:
         self._choose(s, candidates, taken, count, places)
         first, start = torch.nn.functional.pad(torch.stack([count, places]).cumsum(1), (1, 0))
         items, total, most = torch.stack([first[-1], start[-1], places.amax()]).tolist()
-        level = _Level(first, *self.new(4, items), start, total)
+        level = _Level(first, *self.new(5, items), start, total)
         wanted = 0 if bottom else total
         below = _Candidates(start, places, self.new(wanted), self.new(wanted, self.words), _room(most))
         next_level = s if bottom else s + 1  # nothing is read of the level below the last
         kernels.list_kernel[(self.lists,)](
             taken, tree.tail[next_level], tree.hi[next_level], self.blocks.table, self.spans[s], self.spans[next_level],
             candidates.begin, candidates.places, candidates.key, tree.child_lo, tree.child_hi, first, start, level.row,
-            level.bits, level.takers, level.place, below.key, below.words, candidates.room, tree.others.tokens,
+            level.bits, level.takers, level.owner, level.place, below.key, below.words, candidates.room, tree.others.tokens,
             HKV=self.k.shape[1], BM=self.rows, BN=LIST_KEYS, PER=self.group // self.summed, WORDS=self.words, TOP=s == 0,
             BOTTOM=bottom, num_warps=LIST_WARPS,
         )  # fmt: skip

@@ -30,10 +30,9 @@ from unfold.kernels.select.blocks import BlockLists, block_lists
 from unfold.kernels.select.selection import Selection, SelectRule
 from unfold.kernels.tree import GistTree
 from unfold.kernels.unfold import backward, common, forward
-from unfold.kernels.unfold.plan import ChunkItems, Parts, Visits, longest_chunk, near_items, turned_lists
+from unfold.kernels.unfold.plan import longest_chunk, near_items
 from unfold.kernels.unfold.tiles import LARGEST_TILE, LONGEST_CHUNK, UnfoldTiles, choose_unfold_tiles
-
-ITEMS = 256  # of a tile where nothing is multiplied
+from unfold.kernels.unfold.turn import ITEMS, ChunkItems, Parts, Visits, turned_lists
 
 
 def unfold_attention_triton(

@@ -13,7 +13,7 @@ from tests.kernels.recall_cases import CASES, SUFFIX_CASES, make_recall, make_ru
 from unfold.kernels.compressed.tiles import Tile
 from unfold.kernels.select import SelectRule, select_gists
 from unfold.kernels.select.blocks import block_lists, count_bits, query_blocks, selection_of
-from unfold.kernels.unfold import plan, recall_attention, unfold_attention
+from unfold.kernels.unfold import plan, recall_attention, turn, unfold_attention
 from unfold.kernels.unfold import triton as backend
 from unfold.kernels.unfold.reference import unfold_attention_reference, visible_tokens
 from unfold.kernels.unfold.tiles import TABLE, UnfoldTiles
@@ -148,8 +148,8 @@ def test_tiles_of_the_table(arch):
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.long)])
 def test_many_partial_sums(monkeypatch, dtype):
     """Groups of keys split into many parts: as where thousands of queries select one chunk."""
-    monkeypatch.setattr(plan, "SHORTEST_PART", 1)
-    monkeypatch.setattr(plan, "SHORTEST_LIST", 5)
+    monkeypatch.setattr(turn, "SHORTEST_PART", 1)
+    monkeypatch.setattr(turn, "SHORTEST_LIST", 5)
     monkeypatch.setattr(plan, "SHORTEST_SPLIT", 24)
     small = Tile(16, 16, 4, 1)
     check("suffix", 4, 1, 64, dtype, UnfoldTiles(small, small, small, small, Tile(64, 32, 4, 1)))

@@ -26,6 +26,8 @@ from unfold.model.gist import GistConfig, build_layout, build_recall, interleave
 
 # Programs that are several on purpose: levels at the top, between and at the bottom; segments with tiles of their own.
 SEVERAL = {"score_kernel": 2, "mark_kernel": 2, "list_kernel": 2, "d_key_kernel": 4, "sum_parts_kernel": 4}
+# Kernels whose results decide sizes, beside those of selection.
+TURNING = ("group_kernel", "sorted_kernel", "part_count_kernel", "part_kernel", "visit_kernel")
 BUCKETS = 4  # of scores that the search of a bound holds, powers of two
 
 
@@ -61,7 +63,7 @@ class Record:
         _, specialization, _ = self.binders[function.fn](*args, **own)
         sizes = [s for s in specialization if s[0] == "constexpr"]
         self.variants[name, str(sizes), str(options)].add(str(specialization))
-        if name in ("score_kernel", "bound_kernel", "mark_kernel", "list_kernel", "span_kernel", "place_kernel"):
+        if name in ("score_kernel", "bound_kernel", "mark_kernel", "list_kernel", "span_kernel", "place_kernel", *TURNING):
             self.plain(function, *args, grid=grid, warmup=warmup, **kwargs)
 
 
@@ -104,7 +106,7 @@ def variants(count: int, monkeypatch) -> dict:
 def test_every_kernel_is_compiled_once(count, monkeypatch):
     found = variants(count, monkeypatch)
     programs = Counter(name for name, *_ in found)
-    assert len(programs) == 15
+    assert len(programs) == 20
     assert programs.pop("bound_kernel") <= 2 * BUCKETS
     assert all(number <= SEVERAL.get(name, 1) for name, number in programs.items()), programs
     many = {key: sorted(specializations) for key, specializations in found.items() if len(specializations) > 1}
