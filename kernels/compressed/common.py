@@ -25,7 +25,8 @@ CHANGING = (
 _TABLES = (
     "lo hi plan items rows copy_of sums parts blocks first start row bits takers words place places key seen unfolded begin "
     "child_lo child_hi budget bound last count taken spans next_spans next_places visits block end query ends ints new_first "
-    "new_begin new_row new_bits new_takers new_words new_place new_key"
+    "new_begin new_row new_bits new_takers new_owner new_words new_place new_key list group order new_block counts running upper "
+    "upper_sums chunk chunk_sums"
 )
 TABLES = [f"p_{name}" for name in _TABLES.split()]
 kernel = functools.partial(triton.jit, do_not_specialize=CHANGING, do_not_specialize_on_alignment=TABLES)
