@@ -31,6 +31,7 @@ from kernels.select.search import LEAST, MOST, ordered
 # Elements. Rows begin at multiples of it, which the compiler sees only where the number is multiplied by it here: with a hint
 # on a function's argument it would load two bytes at a time.
 UNIT: tl.constexpr = tl.constexpr(8)
+MARKED: tl.constexpr = tl.constexpr(16)  # entries that a program compares with other heads'
 FILL: tl.constexpr = tl.constexpr(32)  # entries that are marked as none at once
 
 
@@ -172,8 +173,8 @@ def score_below_kernel(
             b_s = tl.where(m_key, tl.minimum(ordered(b_s), MOST - 1), LEAST)
             tl.store(p_score + o_place, b_s, mask=o_place < n)
     else:
-        for i in range((i_split - splits) * BN, above, lists * BN):
-            o_entry = i + tl.arange(0, BN)
+        for i in range((i_split - splits) * MARKED, above, lists * MARKED):
+            o_entry = i + tl.arange(0, MARKED)
             m_entry = o_entry < above
             b_gist = tl.load(p_item + i_list + o_entry, mask=m_entry, other=-1)
             o_entry = tl.minimum(o_entry, above - 1) + i_search * above

@@ -80,6 +80,7 @@ def _next_bounds(lower, upper, count, over, budget, quarter):
     inverse = 1.0 / (count - over).to(tl.float32)
     share = ((count - budget).to(tl.float32) + 0.5) * inverse
     error = tl.sqrt(tl.maximum(share * (1.0 - share), 0.5 * inverse) * inverse)
+    share = (share + 0.5 * inverse) / (1.0 + inverse)  # few scores are left: not quite at an end of them
     error = tl.where(quarter, 0.25, error)
     share = tl.where(quarter, 0.5, share)
     wide = width.to(tl.float32)

@@ -40,9 +40,10 @@ class DecodeTiles:
         return max(1, min(16, scores // (32 * self.held)))
 
 
-# By bytes of a row of keys, padded to a power of two elements: the first that is no smaller.
+# By bytes of a row of keys, padded to a power of two elements: the first that is no smaller. Attending has a thread per key: with
+# more, Triton has several threads work out the same place.
 TABLE = {
-    256: DecodeTiles(Launch(32, 4, 1), Launch(32, 4, 1), Launch(32, 4, 1)),
+    256: DecodeTiles(Launch(64, 4, 1), Launch(64, 4, 1), Launch(64, 2, 1)),
     1024: DecodeTiles(Launch(16, 4, 1), Launch(16, 4, 1), Launch(16, 4, 1)),
 }
 
