@@ -11,10 +11,11 @@ a captured CUDA graph stays right while sequences grow and their buffers move:
 
 A step is a chain of launches, each over in a few microseconds; what counts is how many loads wait for one another. Every head
 (HS = 1: the heads of a group together) searches scores of its own, one program each: a head's candidates below the top are
-``budget`` parents of W places (those without a child stay empty), then the gists whose parent is open, so that all counts stand in
-``ints``, and nothing is known later than when a launch begins. A search leaves, per level, HS lists of ``budget`` entries side by
-side (-1: none): the gist, and the items [lo, hi) behind it, so that whoever reads children needs one load before the key.
-That heads took the same gist only the last launch minds (attend.py).
+``budget`` parents of W places (those without a child stay empty), then the gists whose parent is open, so that all counts stand
+in ``ints``, and nothing is known later than when a launch begins. A search leaves, per level, HS lists of ``budget`` entries side
+by side (-1: none): the gist, and the items [lo, hi) behind it, so that whoever reads children needs one load before the key.
+Entries are in no order. That heads took the same gist only the launch that attends minds (attend.py), and beside scoring the
+level below, where there is time, those of the levels above are compared (p_new).
 
 Scores are ordered integers below MOST, LEAST where there is no candidate. PDL: a launch begins before the one before it ends,
 and waits before it touches what that one wrote; every program waits, so that whoever waits for it has waited for all before.
@@ -65,7 +66,7 @@ def _children(p_ends, o_parent, m_parent):
 
 @triton.jit
 def _level(p_ints, LEVEL: tl.constexpr, W: tl.constexpr):
-    """Budget of a level, places behind parents, all places, the first gist whose parent is open. p_ints: behind its first three."""
+    """Budget of a level, places behind parents, all places, the first whose parent is open. p_ints: behind its first three."""
     budget, i_tail = tl.load(p_ints + 5 * LEVEL + 4), tl.load(p_ints + 5 * LEVEL + 3)
     behind = 0
     if LEVEL > 0:
@@ -227,7 +228,7 @@ def select_kernel(
     HKV: tl.constexpr, L: tl.constexpr, HS: tl.constexpr, BS: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr, W: tl.constexpr,
     LEVEL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """What one head takes of segment LEVEL: p_item, p_lo, p_hi [N, HKV, L, HS * room], the head's ``budget`` entries after others'.
+    """What one head takes of segment LEVEL: p_item, p_lo, p_hi [N, HKV, L, HS * room], ``budget`` entries after others'.
 
     WHOLE: BS places are all there can be. C: threads. W: of the level above. Grid: (HS, HKV, N).
     """
