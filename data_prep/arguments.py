@@ -3,7 +3,7 @@
 import argparse
 from typing import NoReturn
 
-# Of supervised data; the names of data_prep.fields.SupervisedFields, which is not imported for --help alone.
+# Of supervised data; the names of unfold.data_prep.corpus.fields.SupervisedFields, which is not imported for --help alone.
 SUPERVISED_KEYS = {
     "context": "the context",
     "question": "the question",
@@ -304,9 +304,12 @@ COMMANDS = (
 )
 
 
-def build_parser() -> Parser:
+NAME = "python -m data_prep"
+
+
+def build_parser(name: str = NAME) -> Parser:
     """The whole command line."""
-    parser = Parser(prog="python -m data_prep", description="Corpora to tokenizers to token shards.")
+    parser = Parser(prog=name, description="Corpora to tokenizers to token shards.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     for add in COMMANDS:
         add(commands)

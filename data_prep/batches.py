@@ -3,18 +3,16 @@
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from data_prep.errors import DataError
-from data_prep.items import Document, Position
-from data_prep.journal import Counts
-from data_prep.spans import Spans
-from data_prep.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from data_prep.supervised import SupervisedJob
+from unfold.data_prep.corpus.fields import SupervisedFields
+from unfold.data_prep.corpus.items import Document, Position
+from unfold.data_prep.errors import DataError
+from unfold.data_prep.format.spans import Spans
+from unfold.data_prep.format.tokenizer import Tokenizer
+from unfold.data_prep.journal import Counts
 
 BATCH_CHARACTERS = 1 << 20
 BATCH_DOCUMENTS = 4096
@@ -42,6 +40,19 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class SupervisedJob:
+    """How rows become documents."""
+
+    fields: SupervisedFields
+    template: str  # its source
+    template_name: str
+    chat_context: str = "last-user"  # or first-user: before which user message a chat's context ends, if it names none
+    allow_empty_context: bool = False
+    max_question: int = 0  # tokens between a context or an answer and the next answer; 0: no bound
+    truncate: str = ""  # what of a context that is too long is left out: "start", "middle"; "" refuses it
+
+
+@dataclass(frozen=True)
 class EncodeJob:
     """What a worker has to know."""
 
@@ -51,7 +62,7 @@ class EncodeJob:
     min_tokens: int = 0  # a document of fewer is left out
     max_tokens: int = 0  # a document of more is left out; 0: no bound
     fast: bool = False  # use the fast backend, which the parent has checked
-    supervised: "SupervisedJob | None" = None  # the texts are rows of supervised data
+    supervised: SupervisedJob | None = None  # the texts are rows of supervised data
 
 
 @dataclass(frozen=True)

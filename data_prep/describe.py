@@ -5,11 +5,11 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from data_prep.errors import DataError
-from data_prep.shards import Shard, open_shard
-from data_prep.spans import Spans
-from data_prep.tokenizer import Tokenizer
-from data_prep.verify import check_tokenizer
+from unfold.data_prep.errors import DataError
+from unfold.data_prep.format.shards import Shard, open_shard
+from unfold.data_prep.format.spans import Spans
+from unfold.data_prep.format.tokenizer import Tokenizer
+from unfold.data_prep.verify import check_tokenizer
 
 BAR = 40
 
@@ -83,7 +83,7 @@ def gist_marks(ids: np.ndarray, context: int, tokenizer: Tokenizer, chunk_sizes:
     context: tokens of the closed context, -1 for a document that is all text. Where gists go is decided in one place, the
     model's; this is the one thing of it that data_prep uses.
     """
-    from model.gist import GistConfig, interleave
+    from unfold.model.gist import GistConfig, interleave
 
     try:
         config = GistConfig(tuple(chunk_sizes))

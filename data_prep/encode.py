@@ -16,20 +16,20 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data_prep.batches import Batch, EncodedBatch, EncodeJob, Reject, make_batches
-from data_prep.errors import DataError
-from data_prep.fast import SAMPLE_CHARACTERS, FastTokenizer, choose_backend
-from data_prep.files import PARTIAL, Appended
-from data_prep.items import Document, Position
-from data_prep.journal import Counts, Journal, Record, refuse_other_work
-from data_prep.pool import encode_here, encode_in_pool
-from data_prep.readers import read_items
-from data_prep.report import write_report
-from data_prep.shard_format import ShardInfo
-from data_prep.shards import ShardWriter
-from data_prep.sources import Source, split_sources
-from data_prep.supervised import SupervisedJob, batch_encoder
-from data_prep.tokenizer import load_tokenizer
+from unfold.data_prep.batches import Batch, EncodedBatch, EncodeJob, Reject, make_batches
+from unfold.data_prep.corpus.items import Document, Position
+from unfold.data_prep.corpus.readers import read_items
+from unfold.data_prep.corpus.sources import Source, split_sources
+from unfold.data_prep.errors import DataError
+from unfold.data_prep.format.files import PARTIAL, Appended
+from unfold.data_prep.format.index import ShardInfo
+from unfold.data_prep.format.shards import ShardWriter
+from unfold.data_prep.journal import Counts, Journal, Record, refuse_other_work
+from unfold.data_prep.pool import encode_here, encode_in_pool
+from unfold.data_prep.report import write_report
+from unfold.data_prep.supervised import SupervisedJob, batch_encoder
+from unfold.data_prep.tokenization.fast import SAMPLE_CHARACTERS, FastTokenizer, choose_backend
+from unfold.data_prep.tokenization.load import load_tokenizer
 
 COMMIT_SECONDS = 5.0  # at most this much work is lost to a kill
 POOL_BYTES = 500_000_000  # of input, from which on processes pay for their start with the fast backend

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from data_prep.errors import DataError
-from data_prep.files import Appended
-from data_prep.items import Position
+from unfold.data_prep.corpus.items import Position
+from unfold.data_prep.errors import DataError
+from unfold.data_prep.format.files import Appended
 
 
 @dataclass

@@ -2,10 +2,10 @@
 
 import hashlib
 
-from data_prep.errors import DataError
-from data_prep.shard_format import shard_path
-from data_prep.shards import Shard, ShardInfo, ShardWriter, blocks, open_shard
-from data_prep.verify import file_hash
+from unfold.data_prep.errors import DataError
+from unfold.data_prep.format.index import shard_path
+from unfold.data_prep.format.shards import Shard, ShardInfo, ShardWriter, blocks, open_shard
+from unfold.data_prep.verify import file_hash
 
 
 def merge_shards(prefixes: list[str], output: str, *, overwrite: bool = False) -> ShardInfo:

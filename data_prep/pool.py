@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 
-from data_prep.batches import Batch, EncodedBatch, EncodeJob
-from data_prep.errors import DataError
-from data_prep.fast import open_tokenizer
-from data_prep.supervised import batch_encoder
-from data_prep.tokenizer import Tokenizer
+from unfold.data_prep.batches import Batch, EncodedBatch, EncodeJob
+from unfold.data_prep.errors import DataError
+from unfold.data_prep.format.tokenizer import Tokenizer
+from unfold.data_prep.supervised import batch_encoder
+from unfold.data_prep.tokenization.fast import open_tokenizer
 
 HELD = 2  # batches that a worker has: the one it encodes, and the next
 AHEAD = 8  # batches for each worker, at most, that were read and not written

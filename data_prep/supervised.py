@@ -6,29 +6,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_prep.batches import EncodedBatch, EncodeJob, Part, encode_batch, is_held_out
-from data_prep.errors import DataError
-from data_prep.fields import DOCUMENTS, SupervisedFields
-from data_prep.journal import Counts
-from data_prep.spans import Spans
-from data_prep.templates import ANSWER, ANSWER_END, CONTEXT_END, ChatTemplate, ControlText, Piece, special_tokens
-from data_prep.tokenizer import Tokenizer
+from unfold.data_prep.batches import EncodedBatch, EncodeJob, Part, SupervisedJob, encode_batch, is_held_out
+from unfold.data_prep.corpus.fields import DOCUMENTS, SupervisedFields
+from unfold.data_prep.errors import DataError
+from unfold.data_prep.format.spans import Spans
+from unfold.data_prep.format.tokenizer import Tokenizer
+from unfold.data_prep.journal import Counts
+from unfold.data_prep.templates import ANSWER, ANSWER_END, CONTEXT_END, ChatTemplate, ControlText, Piece, special_tokens
 
 CONTEXT_ROLES = ("context", DOCUMENTS)
 SEPARATOR = "\n\n"  # between documents of a context, and between a context and the question in one message
-
-
-@dataclass(frozen=True)
-class SupervisedJob:
-    """How rows become documents."""
-
-    fields: SupervisedFields
-    template: str  # its source
-    template_name: str
-    chat_context: str = "last-user"  # or first-user: before which user message a chat's context ends, if it names none
-    allow_empty_context: bool = False
-    max_question: int = 0  # tokens between a context or an answer and the next answer; 0: no bound
-    truncate: str = ""  # what of a context that is too long is left out: "start", "middle"; "" refuses it
 
 
 @dataclass

@@ -14,8 +14,8 @@ from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from data_prep.errors import DataError
-from data_prep.tokenizer import CHAT_TEMPLATE_FILE, CONFIG_FILE, Tokenizer, locate, read_json
+from unfold.data_prep.errors import DataError
+from unfold.data_prep.format.tokenizer import CHAT_TEMPLATE_FILE, CONFIG_FILE, Tokenizer, locate, read_json
 
 CONTEXT_END, ANSWER, ANSWER_END = "\uf8f1", "\uf8f2", "\uf8f3"
 _ESCAPE, _ESCAPE_END = "\uf8f4", "\uf8f5"  # around the number of a control token that stands in a content as mere text

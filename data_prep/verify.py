@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.errors import DataError
-from data_prep.shard_format import SUFFIXES, ShardInfo, shard_path, unigram_entropy
-from data_prep.shards import Shard, blocks, open_shard
-from data_prep.tokenizer import TokenizerInfo
+from unfold.data_prep.errors import DataError
+from unfold.data_prep.format.index import SUFFIXES, ShardInfo, shard_path, unigram_entropy
+from unfold.data_prep.format.shards import Shard, blocks, open_shard
+from unfold.data_prep.format.tokenizer import TokenizerInfo
 
 BLOCK = 1 << 24
 

@@ -26,10 +26,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels.aot_recall import recall_programs
-from kernels.compressed import backward, forward
-from kernels.compressed.tiles import HEAD_DIMS, Tile, Tiles, choose_tiles
-from kernels.compressed.triton import SUM_ROWS
+from unfold.kernels.aot_recall import recall_programs
+from unfold.kernels.compressed import backward, forward
+from unfold.kernels.compressed.tiles import HEAD_DIMS, Tile, Tiles, choose_tiles
+from unfold.kernels.compressed.triton import SUM_ROWS
 
 ARCHITECTURES = {"sm_80": (80, "sm_80"), "sm_90": (90, "sm_90a"), "sm_100": (100, "sm_100a")}  # capability, ptxas name
 # Bytes a program can have; for sm_80 what sm_86 and sm_89 have, which use the same tiles (an A100 has 166912).

@@ -7,25 +7,27 @@ from typing import Any
 
 import triton
 
-from kernels.compressed.tiles import Tile
-from kernels.decode import attend, kernels as decoding
-from kernels.decode.tiles import decode_tiles
-from kernels.decode.triton import COMPARED, HELD, searched
-from kernels.select import kernels as selecting
-from kernels.select.triton import TABLE as SELECT_TILES
-from kernels.select.triton import fitted, held
-from kernels.unfold import backward, forward
-from kernels.unfold.tiles import choose_unfold_tiles
-from kernels.unfold.triton import ITEMS
+from unfold.kernels.compressed.tiles import Tile
+from unfold.kernels.decode import attend
+from unfold.kernels.decode import kernels as decoding
+from unfold.kernels.decode.tiles import decode_tiles
+from unfold.kernels.decode.triton import COMPARED, HELD, searched
+from unfold.kernels.select import kernels as selecting
+from unfold.kernels.select.triton import LIST_KEYS, LIST_WARPS
+from unfold.kernels.select.triton import TABLE as SELECT_TILES
+from unfold.kernels.unfold import backward, forward
+from unfold.kernels.unfold.common import place_kernel
+from unfold.kernels.unfold.tiles import choose_unfold_tiles
+from unfold.kernels.unfold.triton import ITEMS
 
 LONGEST_CHUNK = 12  # c0 = 8, and up to half of it more
 SPLITS = 32
 _INT32 = (
     "lo hi blocks row bits place places child_lo child_hi visits parts sums budget words bound last count "
     "new_row new_bits new_words new_place new_places ints score list total "
-    "held query above_score above_row item taken"
+    "new_takers unfolded query above_score above_row item taken spans next_spans key seen next_places new_key"
 )
-_INT64 = "rows first new_first ends end"
+_INT64 = "rows first new_first ends end begin new_begin start"
 _FP32 = "shift factor mean part_k part_v part max sum"
 _TYPES = {f"p_{n}": kind for kind, names in (("*i32", _INT32), ("*i64", _INT64), ("*fp32", _FP32)) for n in names.split()}
 
@@ -64,13 +66,18 @@ def recall_programs(arch: str, dim: int, dtype: str, item_size: int, heads: int,
         "unfold add_parts": (backward.add_parts_kernel, replace(tiles.chunks, warps=4, stages=3), dict(CHUNK=True), sums),
     }
     for share, summed in (("head", 1), ("group", group)):
-        for top, tile in zip((True, False), SELECT_TILES[arch][share][block_dim, item_size]):
-            tile = fitted(tile, size * group // summed)
-            words = -(-tile.rows // 32)
-            flags = dict(SUM=summed, WORDS=words, TOP=top, BOTTOM=not top, HELD=held(tile, False))
-            name = f"{share} {'top' if top else 'below'}"
-            made[f"select bound {name}"] = (selecting.bound_kernel, tile, flags, {})
-            made[f"select list {name}"] = (selecting.list_kernel, tile, flags, {})
+        chosen = SELECT_TILES[arch][share][block_dim, item_size].fit(size * group // summed)
+        for top, tile in ((True, chosen.top), (False, chosen.below)):
+            words, per = -(-tile.rows // 32), group // summed
+            flags = dict(SUM=summed, WORDS=words, TOP=top, BOTTOM=not top, TILES=chosen.run, PER=per)
+            name, light = f"{share} {'top' if top else 'below'}", Tile(tile.rows, LIST_KEYS, LIST_WARPS, 3)
+            made[f"select score {name}"] = (selecting.score_kernel, tile, flags, {})
+            made[f"select mark {name}"] = (selecting.mark_kernel, light, flags, {})
+            made[f"select list {name}"] = (selecting.list_kernel, light, flags, {})
+    for n, warps in ((1024, 1), (8192, 8)):  # scores of a row that stay in registers
+        flags = dict(N=n, WHOLE=n < 8192, TOP=True, PER=group)
+        made[f"select bound {n}"] = (selecting.bound_kernel, Tile(size * group, n, warps, 3), flags, {})
+    made["unfold places"] = (place_kernel, Tile(1, ITEMS, 4, 3), dict(SIZE=size, BQ=size), {})
     made |= _decode_programs(arch, dim, item_size, group)
     return {n: Program(k, t, common | dict(BM=t.rows, BN=t.keys) | own, types) for n, (k, t, own, types) in made.items()}
 

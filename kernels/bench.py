@@ -28,11 +28,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from kernels.bench_recall import random_leaves
-from kernels.compressed import compressed_attention
-from kernels.compressed.plan import key_plan, row_plan
-from kernels.intervals import Intervals
-from kernels.testing import sampled_attention, uniform_intervals
+from unfold.kernels.bench_recall import random_leaves
+from unfold.kernels.compressed import compressed_attention
+from unfold.kernels.compressed.plan import key_plan, row_plan
+from unfold.kernels.intervals import Intervals
+from unfold.kernels.testing import sampled_attention, uniform_intervals
 
 CHUNKS = ((8,), (16,), (32,), (8, 4), (4, 4), (8, 8, 4))
 FLEX_BLOCK = 128
@@ -274,8 +274,8 @@ def plan_figures(shape: Shape) -> dict:
     """On CUDA: tiled keys per row of the forward kernel, and the time to plan once per micro-batch, from fresh intervals."""
     if shape.args.device != "cuda":
         return {}
-    from kernels.compressed.tiles import choose_tiles
-    from kernels.compressed.triton import architecture
+    from unfold.kernels.compressed.tiles import choose_tiles
+    from unfold.kernels.compressed.triton import architecture
 
     dim, group = 1 << (shape.args.dim - 1).bit_length(), shape.args.heads // shape.args.kv_heads
     tiles = choose_tiles(architecture(shape.q), dim, shape.q.element_size())
@@ -369,7 +369,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _recall(args: argparse.Namespace, about: str, kind: str) -> bool:
     """Measure unfolding and decoding and write ``recall_DEVICE``; whether anything was refused."""
-    from kernels import bench_recall
+    from unfold.kernels import bench_recall
 
     results = []
     for op, rows in (("unfold", bench_recall.unfold_rows), ("decode", bench_recall.decode_rows)):

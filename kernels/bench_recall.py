@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.decode import Step, decode_attention
-from kernels.select import SelectRule, select_gists
-from kernels.testing import uniform_tree
-from kernels.unfold import unfold_attention
-from kernels.unfold.reference import visible_tokens
+from unfold.kernels.decode import Step, decode_attention
+from unfold.kernels.select import SelectRule, select_gists
+from unfold.kernels.testing import uniform_tree
+from unfold.kernels.unfold import unfold_attention
+from unfold.kernels.unfold.reference import visible_tokens
 
 SAMPLES = 8
 SINK = 3
@@ -256,7 +256,7 @@ def prepared(case: DecodeCase) -> Callable[[], Tensor]:
 
 def launched(case: DecodeCase, **how) -> Callable[[], Tensor]:
     """A step of ours on the Triton backend, its tables made; ``how``: further arguments of kernels.decode.triton.run."""
-    from kernels.decode import triton as backend
+    from unfold.kernels.decode import triton as backend
 
     q, layers, step, rule = case.q, case.layers, case.step, case.rule
     tables = backend.make_tables(step, rule, q.shape[1] // layers[0][0].memory.shape[1], q.device)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.intervals import Intervals
-from kernels.tree import GistTree
+from unfold.kernels.intervals import Intervals
+from unfold.kernels.tree import GistTree
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, intervals: Intervals, scale: float) -> Tensor:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.intervals import Intervals, QueryBlock, plan_blocks
+from unfold.kernels.intervals import Intervals, QueryBlock, plan_blocks
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from launch import health
-from launch.profile import add_profile_arguments
+from unfold.launch import health
+from unfold.launch.profile import add_profile_arguments
 
 SLURM_TEXT = """
 The script and a copy of the configuration are written to RUN_DIR/launch/ and submitted. The job saves before its time limit
@@ -40,9 +40,12 @@ def _add_doctor(commands) -> None:
     doctor.add_argument("--head", metavar="HOST:PORT", help=argparse.SUPPRESS)
 
 
-def build_parser() -> argparse.ArgumentParser:
+NAME = "python -m launch"
+
+
+def build_parser(name: str = NAME) -> argparse.ArgumentParser:
     """The whole command line."""
-    parser = argparse.ArgumentParser(prog="python -m launch", description="Start training here or on a SLURM cluster.")
+    parser = argparse.ArgumentParser(prog=name, description="Start training here or on a SLURM cluster.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     local = commands.add_parser("local", help="train on this machine, on all its GPUs")
@@ -61,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="tokenise a corpus by an array of jobs",
         description="Tokenise a corpus in parts by an array of jobs; a further job merges the parts. Submit the same again to "
         "make what is missing.",
-        usage="python -m launch array --parts N [--limit M] [options] -- ARGUMENTS OF data_prep tokenize",
+        usage=f"{name} array --parts N [--limit M] [options] -- ARGUMENTS OF data_prep tokenize",
     )
     array.add_argument("--parts", type=int, required=True, metavar="N", help="parts, each a job of the array")
     array.add_argument("--limit", type=int, default=0, metavar="M", help="parts that run at a time (default: all)")

@@ -8,12 +8,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.fit import check_data
-from launch.profile import Profile, read_profile
-from launch.scripts import command_script, safe_name
-from launch.submit import Job, cancel, refuse_second_job, submit, write_new
-from launch.training import checked_config, note_cpu_build, submit_training
-from pretrain.errors import UserError
+from unfold.launch.fit import check_data
+from unfold.launch.profile import Profile, read_profile
+from unfold.launch.scripts import command_script, safe_name
+from unfold.launch.submit import Job, cancel, refuse_second_job, submit, write_new
+from unfold.launch.training import checked_config, note_cpu_build, submit_training
+from unfold.pretrain.errors import UserError
 
 PACKAGES = ("data_prep", "pretrain")
 
@@ -34,7 +34,7 @@ def _words(flag: str, command: str) -> tuple[str, ...]:
         raise UserError(f"{flag} {command!r}: cannot be split into words ({error})") from None
     if not words or words[0] not in PACKAGES:
         raise UserError(f"{flag} {command!r}: expected what follows `python -m`, beginning with {' or '.join(PACKAGES)}")
-    return tuple(words)
+    return (f"unfold.{words[0]}", *words[1:])  # found wherever the job runs, which the folders of a checkout are not
 
 
 def _one_node(profile: Profile) -> Profile:
@@ -50,7 +50,7 @@ def steps_of(args: argparse.Namespace, profile: Profile) -> list[Step]:
     steps.append(Step("train", profile))
     steps += [Step("evaluate", _one_node(profile), _words("--evaluate", command)) for command in args.evaluate]
     if args.export:
-        export = ("pretrain", "export", "--run-dir", str(args.run_dir.resolve()), "--output", str(args.export.resolve()))
+        export = ("unfold.pretrain", "export", "--run-dir", str(args.run_dir.resolve()), "--output", str(args.export.resolve()))
         steps.append(Step("export", cpu, export))
     return steps
 

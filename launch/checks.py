@@ -14,10 +14,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from launch.findings import Finding, note, ok, problem
-from launch.machine import gpus, interfaces, query
-from launch.node import disk_faults, memory_faults
-from launch.training import installed_torch_has_cuda
+from unfold.launch.findings import Finding, note, ok, problem
+from unfold.launch.machine import gpus, interfaces, query
+from unfold.launch.node import disk_faults, memory_faults
+from unfold.launch.training import installed_torch_has_cuda
 
 REQUIREMENTS = Path(__file__).parent.parent / "requirements.txt"
 LEAST_FILES = 4096  # open files: shards and sockets of a rank

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from launch.profile import Profile, read_profile
-from launch.scripts import render, safe_name, sbatch_options
-from launch.submit import Job, cancel, submit, write_new
-from pretrain.errors import UserError
+from unfold.launch.profile import Profile, read_profile
+from unfold.launch.scripts import render, safe_name, sbatch_options
+from unfold.launch.submit import Job, cancel, submit, write_new
+from unfold.pretrain.errors import UserError
 
 
 def tokenize_words(words: list[str]) -> tuple[str, list[str]]:

@@ -15,13 +15,13 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from launch.checks import gpu_findings, limits, machine_findings, network, versions
-from launch.findings import Finding, lines, merged, note, ok, problem
-from launch.fit import check_ranks, missing_data
-from launch.machine import query
-from launch.training import installed_torch_has_cuda, visible_gpus
-from pretrain.config import load_config
-from pretrain.errors import UserError
+from unfold.launch.checks import gpu_findings, limits, machine_findings, network, versions
+from unfold.launch.findings import Finding, lines, merged, note, ok, problem
+from unfold.launch.fit import check_ranks, missing_data
+from unfold.launch.machine import query
+from unfold.launch.training import installed_torch_has_cuda, visible_gpus
+from unfold.pretrain.config import load_config
+from unfold.pretrain.errors import UserError
 
 MOST_SKEW = 1.0  # seconds between the clocks of two nodes
 SEEN_SECONDS = 30  # for a file of one node to be seen by another
@@ -115,7 +115,7 @@ def allocation_findings(directory: Path, nodes: list[str]) -> list[Finding]:
         scratch = Path(name)
         (scratch / "token").touch()
         threading.Thread(target=serve_time, args=(listener,), daemon=True).start()
-        command = ["srun", f"--ntasks={len(nodes)}", "--ntasks-per-node=1", sys.executable, "-m", "launch", "doctor",
+        command = ["srun", f"--ntasks={len(nodes)}", "--ntasks-per-node=1", sys.executable, "-m", "unfold.launch", "doctor",
                    "--node-report", str(scratch), "--head", f"{socket.gethostname()}:{listener.getsockname()[1]}"]  # fmt: skip
         with open(scratch / "lock", "w") as lock:
             try:

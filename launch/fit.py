@@ -7,8 +7,8 @@ from pathlib import Path
 
 import yaml
 
-from pretrain.config import RunConfig, accumulation_steps, changes_on_resume, parse_config
-from pretrain.errors import UserError
+from unfold.pretrain.config import RunConfig, accumulation_steps, changes_on_resume, parse_config
+from unfold.pretrain.errors import UserError
 
 
 def check_ranks(config: RunConfig, ranks: int, given: str) -> None:

@@ -12,8 +12,8 @@ import os
 import time
 from pathlib import Path
 
-from launch.node import disk_faults, gpu_faults, memory_faults
-from pretrain.errors import UserError
+from unfold.launch.node import disk_faults, gpu_faults, memory_faults
+from unfold.pretrain.errors import UserError
 
 PAIR_SECONDS = 45
 STORE_SECONDS = 60

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from launch.machine import gpus_in_use
+from unfold.launch.machine import gpus_in_use
 
 LEAST_DISK = 1 << 30  # bytes that a directory which is written to must have free
 LEAST_MEMORY = 0.1  # part of the memory that must be available

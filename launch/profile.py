@@ -12,8 +12,8 @@ from pathlib import Path
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from launch.values import memory, one_line, seconds
-from pretrain.errors import UserError
+from unfold.launch.values import memory, one_line, seconds
+from unfold.pretrain.errors import UserError
 
 
 def option(default, doc: str, metavar: str = "VALUE"):

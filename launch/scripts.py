@@ -10,10 +10,10 @@ from pathlib import Path
 
 import jinja2
 
-from launch.profile import Profile
-from launch.values import memory, one_line, seconds, signal_lead
-from pretrain.config import RunConfig
-from pretrain.errors import UserError
+from unfold.launch.profile import Profile
+from unfold.launch.values import memory, one_line, seconds, signal_lead
+from unfold.pretrain.config import RunConfig
+from unfold.pretrain.errors import UserError
 
 TEMPLATES = Path(__file__).parent / "templates"
 DEFAULT_LIMIT = 3600  # seconds; what the signal's lead is reckoned from where only the partition knows the limit

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pretrain.errors import UserError
+from unfold.pretrain.errors import UserError
 
 JOBS = "jobs.jsonl"  # what was submitted for a run: one object per job
 

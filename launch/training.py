@@ -10,14 +10,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launch.fit import check_data, check_ranks, check_resume
-from launch.forward import run_torchrun
-from launch.profile import Profile, read_profile
-from launch.scripts import python_of, safe_name, training_script
-from launch.submit import Job, refuse_second_job, submit, write_new
-from launch.values import one_line
-from pretrain.config import RunConfig, load_config
-from pretrain.errors import UserError
+from unfold.launch.fit import check_data, check_ranks, check_resume
+from unfold.launch.forward import run_torchrun
+from unfold.launch.profile import Profile, read_profile
+from unfold.launch.scripts import python_of, safe_name, training_script
+from unfold.launch.submit import Job, refuse_second_job, submit, write_new
+from unfold.launch.values import one_line
+from unfold.pretrain.config import RunConfig, load_config
+from unfold.pretrain.errors import UserError
 
 
 def checked_config(args: argparse.Namespace, profile: Profile) -> RunConfig:
@@ -127,7 +127,7 @@ def run_local(args: argparse.Namespace) -> int:
     if ranks > 1:
         command += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         command += ["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", "--shutdown-timeout", "10", "-m"]
-    command += ["pretrain", "train", "--config", str(args.config), "--run-dir", str(args.run_dir)]
+    command += ["unfold.pretrain", "train", "--config", str(args.config), "--run-dir", str(args.run_dir)]
     command += [part for item in args.overrides for part in ("--set", item)]
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // ranks))
     if args.dry_run:

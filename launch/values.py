@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from pretrain.errors import UserError
+from unfold.pretrain.errors import UserError
 
 MOST_LEAD = 600  # seconds between the signal and the time limit, unless set otherwise
 TIME_FORMATS = (

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.compressed import compressed_attention
-from kernels.unfold import recall_attention
-from model.config import ModelConfig
-from model.gist import Layout, Recall
-from model.layers import BuildContext, RMSNorm, Rotary
+from unfold.kernels.compressed import compressed_attention
+from unfold.kernels.unfold import recall_attention
+from unfold.model.config import ModelConfig
+from unfold.model.gist import Layout, Recall
+from unfold.model.layers import BuildContext, RMSNorm, Rotary
 
 # (layer index, q [B, T, H, D], k [B, T, Hkv, D], v [B, T, Hkv, D]) -> [B, T, H, D]; rotary applied to q and k.
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -79,7 +79,7 @@ class Attention(nn.Module):
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     """Causal attention within each document, through PyTorch's SDPA (flash where it can): the baseline.
 
-    Args and result as :func:`kernels.compressed.compressed_attention`; padding attends to nothing and gets zeros.
+    Args and result as :func:`unfold.kernels.compressed.compressed_attention`; padding attends to nothing and gets zeros.
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, T, D]
     out = torch.zeros_like(q)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from model.families import find_family
+from unfold.model.families import find_family
 
 
 def option(default, doc: str):
@@ -123,7 +123,7 @@ class RopeScaling:
 @dataclass(frozen=True)
 class ModelConfig:
     """A decoder of Llama shape: RMSNorm, SwiGLU, grouped-query attention, rotary positions; its options make it a Qwen2,
-    Qwen3, Mistral or SmolLM3 (model.families)."""
+    Qwen3, Mistral or SmolLM3 (model/families.py)."""
 
     vocab_size: int = option(0, "vocabulary size, gists included; 0 takes the tokenizer's")
     hidden_size: int = option(256, "width of the residual stream")

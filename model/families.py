@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from model.config import ModelConfig
-
-# Settings of ModelConfig that say which optional parts a model has.
+# Settings of a model that say which optional parts it has.
 PARTS = ("qkv_bias", "output_bias", "mlp_bias", "qk_norm", "nope_layers")
+
+
+class HasParts(Protocol):
+    """What is asked of a model's configuration here."""
+
+    family: str
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    nope_layers: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -29,7 +37,7 @@ class Family:
     fixed: Mapping[str, bool] = field(default_factory=dict)
     one_attention_bias: bool = True
 
-    def objections(self, config: ModelConfig) -> list[str]:
+    def objections(self, config: HasParts) -> list[str]:
         """What of a model this family cannot hold, as readable parts of a sentence."""
         found = [
             f"{part}: {getattr(config, part)!r}, but {self.name} always has {'one' if must else 'none'}"
@@ -57,7 +65,7 @@ FAMILIES = {
 }
 
 
-def find_family(config: ModelConfig) -> tuple[Family | None, list[str]]:
+def find_family(config: HasParts) -> tuple[Family | None, list[str]]:
     """The family that a model asks for, else the first that can hold it; and what speaks against it."""
     if config.family:
         family = FAMILIES.get(config.family)

@@ -14,9 +14,9 @@ from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from model.config import ModelConfig
-from model.context_parallel import ContextParallel
-from model.tensor_parallel import ColumnLinear, RowLinear
+from unfold.model.config import ModelConfig
+from unfold.model.parallel.context import ContextParallel
+from unfold.model.parallel.tensor import ColumnLinear, RowLinear
 
 
 @dataclass(frozen=True)

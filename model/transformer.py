@@ -15,12 +15,12 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.attention import Attend, Attention, MicroBatchAttention
-from model.config import ModelConfig
-from model.context_parallel import ContextAttention
-from model.gist import Layout, Recall
-from model.layers import MLP, BuildContext, RMSNorm, Rotary
-from model.tensor_parallel import VocabularyEmbedding, column_product, gather_sequence
+from unfold.model.attention import Attend, Attention, MicroBatchAttention
+from unfold.model.config import ModelConfig
+from unfold.model.gist import Layout, Recall
+from unfold.model.layers import MLP, BuildContext, RMSNorm, Rotary
+from unfold.model.parallel.context import ContextAttention
+from unfold.model.parallel.tensor import VocabularyEmbedding, column_product, gather_sequence
 
 IGNORED = -100  # label of a position that has no target
 

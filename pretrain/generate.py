@@ -8,7 +8,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from pretrain.errors import UserError
+from unfold.pretrain.errors import UserError
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -88,16 +88,16 @@ def _read(path: Path, flag: str) -> str:
 
 
 def _sampling(args: Namespace):
-    from model.generation import Sampling
+    from unfold.model.decode.generation import Sampling
 
     return Sampling(args.max_new_tokens, args.temperature, args.top_p, args.seed)
 
 
 def _from_run(args: Namespace, prompts: list[str]) -> Iterator[tuple[int, str]]:
     context = None if args.context_file is None else _read(args.context_file, "--context-file")
-    from model.generation import Decoder  # heavy libraries only after the arguments are checked
-    from model.text import stream_text
-    from pretrain.load import load_run
+    from unfold.model.decode.generation import Decoder  # heavy libraries only after the arguments are checked
+    from unfold.model.decode.text import stream_text
+    from unfold.pretrain.checkpoint.load import load_run
 
     run = load_run(args.run_dir, args.step)
     info, tokenizer = run.tokenizer, run.tokenizer.tokenizer()

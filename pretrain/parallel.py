@@ -12,8 +12,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch.distributed import ProcessGroup
 
-from pretrain.config import ParallelConfig
-from pretrain.errors import UserError
+from unfold.pretrain.config import ParallelConfig
+from unfold.pretrain.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ def build():
     import torch.distributed as dist
     from megatron.core import parallel_state
 
-    from model.layers import BuildContext
+    from unfold.model.layers import BuildContext
 
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from kernels.compressed.common import (
+from unfold.kernels.compressed.common import (
     dot,
     in_range,
     kernel,

@@ -19,12 +19,15 @@ import triton.language as tl
 
 # Numbers that differ from one micro-batch or decoding step to the next, and tables that may begin anywhere: a kernel is compiled
 # once for all of them. Left to itself Triton compiles anew, for seconds, where one of them is or is not a multiple of 16.
-CHANGING = "tokens keys queries items lists above capacity room splits sink".split()
-TABLES = (
-    "p_lo p_hi p_plan p_items p_rows p_copy_of p_sums p_parts p_blocks p_first p_row p_bits p_words p_place p_places p_child_lo "
-    "p_child_hi p_budget p_bound p_last p_count p_new_first p_new_row p_new_bits p_new_words p_new_place p_new_places p_visits "
-    "p_block p_end p_query p_ends p_ints"
+CHANGING = (
+    "tokens keys queries items lists above capacity room splits sink i_from bottom batch per_upper per_chunk groups most"
 ).split()
+_TABLES = (
+    "lo hi plan items rows copy_of sums parts blocks first start row bits takers words place places key seen unfolded begin "
+    "child_lo child_hi budget bound last count taken spans next_spans next_places visits block end query ends ints new_first "
+    "new_begin new_row new_bits new_takers new_words new_place new_key"
+)
+TABLES = [f"p_{name}" for name in _TABLES.split()]
 kernel = functools.partial(triton.jit, do_not_specialize=CHANGING, do_not_specialize_on_alignment=TABLES)
 
 

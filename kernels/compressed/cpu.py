@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.intervals import Intervals, QueryBlock
+from unfold.kernels.intervals import Intervals, QueryBlock
 
 # Queries per block. Larger blocks waste work on masked keys, smaller ones on call overhead.
 BLOCK = 64

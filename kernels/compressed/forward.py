@@ -3,7 +3,16 @@
 import triton
 import triton.language as tl
 
-from kernels.compressed.common import dot, kernel, listed_keys, load_full_tile, load_tile, row_offsets, seen_places, store_tile
+from unfold.kernels.compressed.common import (
+    dot,
+    kernel,
+    listed_keys,
+    load_full_tile,
+    load_tile,
+    row_offsets,
+    seen_places,
+    store_tile,
+)
 
 
 @triton.jit

@@ -8,9 +8,9 @@ import math
 
 from torch import Tensor
 
-from kernels.compressed.cpu import compressed_attention_cpu
-from kernels.compressed.reference import compressed_attention_reference
-from kernels.intervals import Intervals
+from unfold.kernels.compressed.cpu import compressed_attention_cpu
+from unfold.kernels.compressed.reference import compressed_attention_reference
+from unfold.kernels.intervals import Intervals
 
 BACKENDS = ("reference", "cpu", "triton")
 _log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def _default_backend(device_type: str) -> str:
 def _implementation(backend: str):
     """The function behind a name. Triton is imported only where it is used: a CPU run does not need it."""
     if backend == "triton":
-        from kernels.compressed.triton import compressed_attention_triton
+        from unfold.kernels.compressed.triton import compressed_attention_triton
 
         return compressed_attention_triton
     return compressed_attention_cpu if backend == "cpu" else compressed_attention_reference

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.intervals import Intervals
+from unfold.kernels.intervals import Intervals
 
 # Columns of RowPlan.table before its two columns per segment, and of the item and sum tables of KeyPlan.
 ROW_HEAD = 3
@@ -203,9 +203,12 @@ def key_items(
     return KeyItems(table.int().contiguous(), sums.int().contiguous(), int(slots.sum()), tile_keys)
 
 
-def expand(counts: Tensor) -> tuple[Tensor, Tensor]:
-    """For counts [n]: index i repeated counts[i] times, and the running number within each i."""
-    index = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+def expand(counts: Tensor, total: int | None = None) -> tuple[Tensor, Tensor]:
+    """For counts [n]: index i repeated counts[i] times, and the running number within each i.
+
+    ``total`` is the sum of the counts, where it is known: else it is read from the device.
+    """
+    index = torch.arange(len(counts), device=counts.device).repeat_interleave(counts, output_size=total)
     return index, torch.arange(len(index), device=counts.device) - (counts.cumsum(0) - counts)[index]
 
 

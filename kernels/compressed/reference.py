@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.intervals import Intervals
+from unfold.kernels.intervals import Intervals
 
 
 def compressed_attention_reference(q: Tensor, k: Tensor, v: Tensor, intervals: Intervals, scale: float) -> Tensor:

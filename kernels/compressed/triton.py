@@ -15,10 +15,10 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.compressed import backward, forward
-from kernels.compressed.plan import KeyItems, key_plan, key_rows, row_plan
-from kernels.compressed.tiles import HEAD_DIMS, TABLE, Tile, Tiles, choose_tiles
-from kernels.intervals import Intervals
+from unfold.kernels.compressed import backward, forward
+from unfold.kernels.compressed.plan import KeyItems, key_plan, key_rows, row_plan
+from unfold.kernels.compressed.tiles import HEAD_DIMS, TABLE, Tile, Tiles, choose_tiles
+from unfold.kernels.intervals import Intervals
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # TRITON_INTERPRET=1 was set when the kernels were decorated: they run on CPU tensors, one program after another.
@@ -78,6 +78,7 @@ class _CompressedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, intervals: Intervals, scale: float, tiles: Tiles) -> Tensor:
         q = q.contiguous()
+        check_flat(rows=intervals.rows, row_of=intervals.row_of, lo=intervals.lo, hi=intervals.hi)
         rows = key_rows(intervals)
         k, v = (x.reshape(-1, *x.shape[2:]).index_select(0, rows) for x in (k, v))  # [B * R, Hkv, D]
         batch, tokens, heads, dim = q.shape
@@ -155,6 +156,12 @@ def _sizes(q: Tensor, k: Tensor, intervals: Intervals) -> dict[str, int | bool]:
 
 def launch_options(tile: Tile) -> dict[str, int]:
     return dict(BM=tile.rows, BN=tile.keys, num_warps=tile.warps, num_stages=tile.stages)
+
+
+def check_flat(**tables: Tensor) -> None:
+    """The kernels index tables flat: one that is a view with gaps would be read wrongly, and silently."""
+    for name, table in tables.items():
+        assert table.is_contiguous(), f"{name}: {tuple(table.shape)} with strides {table.stride()} is not contiguous"
 
 
 def on_device(x: Tensor):

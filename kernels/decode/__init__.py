@@ -1,6 +1,6 @@
 """Attention of single new tokens over the caches of their sequences (METHOD.md, section 7)."""
 
-from kernels.decode.op import decode_attention
-from kernels.decode.step import Step
+from unfold.kernels.decode.op import decode_attention
+from unfold.kernels.decode.step import Step
 
 __all__ = ["Step", "decode_attention"]

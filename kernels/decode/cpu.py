@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.decode.step import Borders, RowStore, Step
-from kernels.select.selection import SelectRule, take_best
+from unfold.kernels.decode.step import Borders, RowStore, Step
+from unfold.kernels.select.selection import SelectRule, take_best
 
 
 def decode_attention_cpu(

@@ -7,16 +7,16 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from kernels.decode.cpu import decode_attention_cpu
-from kernels.decode.reference import decode_attention_reference
-from kernels.decode.step import RowStore, Step
-from kernels.select.op import check_backend, choice
-from kernels.select.selection import SelectRule
+from unfold.kernels.decode.cpu import decode_attention_cpu
+from unfold.kernels.decode.reference import decode_attention_reference
+from unfold.kernels.decode.step import RowStore, Step
+from unfold.kernels.select.op import check_backend, choice
+from unfold.kernels.select.selection import SelectRule
 
 
 def _decode_triton(*arguments) -> Tensor:
     """Triton is imported only where it is used: a CPU run does not need it."""
-    from kernels.decode.triton import decode_attention_triton
+    from unfold.kernels.decode.triton import decode_attention_triton
 
     return decode_attention_triton(*arguments)
 
@@ -66,6 +66,6 @@ def decode_attention(
 def _default_backend(q: Tensor, layers: Sequence[Sequence[RowStore]], rule: SelectRule | None) -> str:
     if q.device.type == "cpu":
         return "cpu"
-    from kernels.decode.triton import why_not
+    from unfold.kernels.decode.triton import why_not
 
     return choice("decode", "cpu", why_not(q, layers, rule))

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.decode.step import RowStore, Step
-from kernels.select.reference import fewest
-from kernels.select.selection import SelectRule
+from unfold.kernels.decode.step import RowStore, Step
+from unfold.kernels.select.reference import fewest
+from unfold.kernels.select.selection import SelectRule
 
 
 def decode_attention_reference(

@@ -9,7 +9,7 @@ between two close bounds are as evenly spread as the numbers.
 import triton
 import triton.language as tl
 
-from kernels.select.search import LEAST, MOST, ordered, spread_of, unordered
+from unfold.kernels.select.search import LEAST, MOST, ordered, spread_of, unordered
 
 
 @triton.jit

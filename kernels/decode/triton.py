@@ -14,12 +14,12 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.compressed.tiles import HEAD_DIMS
-from kernels.compressed.triton import DTYPES, INTERPRETED, LOG2_E, architecture, on_device
-from kernels.decode import attend, kernels
-from kernels.decode.step import RowStore, Step
-from kernels.decode.tiles import DecodeTiles, Launch, decode_tiles
-from kernels.select.selection import SelectRule
+from unfold.kernels.compressed.tiles import HEAD_DIMS
+from unfold.kernels.compressed.triton import DTYPES, INTERPRETED, LOG2_E, architecture, on_device
+from unfold.kernels.decode import attend, kernels
+from unfold.kernels.decode.step import RowStore, Step
+from unfold.kernels.decode.tiles import DecodeTiles, Launch, decode_tiles
+from unfold.kernels.select.selection import SelectRule
 
 LARGEST_GROUP = 32  # query heads per KV head
 LARGEST_ROW = 1 << 26

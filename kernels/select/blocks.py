@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.compressed.plan import expand
-from kernels.select.selection import Selection
-from kernels.tree import GistTree
+from unfold.kernels.compressed.plan import expand
+from unfold.kernels.select.selection import Selection
+from unfold.kernels.tree import GistTree
 
 BITS = 32  # queries of a block at most: one int32 of bits
 # Queries whose windows are further apart than this share no block: it would visit all that lies between them.
@@ -46,9 +46,13 @@ class BlockLists:
         first: [L, lists + 1] int64; the lists of segment 0 come first, those of segment L - 1 (level 0) last.
         row: [items] int32, rows of the level-sorted buffer of the block's sample.
         bits: [items] int32, bit j for query j of the block.
+        takers: [items] int32, how many bits are set.
+        owner: [items] int32, the list of each item.
         place: [items] int32, where the chunks of a list lie side by side, a level-0 gist and the raw tokens behind it each: the
             first place of every level-0 item. Means nothing for items above.
-        places: [lists] int32, places of a list.
+        start: [lists + 1] int64, how many places the lists before one have: their sum at the end.
+        places: that sum.
+        sizes: items of each segment.
         kv_heads: Hkv.
     """
 
@@ -56,16 +60,23 @@ class BlockLists:
     first: Tensor
     row: Tensor
     bits: Tensor
+    takers: Tensor
+    owner: Tensor
     place: Tensor
-    places: Tensor
+    start: Tensor
+    places: int
+    sizes: tuple[int, ...]
     kv_heads: int
+
+    def items(self, segment: int) -> slice:
+        """The items of a segment."""
+        first = sum(self.sizes[:segment])
+        return slice(first, first + self.sizes[segment])
 
     def owners(self) -> tuple[Tensor, Tensor, Tensor]:
         """Segment, block and KV head of every item: three [items] int64."""
-        lists = self.first.shape[1] - 1
-        index, _ = expand(self.first.diff(dim=1).flatten())
-        of_segment = index % max(lists, 1)
-        return index // max(lists, 1), of_segment // self.kv_heads, of_segment % self.kv_heads
+        segment, _ = expand(torch.tensor(self.sizes, device=self.owner.device), sum(self.sizes))
+        return segment, self.owner.long() // self.kv_heads, self.owner.long() % self.kv_heads
 
 
 def query_blocks(tree: GistTree, size: int) -> QueryBlocks:
@@ -91,7 +102,7 @@ def block_lists(tree: GistTree, selection: Selection, size: int) -> BlockLists:
     """The lists of a selection made by any backend: sorts its entries."""
     blocks = query_blocks(tree, size)
     lists, rows = len(blocks.table) * selection.kv_heads, tree.others.tokens
-    firsts, row, bits = [], [], []
+    firsts, row, bits, owners = [], [], [], []
     for s in range(tree.levels):
         owner, _ = expand(selection.start[s].diff())
         query, head = owner // selection.kv_heads, owner % selection.kv_heads
@@ -101,14 +112,18 @@ def block_lists(tree: GistTree, selection: Selection, size: int) -> BlockLists:
         bit = torch.ones_like(query) << (query - blocks.table[block, 0])
         bits.append(to_int32(torch.zeros_like(key).index_add_(0, item, bit)))
         row.append((key % rows).int())
+        owners.append((key // rows).int())
         edges = torch.arange(lists + 1, device=key.device) * rows
         firsts.append(torch.searchsorted(key, edges) + sum(len(r) for r in row[:-1]))
-    place, places = _chunk_places(tree, blocks, firsts[-1], torch.cat(row), selection.kv_heads)
-    return BlockLists(blocks, torch.stack(firsts), torch.cat(row), torch.cat(bits), place, places, selection.kv_heads)
+    place, start = _chunk_places(tree, blocks, firsts[-1], torch.cat(row), selection.kv_heads)
+    sizes, first, row, bits = tuple(map(len, row)), torch.stack(firsts), torch.cat(row), torch.cat(bits)
+    takers = count_bits(bits).int()
+    owner = torch.cat(owners)
+    return BlockLists(blocks, first, row, bits, takers, owner, place, start, int(start[-1]), sizes, selection.kv_heads)
 
 
 def _chunk_places(tree: GistTree, blocks: QueryBlocks, first: Tensor, row: Tensor, kv_heads: int) -> tuple[Tensor, Tensor]:
-    """``place`` and ``places`` of :class:`BlockLists`; first: [lists + 1] of level 0, whose items are the last of ``row``."""
+    """``place`` and ``start`` of :class:`BlockLists`; first: [lists + 1] of level 0, whose items are the last of ``row``."""
     counts = first.diff()
     gists = row[len(row) - int(counts.sum()) :]
     at = blocks.table[expand(counts)[0] // kv_heads, 2].long() * tree.others.tokens + gists
@@ -117,7 +132,7 @@ def _chunk_places(tree: GistTree, blocks: QueryBlocks, first: Tensor, row: Tenso
     edges = after[first - first[0]]
     place = torch.zeros_like(row)
     place[len(row) - len(gists) :] = (after[:-1] - edges[:-1].repeat_interleave(counts)).int()
-    return place, edges.diff().int()
+    return place, edges
 
 
 def selection_of(tree: GistTree, lists: BlockLists) -> Selection:
@@ -126,7 +141,7 @@ def selection_of(tree: GistTree, lists: BlockLists) -> Selection:
     first = lists.blocks.table[block, 0]
     starts, rows = [], []
     for s in range(tree.levels):
-        items = slice(int(lists.first[s, 0]), int(lists.first[s, -1]))
+        items = lists.items(s)
         member = (lists.bits[items, None] >> torch.arange(lists.blocks.size, device=lists.row.device)) & 1  # [items, size]
         item, query = member.nonzero().unbind(1)
         owner = (first[items][item] + query) * lists.kv_heads + head[items][item]

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.intervals import QueryBlock
-from kernels.select.selection import Selection, SelectRule, take_best
-from kernels.tree import GistTree
+from unfold.kernels.intervals import QueryBlock
+from unfold.kernels.select.selection import Selection, SelectRule, take_best
+from unfold.kernels.tree import GistTree
 
 # Queries per block; bounds the scores to heads x BLOCK x gists.
 BLOCK = 64

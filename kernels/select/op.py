@@ -9,17 +9,17 @@ import math
 import torch
 from torch import Tensor
 
-from kernels.select.cpu import select_gists_cpu
-from kernels.select.reference import select_gists_reference
-from kernels.select.selection import Selection, SelectRule
-from kernels.tree import GistTree
+from unfold.kernels.select.cpu import select_gists_cpu
+from unfold.kernels.select.reference import select_gists_reference
+from unfold.kernels.select.selection import Selection, SelectRule
+from unfold.kernels.tree import GistTree
 
 _log = logging.getLogger(__name__)
 
 
 def _select_triton(*arguments) -> Selection:
     """Triton is imported only where it is used: a CPU run does not need it."""
-    from kernels.select.triton import select_gists_triton
+    from unfold.kernels.select.triton import select_gists_triton
 
     return select_gists_triton(*arguments)
 
@@ -59,7 +59,7 @@ def default_backend(q: Tensor, k: Tensor, tree: GistTree, rule: SelectRule) -> s
     """The backend for these arguments when none is named."""
     if q.device.type == "cpu" or tree.queries == 0:
         return "cpu"
-    from kernels.select.triton import why_not
+    from unfold.kernels.select.triton import why_not
 
     return choice("select", "cpu", why_not(q, k, rule))
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.select.selection import Selection, SelectRule
-from kernels.tree import GistTree
+from unfold.kernels.select.selection import Selection, SelectRule
+from unfold.kernels.tree import GistTree
 
 
 def select_gists_reference(q: Tensor, k: Tensor, tree: GistTree, rule: SelectRule, scale: float) -> Selection:

@@ -115,37 +115,3 @@ def narrow(b_from, b_to, b_count, b_over, b_more, b_1, b_2, b_3, b_over_1, b_ove
     b_to = tl.where(b_more, b_next, b_to)
     b_over = tl.where(b_more, b_next_over, b_over)
     return b_from, b_to, b_count, b_over, (b_count > b_budget) & (b_to - b_from > 1)
-
-
-@triton.jit
-def held_bounds(
-    b_from, b_to, b_count, b_over, b_budget, b_mean, b_std, FIRST: tl.constexpr, HELD: tl.constexpr, m_thirds
-):  # fmt: skip
-    """Two bounds that should have the wanted one between them, and at most HELD scores; thirds of from .. to where asked for.
-
-    Half as many are aimed at: an equal number of scores above the wanted bound and below it.
-    """
-    b_lower, b_upper = b_budget + HELD // 4, b_budget - HELD // 4  # scores that should reach the two
-    if FIRST:
-        b_1, _ = normal_bound(b_count, b_lower, b_mean, b_std)
-        b_2, _ = normal_bound(b_count, b_upper, b_mean, b_std)
-    else:
-        b_1, _ = proportional_bound(b_from, b_to, b_count, b_over, b_lower, b_mean, b_std)
-        b_2, _ = proportional_bound(b_from, b_to, b_count, b_over, b_upper, b_mean, b_std)
-    m_few = b_count - b_over <= HELD
-    b_1 = tl.where(m_few | (b_lower >= b_count), b_from.to(tl.int32), between(b_1, b_from, b_to))
-    b_2 = tl.where(m_few | (b_upper <= b_over), b_to.to(tl.int32), between(b_2, b_from, b_to))
-    b_width = tl.where(m_thirds, b_to - b_from, 0)
-    b_1 = tl.where(m_thirds, (b_from + b_width // 3).to(tl.int32), b_1)
-    return b_1, tl.where(m_thirds, (b_from + b_width * 2 // 3).to(tl.int32), b_2)
-
-
-@triton.jit
-def narrow_two(b_from, b_to, b_count, b_over, b_more, b_1, b_2, b_over_1, b_over_2, b_budget):
-    """:func:`narrow` with two bounds; the caller says when it is done."""
-    m_1, m_2 = b_over_1 >= b_budget, b_over_2 >= b_budget
-    b_next = tl.where(m_2, b_to, tl.where(m_1, b_2, b_1).to(tl.int64))
-    b_next_over = tl.where(m_2, b_over, tl.where(m_1, b_over_2, b_over_1))
-    b_from = tl.where(b_more & m_1, tl.where(m_2, b_2, b_1).to(tl.int64), b_from)
-    b_count = tl.where(b_more & m_1, tl.where(m_2, b_over_2, b_over_1), b_count)
-    return b_from, tl.where(b_more, b_next, b_to), b_count, tl.where(b_more, b_next_over, b_over)

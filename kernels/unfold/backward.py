@@ -6,9 +6,9 @@ What windows and sinks contribute to d_k and d_v is attention over ranges: the k
 import triton
 import triton.language as tl
 
-from kernels.compressed.backward import d_query_step, mean_step
-from kernels.compressed.common import dot, kernel, load_tile, store_tile
-from kernels.unfold.common import block_rows, chunk_tile, near_spans, near_tile, upper_tile
+from unfold.kernels.compressed.backward import d_query_step, mean_step
+from unfold.kernels.compressed.common import dot, kernel, load_tile, store_tile
+from unfold.kernels.unfold.common import block_rows, listed_tile, near_spans, near_tile
 
 
 @triton.jit
@@ -30,7 +30,7 @@ def _step(
 
 @triton.jit
 def _visit(
-    b_sum_or_dq, b_mean, b_q, b_do, b_shift, p_k, p_v, p_lo, p_hi, p_first, p_row, p_bits, p_place, p_places, p_child_lo,
+    b_sum_or_dq, b_mean, b_q, b_do, b_shift, p_k, p_v, p_lo, p_hi, p_first, p_row, p_bits, p_start, p_key, p_seen,
     i_list, lists, o_query, m_row, o_bit, scale, queries,
     stride: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, L: tl.constexpr, BN: tl.constexpr,
     MEAN: tl.constexpr, UPCAST: tl.constexpr,
@@ -46,18 +46,14 @@ def _visit(
         i_first = tl.load(p_first + s * (lists + 1) + i_list)
         items = (tl.load(p_first + s * (lists + 1) + i_list + 1) - i_first).to(tl.int32)
         for i in range(0, items, BN):
-            o_key, m_seen = upper_tile(p_row + i_first, p_bits + i_first, i, items, o_bit, BN)
+            o_key, m_seen = listed_tile(p_row + i_first, p_bits + i_first, i, items, o_bit, BN)
             b_sum_or_dq, b_mean = _step(
                 b_sum_or_dq, b_mean, b_q, b_do, b_shift, p_k, p_v, o_key, m_seen, scale, stride, D, BD, MEAN, UPCAST
             )
-    i_first = tl.load(p_first + (L - 1) * (lists + 1) + i_list)
-    items = (tl.load(p_first + (L - 1) * (lists + 1) + i_list + 1) - i_first).to(tl.int32)
-    places = tl.load(p_places + i_list)
-    i_item = 0
+    i_start = tl.load(p_start + i_list)
+    places = (tl.load(p_start + i_list + 1) - i_start).to(tl.int32)
     for i in range(0, places, BN):
-        o_key, m_seen, i_item = chunk_tile(
-            p_row + i_first, p_bits + i_first, p_place + i_first, p_child_lo, i, i_item, items, places, b_lo, o_bit, BN
-        )
+        o_key, m_seen = listed_tile(p_key + i_start, p_seen + i_start, i, places, o_bit, BN)
         b_sum_or_dq, b_mean = _step(
             b_sum_or_dq, b_mean, b_q, b_do, b_shift, p_k, p_v, o_key, m_seen, scale, stride, D, BD, MEAN, UPCAST
         )
@@ -66,8 +62,8 @@ def _visit(
 
 @kernel
 def unfold_d_query_kernel(
-    p_q, p_k, p_v, p_out, p_do, p_shift, p_factor, p_mean, p_dq, p_lo, p_hi, p_blocks, p_first, p_row, p_bits, p_place,
-    p_places, p_child_lo, scale, d_scale, queries, keys, tokens,
+    p_q, p_k, p_v, p_out, p_do, p_shift, p_factor, p_mean, p_dq, p_lo, p_hi, p_blocks, p_first, p_row, p_bits, p_start,
+    p_key, p_seen, scale, d_scale, queries, keys, tokens,
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, L: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -85,13 +81,12 @@ def unfold_d_query_kernel(
     o_head = i_sample.to(tl.int64) * keys * stride + i_head * D
     p_k += o_head
     p_v += o_head
-    p_child_lo += i_sample.to(tl.int64) * tokens
     i_list, lists = i_block * HKV + i_head, blocks * HKV
     b_mean = tl.zeros([BM], tl.float32)
     if EXACT:
         b_sum, b_mean = _visit(
-            tl.zeros([BM], tl.float32), b_mean, b_q, b_do, b_shift, p_k, p_v, p_lo, p_hi, p_first, p_row, p_bits, p_place,
-            p_places, p_child_lo, i_list, lists, o_query, m_row, o_bit, scale, queries, stride, D, BD, L, BN, True, UPCAST,
+            tl.zeros([BM], tl.float32), b_mean, b_q, b_do, b_shift, p_k, p_v, p_lo, p_hi, p_first, p_row, p_bits, p_start,
+            p_key, p_seen, i_list, lists, o_query, m_row, o_bit, scale, queries, stride, D, BD, L, BN, True, UPCAST,
         )  # fmt: skip
         b_mean = tl.div_rn(b_mean, tl.where(b_sum > 0, b_sum, 1.0))
     else:
@@ -99,8 +94,8 @@ def unfold_d_query_kernel(
         b_mean = tl.sum(b_out.to(tl.float32) * b_do.to(tl.float32), 1)
     tl.store(p_mean + o_stat, b_mean, mask=m_row)
     b_dq, _ = _visit(
-        tl.zeros([BM, BD], tl.float32), b_mean, b_q, b_do, b_shift, p_k, p_v, p_lo, p_hi, p_first, p_row, p_bits, p_place,
-        p_places, p_child_lo, i_list, lists, o_query, m_row, o_bit, scale, queries, stride, D, BD, L, BN, False, UPCAST,
+        tl.zeros([BM, BD], tl.float32), b_mean, b_q, b_do, b_shift, p_k, p_v, p_lo, p_hi, p_first, p_row, p_bits, p_start,
+        p_key, p_seen, i_list, lists, o_query, m_row, o_bit, scale, queries, stride, D, BD, L, BN, False, UPCAST,
     )  # fmt: skip
     if EXACT:  # the row's factor is common to all its keys: it comes in once, here
         b_dq *= tl.load(p_factor + o_stat, mask=m_row, other=0.0)[:, None]

@@ -5,8 +5,9 @@ one KV head; row r is query ``r // G`` of the block. The keys of a block come in
 
 - *near*: the window and the sinks that the block's queries span, seen by range;
 - *upper*: selected gists above level 0, one key each, seen by bit;
-- *chunks*: selected level-0 gists, each followed by the raw tokens behind it, laid side by side; seen by bit, but for the raw
-  tokens of a chunk that lies in a query's window: those count there (a chunk lies in a window entirely or not at all).
+- *chunks*: selected level-0 gists, each followed by the raw tokens behind it, laid side by side; seen by bit.
+  :func:`place_kernel` writes key and bits of every such place beforehand: a table that lives for one pass, so that no kernel
+  searches which chunk a place lies in, and the next keys are known while the last ones are multiplied.
 
 The lists behind the last two are kernels.select.blocks.BlockLists, loop bounds come from them and nowhere else.
 """
@@ -14,7 +15,8 @@ The lists behind the last two are kernels.select.blocks.BlockLists, loop bounds 
 import triton
 import triton.language as tl
 
-from kernels.compressed.common import in_range
+from unfold.kernels.compressed.common import in_range, kernel
+from unfold.kernels.select.kernels import any_bit, count_bits
 
 
 @triton.jit
@@ -62,36 +64,56 @@ def has_bit(b_bits, o_bit):
 
 
 @triton.jit
-def upper_tile(p_row, p_bits, i, items, o_bit, BN: tl.constexpr):
-    """Keys of the items i .. i + BN of a list of ``items``, -1 behind its end, and who sees them."""
+def listed_tile(p_key, p_bits, i, n, o_bit, BN: tl.constexpr):
+    """Keys of the entries i .. i + BN of a list of ``n``, -1 behind its end, and who sees them: bool [rows, keys]."""
     o_item = i + tl.arange(0, BN)
-    m_item = o_item < items
-    o_key = tl.load(p_row + o_item, mask=m_item, other=-1)
+    m_item = o_item < n
+    o_key = tl.load(p_key + o_item, mask=m_item, other=-1)
     return o_key, has_bit(tl.load(p_bits + o_item, mask=m_item, other=0), o_bit)
 
 
-@triton.jit
-def item_of_place(p_place, i_item, items, o_place, i_next, BN: tl.constexpr):
-    """Which item each place of a tile lies in, and which one the next tile begins in; ``i_item`` is the tile's first.
+@kernel
+def place_kernel(
+    p_first, p_start, p_row, p_bits, p_place, p_lo, p_blocks, p_child_lo, p_child_hi, p_key, p_seen, p_unfolded, queries, tokens,
+    HKV: tl.constexpr, L: tl.constexpr, SIZE: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Key and bits of every place of the chunks: p_key, p_seen [places] int32; per list how many raw tokens its queries unfold.
 
-    Every item has a place, so the BN items after the first reach over the tile's end: counting those that begin at or before a
-    place is a search without dependent loads.
+    The raw tokens of a chunk that lies in a query's window count there: they lose that query's bit (a chunk lies in a window
+    entirely or not at all). p_first [lists + 1] of level 0; p_start [lists + 1]; p_lo: [N], where the windows begin.
+    Grid: (lists,).
     """
-    o_item = i_item + 1 + tl.arange(0, BN)
-    b_start = tl.load(p_place + o_item, mask=o_item < items, other=2147483647)
-    o_of = i_item + tl.sum((b_start[None, :] <= o_place[:, None]).to(tl.int32), 1)
-    return o_of, i_item + tl.sum((b_start <= i_next).to(tl.int32), 0)
-
-
-@triton.jit
-def chunk_tile(p_row, p_bits, p_place, p_child_lo, i, i_item, items, places, b_lo, o_bit, BN: tl.constexpr):
-    """Keys of the places i .. i + BN of a list's chunks, who sees them, and the item that the next tile begins in."""
-    o_place = i + tl.arange(0, BN)
-    o_item, i_next = item_of_place(p_place, i_item, items, o_place, i + BN, BN)
-    m_place = o_place < places
-    o_gist = tl.load(p_row + o_item, mask=m_place, other=0)
-    o_within = o_place - tl.load(p_place + o_item, mask=m_place, other=0)
-    o_raw = tl.load(p_child_lo + o_gist, mask=m_place, other=0) + o_within - 1
-    o_key = tl.where(m_place, tl.where(o_within == 0, o_gist, o_raw), -1)
-    b_bits = tl.load(p_bits + o_item, mask=m_place, other=0)
-    return o_key, has_bit(b_bits, o_bit) & (o_key[None, :] < b_lo[:, None]), i_next
+    i_list = tl.program_id(0)
+    i_block = i_list // HKV
+    i_query, i_end = tl.load(p_blocks + i_block * 3), tl.load(p_blocks + i_block * 3 + 1)
+    i_sample = tl.load(p_blocks + i_block * 3 + 2).to(tl.int64)
+    p_child_lo += i_sample * tokens
+    p_child_hi += i_sample * tokens
+    p_lo += L * queries
+    o_bit = tl.arange(0, BQ)
+    b_window = tl.load(p_lo + i_query + o_bit, mask=i_query + o_bit < i_end, other=2147483647)  # [BQ]
+    i_window = tl.min(b_window, 0)
+    i_first, i_last = tl.load(p_first + i_list), tl.load(p_first + i_list + 1)
+    i_start = tl.load(p_start + i_list)
+    p_key += i_start
+    p_seen += i_start
+    unfolded = tl.zeros([BN], tl.int32)
+    for i in range(i_first, i_last, BN):
+        o_item = i + tl.arange(0, BN)
+        m_item = o_item < i_last
+        o_gist = tl.load(p_row + o_item, mask=m_item, other=0)
+        b_bits = tl.load(p_bits + o_item, mask=m_item, other=0)
+        o_place = tl.load(p_place + o_item, mask=m_item, other=0)
+        b_child = tl.load(p_child_lo + o_gist, mask=m_item, other=0)
+        b_width = tl.load(p_child_hi + o_gist, mask=m_item, other=0) - b_child
+        tl.store(p_key + o_place, o_gist, mask=m_item)
+        tl.store(p_seen + o_place, b_bits, mask=m_item)
+        if tl.max(b_child + b_width, 0) > i_window:  # few lists reach into a window
+            m_within = (b_child[:, None] >= b_window[None, :]) & (o_bit < SIZE)[None, :]  # [BN, BQ]
+            b_bits &= ~tl.reduce(m_within.to(tl.int32) << o_bit[None, :], 1, any_bit)
+        unfolded += count_bits(b_bits) * b_width
+        for j in range(0, tl.max(b_width, 0)):
+            m_child = j < b_width
+            tl.store(p_key + o_place + 1 + j, b_child + j, mask=m_child)
+            tl.store(p_seen + o_place + 1 + j, b_bits, mask=m_child)
+    tl.store(p_unfolded + i_list, tl.sum(unfolded, 0))

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kernels.select.selection import Selection
-from kernels.tree import GistTree
-from kernels.unfold.pattern import Entries, Pattern, sort_keys, unsort_keys
+from unfold.kernels.select.selection import Selection
+from unfold.kernels.tree import GistTree
+from unfold.kernels.unfold.pattern import Entries, Pattern, sort_keys, unsort_keys
 
 # Queries per local piece.
 BLOCK = 64

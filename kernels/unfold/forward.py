@@ -2,14 +2,14 @@
 
 import triton.language as tl
 
-from kernels.compressed.common import kernel, load_tile, store_tile
-from kernels.compressed.forward import softmax_step
-from kernels.unfold.common import block_rows, chunk_tile, near_spans, near_tile, upper_tile
+from unfold.kernels.compressed.common import kernel, load_tile, store_tile
+from unfold.kernels.compressed.forward import softmax_step
+from unfold.kernels.unfold.common import block_rows, listed_tile, near_spans, near_tile
 
 
 @kernel
 def unfold_kernel(
-    p_q, p_k, p_v, p_out, p_shift, p_factor, p_lo, p_hi, p_blocks, p_first, p_row, p_bits, p_place, p_places, p_child_lo,
+    p_q, p_k, p_v, p_out, p_shift, p_factor, p_lo, p_hi, p_blocks, p_first, p_row, p_bits, p_start, p_key, p_seen,
     scale, queries, keys, tokens,
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, L: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
@@ -26,7 +26,6 @@ def unfold_kernel(
     o_head = i_sample.to(tl.int64) * keys * stride + i_head * D
     p_k += o_head
     p_v += o_head
-    p_child_lo += i_sample.to(tl.int64) * tokens
     i_list = i_block * HKV + i_head
     # Finite from the start: a row that has seen nothing yet must not compute inf - inf.
     b_max = tl.full([BM], -1e30, tl.float32)
@@ -43,18 +42,14 @@ def unfold_kernel(
         i_first = tl.load(p_first + s * (blocks * HKV + 1) + i_list)
         items = (tl.load(p_first + s * (blocks * HKV + 1) + i_list + 1) - i_first).to(tl.int32)
         for i in range(0, items, BN):
-            o_key, m_seen = upper_tile(p_row + i_first, p_bits + i_first, i, items, o_bit, BN)
+            o_key, m_seen = listed_tile(p_row + i_first, p_bits + i_first, i, items, o_bit, BN)
             b_k = load_tile(p_k, o_key.to(tl.int64) * stride, o_key >= 0, D, BD)
             b_v = load_tile(p_v, o_key.to(tl.int64) * stride, o_key >= 0, D, BD)
             b_out, b_max, b_sum = softmax_step(b_out, b_max, b_sum, b_q, b_k, b_v, m_seen, scale, True, UPCAST)
-    i_first = tl.load(p_first + (L - 1) * (blocks * HKV + 1) + i_list)
-    items = (tl.load(p_first + (L - 1) * (blocks * HKV + 1) + i_list + 1) - i_first).to(tl.int32)
-    places = tl.load(p_places + i_list)
-    i_item = 0
+    i_start = tl.load(p_start + i_list)
+    places = (tl.load(p_start + i_list + 1) - i_start).to(tl.int32)
     for i in range(0, places, BN):
-        o_key, m_seen, i_item = chunk_tile(
-            p_row + i_first, p_bits + i_first, p_place + i_first, p_child_lo, i, i_item, items, places, b_lo, o_bit, BN
-        )
+        o_key, m_seen = listed_tile(p_key + i_start, p_seen + i_start, i, places, o_bit, BN)
         b_k = load_tile(p_k, o_key.to(tl.int64) * stride, o_key >= 0, D, BD)
         b_v = load_tile(p_v, o_key.to(tl.int64) * stride, o_key >= 0, D, BD)
         b_out, b_max, b_sum = softmax_step(b_out, b_max, b_sum, b_q, b_k, b_v, m_seen, scale, True, UPCAST)

@@ -8,18 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.compressed import compressed_attention
-from kernels.select import Selection, SelectRule, select_gists
-from kernels.select.blocks import BlockLists, count_bits
-from kernels.select.op import check_backend, check_queries, choice, default_backend
-from kernels.tree import GistTree
-from kernels.unfold.cpu import unfold_attention_cpu
-from kernels.unfold.reference import unfold_attention_reference
+from unfold.kernels.compressed import compressed_attention
+from unfold.kernels.select import Selection, SelectRule, select_gists
+from unfold.kernels.select.blocks import BlockLists
+from unfold.kernels.select.op import check_backend, check_queries, choice, default_backend
+from unfold.kernels.tree import GistTree
+from unfold.kernels.unfold.cpu import unfold_attention_cpu
+from unfold.kernels.unfold.reference import unfold_attention_reference
 
 
 def _unfold_triton(*arguments) -> Tensor:
     """Triton is imported only where it is used: a CPU run does not need it."""
-    from kernels.unfold.triton import unfold_attention_triton
+    from unfold.kernels.unfold.triton import unfold_attention_triton
 
     return unfold_attention_triton(*arguments)
 
@@ -90,7 +90,7 @@ def _default_backend(q: Tensor, k: Tensor, tree: GistTree) -> str:
         return "cpu"
     if tree.queries == 0:
         return "reference"
-    from kernels.unfold.triton import why_not
+    from unfold.kernels.unfold.triton import why_not
 
     return choice("unfold", "reference", why_not(q, k, tree))
 
@@ -143,10 +143,10 @@ def recall_queries(
     if backend is None and _default_backend(q, k, tree) == default_backend(q, k, tree, rule) == "triton":
         backend = "triton"
     if backend == "triton":
-        from kernels.unfold.triton import recall_queries_triton
+        from unfold.kernels.unfold.triton import recall_queries_triton
 
-        out, lists = recall_queries_triton(q, k, v, tree, rule, 1 / math.sqrt(q.shape[-1]) if scale is None else scale)
-        return out, list_stats(tree, lists)
+        found = recall_queries_triton(q, k, v, tree, rule, 1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+        return found[0], list_stats(tree, *found[1:])
     selection = select_gists(q, k, tree, rule, scale=scale, backend=backend)
     return unfold_attention(q, k, v, tree, selection, scale=scale, backend=backend), recall_stats(tree, selection)
 
@@ -166,22 +166,8 @@ def recall_stats(tree: GistTree, selection: Selection) -> RecallStats:
     return RecallStats(unfolded.float(), selected)
 
 
-def list_stats(tree: GistTree, lists: BlockLists) -> RecallStats:
-    """The same from lists of blocks, without a list per query."""
+def list_stats(tree: GistTree, lists: BlockLists, unfolded: Tensor) -> RecallStats:
+    """The same from lists of blocks, of which the kernels have counted both. unfolded: [lists] int32."""
     owners = tree.queries * lists.kv_heads
-    count = count_bits(lists.bits)
-    ends = lists.first[:, [0, -1]].tolist()
-    selected = torch.stack([count[first:last].sum() for first, last in reversed(ends)]).float() / owners
-    chunks = slice(*ends[-1])
-    about = lists.blocks.table[lists.owners()[1][chunks]].long()  # first query, last + 1, sample
-    at = about[:, 2] * tree.others.tokens + lists.row[chunks]
-    child_lo, child_hi = tree.child_lo.flatten()[at], tree.child_hi.flatten()[at]
-    window = tree.lo[tree.levels]
-    # The first query's window begins first: only what ends behind that may lie in some query's window.
-    near = (child_hi > window[about[:, 0]]).nonzero()[:, 0]
-    bit = torch.arange(lists.blocks.size, device=near.device)
-    query = torch.minimum(about[near, :1] + bit, about[near, 1:2] - 1)
-    selects = (lists.bits[chunks][near, None] >> bit) & 1
-    within = (selects * (child_hi[near, None] > window[query])).sum(1)
-    count = count[chunks].index_add(0, near, -within)
-    return RecallStats(((child_hi - child_lo) * count).sum().float() / owners, selected)
+    selected = torch.stack([lists.takers[lists.items(s)].sum() for s in reversed(range(tree.levels))])
+    return RecallStats(unfolded.sum().float() / owners, selected.float() / owners)

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.intervals import QueryBlock
-from kernels.select.selection import Selection
-from kernels.tree import GistTree
+from unfold.kernels.intervals import QueryBlock
+from unfold.kernels.select.selection import Selection
+from unfold.kernels.tree import GistTree
 
 # Rows per tile. A chunk's last tile is padded; larger tiles pad more, smaller ones read the chunk more often.
 TILE = 16

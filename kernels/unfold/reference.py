@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.select.selection import Selection
-from kernels.tree import GistTree
+from unfold.kernels.select.selection import Selection
+from unfold.kernels.tree import GistTree
 
 
 def unfold_attention_reference(q: Tensor, k: Tensor, v: Tensor, tree: GistTree, selection: Selection, scale: float) -> Tensor:

@@ -12,19 +12,27 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.compressed import backward as ranges
-from kernels.compressed.plan import key_rows
-from kernels.compressed.tiles import HEAD_DIMS, Tile
-from kernels.compressed.triton import DTYPES, INTERPRETED, LOG2_E, SUM_ROWS, architecture, launch_options, on_device
-from kernels.select import triton as selecting
-from kernels.select.blocks import BlockLists, block_lists
-from kernels.select.selection import Selection, SelectRule
-from kernels.tree import GistTree
-from kernels.unfold import backward, forward
-from kernels.unfold.plan import Parts, chunk_items, group_visits, longest_chunk, near_items
-from kernels.unfold.tiles import LARGEST_TILE, LONGEST_CHUNK, UnfoldTiles, choose_unfold_tiles
-
-ITEMS = 256  # of one program that lists the queries of items
+from unfold.kernels.compressed import backward as ranges
+from unfold.kernels.compressed.plan import key_rows
+from unfold.kernels.compressed.tiles import HEAD_DIMS, Tile
+from unfold.kernels.compressed.triton import (
+    DTYPES,
+    INTERPRETED,
+    LOG2_E,
+    SUM_ROWS,
+    architecture,
+    check_flat,
+    launch_options,
+    on_device,
+)
+from unfold.kernels.select import triton as selecting
+from unfold.kernels.select.blocks import BlockLists, block_lists
+from unfold.kernels.select.selection import Selection, SelectRule
+from unfold.kernels.tree import GistTree
+from unfold.kernels.unfold import backward, common, forward
+from unfold.kernels.unfold.plan import longest_chunk, near_items
+from unfold.kernels.unfold.tiles import LARGEST_TILE, LONGEST_CHUNK, UnfoldTiles, choose_unfold_tiles
+from unfold.kernels.unfold.turn import ITEMS, ChunkItems, Parts, Visits, turned_lists
 
 
 def unfold_attention_triton(
@@ -39,21 +47,26 @@ def unfold_attention_triton(
     if reason:
         raise ValueError(reason)
     tiles = tiles or tiles_for(q)
-    return unfold_lists(q, k, v, tree, block_lists(tree, selection, tiles.block(q.shape[1] // k.shape[2])), scale, tiles)
+    return unfold_lists(q, k, v, tree, block_lists(tree, selection, tiles.block(q.shape[1] // k.shape[2])), scale, tiles)[0]
 
 
 def unfold_lists(
     q: Tensor, k: Tensor, v: Tensor, tree: GistTree, lists: BlockLists, scale: float, tiles: UnfoldTiles | None = None
-) -> Tensor:
-    """The same from the lists that selection on a GPU makes, of blocks as ``tiles`` has them."""
+) -> tuple[Tensor, Tensor]:
+    """The same from the lists that selection on a GPU makes, of blocks as ``tiles`` has them.
+
+    Returns:
+        [N, H, D], and [lists] int32: the raw tokens that the queries of each list unfold.
+    """
     tiles = (tiles or tiles_for(q)).fit(q.shape[1] // k.shape[2], longest_chunk(tree))
-    return _UnfoldAttention.apply(q, k, v, tree, lists, scale, tiles)
+    unfolded = lists.row.new_empty(lists.first.shape[1] - 1)
+    return _UnfoldAttention.apply(q, k, v, tree, lists, scale, tiles, unfolded), unfolded
 
 
 def recall_queries_triton(
     q: Tensor, k: Tensor, v: Tensor, tree: GistTree, rule: SelectRule, scale: float
-) -> tuple[Tensor, BlockLists]:
-    """Select, then unfold: [N, H, D], and what was selected.
+) -> tuple[Tensor, BlockLists, Tensor]:
+    """Select, then unfold: [N, H, D], what was selected, and the raw tokens that each list unfolds.
 
     Raises:
         ValueError: what :func:`why_not` says, here or for selection.
@@ -64,7 +77,8 @@ def recall_queries_triton(
     tiles = tiles_for(q)
     with torch.no_grad():
         lists = selecting.select_lists(q, k, tree, rule, tiles.block(q.shape[1] // k.shape[2]))
-    return unfold_lists(q, k, v, tree, lists, scale, tiles), lists
+    out, unfolded = unfold_lists(q, k, v, tree, lists, scale, tiles)
+    return out, lists, unfolded
 
 
 def why_not(q: Tensor, k: Tensor, tree: GistTree) -> str | None:
@@ -89,9 +103,11 @@ def tiles_for(q: Tensor) -> UnfoldTiles:
 class _UnfoldAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, q: Tensor, k: Tensor, v: Tensor, tree: GistTree, lists: BlockLists, scale: float, tiles: UnfoldTiles
-    ) -> Tensor:
+        ctx, q: Tensor, k: Tensor, v: Tensor, tree: GistTree, lists: BlockLists, scale: float, tiles: UnfoldTiles,
+        unfolded: Tensor,
+    ) -> Tensor:  # fmt: skip
         q, shape = q.contiguous(), k.shape
+        check_flat(lo=tree.lo, hi=tree.hi, child_lo=tree.child_lo, child_hi=tree.child_hi, first=lists.first, start=lists.start)
         rows = key_rows(tree.others)
         k, v = (x.reshape(-1, *x.shape[2:]).index_select(0, rows) for x in (k, v))  # [B * R, Hkv, D]
         out = torch.empty_like(q)
@@ -100,11 +116,11 @@ class _UnfoldAttention(torch.autograd.Function):
         with on_device(q):
             forward.unfold_kernel[len(lists.blocks.table), k.shape[1]](
                 q, k, v, out, shift, factor, tree.lo, tree.hi, lists.blocks.table, lists.first, lists.row, lists.bits,
-                lists.place, lists.places, tree.child_lo, scale * LOG2_E, *_lengths(tree),
+                lists.start, *_places(tree, lists, unfolded), scale * LOG2_E, *_lengths(tree),
                 **_sizes(q, k, tree), **launch_options(tiles.forward),
             )  # fmt: skip
         ctx.save_for_backward(q, k, v, out, shift, factor)
-        ctx.tree, ctx.lists, ctx.scale, ctx.tiles, ctx.shape = tree, lists, scale, tiles, shape
+        ctx.tree, ctx.lists, ctx.scale, ctx.tiles, ctx.shape, ctx.unfolded = tree, lists, scale, tiles, shape, unfolded
         return out
 
     @staticmethod
@@ -117,14 +133,31 @@ class _UnfoldAttention(torch.autograd.Function):
         with on_device(q):
             backward.unfold_d_query_kernel[len(lists.blocks.table), k.shape[1]](
                 q, k, v, out, d_out, shift, factor, mean, d_q, tree.lo, tree.hi, lists.blocks.table, lists.first, lists.row,
-                lists.bits, lists.place, lists.places, tree.child_lo, scale * LOG2_E, scale, *_lengths(tree),
+                lists.bits, lists.start, *_places(tree, lists, torch.empty_like(ctx.unfolded)), scale * LOG2_E, scale,
+                *_lengths(tree),
                 **_sizes(q, k, tree), **launch_options(tiles.d_query),
             )  # fmt: skip
             rows = _d_near(q, k, v, d_out, shift, factor, mean, tree, scale, tiles.near)
-            _d_chunks(q, k, v, d_out, shift, factor, mean, rows, tree, lists, scale, tiles.chunks)
-            _d_upper(q, k, v, d_out, shift, factor, mean, rows, tree, lists, scale, tiles.upper)
+            items, visits = turned_lists(tree, lists, tiles.chunks.keys, tiles.upper.keys)
+            _d_chunks(q, k, v, d_out, shift, factor, mean, rows, tree, lists, items, scale, tiles.chunks)
+            _d_upper(q, k, v, d_out, shift, factor, mean, rows, tree, lists, visits, scale, tiles.upper)
         d_k, d_v = (_by_token(x, tree, ctx.shape).to(k.dtype) for x in rows)
-        return d_q, d_k, d_v, None, None, None, None
+        return d_q, d_k, d_v, None, None, None, None, None
+
+
+def _places(tree: GistTree, lists: BlockLists, unfolded: Tensor) -> Tensor:
+    """Key and bits of every place of the chunks, [2, places] int32. Made anew by each pass: kept, it would outweigh the layer.
+
+    ``unfolded`` [lists] int32 gets the raw tokens that the queries of each list unfold.
+    """
+    places = lists.row.new_empty(2, lists.places)
+    owners, size = len(unfolded), lists.blocks.size
+    common.place_kernel[(owners,)](
+        lists.first[-1], lists.start, lists.row, lists.bits, lists.place, tree.lo, lists.blocks.table, tree.child_lo,
+        tree.child_hi, *places, unfolded, tree.queries, tree.others.tokens, HKV=lists.kv_heads, L=tree.levels, SIZE=size,
+        BQ=triton.next_power_of_2(size), BN=ITEMS,
+    )  # fmt: skip
+    return places
 
 
 def _d_near(q, k, v, d_out, shift, factor, mean, tree: GistTree, scale: float, tile: Tile) -> Tensor:
@@ -149,9 +182,10 @@ def _d_near(q, k, v, d_out, shift, factor, mean, tree: GistTree, scale: float, t
     return d_rows
 
 
-def _d_chunks(q, k, v, d_out, shift, factor, mean, d_rows, tree: GistTree, lists: BlockLists, scale, tile: Tile) -> None:
+def _d_chunks(
+    q, k, v, d_out, shift, factor, mean, d_rows, tree: GistTree, lists: BlockLists, items: ChunkItems, scale, tile: Tile
+) -> None:
     """Add what chunks get from the queries that selected them to d_rows [2, B * R, Hkv, D]."""
-    items = chunk_items(tree, lists, tile.keys)
     if not items.queries:
         return
     query = torch.empty(items.queries, dtype=torch.int32, device=q.device)
@@ -167,9 +201,10 @@ def _d_chunks(q, k, v, d_out, shift, factor, mean, d_rows, tree: GistTree, lists
     _add_parts(q, k, d_rows, parts, items.parts, tree, tile, True)
 
 
-def _d_upper(q, k, v, d_out, shift, factor, mean, d_rows, tree: GistTree, lists: BlockLists, scale, tile: Tile) -> None:
+def _d_upper(
+    q, k, v, d_out, shift, factor, mean, d_rows, tree: GistTree, lists: BlockLists, visits: Visits, scale, tile: Tile
+) -> None:
     """Add what gists above level 0 get from the blocks that visit them."""
-    visits = group_visits(tree, lists, tile.keys)
     if not len(visits.visits):
         return
     parts = _new_parts(q, visits.parts, tile)

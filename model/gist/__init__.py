@@ -1,9 +1,9 @@
 """Where gists go in a sequence, and what follows from it: levels, positions, visible sets (METHOD.md, sections 1-4)."""
 
-from model.config import GistConfig
-from model.gist.insertion import Interleaved, interleave, max_interleaved_length
-from model.gist.layout import Layout, build_layout
-from model.gist.recall import Recall, build_recall, recalling_tokens, select_rule
+from unfold.model.config import GistConfig
+from unfold.model.gist.insertion import Interleaved, interleave, max_interleaved_length
+from unfold.model.gist.layout import Layout, build_layout
+from unfold.model.gist.recall import Recall, build_recall, recalling_tokens, select_rule
 
 __all__ = [
     "GistConfig",

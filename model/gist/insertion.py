@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numba
 import numpy as np
 
-from model.config import GistConfig
+from unfold.model.config import GistConfig
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from kernels.intervals import Intervals
-from model.config import GistConfig
+from unfold.kernels.intervals import Intervals
+from unfold.model.config import GistConfig
 
 
 @dataclass(frozen=True)

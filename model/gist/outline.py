@@ -1,4 +1,4 @@
-"""A document that grows: what :mod:`model.gist.layout` derives for whole samples, kept up token by token.
+"""A document that grows: what :mod:`unfold.model.gist.layout` derives for whole samples, kept up token by token.
 
 Items of each segment (0 is the top gist level, L - 1 level 0, L raw tokens) are numbered from 0 in the document's order: the
 places of their keys in a cache. What a token sees in a segment is one range of these numbers, here as there.
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.intervals import Intervals
-from kernels.tree import GistTree
-from model.buffers import Growable
-from model.config import GistConfig
+from unfold.kernels.intervals import Intervals
+from unfold.kernels.tree import GistTree
+from unfold.model.config import GistConfig
+from unfold.model.gist.buffers import Growable
 
 
 @dataclass(frozen=True)

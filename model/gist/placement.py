@@ -1,4 +1,4 @@
-"""Where gists go in a sequence that still grows: the rule of :mod:`model.gist.insertion`, one token at a time."""
+"""Where gists go in a sequence that still grows: the rule of :mod:`unfold.model.gist.insertion`, one token at a time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from model.config import GistConfig
+from unfold.model.config import GistConfig
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kernels.select import SelectRule
-from kernels.tree import GistTree
-from kernels.unfold import RecallStats
-from model.config import GistConfig
-from model.gist.layout import Layout
+from unfold.kernels.select import SelectRule
+from unfold.kernels.tree import GistTree
+from unfold.kernels.unfold import RecallStats
+from unfold.model.config import GistConfig
+from unfold.model.gist.layout import Layout
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .gist_kernels import Sample
 from .gist_sequence import GistSequence, GistSettings, Rows, Sight
+from .own_kernels import Sample
 
 BLOCK = 64  # queries at a time
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from model.config import ModelConfig, RopeScaling, raise_together
-from model.families import FAMILIES, Family, find_family
+from unfold.model.config import ModelConfig, RopeScaling, raise_together
+from unfold.model.families import FAMILIES, Family, find_family
 
 # Parameters of a rotary type: their key -> ours. What is not in here is refused on import unless it says nothing.
 ROPE_KEYS = {

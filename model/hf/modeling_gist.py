@@ -18,8 +18,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import AttentionInterface
 
 from .gist_attention import GistPass
-from .gist_kernels import find_kernels
 from .gist_sequence import GistSequence, GistSettings
+from .own_kernels import find_kernels
 
 GIST = "gist"
 IGNORED = -100

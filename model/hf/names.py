@@ -1,6 +1,6 @@
 """The name map between our parameters and those of Hugging Face's Llama-shaped models, used in both directions.
 
-One table serves all families of :mod:`model.families`: they share names, and each entry says which models have it. It also
+One table serves all families of :mod:`unfold.model.families`: they share names, and each entry says which models have it. It also
 says how tensor parallelism splits a parameter and in which pieces a checkpoint holds it, so importing, exporting, checking
 shapes and counting parameters follow from the same lines.
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from model.config import ModelConfig
+from unfold.model.config import ModelConfig
 
 Split = Callable[[Tensor, ModelConfig], list[Tensor]]
 Join = Callable[[Sequence[Tensor], ModelConfig], Tensor]

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model.config import GistConfig
-from model.hf.gist_sequence import GistSettings, pack_word_starts
+from unfold.model.config import GistConfig
+from unfold.model.hf.gist_sequence import GistSettings, pack_word_starts
 
-FILES = ("modeling_gist.py", "gist_attention.py", "gist_kernels.py", "gist_sequence.py")
+FILES = ("modeling_gist.py", "gist_attention.py", "own_kernels.py", "gist_sequence.py")
 
 
 def remote_code_files() -> dict[str, str]:

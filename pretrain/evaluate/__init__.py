@@ -1,1 +1,1 @@
-"""``python -m pretrain evaluate``: what a model, or the method itself, is good for."""
+"""``python -m pretrain evaluate``: what a model is good for."""

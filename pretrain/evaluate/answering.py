@@ -6,10 +6,10 @@ import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from pretrain.evaluate.subject import Subject, Variant
+from unfold.pretrain.evaluate.subject import Subject, Variant
 
 if TYPE_CHECKING:
-    from model.generation import Decoder, LiveSequence
+    from unfold.model.decode.generation import Decoder, LiveSequence
 
 
 class Reader:
@@ -32,7 +32,7 @@ class Reader:
 
     def write(self, sequence: LiveSequence, max_new_tokens: int) -> str:
         """The likeliest continuation, until the end of text; the sequence is left as it was."""
-        from model.generation import Sampling
+        from unfold.model.decode.generation import Sampling
 
         end = self._subject.tokenizer.eos_id
         stops = [] if end is None else [end]

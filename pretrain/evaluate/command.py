@@ -5,8 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 
-from pretrain.evaluate import passkey, perplexity, tasks
-from pretrain.evaluate.claim.flags import add_arguments as add_claim_arguments
+from unfold.pretrain.evaluate import passkey, perplexity, tasks
 
 MODEL_COMMANDS = {"perplexity": perplexity.perplexity, "passkey": passkey.passkey, "tasks": tasks.tasks}
 
@@ -14,10 +13,6 @@ MODEL_COMMANDS = {"perplexity": perplexity.perplexity, "passkey": passkey.passke
 def add_arguments(parser: ArgumentParser) -> None:
     """Sub-commands and their flags."""
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="WHAT")
-    claim = kinds.add_parser(
-        "recall-claim", help="experiment: small models, with and without recall, on look-ups in a long context"
-    )
-    add_claim_arguments(claim)
     text = kinds.add_parser("perplexity", help="loss per raw token, by its place in the sequence")
     perplexity.add_arguments(text)
     keys = kinds.add_parser("passkey", help="a key hidden in a long text: found, by length and depth")
@@ -28,9 +23,4 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def evaluate(args: Namespace) -> Iterator[str]:
     """Run the sub-command; yields lines to print."""
-    if args.kind == "recall-claim":
-        from pretrain.evaluate.claim.command import recall_claim
-
-        yield from recall_claim(args)
-    else:
-        yield from MODEL_COMMANDS[args.kind](args)
+    yield from MODEL_COMMANDS[args.kind](args)

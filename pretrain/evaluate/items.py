@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pretrain.errors import UserError
-from pretrain.evaluate.metrics import FIRST_LINE, METRICS, Metric, StringMatch
-from pretrain.evaluate.texts import read_rows
+from unfold.pretrain.errors import UserError
+from unfold.pretrain.evaluate.metrics import FIRST_LINE, METRICS, Metric, StringMatch
+from unfold.pretrain.evaluate.texts import read_rows
 
 QUESTION_ANSWERING = "{context}\n\nAnswer the question on the text above in a few words.\nQuestion: {input}\nAnswer:"
 SUMMARY = "{context}\n\nSummarize the text above. {input}\nSummary:"

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pretrain.errors import UserError
+from unfold.pretrain.errors import UserError
 
 # Colours that the colour-blind tell apart, as in the report of a run; modes of one ratio differ by line style.
 COLOURS = ("#0072b2", "#d55e00", "#00855f", "#a3478f", "#8a6a00", "#3a78d8")

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from pretrain.errors import UserError
-from pretrain.evaluate.answering import Reader
-from pretrain.evaluate.output import heat_maps, make_output, table, write_json
-from pretrain.evaluate.subject import Subject, Variant, add_subject_arguments, load_subject
+from unfold.pretrain.errors import UserError
+from unfold.pretrain.evaluate.answering import Reader
+from unfold.pretrain.evaluate.output import heat_maps, make_output, table, write_json
+from unfold.pretrain.evaluate.subject import Subject, Variant, add_subject_arguments, load_subject
 
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 INTRODUCTION = "There is a pass key hidden in the text below. Find it and remember it.\n"
@@ -111,7 +111,7 @@ def _check(args: Namespace) -> None:
 
 def _haystack(subject: Subject, files: list[Path] | None) -> list[int]:
     """Raw tokens that repeat without end."""
-    from pretrain.evaluate.texts import read_text
+    from unfold.pretrain.evaluate.texts import read_text
 
     text = "\n\n".join(read_text(path, "--haystack") for path in files) if files else FILLER
     ids = subject.encode(text)

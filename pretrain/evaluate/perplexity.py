@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pretrain.errors import UserError
-from pretrain.evaluate.output import line_chart, make_output, table, write_json
-from pretrain.evaluate.subject import Subject, Variant, add_subject_arguments, load_subject
+from unfold.pretrain.errors import UserError
+from unfold.pretrain.evaluate.output import line_chart, make_output, table, write_json
+from unfold.pretrain.evaluate.subject import Subject, Variant, add_subject_arguments, load_subject
 
 PACKED = 8192  # raw tokens that the model reads at a time, or one window where that is longer
 HEAD_ROWS = 512  # positions whose logits are in memory at a time
@@ -65,7 +65,7 @@ def perplexity(args: Namespace) -> Iterator[str]:
     subject = load_subject(args)
     length = args.length or min(subject.raw_tokens, subject.max_position)
     subject.check_length(length, f"--length {length}")
-    from pretrain.evaluate.texts import documents
+    from unfold.pretrain.evaluate.texts import documents
 
     windows = list(take_windows(documents(args.data, args.text_field, subject), length, args.max_tokens))
     if not windows:
@@ -147,9 +147,9 @@ def pack_losses(subject: Subject, variant: Variant, group: list[np.ndarray]) -> 
     import torch
     import torch.nn.functional as F
 
-    from model.attention import MicroBatchAttention
-    from model.config import GistConfig
-    from model.gist import Recall, build_layout, interleave
+    from unfold.model.attention import MicroBatchAttention
+    from unfold.model.config import GistConfig
+    from unfold.model.gist import Recall, build_layout, interleave
 
     raw, lengths = np.concatenate(group), [len(window) for window in group]
     gist, tokenizer, device = variant.recalling("all"), subject.tokenizer, subject.model.head_weight.device

@@ -13,13 +13,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from model.config import GistConfig
-from pretrain.errors import UserError
+from unfold.model.config import GistConfig
+from unfold.pretrain.errors import UserError
 
 if TYPE_CHECKING:
-    from model.generation import Decoder
-    from model.transformer import Transformer
-    from pretrain.tokenizer import TokenizerInfo
+    from unfold.model.decode.generation import Decoder
+    from unfold.model.transformer import Transformer
+    from unfold.pretrain.data.tokenizer import TokenizerInfo
 
 MODES = ("dense", "forget", "recall")
 DTYPES = ("fp32", "bf16")
@@ -99,7 +99,7 @@ class Subject:
 
     def decoder(self, variant: Variant) -> Decoder:
         """Reads contexts, which are folded, and suffixes, which recall if the variant does."""
-        from model.generation import Decoder
+        from unfold.model.decode.generation import Decoder
 
         return Decoder(self.model, variant.recalling("suffix"), self.tokenizer.gist_ids, self.tokenizer.word_starts)
 
@@ -156,7 +156,7 @@ def load_subject(args: Namespace) -> Subject:
         raise UserError("--step: needs --run-dir; a Hugging Face directory has one state")
     if args.run_dir and args.tokenizer:
         raise UserError("--tokenizer: needs --model; a run has its own")
-    from pretrain.load import find_run
+    from unfold.pretrain.checkpoint.load import find_run
 
     if args.run_dir:
         found = find_run(args.run_dir, args.step)
@@ -223,7 +223,7 @@ def _sizes(text: str) -> tuple[int, ...]:
 
 def _gists_of(directory: Path) -> GistConfig | None:
     """What an export says of its gists; None where it says nothing."""
-    from pretrain.hf_directory import read_keys
+    from unfold.pretrain.hf.directory import read_keys
 
     entry = read_keys(directory).get("gist")
     if entry is None:
@@ -236,7 +236,7 @@ def _gists_of(directory: Path) -> GistConfig | None:
 
 
 def _import(args: Namespace, output: Path, levels: int) -> Path:
-    from pretrain.import_model import import_model
+    from unfold.pretrain.hf.import_model import import_model
 
     levels = levels if args.tokenizer else max(4, levels)  # of one that is made now, as many as import makes
     others = {"tokenizer": args.tokenizer, "gist_rows": None, "dtype": None}
@@ -246,7 +246,7 @@ def _import(args: Namespace, output: Path, levels: int) -> Path:
 def _loaded(name: str, found, variants: tuple[Variant, ...], dtype: str) -> Subject:
     import torch
 
-    from pretrain.load import load_model
+    from unfold.pretrain.checkpoint.load import load_model
 
     model = load_model(found)
     if dtype == "bf16":

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pretrain.errors import UserError
-from pretrain.evaluate.answering import Reader
-from pretrain.evaluate.metrics import METRICS
-from pretrain.evaluate.output import bar_chart, make_output, table, write_json
-from pretrain.evaluate.subject import Subject, add_subject_arguments, load_subject
+from unfold.pretrain.errors import UserError
+from unfold.pretrain.evaluate.answering import Reader
+from unfold.pretrain.evaluate.metrics import METRICS
+from unfold.pretrain.evaluate.output import bar_chart, make_output, table, write_json
+from unfold.pretrain.evaluate.subject import Subject, add_subject_arguments, load_subject
 
 if TYPE_CHECKING:
-    from pretrain.evaluate.items import Item
+    from unfold.pretrain.evaluate.items import Item
 
 TOTAL = "mean of data sets"
 
@@ -85,7 +85,7 @@ def tasks(args: Namespace) -> Iterator[str]:
 
 
 def _read(args: Namespace) -> list[Item]:
-    from pretrain.evaluate.items import read_items
+    from unfold.pretrain.evaluate.items import read_items
 
     prompts = _map(args.prompts, "--prompts", str)
     lengths = _map(args.answer_lengths, "--answer-lengths", int)
@@ -100,7 +100,7 @@ def _map(path: Path | None, flag: str, kind: type) -> dict:
     """A JSON object whose values are of one kind; empty when there is no file."""
     if path is None:
         return {}
-    from pretrain.evaluate.texts import read_text
+    from unfold.pretrain.evaluate.texts import read_text
 
     try:
         content = json.loads(read_text(path, flag))

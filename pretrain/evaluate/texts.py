@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pretrain.errors import UserError
-from pretrain.evaluate.subject import Subject
+from unfold.pretrain.errors import UserError
+from unfold.pretrain.evaluate.subject import Subject
 
 
 def read_text(path: Path, flag: str) -> str:
@@ -64,7 +64,7 @@ def documents(entries: list[str], field: str, subject: Subject) -> Iterator[np.n
 
 
 def _shard_documents(entry: str, subject: Subject) -> Iterator[np.ndarray]:
-    from pretrain.shards import open_shards
+    from unfold.pretrain.data.shards import open_shards
 
     for shard in open_shards([entry], subject.tokenizer, "--data"):
         for document, length in enumerate(shard.lengths.tolist()):

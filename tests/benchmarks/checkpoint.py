@@ -14,8 +14,8 @@ from pathlib import Path
 
 import yaml
 
-from pretrain.monitor import read_metrics
 from tests.conftest import module
+from unfold.pretrain.monitor.metrics import read_metrics
 
 
 def main() -> None:

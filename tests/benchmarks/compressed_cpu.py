@@ -19,8 +19,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from kernels.compressed import compressed_attention
-from model.gist import GistConfig, build_layout, interleave
+from unfold.kernels.compressed import compressed_attention
+from unfold.model.gist import GistConfig, build_layout, interleave
 
 HEADS, DIM = 8, 64
 

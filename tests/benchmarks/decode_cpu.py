@@ -17,12 +17,12 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from model.config import GistConfig, ModelConfig
-from model.generation import Decoder, LiveSequence
-from model.gist.placement import Feed
-from model.layers import BuildContext
-from model.step_attention import NewTokens, StepAttention
-from model.transformer import Transformer
+from unfold.model.config import GistConfig, ModelConfig
+from unfold.model.decode.generation import Decoder, LiveSequence
+from unfold.model.decode.step import NewTokens, StepAttention
+from unfold.model.gist.placement import Feed
+from unfold.model.layers import BuildContext
+from unfold.model.transformer import Transformer
 
 WORDS = 500  # ids from here on are gists
 SIZES = (8, 8, 8, 8)

@@ -80,9 +80,9 @@ def harness(model: Path, site: Path, output: Path, mode: str) -> list[list[float
 
 def ours(model: Path) -> list[list[float]]:
     """The same from our own dense reader of the export."""
-    from pretrain.__main__ import build_parser
-    from pretrain.evaluate.answering import Reader
-    from pretrain.evaluate.subject import load_subject
+    from unfold.pretrain.command import build_parser
+    from unfold.pretrain.evaluate.answering import Reader
+    from unfold.pretrain.evaluate.subject import load_subject
 
     line = ["evaluate", "perplexity", "--model", str(model), "--mode", "dense", "--data", "none", "--output", "none"]
     subject = load_subject(build_parser().parse_args(line))

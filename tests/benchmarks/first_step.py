@@ -10,9 +10,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from pretrain.monitor import read_metrics
 from tests.conftest import ROOT
 from tests.launch.cluster import Cluster, why_not
+from unfold.pretrain.monitor.metrics import read_metrics
 
 
 def measure(cluster: Cluster, run_dir: Path) -> None:

@@ -19,16 +19,16 @@ from pathlib import Path
 
 import torch
 
-from model.config import ModelConfig
-from model.hf.keys import hf_config
-from model.hf.names import entries
-from pretrain.tensor_files import Chunk, write_tensor_file
+from unfold.model.config import ModelConfig
+from unfold.model.hf.keys import hf_config
+from unfold.model.hf.names import entries
+from unfold.pretrain.checkpoint.tensors import Chunk, write_tensor_file
 
 READ = """
 import json, sys, time
 from pathlib import Path
-from model.hf.keys import model_config
-from pretrain.import_weights import NewRows, WeightFiles, write_checkpoint_weights
+from unfold.model.hf.keys import model_config
+from unfold.pretrain.hf.import_weights import NewRows, WeightFiles, write_checkpoint_weights
 source = Path(sys.argv[1])
 config = model_config(json.loads((source / "config.json").read_text()))
 began = time.monotonic()
@@ -40,8 +40,8 @@ print(time.monotonic() - began)
 WRITE = """
 import sys, time, torch
 from pathlib import Path
-from pretrain.export_weights import write_weights
-from pretrain.load import find_run
+from unfold.pretrain.hf.export_weights import write_weights
+from unfold.pretrain.checkpoint.load import find_run
 run = find_run(Path(sys.argv[1]), None)
 began = time.monotonic()
 write_weights(run.directory, run.config.model, torch.bfloat16, Path(sys.argv[2]), "2GB")

@@ -10,8 +10,8 @@ import argparse
 import numpy as np
 import torch
 
-from model.gist import GistConfig, build_layout, interleave
 from tests.benchmarks.compressed_cpu import median_seconds
+from unfold.model.gist import GistConfig, build_layout, interleave
 
 
 def main() -> None:

@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from model.gist import GistConfig
-from pretrain.data import BatchBuilder, TokenSource
-from pretrain.tokenizer import TokenizerInfo
+from unfold.model.gist import GistConfig
+from unfold.pretrain.data.samples import BatchBuilder, TokenSource
+from unfold.pretrain.data.tokenizer import TokenizerInfo
 
 VOCAB, DOCUMENTS = 32_000, 20_000
 

@@ -20,10 +20,10 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from data_prep.shards import ShardWriter
-from data_prep.spans import Spans
-from data_prep.tokenizer import load_tokenizer
-from pretrain.monitor import read_metrics
+from unfold.data_prep.format.shards import ShardWriter
+from unfold.data_prep.format.spans import Spans
+from unfold.data_prep.tokenization.load import load_tokenizer
+from unfold.pretrain.monitor.metrics import read_metrics
 
 DOCUMENTS = 64
 SAMPLES_PER_STEP = 2

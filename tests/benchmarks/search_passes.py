@@ -21,16 +21,16 @@ os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are made
 import numpy as np
 import torch
 
-from kernels.bench_recall import PlainRows, _uniform_step, rule_for
-from kernels.compressed.tiles import Tile
-from kernels.decode import decode_attention
-from kernels.decode import kernels as decoding
-from kernels.decode import triton as decode_backend
-from kernels.select import kernels as selecting
-from kernels.select import triton as select_backend
-from kernels.select.selection import SelectRule
-from kernels.testing import uniform_tree
-from kernels.tree import GistTree
+from unfold.kernels.bench_recall import PlainRows, _uniform_step, rule_for
+from unfold.kernels.compressed.tiles import Tile
+from unfold.kernels.decode import decode_attention
+from unfold.kernels.decode import kernels as decoding
+from unfold.kernels.decode import triton as decode_backend
+from unfold.kernels.select import kernels as selecting
+from unfold.kernels.select import triton as select_backend
+from unfold.kernels.select.selection import SelectRule
+from unfold.kernels.testing import uniform_tree
+from unfold.kernels.tree import GistTree
 
 CHUNKS = (8, 4)
 HEADS, KV_HEADS, DIM = 4, 1, 64
@@ -127,9 +127,9 @@ def random_case(raw: int, blocks: int) -> tuple[torch.Tensor, torch.Tensor, Gist
 
 def model_cases(run_dir: Path, text: Path, raw: int, blocks: int):
     """Queries and keys of the first KV head of every recalling layer of a trained model on the text's first tokens."""
-    from model.attention import MicroBatchAttention
-    from model.gist import build_layout, build_recall, interleave, select_rule
-    from pretrain.load import load_run
+    from unfold.model.attention import MicroBatchAttention
+    from unfold.model.gist import build_layout, build_recall, interleave, select_rule
+    from unfold.pretrain.checkpoint.load import load_run
 
     run = load_run(run_dir, None)
     info, gist, kept = run.tokenizer, run.config.gist, []

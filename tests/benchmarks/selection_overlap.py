@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 
-from kernels.select import select_gists
-from kernels.select.blocks import block_lists, count_bits
-from model.attention import MicroBatchAttention
-from model.gist import build_layout, build_recall, interleave, select_rule
-from pretrain.load import load_run
+from unfold.kernels.select import select_gists
+from unfold.kernels.select.blocks import block_lists, count_bits
+from unfold.model.attention import MicroBatchAttention
+from unfold.model.gist import build_layout, build_recall, interleave, select_rule
+from unfold.pretrain.checkpoint.load import load_run
 
 
 class Record:

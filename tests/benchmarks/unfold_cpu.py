@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 
-from kernels.compressed import compressed_attention
-from kernels.select import select_gists
-from kernels.unfold import recall_attention, unfold_attention
-from model.gist import GistConfig, build_recall, select_rule
 from tests.benchmarks.compressed_cpu import make, resident_mb
+from unfold.kernels.compressed import compressed_attention
+from unfold.kernels.select import select_gists
+from unfold.kernels.unfold import recall_attention, unfold_attention
+from unfold.model.gist import GistConfig, build_recall, select_rule
 
 CONFIG = GistConfig((8, 4))
 RECALLS = {

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from data_prep.__main__ import main
-from data_prep.sources import find_sources
-from data_prep.tokenizer import load_tokenizer
-from data_prep.train import train_tokenizer
+from unfold.data_prep.command import main
+from unfold.data_prep.corpus.sources import find_sources
+from unfold.data_prep.tokenization.load import load_tokenizer
+from unfold.data_prep.tokenization.train import train_tokenizer
 
 EOT = "<|endoftext|>"
 

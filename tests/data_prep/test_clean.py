@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from data_prep import clean
-from data_prep.clean import mask_pii, quality_problem
-from data_prep.shards import write_shard
 from tests.data_prep.texts import write_jsonl
+from unfold.data_prep.corpus import clean
+from unfold.data_prep.corpus.clean import mask_pii, quality_problem
+from unfold.data_prep.format.shards import write_shard
 
 BASE = " ".join(f"the word{i} of chapter {i % 7} and" for i in range(200))
 PROSE = "It is the duty of the Congress to consider, with care, the state of the Union and of its people.\n"

@@ -5,10 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from data_prep import encode, fast
-from data_prep.errors import DataError
-from data_prep.fast import FastTokenizer
 from tests.data_prep.texts import TEXTS, contents, fuzz, write_jsonl
+from unfold.data_prep import encode
+from unfold.data_prep.errors import DataError
+from unfold.data_prep.tokenization import fast
+from unfold.data_prep.tokenization.fast import FastTokenizer
 
 
 @pytest.fixture

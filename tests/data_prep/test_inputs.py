@@ -10,14 +10,14 @@ import pyarrow.csv
 import pyarrow.parquet
 import pytest
 
-from data_prep import columnar
-from data_prep.conditions import parse_condition
-from data_prep.errors import DataError
-from data_prep.items import Position
-from data_prep.readers import read_documents, read_items
-from data_prep.shards import open_shard
-from data_prep.sources import find_sources, split_sources
 from tests.data_prep.texts import write_jsonl
+from unfold.data_prep.corpus import columnar
+from unfold.data_prep.corpus.conditions import parse_condition
+from unfold.data_prep.corpus.items import Position
+from unfold.data_prep.corpus.readers import read_documents, read_items
+from unfold.data_prep.corpus.sources import find_sources, split_sources
+from unfold.data_prep.errors import DataError
+from unfold.data_prep.format.shards import open_shard
 
 ROWS = ["plain", "tab\tand\nnewline \U0001f600", "a,b \"quoted\"", "\u2028 is no line end", " ", "x" * 700] * 50
 

@@ -6,10 +6,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data_prep import readers
-from data_prep.errors import DataError
-from data_prep.readers import read_documents
-from data_prep.sources import find_sources
+from unfold.data_prep.corpus import readers
+from unfold.data_prep.corpus.readers import read_documents
+from unfold.data_prep.corpus.sources import find_sources
+from unfold.data_prep.errors import DataError
 
 
 def texts(*inputs, **options) -> list[str]:

@@ -11,9 +11,9 @@ import time
 import numpy as np
 import pytest
 
-from data_prep import batches, encode
-from data_prep.files import Appended
 from tests.data_prep.texts import contents, write_jsonl
+from unfold.data_prep import batches, encode
+from unfold.data_prep.format.files import Appended
 
 TEXTS = [f"document {i} " + "of the people " * (i % 40) for i in range(300)]
 
@@ -146,7 +146,7 @@ def test_lines_in_parts_are_counted_from_the_file(bpe, tmp_path, fails):
 
 def test_a_full_disk_keeps_what_is_finished(bpe, tmp_path, run, whole):
     code = (
-        "import resource, sys; from data_prep import batches, encode; from data_prep.__main__ import main;"
+        "import resource, sys; from unfold.data_prep import batches, encode; from unfold.data_prep.command import main;"
         "batches.BATCH_DOCUMENTS = 17; encode.COMMIT_SECONDS = 0.0;"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4000, resource.RLIM_INFINITY)); sys.exit(main(sys.argv[1:]))"
     )
@@ -199,7 +199,7 @@ def module_run():
 def running(bpe, tmp_path, large):
     """A `tokenize` process with two workers in the middle of its work, in a process group of its own."""
     options = ["tokenize", "--input", large[0], "--tokenizer", bpe, "--output", tmp_path / "s", "--workers", "2", "--no-plot"]
-    code = "import sys, signal; from data_prep import encode, __main__ as m; encode.COMMIT_SECONDS = 0.2;"
+    code = "import sys, signal; from unfold.data_prep import encode, command as m; encode.COMMIT_SECONDS = 0.2;"
     code += "signal.signal(signal.SIGTERM, m._terminated); sys.exit(m.main(sys.argv[1:]))"
     process = subprocess.Popen(
         [sys.executable, "-c", code, *map(str, options)], stderr=subprocess.PIPE, text=True, start_new_session=True

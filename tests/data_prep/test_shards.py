@@ -10,10 +10,10 @@ import sys
 import numpy as np
 import pytest
 
-from data_prep.errors import DataError
-from data_prep.files import open_partial
-from data_prep.shards import ShardWriter, blocks, open_shard, shard_path, token_dtype, write_shard
-from data_prep.verify import verify_shard
+from unfold.data_prep.errors import DataError
+from unfold.data_prep.format.files import open_partial
+from unfold.data_prep.format.shards import ShardWriter, blocks, open_shard, shard_path, token_dtype, write_shard
+from unfold.data_prep.verify import verify_shard
 
 DOCUMENTS = [[5, 6, 7], [1], list(range(40)), [99, 0]]
 
@@ -110,7 +110,7 @@ def test_a_replacement_cut_off_between_its_files_is_no_shard(shard, monkeypatch,
         replaced.append(target)
         os.rename(source, target)
 
-    monkeypatch.setattr("data_prep.files.os.replace", replace)
+    monkeypatch.setattr("unfold.data_prep.format.files.os.replace", replace)
     with pytest.raises(OSError, match="no more"):
         write_shard(shard, [[1]], vocab_size=100, overwrite=True)
     assert verify_shard(shard)[1] != [] and not shard_path(shard, ".bin.partial").exists()
@@ -128,7 +128,7 @@ def test_two_writers_of_one_output(tmp_path):
 
 def test_leftovers_of_a_killed_run_do_no_harm(tmp_path):
     code = (
-        "import os, numpy as np; from data_prep.shards import ShardWriter;"
+        "import os, numpy as np; from unfold.data_prep.format.shards import ShardWriter;"
         f"w = ShardWriter({str(tmp_path / 's')!r}, vocab_size=10, tokenizer_hash='', eos_appended=False);"
         "w.append(np.arange(10).repeat(9999), np.array([99990])); os.kill(os.getpid(), 9)"
     )

@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from data_prep import batches
-from data_prep.shards import open_shard
-from data_prep.spans import Spans
 from tests.data_prep.texts import contents
 from tests.supervised import rows, write_jsonl
+from unfold.data_prep import batches
+from unfold.data_prep.format.shards import open_shard
+from unfold.data_prep.format.spans import Spans
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
@@ -50,7 +50,7 @@ def chat(byte_level, tmp_path_factory, run_session):
 @pytest.fixture(scope="session")
 def run_session():
     """Run a command that must succeed."""
-    from data_prep.__main__ import main
+    from unfold.data_prep.command import main
 
     def call(*args: object) -> None:
         assert main([str(a) for a in args]) == 0
@@ -280,7 +280,7 @@ def test_questions_on_one_context_fall_to_one_side(bpe, load, make, tmp_path, ru
 
 def test_an_interrupted_run_goes_on(bpe, tmp_path, make, run, monkeypatch):
     """A bad row ends the run after some batches; once it is mended the files are those of one whole run."""
-    from data_prep import encode
+    from unfold.data_prep import encode
 
     monkeypatch.setattr(batches, "BATCH_DOCUMENTS", 5)
     monkeypatch.setattr(encode, "COMMIT_SECONDS", 0.0)

@@ -7,9 +7,9 @@ import sys
 import numpy as np
 import pytest
 
-from data_prep import batches
-from data_prep.shards import open_shard, write_shard
 from tests.data_prep.texts import CONTROL, TEXTS, contents, fuzz, write_jsonl
+from unfold.data_prep import batches
+from unfold.data_prep.format.shards import open_shard, write_shard
 
 
 def test_round_trip(any_tokenizer, load, tmp_path, run, fails):
@@ -164,8 +164,8 @@ def test_refusals(bpe, unigram, speeches, tmp_path, fails, run):
 
 def test_help_and_errors_come_without_heavy_imports():
     code = (
-        "import sys; from data_prep.__main__ import main\n"
-        "import data_prep.encode, data_prep.train, data_prep.merge, data_prep.describe\n"
+        "import sys; from unfold.data_prep.command import main\n"
+        "import unfold.data_prep.encode, unfold.data_prep.tokenization.train, unfold.data_prep.merge, unfold.data_prep.describe\n"
         "heavy = {'torch', 'megatron', 'transformers', 'datasets', 'pyarrow'} & set(sys.modules)\n"
         "sys.exit(str(heavy) if heavy else 0)"
     )

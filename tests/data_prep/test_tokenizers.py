@@ -11,11 +11,11 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
-from data_prep.adopt import import_tokenizer
-from data_prep.errors import DataError
-from data_prep.sources import find_sources
-from data_prep.train import MAX_LINE, train_tokenizer, training_lines
 from tests.data_prep.texts import CONTROL, TEXTS, fuzz
+from unfold.data_prep.corpus.sources import find_sources
+from unfold.data_prep.errors import DataError
+from unfold.data_prep.tokenization.adopt import import_tokenizer
+from unfold.data_prep.tokenization.train import MAX_LINE, train_tokenizer, training_lines
 
 
 def info_of(directory) -> dict:

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from data_prep.adopt import import_tokenizer
-from data_prep.word_starts import byte_alphabet, bytes_start_word, huggingface_word_starts, text_starts_word
+from unfold.data_prep.tokenization.adopt import import_tokenizer
+from unfold.data_prep.tokenization.word_starts import byte_alphabet, bytes_start_word, huggingface_word_starts, text_starts_word
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,11 @@
 import math
 import sys
 
-from model.pipeline import stage_inputs
-from model.transformer import Transformer
-from pretrain import step
-from pretrain.__main__ import main
-from pretrain.data import BatchBuilder
+from unfold.model.parallel.pipeline import stage_inputs
+from unfold.model.transformer import Transformer
+from unfold.pretrain.command import main
+from unfold.pretrain.data.samples import BatchBuilder
+from unfold.pretrain.train import step
 
 FACTORS = {"nan": float("nan"), "spike": 10.0}
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from model.hf.keys import hf_config
 from tests.model.families import MODELS, architecture
+from unfold.model.hf.keys import hf_config
 
 TEXT = "The state of the Union is strong, and the Congress shall meet in December. "
 END = "<|endoftext|>"

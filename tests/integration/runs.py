@@ -13,8 +13,8 @@ from pathlib import Path
 
 import psutil
 
-from pretrain.monitor import read_metrics
 from tests.conftest import ROOT, run
+from unfold.pretrain.monitor.metrics import read_metrics
 
 
 def command(config: Path, run_dir: Path, ranks: int = 1, *overrides: str) -> list[str]:

@@ -2,8 +2,8 @@
 
 import torch
 
-from pretrain.load import load_run
 from tests.integration.runs import series, train
+from unfold.pretrain.checkpoint.load import load_run
 
 
 def test_split_biases_train_and_load_like_whole_ones(tiny, tmp_path):

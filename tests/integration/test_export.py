@@ -11,13 +11,13 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from pretrain import export as export_module
-from pretrain.__main__ import main
-from pretrain.export_files import write_configs
-from pretrain.export_weights import write_weights
-from pretrain.hf_directory import UNFINISHED, new_directory
 from tests.conftest import module, run
 from tests.integration.runs import train
+from unfold.pretrain.command import main
+from unfold.pretrain.hf import export as export_module
+from unfold.pretrain.hf.directory import UNFINISHED, new_directory
+from unfold.pretrain.hf.export_weights import write_weights
+from unfold.pretrain.hf.files import write_configs
 
 PROMPT = "Fellow-Citizens of the Senate"
 
@@ -146,7 +146,7 @@ def test_an_export_that_is_not_the_model_is_not_finished(case, run_dir, tmp_path
 
 def test_a_killed_export_is_not_mistaken_for_a_whole_one(run_dir, tmp_path, capsys):
     code = (
-        "import os, sys; from pathlib import Path; from pretrain.hf_directory import new_directory\n"
+        "import os, sys; from pathlib import Path; from unfold.pretrain.hf.directory import new_directory\n"
         "with new_directory(Path(sys.argv[1])) as partial:\n"
         "    (partial / 'config.json').write_text('{}'); os._exit(9)"
     )
@@ -164,9 +164,9 @@ def test_logits_equal_those_of_the_training_model(exported, run_dir):
     """Not by the export's own proof: the checkpoint is read again, here, and compared on real text."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from model.gist import GistConfig, build_layout
-    from model.transformer import Transformer
-    from pretrain.load import load_run
+    from unfold.model.gist import GistConfig, build_layout
+    from unfold.model.transformer import Transformer
+    from unfold.pretrain.checkpoint.load import load_run
 
     run = load_run(run_dir, None)
     ids = torch.tensor([AutoTokenizer.from_pretrained(exported).encode("The state of the Union is strong. " * 8)])
@@ -191,8 +191,8 @@ def test_generation_from_both(exported, run_dir):
 
 def generated(*arguments) -> str:
     """What the command prints, in this process."""
-    from pretrain.__main__ import build_parser
-    from pretrain.generate import check, generate
+    from unfold.pretrain.command import build_parser
+    from unfold.pretrain.generate import check, generate
 
     args = build_parser().parse_args(["generate", *map(str, arguments)])
     check(args)
@@ -247,7 +247,7 @@ def test_bad_calls_end_in_one_line(exported, run_dir, tmp_path, arguments, messa
     ],
 )
 def test_wrong_settings_are_named_before_anything_is_loaded(tmp_path, arguments, message):
-    from pretrain.errors import UserError
+    from unfold.pretrain.errors import UserError
 
     fill = lambda text: text.format(new=tmp_path / "new")
     with pytest.raises(UserError, match=message.format(new=tmp_path / "new")):

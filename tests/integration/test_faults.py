@@ -8,10 +8,10 @@ import sys
 import psutil
 import pytest
 
-from pretrain.errors import UserError
-from pretrain.resume import only_writer
 from tests.conftest import module, run
 from tests.integration.runs import Process, command, read_metrics, series, train
+from unfold.pretrain.checkpoint.resume import only_writer
+from unfold.pretrain.errors import UserError
 
 EXACT = ("step", "loss", "grad_norm", "sample_range", "samples", "skipped")
 NAN = (9, *range(24, 32))  # one sample of step 3; all of steps 7 and 8

@@ -15,19 +15,19 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from model.attention import MicroBatchAttention
-from model.config import GistConfig
-from model.gist import build_layout
-from pretrain.__main__ import main
-from pretrain.config import load_config
-from pretrain.export_weights import write_weights
-from pretrain.import_weights import WeightFiles
-from pretrain.load import find_run, load_model, load_run
-from pretrain.tensor_files import TensorDirectory
 from tests.conftest import ROOT, module, run
 from tests.integration.hugging_face import TEXT, write_directory, write_model, write_tokenizer
 from tests.integration.runs import command, train
 from tests.model.families import MODELS
+from unfold.model.attention import MicroBatchAttention
+from unfold.model.config import GistConfig
+from unfold.model.gist import build_layout
+from unfold.pretrain.checkpoint.load import find_run, load_model, load_run
+from unfold.pretrain.checkpoint.tensors import TensorDirectory
+from unfold.pretrain.command import main
+from unfold.pretrain.config import load_config
+from unfold.pretrain.hf.export_weights import write_weights
+from unfold.pretrain.hf.import_weights import WeightFiles
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 

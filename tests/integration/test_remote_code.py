@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.config import GistConfig
-from model.gist import Recall, build_recall, select_rule
-from model.gist.layout import build_layout
-from model.transformer import IGNORED, MicroBatch
 from tests.integration import remote_code
 from tests.model.gist_exports import LLAMA, decoder, greedy, make_model, read, recomputed, text, write_export
+from unfold.model.config import GistConfig
+from unfold.model.gist import Recall, build_recall, select_rule
+from unfold.model.gist.layout import build_layout
+from unfold.model.transformer import IGNORED, MicroBatch
 
 SIZES = {"llama": (8, 4), "llama-one": (8,), "llama-three": (4, 3, 2)}
 RULES = {

@@ -2,13 +2,13 @@
 
 import pytest
 
-from pretrain.config import load_config
-from pretrain.errors import UserError
-from pretrain.trainer import open_inputs
 from tests.conftest import module
 from tests.integration.runs import series, train, train_until_killed
 from tests.integration.test_train import EXACT
 from tests.supervised import make_shard
+from unfold.pretrain.config import load_config
+from unfold.pretrain.errors import UserError
+from unfold.pretrain.train.trainer import open_inputs
 
 STEPS = "train.steps=8"
 

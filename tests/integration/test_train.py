@@ -5,9 +5,9 @@ import shutil
 import pytest
 import yaml
 
-from pretrain.monitor import read_metrics
 from tests.conftest import run
 from tests.integration.runs import command, series, train, train_until_killed
+from unfold.pretrain.monitor.metrics import read_metrics
 
 EXACT = ("step", "loss", "grad_norm", "lr", "raw_tokens", "samples", "valid_loss")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from model.gist import GistConfig, Layout, build_layout, interleave
+from unfold.model.gist import GistConfig, Layout, build_layout, interleave
 
 # name: (chunk sizes, sink, n_prev, document lengths of each sample, fraction of pieces that start a word, close)
 CASES = {

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from kernels.select import SelectRule
-from kernels.tree import GistTree
-from model.gist import GistConfig, Layout, build_layout, build_recall
 from tests import rules
 from tests.kernels.cases import CASES, make_layout, random_qkv
+from unfold.kernels.select import SelectRule
+from unfold.kernels.tree import GistTree
+from unfold.model.gist import GistConfig, Layout, build_layout, build_recall
 
 # name: (chunk sizes, sink, n_prev, (context, suffix) tokens of each document of each sample)
 SUFFIX_CASES = {

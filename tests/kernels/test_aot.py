@@ -7,9 +7,9 @@ import pytest
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-from kernels import aot
-from kernels.aot_recall import recall_programs
-from kernels.compressed.tiles import HEAD_DIMS, TABLE, Tile, choose_tiles
+from unfold.kernels import aot
+from unfold.kernels.aot_recall import recall_programs
+from unfold.kernels.compressed.tiles import HEAD_DIMS, TABLE, Tile, choose_tiles
 
 TILES = choose_tiles("sm_90", 128, 2)
 ALL = [
@@ -19,7 +19,7 @@ ALL = [
     for dtype in aot.DTYPES
     for name in aot.programs(TILES)
 ]
-# What training uses most, one padded head dimension, one exact kernel. All of it takes ten minutes: `python -m kernels.aot
+# What training uses most, one padded head dimension, one exact kernel. All of it takes ten minutes: `python -m unfold.kernels.aot
 # --check`, or this test with -m long.
 SOME = [
     *[("sm_90", name, 128, "bf16") for name in ("forward", "d_query", "d_key top", "d_key local", "sum_parts")],

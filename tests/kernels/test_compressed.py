@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
-from kernels.compressed import compressed_attention, op
 from tests.kernels.cases import CASES, make_layout, random_qkv
+from unfold.kernels.compressed import compressed_attention, op
 
 
 def run(backend, qkv, d_out, intervals):
@@ -83,7 +83,7 @@ def test_the_choice_of_backend_is_logged_once(caplog):
     layout, _ = make_layout("one level")
     *qkv, _ = random_qkv(layout, 1, 1, 8, torch.float32)
     op._default_backend.cache_clear()
-    with caplog.at_level("INFO", logger="kernels"):
+    with caplog.at_level("INFO", logger="unfold.kernels"):
         for _ in range(3):
             compressed_attention(*qkv, layout.intervals)
             compressed_attention(*qkv, layout.intervals, backend="reference")

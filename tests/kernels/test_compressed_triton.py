@@ -8,16 +8,16 @@ import torch
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-from kernels.compressed import compressed_attention, plan
-from kernels.compressed import triton as backend
-from kernels.compressed.reference import compressed_attention_reference
-from kernels.compressed.tiles import HEAD_DIMS, TABLE
-from kernels.testing import gradients, plain_attention, uniform_intervals
 from tests.kernels.cases import CASES, make_layout, random_qkv
 from tests.kernels.interpreter import DEVICE, GPU, RUNS, compute_like_a_gpu, needs_runs, run_in_interpreter
+from unfold.kernels.compressed import compressed_attention, plan
+from unfold.kernels.compressed import triton as backend
+from unfold.kernels.compressed.reference import compressed_attention_reference
+from unfold.kernels.compressed.tiles import HEAD_DIMS, TABLE
+from unfold.kernels.testing import gradients, plain_attention, uniform_intervals
 
-# fp32 sums of some ten terms of size one, and a GPU's exp2, right to some units of the last place: where plain PyTorch is exactly
-# right (one visible key), a kernel need not be.
+# fp32 sums of some ten terms of size one: where plain PyTorch is exactly right (one visible key), a kernel need not be. On a GPU
+# exp2 is right to two units of the last place only, of sums of any size.
 FP32_ROUNDING = 2e-6
 # Layouts in fp32 by default: what the other tests, most of them of packed documents or a closed context, do not have.
 SOME = [
@@ -50,7 +50,8 @@ def errors_at_most_twice_plain(attention, qkv, d_out, intervals, scale):
     ours = gradients(attention, qkv, d_out)
     for name, got, near, true in zip(("out", "d_q", "d_k", "d_v"), ours, plain, exact):
         assert got.dtype == qkv[0].dtype and got.shape == true.shape
-        error, allowed = (got - true).abs().max(), 2 * (near - true).abs().max() + FP32_ROUNDING
+        error, allowed = (got - true).abs().max(), 2 * (near - true).abs().max()
+        allowed += FP32_ROUNDING * (true.abs().max().clamp(min=1) if GPU else 1)
         assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
 
 

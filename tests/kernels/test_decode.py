@@ -8,13 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kernels.decode import decode_attention
-from kernels.decode.step import Step
-from kernels.select import SelectRule
-from model.cache import SequenceCache
-from model.config import GistConfig, ModelConfig
-from model.step_attention import NewTokens, StepAttention
 from tests import rules
+from unfold.kernels.decode import decode_attention
+from unfold.kernels.decode.step import Step
+from unfold.kernels.select import SelectRule
+from unfold.model.config import GistConfig, ModelConfig
+from unfold.model.decode.cache import SequenceCache
+from unfold.model.decode.step import NewTokens, StepAttention
 
 TRITON = importlib.util.find_spec("triton") is not None
 if TRITON:
@@ -106,7 +106,7 @@ def test_cpu_equals_reference_where_nothing_recalls(name):
 
 def plain(q, caches, step, rule, scale):
     """As one writes it in PyTorch: products in q's dtype, softmax in fp32, over what the reference in fp64 sees."""
-    from kernels.decode.reference import visible_items
+    from unfold.kernels.decode.reference import visible_items
 
     outs = []
     for i, layer in enumerate(copied(caches, q.dtype)):

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from kernels.compressed import plan as plans
-from kernels.compressed.plan import key_plan, row_plan
-from kernels.compressed.tiles import TABLE
-from kernels.testing import uniform_intervals, uniform_tree
-from model.gist import GistConfig, build_layout, build_recall
 from tests.kernels.cases import CASES, make_layout
+from unfold.kernels.compressed import plan as plans
+from unfold.kernels.compressed.plan import key_plan, row_plan
+from unfold.kernels.compressed.tiles import TABLE
+from unfold.kernels.testing import uniform_intervals, uniform_tree
+from unfold.model.gist import GistConfig, build_layout, build_recall
 
 # Tiled keys per query that the prototype needed at c = (8, 4): FACTS of the project, see docs/kernels.md.
 PROMISED = {8192: 353, 32768: 737, 131072: 2273}

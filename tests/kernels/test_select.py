@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from kernels.select import SelectRule, select_gists, take_best
-from model.gist import GistConfig, build_recall, recalling_tokens, select_rule
 from tests import recall_rules
 from tests.kernels.cases import make_layout
 from tests.kernels.recall_cases import CASES, RULES, SUFFIX_CASES, make_recall, make_rule, random_qkv, recalling, suffix_layout
+from unfold.kernels.select import SelectRule, select_gists, take_best
+from unfold.model.gist import GistConfig, build_recall, recalling_tokens, select_rule
 
 ALL = [*CASES, *SUFFIX_CASES]
 

@@ -1,5 +1,6 @@
 """Selection in Triton against the CPU path: on a GPU where there is one, else in Triton's interpreter, in its own process."""
 
+import dataclasses
 import importlib.util
 import itertools
 
@@ -9,10 +10,12 @@ import torch
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-from kernels.select import SelectRule, select_gists
-from kernels.select import triton as backend
 from tests.kernels.interpreter import DEVICE, RUNS, compute_like_a_gpu, needs_runs, run_in_interpreter
 from tests.kernels.recall_cases import CASES, SUFFIX_CASES, make_recall, make_rule, random_qkv, recalling
+from unfold.kernels.select import SelectRule, select_gists
+from unfold.kernels.select import triton as backend
+from unfold.model.gist import build_layout, build_recall
+from unfold.model.parallel.recall import make_recall_plan
 
 ALL = [*CASES, *SUFFIX_CASES]
 # Few queries: a pass over the candidates takes the interpreter long. The others are `long`.
@@ -103,6 +106,35 @@ def test_scores_of_any_size(dtype):
                 keys = [k[sample, tree.others.rows[sample].cpu()[rows], h].double().cpu() for rows in lists]
                 best = [(x @ q[n, 2 * h : 2 * h + 2].double().cpu().T).sort(0).values for x in keys]
                 torch.testing.assert_close(*best, atol=1e-4, rtol=0)
+
+
+@needs_runs
+def test_the_tree_of_a_context_rank():
+    """Two samples, of which each rank has a short sequence of its own: tables without gaps, selections as on the CPU."""
+    name = "suffixes of packed documents"
+    layout, config, tree = make_recall(name)
+    pad = lambda x: torch.nn.functional.pad(x, (0, x.shape[1] % 2), value=-1)
+    recalls = torch.zeros_like(layout.level, dtype=torch.bool).flatten().index_fill(0, tree.tokens, True).view_as(layout.level)
+    layout = build_layout(pad(layout.level), pad(layout.doc), config)
+    whole = build_recall(layout, config, torch.nn.functional.pad(recalls, (0, recalls.shape[1] % 2)))
+    plan = make_recall_plan(whole, 1, 2)
+    short = plan.short.to(DEVICE)
+    g = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randint(-8, 9, shape, generator=g).float().to(DEVICE)
+    q, k = draw(short.queries, 2, 64), draw(short.others.batch, short.others.tokens, 1, 64)
+    rule = make_rule("adaptive, small ratio", config, "head")
+    assert short.others.batch == 2 and short.queries > 10
+    assert equal(select_gists(q, k, short, rule, backend="triton"), on_cpu(q, k, short, rule))
+
+
+@needs_runs
+def test_tables_with_gaps_are_refused():
+    """Context parallelism once made such views; a kernel would read the second sample's children from a wrong place."""
+    tree, config, q, k = case("suffixes of packed documents", 2, 1, 64, torch.float32)
+    gap = lambda x: torch.nn.functional.pad(x, (0, 1))[:, :-1]
+    strided = dataclasses.replace(tree, child_lo=gap(tree.child_lo), child_hi=gap(tree.child_hi))
+    with pytest.raises(AssertionError, match="child_lo: .* is not contiguous"):
+        select_gists(q, k, strided, make_rule("fixed", config, "head"), backend="triton")
 
 
 @needs_runs

@@ -6,15 +6,15 @@ import sys
 import pytest
 import torch
 
-from kernels.compressed import compressed_attention
-from kernels.select import SelectRule, select_gists
-from kernels.unfold import recall_attention, unfold_attention
-from kernels.unfold.reference import visible_tokens
-from model.gist import build_recall
 from tests import recall_rules
 from tests.kernels.cases import make_layout
 from tests.kernels.recall_cases import CASES, RULES, SUFFIX_CASES, make_recall, make_rule, random_qkv, recalling
 from tests.kernels.test_select import as_tokens, document_of
+from unfold.kernels.compressed import compressed_attention
+from unfold.kernels.select import SelectRule, select_gists
+from unfold.kernels.unfold import recall_attention, unfold_attention
+from unfold.kernels.unfold.reference import visible_tokens
+from unfold.model.gist import build_recall
 
 ALL = [*CASES, *SUFFIX_CASES]
 
@@ -76,9 +76,9 @@ def test_patterns_of_any_size_agree(monkeypatch):
     *qkv, d_out = random_qkv(layout, 6, 3, 6, torch.float64)
     rule = make_rule("adaptive, small ratio", config, "head")
     whole, _ = run("cpu", qkv, d_out, tree, rule)
-    monkeypatch.setattr("kernels.unfold.cpu.CHUNKS", 1)
-    monkeypatch.setattr("kernels.unfold.cpu.BLOCK", 7)
-    monkeypatch.setattr("kernels.unfold.pattern.NUMBERS", 1)
+    monkeypatch.setattr("unfold.kernels.unfold.cpu.CHUNKS", 1)
+    monkeypatch.setattr("unfold.kernels.unfold.cpu.BLOCK", 7)
+    monkeypatch.setattr("unfold.kernels.unfold.pattern.NUMBERS", 1)
     for a, b in zip(run("cpu", qkv, d_out, tree, rule)[0], whole):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
 

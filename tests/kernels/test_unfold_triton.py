@@ -8,19 +8,19 @@ import torch
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-from kernels.compressed.tiles import Tile
-from kernels.select import SelectRule, select_gists
-from kernels.select.blocks import block_lists, count_bits, query_blocks, selection_of
-from kernels.unfold import plan, recall_attention, unfold_attention
-from kernels.unfold import triton as backend
-from kernels.unfold.reference import unfold_attention_reference, visible_tokens
-from kernels.unfold.tiles import TABLE, UnfoldTiles
-from model.gist import build_recall
 from tests.kernels.interpreter import DEVICE, GPU, RUNS, compute_like_a_gpu, needs_runs, run_in_interpreter
 from tests.kernels.recall_cases import CASES, SUFFIX_CASES, make_recall, make_rule, random_qkv, recalling
+from unfold.kernels.compressed.tiles import Tile
+from unfold.kernels.select import SelectRule, select_gists
+from unfold.kernels.select.blocks import block_lists, count_bits, query_blocks, selection_of
+from unfold.kernels.unfold import plan, recall_attention, turn, unfold_attention
+from unfold.kernels.unfold import triton as backend
+from unfold.kernels.unfold.reference import unfold_attention_reference, visible_tokens
+from unfold.kernels.unfold.tiles import TABLE, UnfoldTiles
+from unfold.model.gist import build_recall
 
-# fp32 sums of some ten terms of size one, and a GPU's exp2, right to some units of the last place: where plain PyTorch is exactly
-# right (one visible key), a kernel need not be.
+# fp32 sums of some ten terms of size one: where plain PyTorch is exactly right (one visible key), a kernel need not be. On a GPU
+# exp2 is right to two units of the last place only, of sums of any size.
 FP32_ROUNDING = 2e-6
 ALL = [*CASES, *SUFFIX_CASES]
 # One layout of each kind; the others are `long`, fp32 only.
@@ -89,7 +89,8 @@ def errors_at_most_twice_plain(attention, qkv, d_out, tree, selection, scale):
     plain = gradients(lambda *x: plain_unfold(*x, tree, selection, scale), qkv, d_out)
     for name, got, near, true in zip(("out", "d_q", "d_k", "d_v"), gradients(attention, qkv, d_out), plain, exact):
         assert got.dtype == qkv[0].dtype and got.shape == true.shape
-        error, allowed = (got - true).abs().max(), 2 * (near - true).abs().max() + FP32_ROUNDING
+        error, allowed = (got - true).abs().max(), 2 * (near - true).abs().max()
+        allowed += FP32_ROUNDING * (true.abs().max().clamp(min=1) if GPU else 1)
         assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
 
 
@@ -147,8 +148,8 @@ def test_tiles_of_the_table(arch):
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.long)])
 def test_many_partial_sums(monkeypatch, dtype):
     """Groups of keys split into many parts: as where thousands of queries select one chunk."""
-    monkeypatch.setattr(plan, "SHORTEST_PART", 1)
-    monkeypatch.setattr(plan, "SHORTEST_LIST", 5)
+    monkeypatch.setattr(turn, "SHORTEST_PART", 1)
+    monkeypatch.setattr(turn, "SHORTEST_LIST", 5)
     monkeypatch.setattr(plan, "SHORTEST_SPLIT", 24)
     small = Tile(16, 16, 4, 1)
     check("suffix", 4, 1, 64, dtype, UnfoldTiles(small, small, small, small, Tile(64, 32, 4, 1)))

@@ -9,8 +9,8 @@ import sys
 import time
 from pathlib import Path
 
-from pretrain.monitor import read_metrics
 from tests.conftest import ROOT
+from unfold.pretrain.monitor.metrics import read_metrics
 
 SCRIPT = ROOT.parent / "shared" / "slurm-cluster"  # not part of the project: a cluster is a matter of the machine
 NODES = 9

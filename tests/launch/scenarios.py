@@ -103,6 +103,6 @@ def ranks_of(job: Job, restart: int) -> list[psutil.Process]:
         except (psutil.Error, OSError):
             continue
         mine = environment.get("UNFOLD_JOB") == f"{job.number}.{restart}" and environment.get("SLURM_CONF") == job.conf
-        if mine and "RANK" in environment and "pretrain" in words:
+        if mine and "RANK" in environment and "unfold.pretrain" in words:
             found.append(process)
     return found

@@ -13,9 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from launch import checks, doctor, health
-from launch.findings import lines, merged, note, ok, problem
 from tests.conftest import ROOT, TinyData
+from unfold.launch import checks, doctor, health
+from unfold.launch.findings import lines, merged, note, ok, problem
 
 
 def free_port() -> int:
@@ -67,7 +67,7 @@ def test_two_nodes_sum_and_verdicts_are_written(tmp_path):
 
 
 def test_health_belongs_into_a_job(capsys, monkeypatch, tmp_path):
-    from launch.__main__ import main
+    from unfold.launch.command import main
 
     monkeypatch.delenv("SLURM_NODEID", raising=False)
     words = ["health", "--results", str(tmp_path), "--nodes", "a", "--port", "1", "--gpus", "0", "--run-dir", str(tmp_path)]
@@ -95,7 +95,7 @@ def test_network_settings_must_name_interfaces(monkeypatch):
 
 
 def test_gpus(monkeypatch):
-    from launch.machine import Gpu
+    from unfold.launch.machine import Gpu
 
     monkeypatch.setattr(checks, "gpus", list)
     assert levels(checks.gpu_findings()) == {"note"}
@@ -110,7 +110,7 @@ def test_gpus(monkeypatch):
 
 def test_file_system(monkeypatch, tmp_path):
     assert levels(checks.file_system(tmp_path / "not" / "yet")) == {"ok"}
-    monkeypatch.setattr("launch.node.LEAST_DISK", 1 << 60)
+    monkeypatch.setattr("unfold.launch.node.LEAST_DISK", 1 << 60)
     assert levels(checks.file_system(tmp_path)) == {"problem"}
     monkeypatch.undo()
     monkeypatch.setattr(checks, "LOCK_HOLDER", "")  # another process that gets the lock too

@@ -5,8 +5,8 @@ import sys
 
 import psutil
 
-from pretrain.monitor import read_metrics
 from tests.integration.runs import Process
+from unfold.pretrain.monitor.metrics import read_metrics
 
 
 def test_two_ranks_that_are_told_to_stop(tiny, tmp_path):

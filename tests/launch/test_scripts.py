@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch.__main__ import main
 from tests.conftest import ROOT, TinyData
+from unfold.launch.command import main
 
 SHELLCHECK = Path(sys.executable).parent / "shellcheck"
 
@@ -126,7 +126,7 @@ def test_every_setting_reaches_the_script(slurm, profile):
 def test_what_the_shell_makes_of_the_words(slurm, tmp_path):
     """Run with its commands replaced, the script hands the training exactly what was given."""
     _, script, _ = slurm(*VARIANTS["quotes"])
-    words = script[script.rindex("-m pretrain train") :].splitlines()[0]
+    words = script[script.rindex("-m unfold.pretrain train") :].splitlines()[0]
     line = ["bash", "-c", f"printf '%s\\n' {words}"]
     shown = subprocess.run(line, capture_output=True, text=True, check=True).stdout.splitlines()
     assert shown[-1] == "data.cache=/tmp/it's $HOME `x` \"y\"" and shown[shown.index("--run-dir") + 1] == str(tmp_path / "my run")
@@ -210,7 +210,7 @@ def test_a_run_with_other_settings_is_refused_before_it_queues(slurm, launch, co
 
 
 def test_nothing_is_overwritten(tmp_path):
-    from launch.submit import write_new
+    from unfold.launch.submit import write_new
 
     written = [write_new(tmp_path / "launch", "run", ".sbatch", text) for text in "ab"]
     assert [path.name for path in written] == ["run-001.sbatch", "run-002.sbatch"]

@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from pretrain.monitor import read_metrics
 from tests.integration.runs import series
 from tests.launch.scenarios import EVERY, STEPS
+from unfold.pretrain.monitor.metrics import read_metrics
 
 pytestmark = pytest.mark.slurm
 EXACT = ("step", "loss", "grad_norm", "sample_range", "samples")

@@ -9,10 +9,10 @@ import tempfile
 import torch
 import torch.distributed as dist
 
-from kernels.unfold import recall_attention
-from model.context_parallel import ContextAttention, ContextParallel
-from model.gist import Recall, build_layout, build_recall
 from tests.kernels.recall_cases import CASES, RULES, SUFFIX_CASES, make_layout, make_rule, random_qkv, suffix_layout
+from unfold.kernels.unfold import recall_attention
+from unfold.model.gist import Recall, build_layout, build_recall
+from unfold.model.parallel.context import ContextAttention, ContextParallel
 
 TOLERANCE = 1e-12
 

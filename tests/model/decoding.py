@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from model.config import GistConfig, ModelConfig
-from model.generation import Decoder, LiveSequence, Sampling
-from model.gist import Recall, build_layout, build_recall, select_rule
-from model.transformer import Transformer
+from unfold.model.config import GistConfig, ModelConfig
+from unfold.model.decode.generation import Decoder, LiveSequence, Sampling
+from unfold.model.gist import Recall, build_layout, build_recall, select_rule
+from unfold.model.transformer import Transformer
 
 VOCAB, WORDS = 60, 50  # ids from WORDS on are gists
 GISTS = range(WORDS, VOCAB)

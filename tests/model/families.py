@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from model.config import ModelConfig, RopeScaling
-from model.layers import BuildContext
-from model.transformer import Transformer
+from unfold.model.config import ModelConfig, RopeScaling
+from unfold.model.layers import BuildContext
+from unfold.model.transformer import Transformer
 
 SHAPE = dict(vocab_size=200, hidden_size=48, layers=2, heads=6, kv_heads=2, head_dim=8, ffn_size=40, attention="dense")
 # original_max_position is short, so that slow, interpolated and fast frequencies all occur among four.

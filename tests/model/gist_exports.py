@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from model.config import GistConfig, ModelConfig
-from model.generation import Decoder, LiveSequence, Sampling
-from model.gist import Recall, build_layout, build_recall, select_rule
-from model.hf.keys import hf_config
-from model.hf.names import to_hugging_face
-from model.hf.remote import config_entries, remote_code_files
-from model.layers import BuildContext
-from model.transformer import Transformer
+from unfold.model.config import GistConfig, ModelConfig
+from unfold.model.decode.generation import Decoder, LiveSequence, Sampling
+from unfold.model.gist import Recall, build_layout, build_recall, select_rule
+from unfold.model.hf.keys import hf_config
+from unfold.model.hf.names import to_hugging_face
+from unfold.model.hf.remote import config_entries, remote_code_files
+from unfold.model.layers import BuildContext
+from unfold.model.transformer import Transformer
 
 VOCAB, WORDS = 128, 124  # characters, then gists; no padding rows, whose logits are a part of training's loss
 GISTS = range(WORDS, VOCAB)

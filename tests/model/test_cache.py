@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from model.buffers import Growable
-from model.cache import Reads, Rows
-from model.config import GistConfig
-from model.gist import build_layout, build_recall, interleave
-from model.gist.outline import Outline
-from model.gist.placement import GistPlacement
-from model.prefill_attention import short_sample
 from tests.benchmarks import decode_cpu
+from unfold.model.config import GistConfig
+from unfold.model.decode.cache import Reads, Rows
+from unfold.model.decode.prefill import short_sample
+from unfold.model.gist import build_layout, build_recall, interleave
+from unfold.model.gist.buffers import Growable
+from unfold.model.gist.outline import Outline
+from unfold.model.gist.placement import GistPlacement
 
 
 def test_growable():

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.compressed import compressed_attention
-from model import context_parallel
-from model.context_parallel import ContextParallel, make_plan
-from model.context_rows import take
-from model.gist import GistConfig, build_layout, interleave
 from tests.conftest import run
 from tests.kernels.cases import CASES, make_layout, random_qkv
 from tests.kernels.recall_cases import SUFFIX_CASES
+from unfold.kernels.compressed import compressed_attention
+from unfold.model.gist import GistConfig, build_layout, interleave
+from unfold.model.parallel import context as subject
+from unfold.model.parallel.context import ContextParallel, make_plan
+from unfold.model.parallel.rows import take
 
 
 def padded(layout, config, multiple):
@@ -71,7 +71,7 @@ def test_what_is_sent_approaches_the_compression_ratio(chunk_sizes):
 def test_the_ratio_of_bytes_approaches_the_compression_ratio(monkeypatch):
     """What a run reports as context_ratio, for one document over 4 ranks that grows: keys of all tokens over those sent."""
     # What others send does not matter to the bytes that are counted here.
-    monkeypatch.setattr(context_parallel, "gather_sequence", lambda x, group: x.expand(group.size(), *x.shape[1:]))
+    monkeypatch.setattr(subject, "gather_sequence", lambda x, group: x.expand(group.size(), *x.shape[1:]))
     ratios = []
     for raw in (2048, 8192, 65536):
         config = GistConfig((8, 4))

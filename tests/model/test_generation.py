@@ -7,12 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import generation
-from model.attention import MicroBatchAttention
-from model.config import GistConfig
-from model.generation import Sampling, choose
-from model.gist import build_layout, interleave
 from tests.model.decoding import GISTS, STARTS, VOCAB, WORDS, continue_checked, make_decoder, recomputed, text
+from unfold.model.attention import MicroBatchAttention
+from unfold.model.config import GistConfig
+from unfold.model.decode import generation
+from unfold.model.decode.generation import Sampling, choose
+from unfold.model.gist import build_layout, interleave
 
 BUDGETS = {
     "adaptive": {},

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from model.gist import GistConfig, build_layout, interleave, max_interleaved_length
 from tests import rules
 from tests.kernels.cases import CASES, make_layout
+from unfold.model.gist import GistConfig, build_layout, interleave, max_interleaved_length
 
 
 def test_example_of_the_specification():

@@ -8,13 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from model.config import GistConfig, ModelConfig, RopeScaling
-from model.gist import build_layout
-from model.hf.keys import hf_config, model_config
-from model.hf.names import entries, from_hugging_face, to_hugging_face
-from model.layers import rotary_frequencies
-from model.transformer import Transformer
 from tests.model.families import MODELS, SHAPE, architecture, random_model
+from unfold.model.config import GistConfig, ModelConfig, RopeScaling
+from unfold.model.gist import build_layout
+from unfold.model.hf.keys import hf_config, model_config
+from unfold.model.hf.names import entries, from_hugging_face, to_hugging_face
+from unfold.model.layers import rotary_frequencies
+from unfold.model.transformer import Transformer
 
 
 @pytest.fixture(params=MODELS)

@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels.unfold import recall_attention
-from model.config import GistConfig
-from model.gist import build_layout, build_recall, interleave, select_rule
-from model.hf.gist_attention import GistPass, take_best
-from model.hf.gist_kernels import find_kernels
-from model.hf.gist_sequence import GistSequence, GistSettings, pack_word_starts, unpack_word_starts
-from model.hf.modeling_gist import GistCache
-from model.hf.remote import config_entries
 from tests.model.gist_exports import GISTS, LLAMA, STARTS, VOCAB, load, make_model, text, write_export
+from unfold.kernels.unfold import recall_attention
+from unfold.model.config import GistConfig
+from unfold.model.gist import build_layout, build_recall, interleave, select_rule
+from unfold.model.hf.gist_attention import GistPass, take_best
+from unfold.model.hf.gist_sequence import GistSequence, GistSettings, pack_word_starts, unpack_word_starts
+from unfold.model.hf.modeling_gist import GistCache
+from unfold.model.hf.own_kernels import find_kernels
+from unfold.model.hf.remote import config_entries
 
 HEADS, KV_HEADS, DIM = 4, 2, 8
 RULES = {
@@ -242,7 +242,7 @@ def test_unusable_settings_are_named():
 
 
 def test_a_window_or_dropout_is_refused(model):
-    from model.hf.modeling_gist import gist_attention_forward
+    from unfold.model.hf.modeling_gist import gist_attention_forward
 
     x = torch.zeros(1, 2, 3, 4)
     for kwargs, message in (({"sliding_window": 8}, "sliding_window: 8"), ({"dropout": 0.1}, "attention_dropout: 0.1")):

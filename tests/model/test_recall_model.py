@@ -3,9 +3,9 @@
 import numpy as np
 import torch
 
-from model.config import GistConfig, ModelConfig
-from model.gist import Recall, build_layout, interleave
-from model.transformer import IGNORED, MicroBatch, Transformer
+from unfold.model.config import GistConfig, ModelConfig
+from unfold.model.gist import Recall, build_layout, interleave
+from unfold.model.transformer import IGNORED, MicroBatch, Transformer
 
 VOCAB = 60
 

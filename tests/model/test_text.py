@@ -2,10 +2,10 @@
 
 import pytest
 
-from model.config import GistConfig
-from model.generation import Sampling
-from model.text import TextStream, stream_text
 from tests.model.decoding import make_decoder, text
+from unfold.model.config import GistConfig
+from unfold.model.decode.generation import Sampling
+from unfold.model.decode.text import TextStream, stream_text
 
 bytewise = lambda ids: bytes(ids).decode("utf-8", errors="replace")
 PIECES = [" the", " cat", "s", " sat", ".", "\n", " EN", "D", "."]

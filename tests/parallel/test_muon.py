@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pretrain.config import load_config
-from pretrain.errors import UserError
-from pretrain.tensor_files import TensorDirectory
 from tests.integration.runs import series, train
+from unfold.pretrain.checkpoint.tensors import TensorDirectory
+from unfold.pretrain.config import load_config
+from unfold.pretrain.errors import UserError
 
 MUON = ["precision=bf16", "optimizer.kind=muon", "train.steps=5"]
 STOP = "checkpoint.stop_after_minutes=0.0001"  # after the first step

@@ -14,13 +14,13 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from model.gist import build_layout, interleave
-from model.transformer import IGNORED, MicroBatch
-from pretrain import parallel
-from pretrain.config import RunConfig, parse_config
-from pretrain.engine import build_engine
-from pretrain.plan_work import measure_sample
-from pretrain.step import train_step
+from unfold.model.gist import build_layout, interleave
+from unfold.model.transformer import IGNORED, MicroBatch
+from unfold.pretrain import parallel
+from unfold.pretrain.config import RunConfig, parse_config
+from unfold.pretrain.plan.work import measure_sample
+from unfold.pretrain.train.engine import build_engine
+from unfold.pretrain.train.step import train_step
 
 LAYOUTS = {
     "muon": {"zero": 1},  # first: DeepSpeed goes on to use an mpu of an engine before, and Muon brings none

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.select import select_gists
-from kernels.unfold.reference import visible_tokens
-from model.config import GistConfig
-from model.gist import Recall, build_layout, interleave
-from pretrain import attention_mass as subject
-from pretrain.attention_mass import attention_mass, kinds, sample_queries
+from unfold.kernels.select import select_gists
+from unfold.kernels.unfold.reference import visible_tokens
+from unfold.model.config import GistConfig
+from unfold.model.gist import Recall, build_layout, interleave
+from unfold.pretrain.monitor import attention_mass as subject
+from unfold.pretrain.monitor.attention_mass import attention_mass, kinds, sample_queries
 
 
 def make(config: GistConfig, lengths=(70, 9), padding=5):

@@ -12,12 +12,12 @@ import fsspec
 import numpy as np
 import pytest
 
-from pretrain import windows
-from pretrain.blend import Blend, Stage, make_blend, parse_entry
-from pretrain.data import TokenSource
-from pretrain.errors import UserError
-from pretrain.tokenizer import load_tokenizer
-from pretrain.windows import shuffled
+from unfold.pretrain.data import packing
+from unfold.pretrain.data.blend import Blend, Stage, make_blend, parse_entry
+from unfold.pretrain.data.packing import shuffled
+from unfold.pretrain.data.samples import TokenSource
+from unfold.pretrain.data.tokenizer import load_tokenizer
+from unfold.pretrain.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def test_the_order_of_windows_is_a_permutation(size):
 
 
 def test_documents_shuffled_in_runs_still_cover_every_token_once(tiny, tokenizer, monkeypatch):
-    monkeypatch.setattr(windows, "GROUPS", 4)
+    monkeypatch.setattr(packing, "GROUPS", 4)
     source = open_source(tokenizer, tiny.train)
     seen = Counter(
         (p.document, t)
@@ -167,7 +167,8 @@ def test_remote_shards_are_fetched_once(tiny, tokenizer, tmp_path):
 def test_ranks_share_one_fetch(tiny, tmp_path):
     """Three processes at once: each gets whole files, and nothing is left half written."""
     code = (
-        "import sys, numpy; from pretrain.shards import open_shards; from pretrain.tokenizer import load_tokenizer;"
+        "import sys, numpy; from unfold.pretrain.data.shards import open_shards;"
+        "from unfold.pretrain.data.tokenizer import load_tokenizer;"
         "s = open_shards([sys.argv[1]], load_tokenizer(sys.argv[2], 1), 'data.train', sys.argv[3])[0];"
         "out = numpy.empty(50, numpy.int64); s.read(3, 10, out); print(out.sum())"
     )

@@ -2,8 +2,8 @@
 
 import pytest
 
-from pretrain.config import changes_on_resume, load_config, parse_config
-from pretrain.errors import UserError
+from unfold.pretrain.config import changes_on_resume, load_config, parse_config
+from unfold.pretrain.errors import UserError
 
 MINIMAL = {"data": {"train": ["x"], "tokenizer": "t"}}
 

@@ -1,8 +1,8 @@
 """The configuration page is what the code says."""
 
-from pretrain.config import flatten, parse_config
-from pretrain.config_reference import reference_page, sections
 from tests.conftest import ROOT
+from unfold.pretrain.config import flatten, parse_config
+from unfold.pretrain.config.reference import reference_page, sections
 
 SETTINGS = {s.key: s for _, _, settings in sections() for s in settings}
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from model.gist import GistConfig
-from model.transformer import IGNORED
-from pretrain.data import BatchBuilder, TokenSource, step_samples
-from pretrain.errors import UserError
-from pretrain.tokenizer import load_tokenizer
+from unfold.model.gist import GistConfig
+from unfold.model.transformer import IGNORED
+from unfold.pretrain.data.samples import BatchBuilder, TokenSource, step_samples
+from unfold.pretrain.data.tokenizer import load_tokenizer
+from unfold.pretrain.errors import UserError
 
 
 @pytest.fixture(scope="module")

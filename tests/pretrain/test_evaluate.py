@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from model.generation import Decoder
-from pretrain.__main__ import main
-from pretrain.evaluate import passkey, perplexity, tasks
-from pretrain.evaluate.answering import Reader
-from pretrain.evaluate.subject import load_subject
 from tests.conftest import module
 from tests.pretrain.test_evaluate_scores import LONGBENCH, RAG, RULER, write
+from unfold.model.decode.generation import Decoder
+from unfold.pretrain.command import main
+from unfold.pretrain.evaluate import passkey, perplexity, tasks
+from unfold.pretrain.evaluate.answering import Reader
+from unfold.pretrain.evaluate.subject import load_subject
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def exported(run_dir):
 
 
 def arguments(kind, *flags):
-    from pretrain.__main__ import build_parser
+    from unfold.pretrain.command import build_parser
 
     return build_parser().parse_args(["evaluate", kind, *map(str, flags)])
 
@@ -214,7 +214,7 @@ def test_tasks_command(run_dir, tmp_path, capsys):
 
 
 def test_tasks_fold_the_context_and_close_it(subject, tmp_path):
-    from pretrain.evaluate.items import read_items
+    from unfold.pretrain.evaluate.items import read_items
 
     item = next(read_items(write(tmp_path / "nq.jsonl", RAG), {}, {}, None))
     prompt = tasks.make_prompt(subject, item, 256)

@@ -5,11 +5,11 @@ from argparse import Namespace
 
 import pytest
 
-from pretrain.errors import UserError
-from pretrain.evaluate import passkey, tasks
-from pretrain.evaluate.items import read_items
-from pretrain.evaluate.metrics import FIRST_LINE, METRICS
-from pretrain.evaluate.output import table
+from unfold.pretrain.errors import UserError
+from unfold.pretrain.evaluate import passkey, tasks
+from unfold.pretrain.evaluate.items import read_items
+from unfold.pretrain.evaluate.metrics import FIRST_LINE, METRICS
+from unfold.pretrain.evaluate.output import table
 
 
 def score(name, prediction, *answers, classes=()):

@@ -11,9 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from pretrain.config import FaultConfig
-from pretrain.errors import UserError
-from pretrain.faults import (
+from tests.conftest import ROOT
+from unfold.pretrain.config import FaultConfig
+from unfold.pretrain.errors import UserError
+from unfold.pretrain.monitor.metrics import MetricsFile, read_metrics
+from unfold.pretrain.safety.faults import (
     SPIKE,
     TOO_MANY_SKIPS,
     FaultGuard,
@@ -23,10 +25,8 @@ from pretrain.faults import (
     robust_z,
     write_quarantine,
 )
-from pretrain.monitor import MetricsFile, read_metrics
-from pretrain.signals import REQUEST, STOPS, Signals, take_request
-from pretrain.watchdog import EXIT_CODE, STRAGGLER_STEPS, Stragglers
-from tests.conftest import ROOT
+from unfold.pretrain.safety.signals import REQUEST, STOPS, Signals, take_request
+from unfold.pretrain.safety.watchdog import EXIT_CODE, STRAGGLER_STEPS, Stragglers
 
 
 def quarantine(*ranges) -> Quarantine:
@@ -92,7 +92,7 @@ def test_metrics_that_cannot_be_written_are_kept(tmp_path):
     code = f"""
 import resource
 from pathlib import Path
-from pretrain.monitor import MetricsFile
+from unfold.pretrain.monitor.metrics import MetricsFile
 metrics = MetricsFile(Path({str(tmp_path / "metrics.jsonl")!r}), 0)
 resource.setrlimit(resource.RLIMIT_FSIZE, (50, resource.RLIM_INFINITY))
 troubles = [metrics.write({{"step": step, "loss": 1.25}}) for step in range(1, 6)]
@@ -125,7 +125,7 @@ def test_watchdog_ends_a_hanging_process_with_all_stacks(tmp_path):
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from pretrain.watchdog import Watchdog
+from unfold.pretrain.safety.watchdog import Watchdog
 def hang_here():
     time.sleep(60)
 with Watchdog(Path({str(tmp_path)!r}), SimpleNamespace(rank=0, world=1), 1.0) as watchdog:

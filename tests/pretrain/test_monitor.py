@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch.profiler import record_function
 
-from model.config import GistConfig
-from model.gist import Recall, build_layout, interleave
-from pretrain.config import parse_config
-from pretrain.errors import UserError
-from pretrain.monitor import Outputs
-from pretrain.profiler import StepProfiler
-from pretrain.usage import RankUsage, Usage, known_peak
+from unfold.model.config import GistConfig
+from unfold.model.gist import Recall, build_layout, interleave
+from unfold.pretrain.config import parse_config
+from unfold.pretrain.errors import UserError
+from unfold.pretrain.monitor.metrics import Outputs
+from unfold.pretrain.monitor.profiler import StepProfiler
+from unfold.pretrain.monitor.throughput import RankUsage, Usage, known_peak
 
 
 def configuration(**sections):

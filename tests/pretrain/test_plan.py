@@ -15,23 +15,23 @@ import torch
 from megatron.core.parallel_state import RankGenerator
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.config import GistConfig, ModelConfig
-from model.gist import build_layout, interleave
-from model.layers import BuildContext
-from model.transformer import IGNORED, MicroBatch, Transformer
-from pretrain import parallel as parallel_groups
-from pretrain.__main__ import main
-from pretrain.config import ParallelConfig, RunConfig, load_config, parse_config
-from pretrain.errors import UserError
-from pretrain.plan_activations import Activations
-from pretrain.plan_hardware import GIB, Cluster, find_gpu
-from pretrain.plan_make import Planner
-from pretrain.plan_memory import model_states, spared_by_muon
-from pretrain.plan_ranks import Division
-from pretrain.plan_traffic import plan_traffic
-from pretrain.plan_work import count_flops, count_parameters, measure_sample
 from tests.conftest import ROOT, run
 from tests.pretrain.engine_bytes import LAYOUTS, run_config
+from unfold.model.config import GistConfig, ModelConfig
+from unfold.model.gist import build_layout, interleave
+from unfold.model.layers import BuildContext
+from unfold.model.transformer import IGNORED, MicroBatch, Transformer
+from unfold.pretrain import parallel as parallel_groups
+from unfold.pretrain.command import main
+from unfold.pretrain.config import ParallelConfig, RunConfig, load_config, parse_config
+from unfold.pretrain.errors import UserError
+from unfold.pretrain.plan.activations import Activations
+from unfold.pretrain.plan.hardware import GIB, Cluster, find_gpu
+from unfold.pretrain.plan.make import Planner
+from unfold.pretrain.plan.memory import model_states, spared_by_muon
+from unfold.pretrain.plan.ranks import Division
+from unfold.pretrain.plan.traffic import plan_traffic
+from unfold.pretrain.plan.work import count_flops, count_parameters, measure_sample
 
 CONFIGS = ROOT / "launch" / "configs"
 TOLERANCE = 0.02  # of every formula that is compared with a measurement; "about 10 %" would hide a forgotten term
@@ -109,7 +109,7 @@ def test_activations_are_those_that_autograd_saves(build, shape, precision, atte
 
 SAVED_BY_TRITON = """
 import torch
-from kernels.compressed import compressed_attention
+from unfold.kernels.compressed import compressed_attention
 from tests.pretrain.test_plan import configuration, micro_batch, SHAPES
 config = configuration(SHAPES["kernel"], raw=51)
 layout = micro_batch(config, 2).layout

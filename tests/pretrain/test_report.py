@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import yaml
 
-from model.config import ModelConfig
-from pretrain.config import parse_config
-from pretrain.errors import UserError
-from pretrain.report import write_report
-from pretrain.report_curves import Scale, make_curve, number, smooth, ticks
-from pretrain.report_runs import parameters, read_runs
-from pretrain.report_sample import draw_grid, read_sample
 from tests.rules import visible
+from unfold.model.config import ModelConfig
+from unfold.pretrain.config import parse_config
+from unfold.pretrain.errors import UserError
+from unfold.pretrain.report.command import write_report
+from unfold.pretrain.report.curves import Scale, make_curve, number, smooth, ticks
+from unfold.pretrain.report.runs import parameters, read_runs
+from unfold.pretrain.report.sample import draw_grid, read_sample
 
 ROOT = Path(__file__).parents[2]
 VOID = {"meta", "br", "input", "link", "img", "hr"}
@@ -306,7 +306,8 @@ def test_many_runs_with_many_metrics_stay_small(tmp_path):
 
 
 def test_the_module_stays_light():
-    code = "import sys, pretrain.report; sys.exit(any(m in sys.modules for m in ('torch', 'deepspeed', 'megatron', 'wandb')))"
+    heavy = ("torch", "deepspeed", "megatron", "wandb")
+    code = f"import sys, unfold.pretrain.report.command; sys.exit(any(m in sys.modules for m in {heavy}))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
@@ -366,10 +367,10 @@ def test_real_sample(tmp_path):
 def test_parameters_are_those_of_the_model(tmp_path):
     code = """
 import sys, torch.distributed as dist
-from model.config import ModelConfig
-from model.layers import BuildContext
-from model.transformer import Transformer
-from pretrain.report_runs import parameters
+from unfold.model.config import ModelConfig
+from unfold.model.layers import BuildContext
+from unfold.model.transformer import Transformer
+from unfold.pretrain.report.runs import parameters
 dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
 biases = dict(qkv_bias=True, output_bias=True, mlp_bias=True)
 for options in ({}, {"tied_embeddings": False}, biases, {"qk_norm": True}):

@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pretrain import saving
-from pretrain.checkpoint import Manifest, checkpoint_directories, newest_whole, step_of, superfluous
-from pretrain.config import CheckpointConfig
-from pretrain.errors import UserError
-from pretrain.tensor_files import Chunk
+from unfold.pretrain.checkpoint import save as saves
+from unfold.pretrain.checkpoint.manifest import Manifest, checkpoint_directories, newest_whole, step_of, superfluous
+from unfold.pretrain.checkpoint.tensors import Chunk
+from unfold.pretrain.config import CheckpointConfig
+from unfold.pretrain.errors import UserError
 
 
 def manifest(step: int) -> Manifest:
@@ -34,18 +34,18 @@ class FakeStaging:
 @pytest.fixture
 def make(tmp_path, monkeypatch):
     store = dist.HashStore()
-    monkeypatch.setattr(saving, "_Staging", FakeStaging)
+    monkeypatch.setattr(saves, "_Staging", FakeStaging)
     monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
     (tmp_path / "checkpoints").mkdir()
 
     def make(world=1, objection="", **settings):
         parallel = SimpleNamespace(rank=0, world=world, is_main=True)
-        return saving.Saver(tmp_path, None, parallel, CheckpointConfig(**settings), lambda: objection), store
+        return saves.Saver(tmp_path, None, parallel, CheckpointConfig(**settings), lambda: objection), store
 
     return make
 
 
-def save(saver, step: int) -> saving.SaveResult:
+def save(saver, step: int) -> saves.SaveResult:
     saver.copy(manifest(step))
     saver.start()
     saver.wait()
@@ -114,6 +114,6 @@ def test_manifests_of_other_formats_are_refused(make, tmp_path):
     assert newest_whole(tmp_path, said.append) is None and "is of format 1, this version reads format 2" in said[0]
     path.write_text("[]")
     with pytest.raises(UserError, match="manifest.json: is damaged"):
-        from pretrain.checkpoint import read_manifest
+        from unfold.pretrain.checkpoint.manifest import read_manifest
 
         read_manifest(path.parent)

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pretrain.__main__ import main
-from pretrain.checkpoint import Manifest
-from pretrain.errors import UserError
-from pretrain.status import EXIT_CODES, SILENT_SECONDS, read_status
 from tests.conftest import ROOT
+from unfold.pretrain.checkpoint.manifest import Manifest
+from unfold.pretrain.command import main
+from unfold.pretrain.errors import UserError
+from unfold.pretrain.monitor.status import EXIT_CODES, SILENT_SECONDS, read_status
 
 STEPS, TOKENS = 100, 4096
 
@@ -169,7 +169,7 @@ def test_what_is_no_run(run_dir, tmp_path, capsys):
 
 def test_the_command_is_light_and_its_json_whole(run_dir, lock):
     """Imports are what makes such a command slow; the process time of the rest is negligible."""
-    code = ("import sys; from pretrain.__main__ import main; code = main(['status', sys.argv[1], '--once', '--json']);"
+    code = ("import sys; from unfold.pretrain.command import main; code = main(['status', sys.argv[1], '--once', '--json']);"
             "sys.exit(99 if {'torch', 'deepspeed', 'pydantic', 'wandb'} & set(sys.modules) else code)")  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code, str(run_dir)], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

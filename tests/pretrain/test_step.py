@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from model.transformer import IGNORED
-from pretrain.config import ScheduleConfig
-from pretrain.engine import learning_rate
-from pretrain.step import train_step
+from unfold.model.transformer import IGNORED
+from unfold.pretrain.config import ScheduleConfig
+from unfold.pretrain.train.engine import learning_rate
+from unfold.pretrain.train.step import train_step
 
 
 class FakeEngine:

@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from model.gist import GistConfig
-from model.pipeline import stage_inputs
-from model.transformer import IGNORED
-from pretrain.config import load_config
-from pretrain.data import BatchBuilder, TokenSource
-from pretrain.errors import UserError
-from pretrain.report_sample import read_sample
-from pretrain.shards import open_shards
-from pretrain.tokenizer import load_tokenizer
-from pretrain.windows import pack
 from tests.supervised import make_shard
+from unfold.model.gist import GistConfig
+from unfold.model.parallel.pipeline import stage_inputs
+from unfold.model.transformer import IGNORED
+from unfold.pretrain.config import load_config
+from unfold.pretrain.data.packing import pack
+from unfold.pretrain.data.samples import BatchBuilder, TokenSource
+from unfold.pretrain.data.shards import open_shards
+from unfold.pretrain.data.tokenizer import load_tokenizer
+from unfold.pretrain.errors import UserError
+from unfold.pretrain.report.sample import read_sample
 
 R = 256
 
@@ -36,7 +36,7 @@ def shard(tiny, tmp_path_factory):
 @pytest.fixture(scope="module")
 def reference(shard):
     """What data_prep says is in the shard: ids, context and ranges of each document."""
-    from data_prep.shards import open_shard
+    from unfold.data_prep.format.shards import open_shard
 
     opened = open_shard(shard)
     spans = [opened.spans[i : i + 1] for i in range(opened.info.documents)]

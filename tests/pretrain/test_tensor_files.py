@@ -10,10 +10,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
-from pretrain import tensor_files
-from pretrain.engine_state import rectangles
-from pretrain.errors import UserError
-from pretrain.tensor_files import Chunk, TensorDirectory, write_tensor_file
+from unfold.pretrain.checkpoint import tensors
+from unfold.pretrain.checkpoint.state import rectangles
+from unfold.pretrain.checkpoint.tensors import Chunk, TensorDirectory, write_tensor_file
+from unfold.pretrain.errors import UserError
 
 
 def write_in_runs(directory, tensors: dict[str, torch.Tensor], cuts: dict[str, list[int]]) -> None:
@@ -82,7 +82,7 @@ def test_safetensors_reads_a_file(tmp_path):
 
 def test_the_hash_is_that_of_the_file_whose_tensors_are_of_many_pieces(tmp_path, monkeypatch):
     """Hashed beside the writing: values made for one chunk may be gone from memory before their hash is done."""
-    monkeypatch.setattr(tensor_files, "PIECE", 1 << 12)
+    monkeypatch.setattr(tensors, "PIECE", 1 << 12)
     sizes = (5, 1 << 10, 1 << 14, 0, 70001)
     chunks = [Chunk(str(n), (0,), (n,), torch.float32, lambda n=n: torch.full((n,), float(n))) for n in sizes]
     facts = write_tensor_file(tmp_path / "a.safetensors", chunks)

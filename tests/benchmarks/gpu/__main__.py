@@ -6,8 +6,8 @@ Steps, each in processes of its own, each with a share of the time, none keeping
 
 - ``check``: tests.benchmarks.gpu.smoke, the same under compute-sanitizer, and tests/kernels in parallel processes, all at once;
 - ``times``: every kernel's own time in whole steps, and at several tile sizes (tests.benchmarks.gpu.kernel_times --sweep);
-- ``decode``: a decoding step beside dense attention (python -m kernels.bench --ops decode);
-- ``bench``: compressed attention beside dense and FlexAttention (python -m kernels.bench);
+- ``decode``: a decoding step beside dense attention, and its kernels (tests.benchmarks.gpu.decode_times);
+- ``bench``: compressed attention beside dense and FlexAttention (python -m unfold.kernels.bench);
 - ``train``: training a model of Llama-8B's width and four layers at 32k tokens: dense, forgetting, recalling.
 
 Training reads DATA (tokenizer/ and shards/sotu_{train,valid}, as launch/demo.sh makes them). DIR gets a log and a file per step.
@@ -80,13 +80,17 @@ def check(runner: Runner, args: argparse.Namespace) -> None:
     smoke = [*python, f"{HERE}.smoke"]
     sanitizer = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", *smoke, "--raw", "300", "--once"]
     workers = str(max(2, (os.cpu_count() or 2) - 3))
-    tests = [*python, "pytest", "-v", "--tb=short", "-m", "not long", "-n", workers, "-p", "no:cacheprovider"]
+    tests = [*python, "pytest", "-v", "--tb=short", "-m", "not long", "-k", args.tests, "-n", workers, "-p", "no:cacheprovider"]
     files = [f"tests/kernels/test_{name}.py" for name in ("compressed_triton", "select_triton", "unfold_triton", "decode")]
     started = [
         runner.start("smoke", smoke, args.check_seconds),
         runner.start("tests", [*tests, *files], args.check_seconds),
         runner.start("sanitizer", [*sanitizer, "--dtypes", "bfloat16"], args.check_seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1"),
     ]
+    if "times" in args.steps:  # what is timed later compiles beside them
+        warm = [*python, f"{HERE}.kernel_times", "--compile-only", *args.times_flags]
+        started.append(runner.start("warm", warm, args.check_seconds))
+        started.append(runner.start("warm-decode", [*python, f"{HERE}.decode_times", "--seconds", "0"], args.check_seconds))
     for process in started:
         runner.finish(process, 60)
 
@@ -98,13 +102,12 @@ def times(runner: Runner, args: argparse.Namespace) -> None:
 
 
 def decode(runner: Runner, args: argparse.Namespace) -> None:
-    command = [sys.executable, "-m", "kernels.bench", "--ops", "decode", "--chunks", "8,4", "--output", str(runner.output)]
-    flags = ["--decode-raw", "32768", "131072", "--batch", "1", "8", "--seconds", "0.2"]
-    runner.run("decode", [*command, *flags], 90)
+    command = [sys.executable, "-m", f"{HERE}.decode_times", "--output", str(runner.output / "decode_times.json")]
+    runner.run("decode", [*command, "--seconds", str(args.decode_seconds)], args.decode_seconds + 10, 60)
 
 
 def bench(runner: Runner, args: argparse.Namespace) -> None:
-    command = [sys.executable, "-m", "kernels.bench", "--chunks", "8,4", "--raw", "8192", "32768", "131072"]
+    command = [sys.executable, "-m", "unfold.kernels.bench", "--chunks", "8,4", "--raw", "8192", "32768", "131072"]
     flags = ["--seconds", "0.2", "--only", "dense SDPA", "dense cuDNN", "ours", "flex, sorted keys"]
     runner.run("bench", [*command, *flags, "--output", str(runner.output)], 150)
 
@@ -161,7 +164,9 @@ def main() -> int:
     parser.add_argument("--train-raw", type=int, default=32768)
     parser.add_argument("--check-seconds", type=float, default=170)
     parser.add_argument("--times-seconds", type=float, default=130)
-    parser.add_argument("--times-flags", nargs="*", default=["--sweep"])
+    parser.add_argument("--decode-seconds", type=float, default=55)
+    parser.add_argument("--tests", default="test", help="pytest's -k: which of the tests of kernels")
+    parser.add_argument("--times-flags", type=str.split, default=["--sweep"], help="flags of kernel_times, in one word")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter()

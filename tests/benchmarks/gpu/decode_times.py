@@ -24,9 +24,9 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from kernels import bench_recall
-from kernels.decode.tiles import DecodeTiles, Launch, decode_tiles
 from tests.benchmarks.gpu.kernel_times import kernel_times
+from unfold.kernels import bench_recall
+from unfold.kernels.decode.tiles import DecodeTiles, Launch, decode_tiles
 
 CHUNKS = (8, 4)
 TOLERANCE = dict(atol=1e-2, rtol=2e-2)  # bf16 outputs, means of values of size one
@@ -83,7 +83,9 @@ def own_times(step: Callable[[], object], own: SimpleNamespace) -> dict[str, lis
     return result
 
 
-def measured(name: str, how: dict, case: bench_recall.DecodeCase, want: Tensor | None, own: SimpleNamespace) -> tuple[dict, Tensor]:
+def measured(
+    name: str, how: dict, case: bench_recall.DecodeCase, want: Tensor | None, own: SimpleNamespace
+) -> tuple[dict, Tensor]:
     """One variant's times and what is wrong with its output, and the output."""
     step = bench_recall.launched(case, **how)
     out = step()

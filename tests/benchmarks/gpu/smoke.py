@@ -18,12 +18,12 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from kernels import bench, bench_recall
-from kernels.compressed import compressed_attention
-from kernels.decode import decode_attention
-from kernels.select import select_gists
-from kernels.testing import uniform_tree
-from kernels.unfold import recall_attention, unfold_attention
+from unfold.kernels import bench, bench_recall
+from unfold.kernels.compressed import compressed_attention
+from unfold.kernels.decode import decode_attention
+from unfold.kernels.select import select_gists
+from unfold.kernels.testing import uniform_tree
+from unfold.kernels.unfold import recall_attention, unfold_attention
 
 CHUNKS = (8, 4)
 

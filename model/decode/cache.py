@@ -1,0 +1,100 @@
+"""What a sequence has computed so far: per layer, keys and values of raw tokens and, compact, of every gist level."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from unfold.model.config import GistConfig, ModelConfig
+from unfold.model.gist.buffers import Growable
+from unfold.model.gist.outline import Outline
+
+
+@dataclass
+class Reads:
+    """Rows of the cache that attention has read, over all layers and KV heads; padding of gathers counts as read."""
+
+    keys: int = 0
+    values: int = 0
+
+
+class Rows:
+    """Keys and values of one segment (a gist level, or the raw tokens) in one layer. Every read is counted.
+
+    Args:
+        kv_heads, head_dim: shape of a row.
+        dtype, device: of keys and values.
+        reads: the sequence's count.
+    """
+
+    def __init__(self, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device, reads: Reads):
+        self.buffer = Growable([2, kv_heads, 0, head_dim], 2, dtype, device)
+        self.reads = reads
+
+    def append(self, k: Tensor, v: Tensor) -> None:
+        """k, v: [n, Hkv, D]"""
+        self.buffer.append(torch.stack([k, v]).transpose(1, 2))
+
+    @property
+    def memory(self) -> Tensor:
+        """What the rows lie in, [2, Hkv, capacity, D]; kernels that read it in place are not counted."""
+        return self.buffer.memory
+
+    def keys(self, lo: int, hi: int) -> Tensor:
+        """Rows ``[lo, hi)``: a view, [Hkv, hi - lo, D]."""
+        self.reads.keys += (hi - lo) * self.buffer.memory.shape[1]
+        return self.buffer.memory[0, :, lo:hi]
+
+    def values(self, lo: int, hi: int) -> Tensor:
+        """As :meth:`keys`."""
+        self.reads.values += (hi - lo) * self.buffer.memory.shape[1]
+        return self.buffer.memory[1, :, lo:hi]
+
+    def keys_at(self, rows: Tensor) -> Tensor:
+        """Rows of each KV head, [Hkv, n] int64 -> [Hkv, n, D]."""
+        self.reads.keys += rows.numel()
+        return self._at(0, rows)
+
+    def values_at(self, rows: Tensor) -> Tensor:
+        """As :meth:`keys_at`."""
+        self.reads.values += rows.numel()
+        return self._at(1, rows)
+
+    def _at(self, which: int, rows: Tensor) -> Tensor:
+        memory = self.buffer.memory[which]  # [Hkv, capacity, D]
+        first = torch.arange(memory.shape[0], device=rows.device)[:, None] * memory.shape[1]
+        return memory.flatten(0, 1).index_select(0, (rows + first).flatten()).view(*rows.shape, -1)
+
+
+class SequenceCache:
+    """The state of one sequence: its outline and, per layer and segment, its keys and values.
+
+    Args:
+        model: shape of the layers.
+        gist: how the sequence is folded; None for dense attention.
+        dtype, device: of keys and values.
+    """
+
+    def __init__(self, model: ModelConfig, gist: GistConfig | None, dtype: torch.dtype, device: torch.device):
+        self.outline, self.reads = Outline(gist), Reads()
+        make = lambda: Rows(model.kv_heads, model.head_dim, dtype, device, self.reads)
+        self.layers = [[make() for _ in self.outline.counts] for _ in range(model.layers)]  # [layer][segment]
+
+    def append(self, layer: int, segment: Tensor, k: Tensor, v: Tensor) -> None:
+        """Keep new tokens' k, v [n, Hkv, D] in one layer; segment: [n] int64."""
+        if len(segment) == 1:  # the usual step: no search, no copy
+            self.layers[layer][int(segment)].append(k, v)
+            return
+        for s, rows in enumerate(self.layers[layer]):
+            which = (segment == s).nonzero()[:, 0].to(k.device)
+            if len(which):
+                rows.append(k[which], v[which])
+
+    def drop(self, tokens: int) -> None:
+        """Forget the last tokens, which must be raw."""
+        if tokens:
+            self.outline.drop(tokens)
+            for layer in self.layers:
+                layer[-1].buffer.truncate(self.outline.counts[-1])

@@ -1,0 +1,226 @@
+"""Reading and continuing sequences with a cache: contexts are folded into gists, later tokens recall (METHOD.md, section 7)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unfold.model.decode.cache import SequenceCache
+from unfold.model.decode.prefill import PrefillAttention
+from unfold.model.decode.step import NewTokens, StepAttention
+from unfold.model.gist import GistConfig, select_rule
+from unfold.model.gist.placement import Feed, GistPlacement
+from unfold.model.transformer import Transformer
+
+PREFILL = 1024  # interleaved tokens read at a time: bounds the memory of a prefill
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        max_new_tokens: longest continuation.
+        temperature: 0 picks the likeliest token.
+        top_p: sample from the smallest set of tokens whose probabilities reach it.
+        seed: of the sampling; the n-th sequence of a batch draws as one alone with ``seed + n``.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass
+class LiveSequence:
+    """One sequence that is read and continued, over any number of turns.
+
+    Attributes:
+        cache: its keys and values.
+        placement: where its gists go; None for a dense model.
+        ids, level, recalls: its interleaved tokens so far: vocabulary ids, levels (-1 is raw), and which unfold chunks.
+        logits: [vocab] of the token after its last raw one; None before the first.
+        pending: raw tokens that were chosen but not read yet; the next read or step begins with them.
+    """
+
+    cache: SequenceCache
+    placement: GistPlacement | None
+    ids: list[int] = field(default_factory=list)
+    level: list[int] = field(default_factory=list)
+    recalls: list[bool] = field(default_factory=list)
+    logits: Tensor | None = None
+    pending: list[int] = field(default_factory=list)
+
+    def take(self, feed: Feed, recalls: bool) -> range:
+        """Enter what the placement said into the record (not the cache): the places of the new tokens."""
+        start = len(self.ids) - feed.drop
+        # Tokens that are read again, now with a gist among them, recall if they did.
+        flags = iter(self.recalls[start:])
+        del self.ids[start:], self.level[start:], self.recalls[start:]
+        self.cache.drop(feed.drop)
+        self.ids += feed.ids
+        self.level += feed.level
+        self.recalls += [l < 0 and next(flags, recalls) for l in feed.level]
+        return range(start, len(self.ids))
+
+
+class Decoder:
+    """A model with what it takes to read and continue sequences.
+
+    Args:
+        model: on one rank, in eval mode.
+        gist: how contexts are folded and who recalls; None for a dense model.
+        gist_ids: every gist id of the vocabulary, level 0 first; none of them is ever emitted.
+        word_starts: [vocab] bool.
+        grow: whether suffixes and generated text get gists as their chunks close; else a suffix, and what is generated
+            after it, is one open chunk whose tokens see one another.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        gist: GistConfig | None,
+        gist_ids: Sequence[int],
+        word_starts: np.ndarray,
+        grow: bool = False,
+    ):
+        self.model, self.gist, self.gist_ids = model, gist, list(gist_ids)
+        self.word_starts, self.grow = word_starts, grow
+        self.rule = select_rule(gist) if gist and gist.recall != "none" else None
+        weight = model.head_weight
+        self.device, self.dtype = weight.device, weight.dtype
+
+    def start(self) -> LiveSequence:
+        """A new, empty sequence."""
+        placement = GistPlacement(self.gist, self.word_starts, self.gist_ids[: self.gist.levels]) if self.gist else None
+        return LiveSequence(SequenceCache(self.model.config, self.gist, self.dtype, self.device), placement)
+
+    def read_context(self, sequence: LiveSequence, tokens: Sequence[int], close: bool = True) -> None:
+        """Fold raw tokens into gists; they recall only under ``recall: all``.
+
+        A suffix before them (a question and its answer, of a former turn) is folded with them.
+
+        Args:
+            sequence: extended in place.
+            tokens: any number of them.
+            close: give the end a gist at every level, as before a question; without it the text may simply go on.
+        """
+        self._begin(sequence, tokens)
+        if self.gist is None:
+            feed = Feed(0, list(tokens), [-1] * len(tokens))
+        else:
+            feed = sequence.placement.push(tokens, close)
+        self._prefill(sequence, feed, self.rule is not None and self.gist.recall == "all")
+
+    def read_suffix(self, sequence: LiveSequence, tokens: Sequence[int]) -> None:
+        """Read raw tokens after the context, such as a question; they recall unless the configuration's ``recall`` is none."""
+        self._begin(sequence, tokens)
+        self._prefill(sequence, self._suffix_feed(sequence, tokens), self.rule is not None)
+
+    @torch.no_grad()
+    def stream(
+        self,
+        sequences: Sequence[LiveSequence],
+        sampling: Sampling,
+        stop_ids: Sequence[int] = (),
+        ended: set[int] | None = None,
+    ) -> Iterator[tuple[int, int]]:
+        """Continue sequences together; yields (number of the sequence, token) as tokens are chosen, in rounds.
+
+        Args:
+            sequences: of any lengths, each with at least one token.
+            sampling: how tokens are chosen, and how many.
+            stop_ids: a token that ends its sequence; it is neither yielded nor kept.
+            ended: sequences whose numbers the caller puts here, while iterating, take no further token.
+        """
+        ended = set() if ended is None else ended
+        for number, sequence in enumerate(sequences):
+            if sequence.logits is None and not sequence.pending:
+                raise ValueError(f"sequences: number {number} is empty; it needs at least one token to be continued")
+        generators = [torch.Generator().manual_seed(sampling.seed + n) for n in range(len(sequences))]
+        for _ in range(sampling.max_new_tokens):
+            running = [n for n in range(len(sequences)) if n not in ended]
+            if not running:
+                return
+            self.step([sequences[n] for n in running if sequences[n].pending])
+            for n in running:
+                token = choose(self._emittable(sequences[n].logits), sampling, generators[n])
+                if token in stop_ids:
+                    ended.add(n)
+                    continue
+                sequences[n].pending = [token]
+                yield n, token
+
+    @torch.no_grad()
+    def step(self, sequences: Sequence[LiveSequence]) -> None:
+        """Read the pending tokens of some sequences, all in one pass of the model; each attends to its own cache."""
+        if not sequences:
+            return
+        batch, ids, last = [], [], []
+        for sequence in sequences:
+            feed = self._suffix_feed(sequence, sequence.pending)
+            sequence.pending = []
+            places = sequence.take(feed, self.rule is not None)
+            sight = sequence.cache.outline.append(torch.tensor(feed.level))
+            batch.append(NewTokens(sequence.cache, sight, sequence.recalls[places.start :]))
+            # A feed that a step reads ends with the token that was chosen last.
+            ids += feed.ids
+            last.append(len(ids) - 1)
+        position = torch.cat([new.sight.upto[-1] - 1 for new in batch])
+        hidden = self._run(ids, position, StepAttention(batch, self.rule))
+        for sequence, logits in zip(sequences, self.model.head_logits(hidden[last])):
+            sequence.logits = logits
+
+    def _suffix_feed(self, sequence: LiveSequence, tokens: Sequence[int]) -> Feed:
+        if self.gist is None:
+            return Feed(0, list(tokens), [-1] * len(tokens))
+        return sequence.placement.push(tokens) if self.grow else sequence.placement.leave(tokens)
+
+    @torch.no_grad()
+    def _prefill(self, sequence: LiveSequence, feed: Feed, recalls: bool) -> None:
+        """Read a feed in runs of PREFILL tokens."""
+        places = sequence.take(feed, recalls)
+        for start in range(places.start, places.stop, PREFILL):
+            run = slice(start, min(start + PREFILL, places.stop))
+            level = torch.tensor(sequence.level[run])
+            sight = sequence.cache.outline.append(level)
+            flags = torch.tensor(sequence.recalls[run])
+            attend = PrefillAttention(sequence.cache, sight, flags, self.rule, self.device)
+            hidden = self._run(sequence.ids[run], sight.upto[-1] - 1, attend)
+            raw = (level < 0).nonzero()[:, 0]
+            if len(raw):
+                sequence.logits = self.model.head_logits(hidden[raw[-1]])
+
+    def _run(self, ids: list[int], position: Tensor, attend) -> Tensor:
+        """ids [n], rotary position [n] -> [n, hidden] after the final norm."""
+        return self.model.run_layers(torch.tensor([ids], device=self.device), position[None].to(self.device), attend)[:, 0]
+
+    def _emittable(self, logits: Tensor) -> Tensor:
+        """[vocab] fp32 logits on the CPU with -inf at gist ids."""
+        logits = logits.float().cpu()
+        logits[self.gist_ids] = -torch.inf
+        return logits
+
+    def _begin(self, sequence: LiveSequence, tokens: Sequence[int]) -> None:
+        """Check what is to be read, and read what was chosen before it."""
+        for token in tokens:
+            if not 0 <= token < len(self.word_starts):
+                raise ValueError(f"tokens: id {token} is outside the vocabulary of {len(self.word_starts)} pieces")
+        if sequence.pending:
+            self.step([sequence])
+
+
+def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """The next token id from [vocab] logits."""
+    if sampling.temperature <= 0:
+        return int(logits.argmax())
+    probabilities = (logits / sampling.temperature).softmax(-1)
+    ordered, order = probabilities.sort(descending=True, stable=True)
+    # Keep a token while what stands before it has not reached top_p: at least one stays.
+    ordered = ordered.masked_fill(ordered.cumsum(0) - ordered >= sampling.top_p, 0.0)
+    return int(order[torch.multinomial(ordered, 1, generator=generator)])

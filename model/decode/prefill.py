@@ -1,0 +1,119 @@
+"""Attention of a run of new tokens over a cache, through the kernels that training uses.
+
+Under the compressed mask a run of tokens sees one span per segment: these rows, in level-sorted order, are a short
+sample of their own in which the older rows ask nothing. Recalling tokens may reach everything: for them a layer's whole cache
+is put in that order, once per run.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from unfold.kernels.compressed import compressed_attention
+from unfold.kernels.intervals import Intervals
+from unfold.kernels.select import SelectRule
+from unfold.kernels.unfold import recall_queries
+from unfold.model.decode.cache import SequenceCache
+from unfold.model.gist.outline import Sight
+
+DENSE_BLOCK = 128  # queries of dense attention at a time: bounds its mask
+
+
+class PrefillAttention:
+    """The next ``n`` tokens of one sequence attend to its cache; an :data:`unfold.model.attention.Attend` of one row.
+
+    Args:
+        cache: the sequence's; its outline holds the tokens already, its layers not yet.
+        sight: of the n tokens.
+        recalls: bool [n], which of them unfold chunks.
+        rule: how gists are selected; None where nothing recalls.
+    """
+
+    def __init__(self, cache: SequenceCache, sight: Sight, recalls: Tensor, rule: SelectRule | None, device: torch.device):
+        self.cache, self.sight, self.rule = cache, sight, rule
+        if not cache.outline.levels:
+            return
+        self.spans, self.own, intervals = short_sample(sight)
+        self.own = self.own.to(device)
+        self.intervals = intervals.to(device)
+        self.tree = None
+        if bool(recalls.any()):
+            self.recalling = recalls.nonzero()[:, 0].to(device)
+            self.tree = cache.outline.tree(sight.at(recalls)).to(device)
+            asleep = torch.zeros(1, intervals.tokens, dtype=torch.bool, device=device)
+            asleep[0, self.own[self.recalling]] = True
+            self.others = self.intervals.without(asleep)
+
+    def __call__(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [1, n, H, D], k, v [1, n, Hkv, D] -> [1, n, H, D]"""
+        self.cache.append(index, self.sight.segment, k[0], v[0])
+        if not self.cache.outline.levels:
+            return self._dense(index, q)
+        recall = self.tree is not None and index > 0
+        queries = q.new_zeros(1, self.intervals.tokens, *q.shape[2:])
+        queries[0, self.own] = q[0]
+        near = self._rows(index, self.spans)
+        out = compressed_attention(queries, *near, self.others if recall else self.intervals)[:, self.own]
+        if recall:
+            everything = self._rows(index, [(s, 0, n) for s, n in enumerate(self.cache.outline.counts)])
+            out[0, self.recalling], _ = recall_queries(q[0, self.recalling], *everything, self.tree, self.rule)
+        return out
+
+    def _rows(self, index: int, spans: list[tuple[int, int, int]]) -> tuple[Tensor, Tensor]:
+        """Keys and values of some spans of a layer, side by side: two [1, rows, Hkv, D]."""
+        layer = self.cache.layers[index]
+        keys = torch.cat([layer[s].keys(first, last) for s, first, last in spans], 1)
+        values = torch.cat([layer[s].values(first, last) for s, first, last in spans], 1)
+        return keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
+
+    def _dense(self, index: int, q: Tensor) -> Tensor:
+        """Causal attention over all raw tokens, a block of queries at a time."""
+        out, raw = torch.empty_like(q), self.cache.layers[index][-1]
+        for i in range(0, q.shape[1], DENSE_BLOCK):
+            last = self.sight.hi[-1, i : i + DENSE_BLOCK].to(q.device)  # what each query sees
+            end = int(last[-1])
+            seen = torch.arange(end, device=q.device) < last[:, None]
+            part = F.scaled_dot_product_attention(
+                q[:, i : i + DENSE_BLOCK].transpose(1, 2),
+                raw.keys(0, end)[None],
+                raw.values(0, end)[None],
+                attn_mask=seen,
+                enable_gqa=True,
+                scale=1 / math.sqrt(q.shape[3]),
+            )
+            out[:, i : i + DENSE_BLOCK] = part.transpose(1, 2)
+        return out
+
+
+def short_sample(sight: Sight) -> tuple[list[tuple[int, int, int]], Tensor, Intervals]:
+    """What the tokens of a sight see of their document, as a sample of its own.
+
+    Returns:
+        The spans (segment, first, last) of items that make up its W tokens, in this order; the place of each of the n
+        tokens among these, [n] int64; its intervals, in which all other tokens see nothing.
+    """
+    segments = len(sight.lo)
+    sinks = int(sight.sinks.max())
+    seen = sight.hi > sight.lo  # [L+1, n]
+    span = lambda s: (int(sight.lo[s][seen[s]].min()), int(sight.hi[s][seen[s]].max()))  # noqa: B023
+    first, last = zip(*(span(s) if bool(seen[s].any()) else (sinks, sinks) for s in range(segments)))
+    # Sinks before the raw span stand before it here too; those within it are there already.
+    apart = min(sinks, first[-1])
+    spans = [*zip(range(segments - 1), first, last), (segments - 1, 0, apart), (segments - 1, first[-1], last[-1])]
+    ends = torch.tensor([b - a for _, a, b in spans]).cumsum(0)
+    width, start = int(ends[-1]), torch.cat([torch.zeros(1, dtype=torch.int64), ends[:-2], ends[-1:]])  # [L+2]
+    shift = start[:-1] - torch.tensor(first)  # from an item's number to its place
+    shift[-1] += apart
+    own = shift[sight.segment] + sight.number
+    sink = torch.arange(sinks)
+    rows = torch.cat([torch.arange(width), torch.where(sink < apart, start[-2] + sink, shift[-1] + sink)])
+    lo, hi = torch.zeros(2, 1, segments + 1, width, dtype=torch.int32)
+    lo[0, :-1, own] = ((sight.lo + shift[:, None]) * seen).int()
+    hi[0, :-1, own] = ((sight.hi + shift[:, None]) * seen).int()
+    lo[0, -1, own], hi[0, -1, own] = width, (width + sight.sinks).int()
+    bounds = torch.cat([start, start[-1:] + sinks])[None].int()
+    return spans, own, Intervals(rows[None], torch.arange(width)[None], lo, hi, bounds)

@@ -1,0 +1,159 @@
+"""One sequence over several ranks: each holds a contiguous part of every interleaved sample.
+
+``gists`` sends what the method lets later ranks see and nothing else: gists, sinks and the raw tokens of the last chunks
+before a border. Each rank gathers these keys and values once per layer (one differentiable all-gather), puts them before
+its own and attends over that short sequence with the ordinary operation, whose ranges are mapped row by row; so it is
+exact by construction. Recall adds the chunks that are selected (:mod:`unfold.model.parallel.recall`). ``ulysses`` is
+DeepSpeed-Ulysses: it trades the sequence for heads, and any attention runs unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from unfold.kernels.tree import GistTree
+from unfold.model.gist import Layout, Recall
+from unfold.model.parallel.recall import RecallPlan, make_recall_plan, recall_over_ranks
+from unfold.model.parallel.rows import Exports, Kept, seen_by_part, take
+from unfold.model.parallel.tensor import gather_sequence
+
+METHODS = ("gists", "ulysses")
+
+
+@dataclass
+class ContextTraffic:
+    """What a rank sent in forward passes (recomputed ones too) since it was last taken.
+
+    Attributes:
+        exchanges: attentions of a layer and micro-batch.
+        sent: bytes of keys and values, whose gradients take the way back, and of who asks for which chunks.
+        whole: bytes that all-gathering the keys and values of every token would have sent in their place.
+    """
+
+    exchanges: int = 0
+    sent: int = 0
+    whole: int = 0
+
+    def take(self) -> ContextTraffic:
+        """What was counted so far; it begins again at 0."""
+        taken = replace(self)
+        self.exchanges = self.sent = self.whole = 0
+        return taken
+
+
+@dataclass(frozen=True)
+class ContextParallel:
+    """How the sequence is spread: the group, in the order of the parts, the method, and what was sent."""
+
+    group: ProcessGroup
+    method: str
+    traffic: ContextTraffic = field(default_factory=ContextTraffic, compare=False)
+
+    def part(self, x: Tensor, dim: int) -> Tensor:
+        """This rank's contiguous part of a tensor that covers whole samples along ``dim``."""
+        assert x.shape[dim] % self.group.size() == 0, "the padded length is a multiple of the ranks"
+        return x.chunk(self.group.size(), dim)[self.group.rank()]
+
+    def plan(self, layout: Layout) -> ExchangePlan:
+        """Who sends what in a micro-batch; made once, shared by its layers."""
+        key = ("context parallel", self.group.size(), self.group.rank())
+        return layout.intervals.memo(key, lambda: make_plan(layout, self.group.rank(), self.group.size()))
+
+    def recall_plan(self, tree: GistTree) -> RecallPlan:
+        """The same for layers that recall."""
+        key = ("context parallel recall", self.group.size(), self.group.rank())
+        return tree.others.memo(key, lambda: make_recall_plan(tree, self.group.rank(), self.group.size()))
+
+    def gather(self, keys_values: Tensor, exports: Exports) -> Tensor:
+        """This rank's keys and values [B, T / n, 2 Hkv, D] and after them the ranks' exports: [B, T / n + n E, 2 Hkv, D]."""
+        exported = take(keys_values, exports.exported)
+        others, traffic = self.group.size() - 1, self.traffic
+        traffic.exchanges += 1
+        traffic.sent += others * exported.numel() * exported.element_size()
+        traffic.whole += others * keys_values.numel() * keys_values.element_size()
+        received = gather_sequence(exported[None], self.group)  # [n, B, E, 2 Hkv, D]
+        return torch.cat([keys_values, received.transpose(0, 1).flatten(1, 2)], 1)
+
+
+@dataclass(frozen=True)
+class ContextAttention:
+    """Attention of this rank's queries over whole sequences that are spread over the ranks.
+
+    Attributes:
+        context: how they are spread.
+        make: (layout, recall) -> attention (layer index, q, k, v) -> out among tokens that are all here.
+        layout, recall: of the whole samples, alike on all ranks.
+    """
+
+    context: ContextParallel
+    make: Callable
+    layout: Layout
+    recall: Recall | None
+
+    def __call__(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [B, T / n, H, D], k, v [B, T / n, Hkv, D] -> [B, T / n, H, D], all of this rank's part."""
+        if self.context.method == "ulysses":
+            from deepspeed.sequence.layer import DistributedAttention
+
+            whole = self.make(self.layout, self.recall)
+            return DistributedAttention(lambda *qkv: whole(index, *qkv), self.context.group)(q, k, v, 0)
+        keys_values = torch.cat([k, v], 2)  # [B, T / n, 2 Hkv, D]
+        if self.recall is not None and index > 0:
+            return self._with_recall(index, q, keys_values)
+        plan = self.context.plan(self.layout)
+        pool = self.context.gather(keys_values, plan.exports)
+        k_near, v_near = take(pool, plan.source).split(k.shape[2], 2)
+        blank = q.new_zeros(q.shape[0], 1, *q.shape[2:])
+        q_near = take(torch.cat([q, blank], 1), plan.query_source)
+        out = self.make(plan.layout, None)(index, q_near, k_near.contiguous(), v_near.contiguous())
+        return take(out, plan.own)
+
+    def _with_recall(self, index: int, q: Tensor, keys_values: Tensor) -> Tensor:
+        context, recall = self.context, self.recall
+        plan = context.recall_plan(recall.tree)
+        pool = context.gather(keys_values, plan.exports)
+        out, recall.stats[index], sent = recall_over_ranks(plan, recall.rule, q, pool, context.group)
+        context.traffic.sent += sent
+        return out
+
+
+@dataclass(frozen=True)
+class ExchangePlan:
+    """What one rank sends and reads in a micro-batch. N is the length of the short sequence.
+
+    Attributes:
+        exports: what the ranks gather.
+        source: [B, N] int64, where each token of the short sequence lies in (own part, then the n ranks' exports).
+        query_source: [B, N] int64, the same for queries; others' tokens ask nothing and read a blank row.
+        own: [B, T / n] int64, places of this rank's tokens in the short sequence.
+        layout: intervals of the short sequence (its levels and positions are not used).
+        tokens_held: of this rank per sample.
+    """
+
+    exports: Exports
+    source: Tensor
+    query_source: Tensor
+    own: Tensor
+    layout: Layout
+    tokens_held: int
+
+
+def make_plan(layout: Layout, rank: int, size: int) -> ExchangePlan:
+    """The plan of one rank; every rank derives it from the whole layout, so nothing needs to be negotiated."""
+    intervals = layout.intervals
+    held = intervals.tokens // size
+    first = rank * held
+    exports = Exports.of(torch.stack([seen_by_part(intervals, r * held, (r + 1) * held) for r in range(size)]), rank)
+    kept = Kept.of(exports.has[rank], intervals, first, held)
+    near = kept.near
+    filled = torch.arange(kept.length, device=near.device) < kept.mask.sum(-1, keepdim=True)
+    is_own = filled & (near >= first) & (near < first + held)
+    query_source = torch.where(is_own, near - first, held)
+    short = kept.intervals(intervals)
+    near_layout = Layout(layout.level.gather(1, near), layout.doc.gather(1, near), layout.position.gather(1, near), short)
+    return ExchangePlan(exports, exports.source.gather(1, near), query_source, kept.own, near_layout, held)

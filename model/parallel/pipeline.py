@@ -1,0 +1,138 @@
+"""The decoder as a list of layer specifications for DeepSpeed's PipelineModule.
+
+Between stages travel the residual stream and three integers per token, its level, its document and whether it recalls,
+from which every stage rebuilds the layout once per micro-batch; so nothing that grows faster than the sequence is sent.
+Labels are read by the last stage itself.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from deepspeed.pipe import LayerSpec, TiedLayerSpec
+from torch import Tensor, nn
+
+from unfold.model.attention import Attend, MicroBatchAttention
+from unfold.model.config import GistConfig, ModelConfig
+from unfold.model.gist import Recall, build_layout
+from unfold.model.layers import BuildContext, RMSNorm, Rotary
+from unfold.model.parallel.context import ContextAttention
+from unfold.model.transformer import Embedding, Layer, MicroBatch, token_loss_sum
+
+TIED = "embedding"  # key of the weight that the first and the last stage share
+
+
+class StageAttention:
+    """What the layers of one stage share: rotary factors and who sees whom, remade for each micro-batch."""
+
+    def __init__(self, config: ModelConfig, gist: GistConfig, build: BuildContext):
+        self._config, self._gist, self._build = config, gist, build
+        self._last: tuple[Tensor, Rotary, Attend] | None = None
+
+    def of(self, structure: Tensor) -> tuple[Rotary, Attend]:
+        """structure: [3, B, T] int32, level, document and whether it recalls (see :func:`stage_inputs`)."""
+        if self._last is None or self._last[0] is not structure:
+            self._last = (structure, *self._make(structure))
+        return self._last[1:]
+
+    def _make(self, structure: Tensor) -> tuple[Rotary, Attend]:
+        level, doc, recalling = structure
+        layout = build_layout(level, doc, self._gist)
+        recall = Recall.of(layout, self._gist, recalling > 0) if recalling.any() else None
+        make, context = partial(MicroBatchAttention, self._config.attention), self._build.context
+        if context is None:
+            return Rotary.of(layout.position, self._config), make(layout, recall)
+        return Rotary.of(context.part(layout.position, 1), self._config), ContextAttention(context, make, layout, recall)
+
+
+class EmbeddingStage(Embedding):
+    """First layer: (ids [B, T], structure) -> (x [T, B, hidden], structure)."""
+
+    def forward(self, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        ids, structure = inputs
+        context = self.build.context
+        return super().forward(context.part(ids, 1) if context else ids), structure
+
+
+class LayerStage(Layer):
+    """(x, structure) -> (x, structure)"""
+
+    def __init__(self, config: ModelConfig, build: BuildContext, index: int, shared: StageAttention):
+        super().__init__(config, build, index)
+        self._shared = shared
+
+    def forward(self, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        x, structure = inputs
+        return super().forward(x, *self._shared.of(structure)), structure
+
+
+class FinalNormStage(RMSNorm):
+    """(x, structure) -> x after the final norm."""
+
+    def forward(self, inputs: tuple[Tensor, Tensor]) -> Tensor:
+        return super().forward(inputs[0])
+
+
+class HeadStage(nn.Module):
+    """x -> (x, this rank's rows of the untied head), for the loss."""
+
+    def __init__(self, config: ModelConfig, build: BuildContext):
+        super().__init__()
+        self.head = build.column("head", config.hidden_size, config.padded_vocab_size, config.init_std)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, self.head.weight
+
+
+def _tied_head(embedding: EmbeddingStage, x: Tensor) -> tuple[Tensor, Tensor]:
+    return x, embedding.weight
+
+
+def layer_specs(config: ModelConfig, gist: GistConfig, build: BuildContext) -> list[LayerSpec]:
+    """The model's layers, to be spread over stages by the type :class:`LayerStage`."""
+    shared = StageAttention(config, gist, build)
+    layers = [LayerSpec(LayerStage, config, build, i, shared) for i in range(config.layers)]
+    norm = LayerSpec(FinalNormStage, config.hidden_size, config.norm_eps, build)
+    if not config.tied_embeddings:
+        return [LayerSpec(EmbeddingStage, config, build), *layers, norm, LayerSpec(HeadStage, config, build)]
+    tied = partial(TiedLayerSpec, TIED, EmbeddingStage, config, build, tied_weight_attr=["weight"])
+    return [tied(), *layers, norm, tied(forward_fn=_tied_head)]
+
+
+def stage_loss(build: BuildContext, outputs: tuple[Tensor, Tensor], targets: tuple[Tensor, Tensor]) -> Tensor:
+    """outputs: (hidden, head weight) of the last stage; targets: (labels [B, T], factor). The scaled sum of token losses."""
+    hidden, weight = outputs
+    labels, factor = targets
+    if build.context:
+        labels = build.context.part(labels, 1)
+    return token_loss_sum(hidden, labels, weight, build) * factor
+
+
+def stage_inputs(batch: MicroBatch, factor: float) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """A micro-batch as DeepSpeed's pipeline takes it: ((ids, structure), (labels, factor of the loss))."""
+    level, doc = batch.layout.level.to(torch.int32), batch.layout.doc.to(torch.int32)
+    recalling = torch.zeros_like(level)
+    if batch.recall:
+        recalling.view(-1)[batch.recall.tree.tokens] = 1
+    return (batch.ids, torch.stack([level, doc, recalling])), (batch.labels, torch.tensor(factor))
+
+
+def canonical_name(layers: int) -> Callable[[str], str]:
+    """Names of the pipeline's parameters -> those of :class:`unfold.model.transformer.Transformer`."""
+
+    def rename(name: str) -> str:
+        name = name.removeprefix(f"tied_modules.{TIED}.")
+        match = re.match(r"(\d+)\.(.*)", name)
+        if not match:
+            return f"embedding.{name}"
+        place, rest = int(match[1]), match[2]
+        if place == 0:
+            return f"embedding.{rest}"
+        if place <= layers:
+            return f"layers.{place - 1}.{rest}"
+        return f"final_norm.{rest}" if place == layers + 1 else rest
+
+    return rename

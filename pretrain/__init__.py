@@ -1,1 +1,0 @@
-"""The training run: configuration, DeepSpeed engine, data order, steps, checkpoints, reports."""

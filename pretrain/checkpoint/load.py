@@ -1,0 +1,84 @@
+"""A run's model in one process: for export, generation and evaluation."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from unfold.model.layers import BuildContext
+from unfold.model.transformer import Transformer
+from unfold.pretrain import parallel as parallel_groups
+from unfold.pretrain.checkpoint.manifest import Manifest, find_checkpoint
+from unfold.pretrain.checkpoint.state import pieces
+from unfold.pretrain.checkpoint.tensors import TensorDirectory
+from unfold.pretrain.config import ParallelConfig, RunConfig, parse_config
+from unfold.pretrain.data.tokenizer import TokenizerInfo, load_tokenizer
+from unfold.pretrain.errors import UserError
+
+
+@dataclass(frozen=True)
+class FoundRun:
+    """A checkpoint and what belongs to it, its weights not read.
+
+    Attributes:
+        directory: the checkpoint's.
+    """
+
+    directory: Path
+    config: RunConfig
+    manifest: Manifest
+    tokenizer: TokenizerInfo
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A checkpoint's model (fp32, eval mode, on this machine's best device) and what belongs to it."""
+
+    model: Transformer
+    config: RunConfig
+    manifest: Manifest
+    tokenizer: TokenizerInfo
+
+
+def find_run(run_dir: Path, step: int | None) -> FoundRun:
+    """Find a checkpoint of a run, by default the newest whole one.
+
+    Raises:
+        UserError: no such run or checkpoint, a damaged one asked for by its step, or another tokenizer.
+    """
+    directory, manifest = find_checkpoint(run_dir, step, lambda text: print(text, file=sys.stderr, flush=True))
+    config = parse_config(manifest.config, f"{directory}/manifest.json")
+    tokenizer = load_tokenizer(run_dir / "tokenizer", 0, f"--run-dir {run_dir}")
+    if tokenizer.hash != manifest.tokenizer_hash:
+        raise UserError(f"{run_dir}/tokenizer: is not the tokenizer that the run was trained with (hash differs)")
+    return FoundRun(directory, config, manifest, tokenizer)
+
+
+def load_model(run: FoundRun) -> Transformer:
+    """Its model in fp32 and eval mode, on this machine's best device, whatever layout wrote it."""
+    parallel = parallel_groups.initialize(dataclasses.replace(ParallelConfig(), timeout_minutes=30.0))
+    model = Transformer(run.config.model, BuildContext(parallel.tensor_group, run.config.train.seed, blank=True))
+    read_weights(model, run.directory)
+    return model.to(parallel.device).eval()
+
+
+def load_run(run_dir: Path, step: int | None) -> LoadedRun:
+    """Find and load a checkpoint of a run. Raises UserError as :func:`find_run`."""
+    run = find_run(run_dir, step)
+    return LoadedRun(load_model(run), run.config, run.manifest, run.tokenizer)
+
+
+@torch.no_grad()
+def read_weights(model: Transformer, directory: Path) -> None:
+    """Fill a model that holds every parameter whole from a checkpoint directory."""
+    source = TensorDirectory(directory)
+    for name, parameter in model.named_parameters():
+        parts = pieces(f"model.{name}", parameter)
+        for piece, shape in parts:
+            source.expect(piece, shape)
+        for (piece, _), rows in zip(parts, parameter.chunk(len(parts)), strict=True):
+            rows.copy_(source.read(piece))

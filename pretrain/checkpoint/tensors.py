@@ -1,0 +1,183 @@
+"""Tensors on disk: sharded safetensors, the pickle-free format of torch.distributed.checkpoint.
+
+Every file holds rectangles of tensors; the header says where in its whole tensor each begins (``DCP_SHARDING_INFO``), so
+``torch.distributed.checkpoint.HuggingFaceStorageReader`` reads these directories too. Written here rather than by
+torch's writer because that one needs all ranks to talk to each other while it saves, holds the interpreter's lock, keeps
+the whole file in memory twice and hashes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from unfold.pretrain.errors import UserError
+
+SUFFIX = ".safetensors"
+SHARDING = "DCP_SHARDING_INFO"
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.uint8: "U8"}
+PIECE = 16 * 2**20  # bytes hashed and written at once; both let other threads run meanwhile
+HASHED_BEHIND = 2  # pieces that wait for the hash at most; each keeps the tensor that it is of in memory
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A rectangle of a tensor, to be written.
+
+    Attributes:
+        name: the whole tensor's.
+        offsets, shape: of the rectangle within it.
+        dtype: of its elements.
+        read: makes the values, on CPU; called when they are written.
+    """
+
+    name: str
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class _NewFile:
+    """A file that is hashed in a thread beside the writing, and goes to the disk while it grows rather than at its end."""
+
+    def __init__(self, path: Path):
+        self._file, self._digest = open(path, "wb"), hashlib.sha256()
+        self._pieces: queue.Queue = queue.Queue(HASHED_BEHIND)
+        self._thread = threading.Thread(target=self._hash, daemon=True, name="hash")
+        self._thread.start()
+
+    def _hash(self) -> None:
+        while (piece := self._pieces.get()) is not None:
+            self._digest.update(piece)
+
+    def _end_hash(self) -> None:
+        if self._thread.is_alive():
+            self._pieces.put(None)
+            self._thread.join()
+
+    def __enter__(self) -> _NewFile:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._end_hash()
+        self._file.close()
+
+    def write(self, data) -> None:
+        """data: bytes, or a uint8 array that does not change until the file is finished."""
+        self._pieces.put(data)
+        self._file.write(data)
+        if len(data) == PIECE:  # begins to write the dirty pages, and does not wait for it
+            os.posix_fadvise(self._file.fileno(), self._file.tell() - PIECE, PIECE, os.POSIX_FADV_DONTNEED)
+
+    def finish(self) -> dict:
+        """Everything is on the disk; returns ``{"bytes", "sha256"}``."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._end_hash()
+        return {"bytes": self._file.tell(), "sha256": self._digest.hexdigest()}
+
+
+def write_tensor_file(path: Path, chunks: Iterable[Chunk], parts: bool = True) -> dict:
+    """Write a safetensors file through to the disk; returns its ``{"bytes", "sha256"}``. Names must be unique.
+
+    parts: say where in its whole tensor each begins; without, every chunk is a whole tensor.
+    """
+    chunks = sorted(chunks, key=lambda c: -c.dtype.itemsize)  # keeps every tensor aligned
+    header: dict = {"__metadata__": {"format": "pt"}}
+    if parts:
+        sharding = {c.name: {"saved_offsets": list(c.offsets)} for c in chunks}
+        header["__metadata__"] |= {SHARDING: json.dumps(sharding), "DCP_VERSION": "1.0"}
+    end = 0
+    for chunk in chunks:
+        begin, end = end, end + chunk.bytes
+        header[chunk.name] = {"dtype": DTYPES[chunk.dtype], "shape": list(chunk.shape), "data_offsets": [begin, end]}
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    with _NewFile(path) as file:
+        file.write(len(head).to_bytes(8, "little"))
+        file.write(head)
+        for chunk in chunks:
+            flat = chunk.read().contiguous().reshape(-1).view(torch.uint8)
+            assert len(flat) == chunk.bytes, chunk.name
+            for piece in flat.split(PIECE):
+                file.write(piece.numpy())
+        return file.finish()
+
+
+@dataclass(frozen=True)
+class _Place:
+    file: str
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+class TensorDirectory:
+    """The tensors of a directory of such files, whole or in parts, whoever wrote which part."""
+
+    def __init__(self, directory: Path):
+        """Raises UserError when a file is no safetensors file."""
+        self._directory = directory
+        self._files, self._places = {}, {}
+        for path in sorted(directory.glob(f"*{SUFFIX}")):
+            try:
+                file = safe_open(path, framework="pt")
+                sharding = json.loads(file.metadata()[SHARDING])
+                self._files[path.name] = file
+                for name in file.keys():
+                    shape = tuple(file.get_slice(name).get_shape())
+                    place = _Place(path.name, tuple(sharding[name]["saved_offsets"]), shape)
+                    self._places.setdefault(name, []).append(place)
+            except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{path}: is damaged ({error})") from None
+        self.shapes = {name: self._whole_shape(name) for name in self._places}
+
+    def _whole_shape(self, name: str) -> tuple[int, ...]:
+        places = self._places[name]
+        shape = tuple(max(p.offsets[i] + p.shape[i] for p in places) for i in range(len(places[0].shape)))
+        held = sum(math.prod(p.shape) for p in places)
+        if held != math.prod(shape):
+            raise UserError(f"{self._directory}: holds {held} of the {math.prod(shape)} elements of {name}")
+        return shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        place = self._places[name][0]
+        code = self._files[place.file].get_slice(name).get_dtype()
+        return next(dtype for dtype, text in DTYPES.items() if text == code)
+
+    def expect(self, name: str, shape: Sequence[int]) -> None:
+        """Raises UserError unless there is a tensor of this name and whole shape."""
+        if name not in self.shapes:
+            raise UserError(f"{self._directory}: holds no tensor {name}; it is of another model")
+        if self.shapes[name] != tuple(shape):
+            raise UserError(f"{self._directory}: {name} is {list(self.shapes[name])}, this model needs {list(shape)}")
+
+    def read(self, name: str, offsets: Sequence[int] | None = None, shape: Sequence[int] | None = None) -> Tensor:
+        """A rectangle of a tensor, by default all of it."""
+        shape = self.shapes[name] if shape is None else shape
+        offsets = (0,) * len(shape) if offsets is None else offsets
+        result = torch.empty(tuple(shape), dtype=self.dtype(name))
+        for place in self._places[name]:
+            begin = [max(a, b) for a, b in zip(offsets, place.offsets)]
+            stop = [min(a + n, b + m) for a, n, b, m in zip(offsets, shape, place.offsets, place.shape)]
+            if any(a >= b for a, b in zip(begin, stop)):
+                continue
+            source = tuple(slice(a - o, b - o) for a, b, o in zip(begin, stop, place.offsets))
+            target = tuple(slice(a - o, b - o) for a, b, o in zip(begin, stop, offsets))
+            result[target] = self._files[place.file].get_slice(name)[source]
+        return result

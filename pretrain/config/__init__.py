@@ -1,0 +1,32 @@
+"""The configuration of a run: what it consists of, how it is read and written, and what may change when a run is resumed."""
+
+from unfold.pretrain.config.read import FREE_ON_RESUME, changes_on_resume, flatten, load_config, parse_config, with_vocab_size
+from unfold.pretrain.config.schema import (
+    CHANGEABLE_ON_RESUME,
+    CheckpointConfig,
+    FaultConfig,
+    MonitorConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    ScheduleConfig,
+    accumulation_steps,
+)
+
+__all__ = [
+    "CHANGEABLE_ON_RESUME",
+    "FREE_ON_RESUME",
+    "CheckpointConfig",
+    "FaultConfig",
+    "MonitorConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "accumulation_steps",
+    "changes_on_resume",
+    "flatten",
+    "load_config",
+    "parse_config",
+    "with_vocab_size",
+]

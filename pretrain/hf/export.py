@@ -1,0 +1,49 @@
+"""``python -m pretrain export``: a checkpoint as a Hugging Face directory, proven before it is finished."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from unfold.pretrain.checkpoint.load import find_run
+from unfold.pretrain.errors import UserError
+from unfold.pretrain.hf.directory import new_directory, write_json
+from unfold.pretrain.hf.export_weights import write_weights
+from unfold.pretrain.hf.files import write_configs, write_model_card
+from unfold.pretrain.hf.proof import file_hashes, prove
+
+PROOF = "export_proof.json"
+DTYPES = {"fp32": (torch.float32, "float32"), "bf16": (torch.bfloat16, "bfloat16"), "fp16": (torch.float16, "float16")}
+
+
+def export(run_dir: Path, step: int | None, output: Path, dtype: str | None, max_shard_size: str = "5GB") -> Path:
+    """Write a checkpoint of a run as a directory that ``transformers`` loads, plainly as a stock dense model.
+
+    The directory gets its name only when the reloaded model gives our logits.
+
+    Args:
+        dtype: 'fp32', 'bf16' or 'fp16'; None takes the run's precision.
+        max_shard_size: of a safetensors file.
+
+    Raises:
+        UserError: the output exists, the run or checkpoint does not, or the reloaded model differs.
+    """
+    if output.exists():
+        raise UserError(f"--output {output}: exists; name a new directory")
+    run = find_run(run_dir, step)
+    dtype = dtype or run.config.precision
+    torch_dtype, name = DTYPES[dtype]
+    with new_directory(output) as partial:
+        files = write_weights(run.directory, run.config.model, torch_dtype, partial, max_shard_size)
+        write_configs(run, partial, name)
+        write_model_card(run, partial)
+        proof = prove(run, partial, torch_dtype)
+        write_json(partial / PROOF, proof | {"files": file_hashes(partial, files)})
+        for path in partial.iterdir():  # the weights are on the disk already
+            if path.name not in files:
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+    print(f"{output}: step {run.manifest.step}, {dtype}, largest difference of logits {proof['largest_logit_difference']:.1e}")
+    return output

@@ -1,0 +1,106 @@
+"""What an exported directory holds besides weights: configuration, tokenizer, code, model card."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from unfold.model.hf.keys import hf_config, model_family
+from unfold.model.hf.remote import config_entries, remote_code_files
+from unfold.pretrain.checkpoint.load import FoundRun
+from unfold.pretrain.config import RunConfig
+from unfold.pretrain.hf.directory import write_json
+from unfold.pretrain.plan.work import count_parameters
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "chat_template.jinja"
+)  # fmt: skip
+
+
+def write_configs(run: FoundRun, directory: Path, dtype: str) -> None:
+    """config.json, generation_config.json, the tokenizer's files, and the code that runs gists where the model has them.
+
+    dtype: 'float32', 'bfloat16' or 'float16'.
+    """
+    tokenizer, model, gist = run.tokenizer, run.config.model, run.config.gist
+    special = tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id
+    keys = hf_config(model, dtype, *special)
+    if model.attention == "gist":
+        architecture, ids = model_family(model).architecture, tokenizer.gist_ids
+        keys |= config_entries(architecture, gist, ids[: gist.levels], ids, tokenizer.word_starts)
+        for name, text in remote_code_files().items():
+            (directory / name).write_text(text)
+    write_json(directory / "config.json", keys)
+    generation = dict(zip(("bos_token_id", "eos_token_id", "pad_token_id"), special))
+    if tokenizer.gist_ids:
+        generation["suppress_tokens"] = list(tokenizer.gist_ids)  # a gist is never text
+    write_json(directory / "generation_config.json", generation)
+    for name in TOKENIZER_FILES:
+        if (tokenizer.directory / name).exists():
+            shutil.copy(tokenizer.directory / name, directory / name)
+
+
+def write_model_card(run: FoundRun, directory: Path) -> None:
+    """README.md with front matter: what the model is, how to load it, how it was trained."""
+    config, manifest = run.config, run.manifest
+    has_gists = config.model.attention == "gist"
+    tags = ["unfold", *(["gist", "sparse-attention"] if has_gists else [])]
+    front = ["---", "library_name: transformers", "pipeline_tag: text-generation", f"tags: [{', '.join(tags)}]", "---"]
+    how = f"gist attention, chunk sizes {list(config.gist.chunk_sizes)}" if has_gists else "dense attention"
+    trained = f"trained with {how} on {manifest.raw_tokens:,} raw tokens ({manifest.step:,} steps)"
+    if not manifest.step:
+        trained = f"set up for {how}, but not trained with it: the weights are as they were imported"
+    architecture = model_family(config.model).architecture
+    parameters = count_parameters(config.model).total
+    text = [
+        *front,
+        f"# {config.monitor.name or 'A language model trained with unfold'}",
+        "",
+        f"{architecture}, {parameters / 1e6:,.1f} M parameters, {trained}.",
+        "",
+        "## Use",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        "tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)",
+        f"model = AutoModelForCausalLM.from_pretrained(DIRECTORY)  # as a dense {architecture}",
+        *(
+            [
+                "# with gists, as it was trained; runs the code in this directory",
+                'how = {"trust_remote_code": True, "attn_implementation": "gist"}',
+                "model = AutoModelForCausalLM.from_pretrained(DIRECTORY, **how)",
+            ]
+            if has_gists
+            else []
+        ),
+        "```",
+        "",
+        *(["## Training", "", *_training_table(config, manifest), ""] if manifest.step else []),
+        "`export_proof.json` says how closely transformers reproduced the training code's logits when this directory was made.",
+    ]
+    (directory / "README.md").write_text("\n".join(text) + "\n", encoding="utf-8")
+
+
+def _training_table(config: RunConfig, manifest) -> list[str]:
+    train, gist, rate = config.train, config.gist, config.schedule
+    rows = {
+        "Raw tokens": f"{manifest.raw_tokens:,} in {manifest.step:,} steps of {train.global_batch} samples of "
+        f"{config.data.raw_tokens:,}",
+        "Precision": f"{config.precision}, fp32 master weights",
+        "Optimizer": f"AdamW, learning rate {config.optimizer.lr:g} ({rate.kind}, warm-up {rate.warmup:g}), betas "
+        f"{config.optimizer.beta1:g} and {config.optimizer.beta2:g}, weight decay {config.optimizer.weight_decay:g}, gradients "
+        f"clipped at {train.clip:g}",
+        "Longest sequence": f"{config.model.max_position:,} raw tokens",
+    }
+    if config.model.attention == "gist":
+        rows["Gists"] = (
+            f"chunk sizes {list(gist.chunk_sizes)} ({gist.ratio}x compression), sink {gist.sink}, n_prev {gist.n_prev}, "
+            f"recall {gist.recall}"
+        )
+    if train.init_from:
+        rows["Began from"] = f"weights of `{Path(train.init_from).name}`"
+    if manifest.recent_losses:
+        recent = manifest.recent_losses[-16:]
+        rows["Last training loss"] = f"{sum(recent) / len(recent):.4f} nats per token, mean of {len(recent)} steps"
+    return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]

@@ -1,0 +1,146 @@
+"""``python -m pretrain import``: a Hugging Face directory as a checkpoint that training, generation and export read."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import shutil
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import yaml
+
+from unfold.model.config import ModelConfig
+from unfold.model.hf.keys import model_config
+from unfold.pretrain.checkpoint.manifest import MANIFEST, Manifest, checkpoint_name, sync_directory, write_atomically
+from unfold.pretrain.config import RunConfig, parse_config
+from unfold.pretrain.data.tokenizer import TokenizerInfo, load_tokenizer
+from unfold.pretrain.errors import UserError
+from unfold.pretrain.hf.directory import new_directory, read_keys
+from unfold.pretrain.hf.import_weights import WeightFiles, write_checkpoint_weights
+from unfold.pretrain.hf.vocabulary import adopt_tokenizer, match_vocabulary
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FILE_BYTES = 5 * 10**9
+RAW_TOKENS = 4096  # of a sample in the configuration that is written
+HEAD = """# Continued pretraining of {source}, with gists. Only the shards are missing:
+#   python -m data_prep tokenize --input CORPUS.. --tokenizer {output}/tokenizer --output data/train
+#   python -m pretrain train --config {output}/config.yaml --run-dir runs/NAME --set data.train=[data/train]
+# The rates are the paper's recipe; check the layout with `python -m pretrain plan --config {output}/config.yaml --gpus N`.
+"""
+
+
+def import_model(args: argparse.Namespace) -> Path:
+    """Write the checkpoint, its tokenizer and a configuration to go on with.
+
+    Raises:
+        UserError: something of the source is missing, damaged or not supported; or the output exists.
+    """
+    say = lambda text: print(text, file=sys.stderr, flush=True)
+    levels, sizes = _gists(args)
+    keys = read_keys(args.input)
+    try:
+        model = model_config(keys)
+    except ValueError as error:
+        raise UserError(f"{args.input}/config.json: {error}") from None
+    weights = WeightFiles(args.input)
+    weights.check(model, model.vocab_size)
+    with new_directory(args.output) as partial:
+        if args.tokenizer:
+            tokenizer = load_tokenizer(args.tokenizer, levels, "--tokenizer")
+            shutil.copytree(args.tokenizer, partial / "tokenizer")
+        else:
+            adopt_tokenizer(args.input, partial / "tokenizer", levels)
+            tokenizer = load_tokenizer(partial / "tokenizer", levels)
+        rows, notes = match_vocabulary(weights, tokenizer, args.gist_rows)
+        for note in notes:
+            say(note)
+        model = dataclasses.replace(model, vocab_size=rows.size, attention="gist" if sizes else "dense")
+        config = _configuration(model, sizes, args.output)
+        checkpoint = partial / "checkpoints" / checkpoint_name(0)
+        checkpoint.mkdir(parents=True)
+        files = write_checkpoint_weights(weights, model, rows, DTYPES.get(args.dtype), checkpoint, FILE_BYTES, say)
+        write_atomically(checkpoint / MANIFEST, json.dumps(asdict(_manifest(_untrained(config), tokenizer, files)), indent=1))
+        sync_directory(checkpoint)
+        head = HEAD.format(source=args.input.name, output=args.output)
+        (partial / "config.yaml").write_text(head + yaml.safe_dump(_chosen(config), sort_keys=False))
+    return args.output
+
+
+def _gists(args: argparse.Namespace) -> tuple[int, tuple[int, ...]]:
+    """Gist ids wanted, and chunk sizes (none: a dense model)."""
+    try:
+        sizes = tuple(int(size) for size in args.chunk_sizes.split(",")) if args.chunk_sizes else None
+    except ValueError:
+        raise UserError(f"--chunk-sizes {args.chunk_sizes}: expected numbers such as 8,4") from None
+    if args.gist_levels is not None and args.gist_levels < 0:
+        raise UserError(f"--gist-levels {args.gist_levels}: is below 0")
+    levels = max(4, len(sizes or ())) if args.gist_levels is None else args.gist_levels
+    if sizes is None:
+        sizes = (8, 4)[:levels]
+    if len(sizes) > levels:
+        raise UserError(f"--chunk-sizes {args.chunk_sizes}: {len(sizes)} levels, but --gist-levels is {levels}")
+    return levels, sizes
+
+
+def _configuration(model: ModelConfig, chunk_sizes: tuple[int, ...], output: Path) -> RunConfig:
+    """A whole run's configuration, with the paper's recipe of continued pretraining and no shards yet."""
+    plain = lambda x: [plain(v) for v in x] if isinstance(x, tuple) else x
+    shape = dataclasses.asdict(model, dict_factory=lambda items: {k: plain(v) for k, v in items})
+    tree = {
+        "precision": "bf16",
+        "model": shape,
+        **({"gist": {"chunk_sizes": list(chunk_sizes)}} if chunk_sizes else {}),
+        "data": {
+            "train": ["data/train"],
+            "tokenizer": str(output / "tokenizer"),
+            "raw_tokens": min(RAW_TOKENS, model.max_position),
+        },
+        "train": {"global_batch": 8, "init_from": str(output)},
+        "optimizer": {"lr": 1e-5, "weight_decay": 0.1},
+        "schedule": {"kind": "cosine", "warmup": 0.05},
+        "parallel": {"zero": 2},
+    }
+    return parse_config(tree, "the imported configuration")
+
+
+def _chosen(config: RunConfig) -> dict:
+    """The settings of a configuration that are not defaults, and those that say what the model is."""
+    told = {"gist.chunk_sizes"} if config.model.attention == "gist" else set()
+    told |= {f"model.{field.name}" for field in dataclasses.fields(ModelConfig)}
+    tree, defaults = config.to_dict(), parse_config({"data": {"train": ["x"], "tokenizer": "x"}}).to_dict()
+    result = {}
+    for section, values in tree.items():
+        if not isinstance(values, dict):
+            result[section] = values
+        elif chosen := {k: v for k, v in values.items() if f"{section}.{k}" in told or v != defaults[section][k]}:
+            result[section] = chosen
+    return result
+
+
+def _untrained(config: RunConfig) -> RunConfig:
+    """The same without where it begins from: what the checkpoint itself was made with."""
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, init_from=""))
+
+
+def _manifest(config: RunConfig, tokenizer: TokenizerInfo, files: dict[str, dict]) -> Manifest:
+    names = ("torch", "transformers", "safetensors")
+    return Manifest(
+        step=0,
+        samples=0,
+        next_sample=0,
+        raw_tokens=0,
+        config=config.to_dict(),
+        tokenizer_hash=tokenizer.hash,
+        data=[],
+        versions={name: importlib.metadata.version(name) for name in names},
+        world=1,
+        skipped=[],
+        recent_losses=[],
+        quarantine=[],
+        files=files,
+    )

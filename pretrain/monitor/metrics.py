@@ -1,0 +1,208 @@
+"""What a run says while it runs: metrics.jsonl, the progress line, Weights & Biases, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import netrc
+import os
+import secrets
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from unfold.pretrain.checkpoint.manifest import write_atomically
+from unfold.pretrain.config import MonitorConfig, RunConfig, flatten
+
+SECONDS_BETWEEN_LINES = 10.0  # progress lines when stderr is not a terminal
+
+
+class MetricsFile:
+    """``metrics.jsonl``: one JSON object per step, appended and flushed.
+
+    Opening it at a step drops what lies after that step (work that a resume does again) and a torn last line, so the
+    file always reads like that of an undisturbed run. Lines that cannot be written are kept and written with the next.
+
+    Attributes:
+        trouble: why the file is behind, '' when every line is in it.
+    """
+
+    def __init__(self, path: Path, step: int):
+        kept = [line for line in read_metrics(path) if line["step"] <= step] if path.exists() else []
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._path, self._waiting, self.trouble = path, b"", ""
+        self._file = open(path, "ab", buffering=0)
+
+    def write(self, metrics: dict) -> str:
+        """Append a line; returns what is new in ``trouble``."""
+        self._waiting += (json.dumps(metrics) + "\n").encode()
+        before, self.trouble = self.trouble, self._flush()
+        return self.trouble if not before else ""
+
+    def _flush(self) -> str:
+        try:
+            while self._waiting:
+                written = self._file.write(self._waiting)
+                self._waiting = self._waiting[written:]  # a disk that fills up takes a part; the rest follows on
+        except OSError as error:
+            return f"{self._path}: cannot be written ({error.strerror})"
+        return ""
+
+    def close(self) -> None:
+        self._flush()
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The whole lines of a metrics file; a line torn by a kill is left out."""
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
+def print_line(text: str) -> None:
+    """A message of its own line on stderr."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:  # the log's disk is full; that must not end the run
+        pass
+
+
+class Progress:
+    """A progress bar on a terminal, a line every few seconds elsewhere (logs of batch jobs)."""
+
+    def __init__(self, steps: int, done: int):
+        self._steps, self._first, self._started, self._said = steps, done, time.monotonic(), 0.0
+        self._bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True) if sys.stderr.isatty() else None
+
+    def say(self, text: str) -> None:
+        """A message of its own line."""
+        tqdm.write(text, file=sys.stderr) if self._bar else print_line(text)
+
+    def step(self, metrics: dict) -> None:
+        step = metrics["step"]
+        loss = "not finite" if metrics["loss"] is None else f"{metrics['loss']:.4f}"
+        figures = f"loss {loss}, {metrics['raw_tokens_per_s']:,.0f} raw tokens/s"
+        if self._bar:
+            self._bar.set_postfix_str(figures, refresh=False)
+            self._bar.update(1)
+            return
+        now = time.monotonic()
+        if now - self._said >= SECONDS_BETWEEN_LINES or step == self._steps:
+            self._said = now
+            left = (now - self._started) / (step - self._first) * (self._steps - step)
+            self.say(f"step {step}/{self._steps}: {figures}, {_clock(left)} left")
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.close()
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+class WandbLog:
+    """Weights & Biases: online with an API key, else offline into the run directory. A resumed run continues its W&B run.
+
+    Curves are drawn over our own ``step``, not over W&B's counter of calls: that never goes back, so W&B would drop the
+    steps that a resume or a rollback does again.
+    """
+
+    def __init__(self, config: MonitorConfig, run_config: dict, run_dir: Path):
+        import wandb  # takes a second; only the rank that logs needs it
+
+        identity = run_dir / "wandb_id"
+        if not identity.exists():
+            write_atomically(identity, secrets.token_hex(4))
+        mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
+        self._run = wandb.init(
+            project=config.project,
+            name=config.name or run_dir.name,
+            id=identity.read_text(),
+            resume="allow" if mode == "online" else None,
+            dir=str(run_dir),
+            config=run_config,
+            mode=mode,
+            settings=wandb.Settings(silent=True),
+        )
+        self._run.define_metric("step", hidden=True)
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, metrics: dict) -> None:
+        self._run.log(flatten(metrics))
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _has_wandb_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (FileNotFoundError, netrc.NetrcParseError):
+        return False
+
+
+class TensorBoardLog:
+    """TensorBoard event files in ``tensorboard/`` of the run directory; every number of the metrics is a scalar.
+
+    A resumed run writes a new file whose first event makes TensorBoard forget what older files hold from there on.
+    """
+
+    def __init__(self, run_dir: Path, done: int):
+        """done: steps before the first one that will be written."""
+        from torch.utils.tensorboard import SummaryWriter  # takes a second; only the rank that logs needs it
+
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=done + 1)
+
+    def write(self, metrics: dict) -> None:
+        for key, value in flatten(metrics).items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and key != "step":
+                self._writer.add_scalar(key.replace(".", "/"), value, metrics["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Outputs:
+    """Where the main rank writes."""
+
+    def __init__(self, config: RunConfig, run_dir: Path, done: int):
+        self._config, self._run_dir = config, run_dir
+        self.metrics = MetricsFile(run_dir / "metrics.jsonl", done)
+        self._wandb = WandbLog(config.monitor, config.to_dict(), run_dir) if config.monitor.wandb else None
+        self._tensorboard = TensorBoardLog(run_dir, done) if config.monitor.tensorboard else None
+        self.progress = Progress(config.train.steps, done)
+
+    def reopen(self, done: int) -> None:
+        """Go on after ``done`` steps, earlier than where the outputs are."""
+        self.metrics.close()
+        self.metrics = MetricsFile(self._run_dir / "metrics.jsonl", done)
+        if self._tensorboard:
+            self._tensorboard.close()
+            self._tensorboard = TensorBoardLog(self._run_dir, done)
+        self.progress.close()
+        self.progress = Progress(self._config.train.steps, done)
+
+    def write(self, metrics: dict) -> None:
+        if trouble := self.metrics.write(metrics):
+            self.progress.say(f"error: {trouble}; the lines are kept and written later")
+        for log in (self._wandb, self._tensorboard):
+            if log:
+                log.write(metrics)
+        self.progress.step(metrics)
+
+    def close(self) -> None:
+        self.progress.close()
+        self.metrics.close()
+        for log in (self._wandb, self._tensorboard):
+            if log:
+                log.close()

@@ -1,0 +1,145 @@
+"""Bytes that one micro-batch keeps on one rank for its backward pass, term by term as the model's operations save them.
+
+Written down from model/ (norm, projections, attention, feed-forward, loss); tests compare with what autograd really saves.
+Sizes: M tokens of this rank, R of them in the residual stream (M / tensor under sequence parallelism), e bytes per element.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from unfold.model.config import ModelConfig
+from unfold.pretrain.config import RunConfig
+from unfold.pretrain.plan.work import Sample
+
+FP32 = 4
+INT64 = 8
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes kept by one micro-batch on one rank.
+
+    Attributes:
+        model: the model; its ``attention`` says which kind.
+        element: bytes per element of the compute precision.
+        samples: of the micro-batch.
+        tensor, context: ranks that share layers and sequences.
+        sequence: whether the residual stream is split over the tensor-parallel ranks.
+        exchange: whether keys of other ranks stand before a rank's own (context parallelism through gists).
+        sample: lengths of a sample.
+        gpu: the attention kernel of GPUs; False for that of the CPU, which keeps other tensors.
+    """
+
+    model: ModelConfig
+    element: int
+    samples: int
+    tensor: int
+    context: int
+    sequence: bool
+    exchange: bool
+    sample: Sample
+    gpu: bool = True
+
+    @classmethod
+    def of(cls, config: RunConfig, sample: Sample, gpu: bool = True) -> Activations:
+        parallel = config.parallel
+        exchange = parallel.context > 1 and parallel.context_method == "gists"
+        return cls(
+            config.model, element_size(config), config.train.micro_batch, parallel.tensor, parallel.context,
+            parallel.sequence and parallel.tensor > 1, exchange, sample, gpu,
+        )  # fmt: skip
+
+    @property
+    def tokens(self) -> int:
+        """M: tokens of this rank."""
+        return self.samples * self.sample.length // self.context
+
+    @property
+    def residual_tokens(self) -> int:
+        """R: those whose residual stream it holds."""
+        return self.tokens // self.tensor if self.sequence else self.tokens
+
+    @property
+    def targets(self) -> int:
+        """Tokens whose logits it computes."""
+        return self.samples * -(-self.sample.raw // self.context)
+
+    @property
+    def _query_width(self) -> int:
+        return self.model.heads // self.tensor * self.model.head_dim
+
+    @property
+    def _key_width(self) -> int:
+        return self.model.kv_heads // self.tensor * self.model.head_dim
+
+    def residual(self) -> int:
+        """The residual stream between two layers: all that a checkpointed layer keeps."""
+        return self.element * self.model.hidden_size * self.residual_tokens
+
+    def norm(self) -> int:
+        """Its input in fp32 and the normalised one; one inverse root per token."""
+        return ((FP32 + self.element) * self.model.hidden_size + FP32) * self.residual_tokens
+
+    def layer(self) -> int:
+        """Everything that a layer keeps: two norms, the inputs of its four projections, attention, gate and up."""
+        model = self.model
+        inputs = 2 * self.element * model.hidden_size * self.tokens  # of qkv and gate_up, gathered under sequence parallelism
+        feed_forward = 4 * self.element * (model.ffn_size // self.tensor) * self.tokens  # gate and up, silu(gate), the product
+        return 2 * self.norm() + inputs + self.head_norms() + self.attention() + feed_forward
+
+    def head_norms(self) -> int:
+        """Their inputs in fp32 and the normalised queries and keys; one inverse root per head and token."""
+        if not self.model.qk_norm:
+            return 0
+        queries, keys = self._query_width, self._key_width
+        inputs = queries + keys
+        if self.element == FP32:  # keys are a view of the fused projection, which attention keeps but for the GPU's kernel
+            inputs = queries + (queries + 2 * keys if self.gpu and self.model.attention == "gist" else 0)
+        heads = (self.model.heads + self.model.kv_heads) // self.tensor
+        return (FP32 * inputs + self.element * (queries + keys) + FP32 * heads) * self.tokens
+
+    def attention(self) -> int:
+        """From queries, keys and values to the input of the output projection."""
+        element, heads = self.element, self.model.heads // self.tensor
+        queries = element * self._query_width * self.tokens
+        keys = element * self._key_width * self.tokens
+        if self.model.attention == "dense":
+            # q, k, the fused projection that v is a view of, each document's output, one log-sum per head; the output again.
+            return queries + keys + (queries + 2 * keys) + queries + FP32 * heads * self.tokens + queries
+        if not self.gpu:  # the same view of the projection, maximum and sum per head; the output is computed again
+            return queries + keys + (queries + 2 * keys) + 2 * FP32 * heads * self.tokens + queries
+        near, rows = self.samples * self.sample.near, self.samples * self.sample.key_rows
+        statistics = (2 if element == FP32 else 1) * FP32 * heads * near
+        kernel = element * (2 * self._query_width * near + 2 * self._key_width * rows) + statistics
+        copied = self.samples > 1 or self.exchange  # else the kernel's output is the projection's input as it is
+        return kernel + (queries if copied else 0)
+
+    def shared(self) -> int:
+        """Token ids and rotary factors."""
+        return (INT64 + FP32 * self.model.head_dim) * self.tokens
+
+    def layout(self) -> int:
+        """Labels, levels, documents, positions and intervals, which every rank has for whole samples."""
+        return self.samples * self.sample.length * (6 * INT64 + 2 * FP32 * self.sample.segments)
+
+    def loss(self) -> int:
+        """Rows of the final hidden state with a target, their softmax in fp32 and who has which target."""
+        vocabulary = self.model.padded_vocab_size // self.tensor
+        row = self.element * self.model.hidden_size + FP32 * vocabulary + INT64 + 1
+        return row * self.targets + self.tokens
+
+    def logits_copy(self) -> int:
+        """The logits, or their gradient, in the compute precision beside the fp32 ones."""
+        vocabulary = self.model.padded_vocab_size // self.tensor
+        return self.element * vocabulary * self.targets if self.element < FP32 else 0
+
+    def working(self) -> int:
+        """Gradients within a layer while it goes backward: of the product, of gate and up alone and together, of two norms."""
+        feed_forward = 5 * self.element * (self.model.ffn_size // self.tensor) * self.tokens
+        return feed_forward + 2 * FP32 * self.model.hidden_size * self.residual_tokens
+
+
+def element_size(config: RunConfig) -> int:
+    """Bytes per element of the compute precision."""
+    return 2 if config.precision == "bf16" else FP32

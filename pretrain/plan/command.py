@@ -1,0 +1,40 @@
+"""``python -m pretrain plan``: what a configuration would do on a cluster, without GPUs and without starting ranks."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the subcommand."""
+    parser.add_argument("--config", type=Path, required=True, metavar="YAML", help="the run's configuration")
+    parser.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. parallel.zero=3"
+    )
+    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="all GPUs; one rank runs on each")
+    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="default: 8")
+    parser.add_argument("--gpu", metavar="NAME", help="a known GPU, e.g. H100-80GB")
+    parser.add_argument("--gpu-memory", type=float, metavar="GB", help="memory of one GPU in GiB, for one that is not known")
+    parser.add_argument(
+        "--mfu", type=float, default=0.35, metavar="X", help="part of the peak that useful FLOPs reach (default: 0.35)"
+    )
+
+
+def plan_command(args: argparse.Namespace) -> Iterator[str]:
+    """Lines of the plan that the arguments ask for. Raises UserError for what is wrong or does not fit."""
+    # PyTorch and DeepSpeed take seconds to load: a wrong argument is told before.
+    from unfold.pretrain.config import load_config
+    from unfold.pretrain.plan.hardware import Cluster, find_gpu
+
+    cluster = Cluster(find_gpu(args.gpu, args.gpu_memory), args.gpus, args.gpus_per_node, args.mfu)
+    config = load_config(args.config, args.overrides)
+    from unfold.pretrain.plan.make import Planner, with_known_vocabulary
+    from unfold.pretrain.plan.report import report
+
+    config, planner = with_known_vocabulary(config), Planner(cluster)
+    plan = planner.plan(config)
+    planner.check_fits(plan)
+    dense = planner.dense(config) if config.model.attention == "gist" else None
+    yield from report(str(args.config), plan, dense, planner.usable)

@@ -1,0 +1,91 @@
+"""The GPUs that a plan knows, and the cluster it is made for."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+
+from unfold.pretrain.errors import UserError
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU, by its maker's data sheet.
+
+    Attributes:
+        memory: bytes that PyTorch reports as total.
+        peak: dense bf16 FLOP/s of the matrix units, without sparsity; 0 where unknown.
+        node_link: bytes/s that a GPU sends to another of its node (one direction); 0 where unknown.
+    """
+
+    name: str
+    memory: float
+    peak: float
+    node_link: float
+
+
+# Peaks and links are NVIDIA's (https://www.nvidia.com/en-us/data-center/ + a100, l40s, h100, h200, dgx-b200: the sheets print
+# the peak with sparsity, twice the dense one, and NVLink's both directions together); memory is torch's total_memory.
+GPUS = (
+    Gpu("A100-40GB", 39.4 * GIB, 312e12, 300e9),
+    Gpu("A100-80GB", 79.1 * GIB, 312e12, 300e9),
+    Gpu("L40S", 44.4 * GIB, 362e12, 32e9),  # no NVLink: PCIe 4.0 x16
+    Gpu("H100-80GB", 79.1 * GIB, 989e12, 450e9),
+    Gpu("H200-141GB", 139.8 * GIB, 989e12, 450e9),
+    Gpu("B200-180GB", 178.3 * GIB, 2250e12, 900e9),
+)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What a run is planned for.
+
+    Attributes:
+        gpus: all of them; one rank runs on each.
+        gpus_per_node: those that share a node.
+        mfu: part of the peak that useful FLOPs are assumed to reach.
+    """
+
+    gpu: Gpu
+    gpus: int
+    gpus_per_node: int
+    mfu: float
+
+    def __post_init__(self):
+        if self.gpus < 1 or self.gpus_per_node < 1:
+            raise UserError(f"--gpus {self.gpus}, --gpus-per-node {self.gpus_per_node}: both must be at least 1")
+        if self.gpus > self.gpus_per_node and self.gpus % self.gpus_per_node:
+            raise UserError(
+                f"--gpus {self.gpus}: is not a whole number of nodes of {self.gpus_per_node}; "
+                f"{-(-self.gpus // self.gpus_per_node) * self.gpus_per_node} would do"
+            )
+        if not 0 < self.mfu <= 1:
+            raise UserError(f"--mfu {self.mfu}: is not in (0, 1]; 0.4 is usual for large models")
+
+    @property
+    def nodes(self) -> int:
+        return -(-self.gpus // self.gpus_per_node)
+
+
+def find_gpu(name: str | None, memory_gb: float | None) -> Gpu:
+    """The GPU of a name (``--gpu``), with another memory where one is given (``--gpu-memory``, in GiB).
+
+    Raises:
+        UserError: the name is not known, or neither is given.
+    """
+    if memory_gb is not None and memory_gb <= 0:
+        raise UserError(f"--gpu-memory {memory_gb}: is not above 0")
+    if name is None:
+        if memory_gb is None:
+            raise UserError(f"--gpu: name one of {', '.join(g.name for g in GPUS)}, or give --gpu-memory GB")
+        return Gpu(f"GPU of {memory_gb:g} GiB", memory_gb * GIB, 0.0, 0.0)
+    wanted = name.lower()
+    matches = [g for g in GPUS if g.name.lower() == wanted] or [g for g in GPUS if g.name.lower().startswith(wanted + "-")]
+    if len(matches) != 1:
+        near = [g.name for g in matches] or difflib.get_close_matches(name.upper(), [g.name for g in GPUS], 1, 0.5)
+        known = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(g.name for g in GPUS)}, or --gpu-memory GB"
+        raise UserError(f"--gpu {name}: not known; {known}")
+    gpu = matches[0]
+    return gpu if memory_gb is None else Gpu(gpu.name, memory_gb * GIB, gpu.peak, gpu.node_link)

@@ -1,0 +1,118 @@
+"""Plans: everything that follows from a configuration and a cluster."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from unfold.pretrain.config import RunConfig, with_vocab_size
+from unfold.pretrain.data.tokenizer import load_tokenizer
+from unfold.pretrain.errors import UserError
+from unfold.pretrain.plan.fit import suggest, with_setting
+from unfold.pretrain.plan.hardware import GIB, Cluster
+from unfold.pretrain.plan.memory import RESERVED, Memory, plan_memory
+from unfold.pretrain.plan.ranks import Division
+from unfold.pretrain.plan.traffic import Traffic, plan_traffic
+from unfold.pretrain.plan.work import Flops, Sample, count_flops, measure_sample
+
+
+def with_known_vocabulary(config: RunConfig) -> RunConfig:
+    """The configuration with the tokenizer's vocabulary size, where the tokenizer is there. Raises UserError without any."""
+    if Path(config.data.tokenizer).is_dir():
+        levels = config.gist.levels if config.model.attention == "gist" else 0
+        return with_vocab_size(config, load_tokenizer(config.data.tokenizer, levels).vocab_size)
+    if not config.model.vocab_size:
+        raise UserError(
+            f"model.vocab_size: 0, and data.tokenizer ({config.data.tokenizer}) does not exist; give --set model.vocab_size=N"
+        )
+    return config
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A configuration on a cluster.
+
+    Attributes:
+        memory: of a rank of every pipeline stage.
+        step_seconds: at the cluster's MFU; None where the GPU's peak is not known.
+    """
+
+    config: RunConfig
+    cluster: Cluster
+    division: Division
+    sample: Sample
+    memory: list[Memory]
+    traffic: list[Traffic]
+    flops: Flops
+    step_seconds: float | None
+
+    @property
+    def fullest(self) -> Memory:
+        """Of the stage that needs most."""
+        return max(self.memory, key=lambda m: m.total)
+
+
+class Planner:
+    """Makes plans for one cluster; a sample's layout is counted once for all that share it."""
+
+    def __init__(self, cluster: Cluster):
+        self.cluster = cluster
+        self._samples: dict[tuple, Sample] = {}
+
+    @property
+    def usable(self) -> float:
+        """Bytes of a GPU's memory that a plan may fill."""
+        return self.cluster.gpu.memory * (1 - RESERVED)
+
+    def plan(self, config: RunConfig) -> Plan:
+        """Raises UserError where the ranks cannot be divided as configured; does not ask whether it fits."""
+        division = Division.of(config, self.cluster.gpus)
+        sample = self._sample(config)
+        flops = count_flops(config.model, sample, config.train.global_batch)
+        speed = self.cluster.gpus * self.cluster.gpu.peak * self.cluster.mfu
+        counts = division.replicas, division.micro_batches
+        return Plan(
+            config,
+            self.cluster,
+            division,
+            sample,
+            plan_memory(config, sample, *counts),
+            plan_traffic(config, sample, *counts, division.ranks),
+            flops,
+            flops.total / speed if speed else None,
+        )
+
+    def _sample(self, config: RunConfig) -> Sample:
+        parallel = config.parallel
+        key = (
+            config.model.attention, config.gist, config.data.raw_tokens, parallel.context, parallel.context_method,
+            parallel.tensor if parallel.sequence else 1,
+        )  # fmt: skip
+        if key not in self._samples:
+            self._samples[key] = measure_sample(config)
+        return self._samples[key]
+
+    def check_fits(self, plan: Plan) -> None:
+        """Raises UserError, with settings that would do, where a stage needs more than a GPU has."""
+        if plan.fullest.total <= self.usable:
+            return
+        changes = suggest(plan.config, self.cluster.gpus_per_node, self.usable, self._peak)
+        would_do = f"set {' '.join(changes)}" if changes else "take more GPUs, or a smaller data.raw_tokens"
+        parts = {part.name: getattr(plan.fullest, part.name) for part in fields(Memory) if part.name != "host"}
+        largest = max(parts, key=parts.get)
+        raise UserError(
+            f"does not fit: {plan.fullest.total / GIB:.1f} GiB are needed on the fullest GPU ({largest}: "
+            f"{parts[largest] / GIB:.1f}), {self.usable / GIB:.1f} of {self.cluster.gpu.name} are usable; {would_do}"
+        )
+
+    def _peak(self, config: RunConfig) -> float:
+        return self.plan(config).fullest.total
+
+    def dense(self, config: RunConfig) -> Plan | None:
+        """The same run with dense attention; None where no such layout exists (dense context parallelism is ulysses)."""
+        try:
+            if config.parallel.context > 1:
+                config = with_setting(config, "parallel", context_method="ulysses")
+            return self.plan(with_setting(config, "model", attention="dense"))
+        except (ValueError, UserError):
+            return None

@@ -1,0 +1,113 @@
+"""A plan as text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from unfold.pretrain.plan.hardware import GIB
+from unfold.pretrain.plan.make import Plan
+from unfold.pretrain.plan.ranks import rank_table
+from unfold.pretrain.plan.work import FLOPS_FORMULA, count_parameters
+
+MEMORY = (
+    ("weights", "weights"),
+    ("gradients", "gradients"),
+    ("optimizer", "master weights and Adam"),
+    ("activations", "activations"),
+    ("logits", "logits and loss"),
+    ("buffers", "communication buffers"),
+    ("total", "total"),
+)
+
+
+def report(name: str, plan: Plan, dense: Plan | None, usable: float) -> Iterator[str]:
+    """Lines. dense: the same run with dense attention, where there is one to compare with."""
+    cluster, division = plan.cluster, plan.division
+    nodes = f"{cluster.nodes} node{'s' if cluster.nodes > 1 else ''}"
+    yield f"{name} on {cluster.gpus} x {cluster.gpu.name} ({nodes}), {plan.config.precision}"
+    yield (
+        f"layout: pipeline {division.pipeline} x data {division.data} x context {division.context} x tensor {division.tensor}, "
+        f"ZeRO-{plan.config.parallel.zero}; {division.micro_batches} micro-batch(es) of {plan.config.train.micro_batch} "
+        "sample(s) per step on every rank"
+    )
+    yield ""
+    yield from rank_table(division, cluster)
+    yield ""
+    yield from _parameters(plan)
+    yield ""
+    yield from _memory(plan, dense, usable)
+    yield ""
+    yield from _traffic(plan, dense)
+    yield ""
+    yield from _time(plan, dense)
+
+
+def _parameters(plan: Plan) -> Iterator[str]:
+    whole = count_parameters(plan.config.model)
+    stages = plan.division.pipeline
+    largest = max(count_parameters(plan.config.model, plan.division.tensor, s, stages).total for s in range(stages))
+    yield (
+        f"parameters: {whole.total:,} (layers {whole.layers:,}, embedding {whole.embedding:,}, head {whole.head:,}, "
+        f"norms and biases {whole.vectors:,}); at most {largest:,} on one GPU before ZeRO"
+    )
+
+
+def _columns(title: str, *values: str) -> str:
+    return f"{title:<34}" + "".join(f"{value:>14}" for value in values)
+
+
+def _memory(plan: Plan, dense: Plan | None, usable: float) -> Iterator[str]:
+    plans = [p for p in (plan, dense) if p]
+    kind = "gist" if plan.config.model.attention == "gist" else "dense"
+    yield _columns("peak memory of one GPU, GiB", kind, *(["dense"] if dense else []))
+    for field, title in MEMORY:
+        yield _columns(f"  {title}", *(f"{getattr(p.fullest, field) / GIB:.2f}" for p in plans))
+    yield f"  usable: {usable / GIB:.1f} of {plan.cluster.gpu.memory / GIB:.1f}, the rest is for CUDA, NCCL and fragmentation"
+    if host := plan.fullest.host:
+        per_node = host * min(plan.cluster.gpus, plan.cluster.gpus_per_node)
+        yield f"  host memory of one node: {per_node / GIB:.1f} GiB"
+    if len(plan.memory) > 1:
+        yield f"  by pipeline stage: {', '.join(f'{m.total / GIB:.1f}' for m in plan.memory)} (the columns show the fullest)"
+    if plan.config.model.attention == "gist" and plan.config.gist.recall != "none":
+        yield "  gist.recall: what recalling tokens read and keep depends on the data and is not counted here or below"
+
+
+def _traffic(plan: Plan, dense: Plan | None) -> Iterator[str]:
+    cluster = plan.cluster
+    if not plan.traffic:
+        yield "communication: none, one rank"
+        return
+    theirs = {t.kind: t.sent for t in dense.traffic} if dense else {}
+    header = ["gist"] if plan.config.model.attention == "gist" else ["dense"]
+    yield _columns("sent by one GPU per step, GiB", *header, *(["dense"] if dense else []))
+    for traffic in plan.traffic:
+        inside = traffic.span <= cluster.gpus_per_node
+        where = "in a node" if inside else "across nodes"
+        if inside and cluster.gpu.node_link:
+            where += f", {traffic.sent / cluster.gpu.node_link:.2g} s over its links"
+        other = [f"{theirs.get(traffic.kind, 0) / GIB:.2f}"] if dense else []
+        yield _columns(f"  {traffic.kind}", f"{traffic.sent / GIB:.2f}", *other) + f"   {where}"
+
+
+def _time(plan: Plan, dense: Plan | None) -> Iterator[str]:
+    plans = [p for p in (plan, dense) if p]
+    train, raw = plan.config.train, plan.config.data.raw_tokens
+    kind = "gist" if plan.config.model.attention == "gist" else "dense"
+    yield _columns("one step", kind, *(["dense"] if dense else []))
+    yield _columns("  raw tokens", *(f"{train.global_batch * raw:,}" for _ in plans))
+    yield _columns("  raw tokens and gists", *(f"{train.global_batch * p.sample.tokens:,}" for p in plans))
+    yield _columns("  visible keys per query, mean", *(f"{p.sample.keys / p.sample.tokens:,.0f}" for p in plans))
+    yield _columns("  useful TFLOP", *(f"{p.flops.total / 1e12:,.2f}" for p in plans))
+    yield _columns("    of which attention", *(f"{p.flops.attention / 1e12:,.2f}" for p in plans))
+    if plan.step_seconds is None:
+        yield "  the GPU's peak is not known: name a --gpu for times"
+    else:
+        seconds = [p.step_seconds for p in plans]
+        yield _columns(f"  seconds at MFU {plan.cluster.mfu:g}", *(f"{s:,.2f}" for s in seconds))
+        yield _columns("  raw tokens/s", *(f"{train.global_batch * raw / s:,.0f}" for s in seconds))
+        yield _columns(f"  days for {train.steps:,} steps", *(f"{s * train.steps / 86400:,.2f}" for s in seconds))
+    if plan.division.pipeline > 1:
+        idle = (plan.division.pipeline - 1) / (plan.division.micro_batches + plan.division.pipeline - 1)
+        yield f"  pipeline bubble: {idle:.0%} of the step is idle in any case; an MFU above {1 - idle:.0%} cannot be"
+    yield f"  useful FLOPs = {FLOPS_FORMULA}"
+    yield "  padding and recomputation are not useful; a sample is taken as one document, the most that attention can cost"

@@ -1,0 +1,92 @@
+"""Bytes that one GPU sends per step, by kind. Collectives are counted as rings: each of n ranks sends (n - 1) / n of what an
+all-gather or reduce-scatter moves, and twice that for an all-reduce."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from unfold.pretrain.config import RunConfig
+from unfold.pretrain.plan.activations import FP32, Activations, element_size
+from unfold.pretrain.plan.work import Sample, count_parameters
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """One kind of communication.
+
+    Attributes:
+        kind: what is sent.
+        sent: bytes per step of the GPU that sends most.
+        span: consecutive ranks within which the group lies: it stays in a node that holds as many GPUs.
+    """
+
+    kind: str
+    sent: int
+    span: int
+
+
+def plan_traffic(config: RunConfig, sample: Sample, replicas: int, micro_batches: int, ranks: int) -> list[Traffic]:
+    """All kinds that occur. replicas: data x context ranks; micro_batches: of a step and rank."""
+    parallel = config.parallel
+    kept = Activations.of(config, sample)
+    forwards = 2 if config.train.activation_checkpointing else 1  # per backward
+    layers = config.model.layers // parallel.pipeline * micro_batches
+    model_span = parallel.tensor * parallel.context
+    found = _replica_traffic(config, replicas, micro_batches, replicas * parallel.tensor)
+    if parallel.tensor > 1:
+        kind = "sequence (gather, scatter)" if parallel.sequence else "tensor (all-reduce)"
+        # Two all-reduces (or gathers and scatters) per layer and direction, one more at embedding and head.
+        times = 2 * layers * (forwards + 1) + 2 * micro_batches
+        found.append(Traffic(kind, round(times * 2 * _ring(parallel.tensor) * _hidden(config, kept)), parallel.tensor))
+    if parallel.context > 1:
+        found.append(Traffic("context", layers * (forwards + 1) * _context_exchange(config, kept), model_span))
+    if parallel.pipeline > 1:
+        # A stage between two others sends on the residual stream, and back its gradient; with two stages each does one of both.
+        structure = 3 * FP32 * kept.samples * sample.length
+        directions = 2 if parallel.pipeline > 2 else 1
+        found.append(Traffic("pipeline", micro_batches * (directions * kept.residual() + structure), ranks))
+        if config.model.tied_embeddings:
+            size = FP32 * count_parameters(config.model, parallel.tensor).embedding
+            found.append(Traffic("tied embedding", size, ranks))  # an all-reduce between two
+    return found
+
+
+def _ring(ranks: int) -> float:
+    """Part of a tensor that each rank of a ring sends in an all-gather or a reduce-scatter."""
+    return (ranks - 1) / ranks
+
+
+def _hidden(config: RunConfig, kept: Activations) -> int:
+    """Bytes of the hidden states of all tokens of a rank's part of the sequence."""
+    return kept.element * config.model.hidden_size * kept.tokens
+
+
+def _replica_traffic(config: RunConfig, replicas: int, micro_batches: int, span: int) -> list[Traffic]:
+    """Gradients and parameters among the ranks that hold the same part of the model."""
+    if replicas == 1:
+        return []
+    parallel, element = config.parallel, element_size(config)
+    stages = parallel.pipeline
+    parameters = max(count_parameters(config.model, parallel.tensor, s, stages).total for s in range(stages))
+    once = _ring(replicas) * parameters * element
+    if parallel.zero == 3:
+        return [
+            Traffic("gradients (reduce-scatter)", round(once * micro_batches), span),
+            Traffic("ZeRO-3 parameters (all-gather)", round(2 * once * micro_batches), span),
+        ]
+    # DeepSpeed all-reduces buckets of gradients also where a rank keeps a part alone (use_multi_rank_bucket_allreduce).
+    times = micro_batches if parallel.zero == 2 else 1
+    gradients = Traffic("gradients (all-reduce)", round(2 * once * times), span)
+    return [gradients, Traffic("updated parameters (all-gather)", round(once), span)]
+
+
+def _context_exchange(config: RunConfig, kept: Activations) -> int:
+    """Bytes a rank sends in one layer and direction."""
+    model, parallel = config.model, config.parallel
+    key_width = model.kv_heads // parallel.tensor * model.head_dim
+    others = parallel.context - 1
+    if kept.exchange:
+        return others * kept.samples * kept.sample.sent * 2 * key_width * kept.element
+    query_width = model.heads // parallel.tensor * model.head_dim
+    moved = (2 * query_width + 2 * key_width) * kept.tokens * kept.element  # q, k, v, and the output back
+    return moved * others // parallel.context

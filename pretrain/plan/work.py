@@ -1,0 +1,138 @@
+"""What a step has to do: parameters, tokens, visible keys, useful FLOPs. Counted, not estimated, where that is possible."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+
+from unfold.model.config import GistConfig, ModelConfig
+from unfold.model.gist import Layout, build_layout, interleave, max_interleaved_length
+from unfold.model.hf.names import model_entries
+from unfold.model.parallel.context import make_plan
+from unfold.pretrain.config import RunConfig
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers of parameters of one rank, or of the whole model.
+
+    Attributes:
+        layers: in the layers' matrices; every token is multiplied with each.
+        embedding: in the input embedding; looked up, not multiplied.
+        head: in the output head where it is a weight of its own.
+        vectors: norm weights and biases.
+    """
+
+    layers: int
+    embedding: int
+    head: int
+    vectors: int
+
+    @property
+    def total(self) -> int:
+        return self.layers + self.embedding + self.head + self.vectors
+
+
+def count_parameters(model: ModelConfig, tensor: int = 1, stage: int = 0, stages: int = 1) -> Parameters:
+    """Those of one rank of a pipeline stage; the whole model's with the defaults. A tied embedding is held by both ends."""
+    first, last = stage == 0, stage == stages - 1
+    held = {"embedding": first or last and model.tied_embeddings, "head": last, "final_norm": last}
+    counts = dict.fromkeys((f.name for f in fields(Parameters)), 0)
+    for entry in model_entries(model):
+        part = entry.ours.split(".")[0]
+        copies = model.layers // stages if part == "layers" else int(held[part])
+        kind = "vectors" if len(entry.shape(model)) == 1 else part
+        counts[kind] += copies * entry.numel(model) // (1 if entry.partition is None else tensor)
+    return Parameters(**counts)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The lengths of one sample: a single document in which every token starts a word, so chunks are as short as they get.
+
+    Attributes:
+        raw: raw tokens.
+        tokens: raw tokens and gists.
+        length: that, padded to the batch's fixed length.
+        keys: (query, key) pairs that one layer's attention computes: the sum of hi - lo over all queries and segments.
+        near: tokens of the sequence that the busiest rank of a context-parallel group attends over, its own included.
+        sent: tokens whose keys and values a rank sends to each of the others, per layer.
+        key_rows: keys in level-sorted order, sink copies included, of that sequence.
+        segments: ranges per query.
+    """
+
+    raw: int
+    tokens: int
+    length: int
+    keys: int
+    near: int
+    sent: int
+    key_rows: int
+    segments: int
+
+
+def measure_sample(config: RunConfig, attention: str | None = None) -> Sample:
+    """Lay out one sample of the configured length and count. attention: another than the configuration's."""
+    parallel, raw = config.parallel, config.data.raw_tokens
+    dense = (attention or config.model.attention) == "dense"
+    gist = GistConfig((raw,)) if dense else config.gist
+    multiple = parallel.context * (parallel.tensor if parallel.sequence else 1)
+    longest = raw if dense else max_interleaved_length(raw, gist.chunk_sizes)
+    length = -(-longest // multiple) * multiple
+    if dense:
+        return Sample(raw, raw, length, raw * (raw + 1) // 2, length // parallel.context, 0, length, 2)
+    layout, tokens = _lay_out(raw, length, gist)
+    keys = _visible_keys(layout, tokens)
+    held = length // parallel.context
+    if parallel.context == 1 or parallel.context_method == "ulysses":
+        rows = layout.intervals.rows.shape[1] // parallel.context
+        return Sample(raw, tokens, length, keys, held, 0, rows, gist.levels + 2)
+    plan = make_plan(layout, parallel.context - 1, parallel.context)  # the last rank receives most
+    near = plan.layout.intervals
+    return Sample(raw, tokens, length, keys, near.tokens, plan.exports.exported.shape[1], near.rows.shape[1], gist.levels + 2)
+
+
+def _lay_out(raw: int, length: int, gist: GistConfig) -> tuple[Layout, int]:
+    """The layout of one document of ``raw`` tokens, padded to ``length``, and its interleaved length."""
+    made = interleave(np.zeros(raw, np.int64), [raw], np.ones(1, bool), gist, range(1, gist.levels + 1))
+    tokens = len(made.ids)
+    pad = lambda x: torch.from_numpy(np.pad(x, (0, length - tokens), constant_values=-1))[None]
+    return build_layout(pad(made.level), pad(made.doc), gist), tokens
+
+
+def _visible_keys(layout: Layout, tokens: int) -> int:
+    """The sum of hi - lo over the first ``tokens`` queries (padding sees itself, which is no work)."""
+    intervals = layout.intervals
+    return int((intervals.hi - intervals.lo)[..., :tokens].sum(dtype=torch.int64))
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Useful FLOPs, forward and backward, without recomputation and without what padding costs."""
+
+    matrices: int
+    head: int
+    attention: int
+
+    @property
+    def total(self) -> int:
+        return self.matrices + self.head + self.attention
+
+
+FLOPS_FORMULA = (
+    "6 x layer matrices x (raw + gist tokens) + 6 x head x raw tokens "
+    "+ 12 x layers x heads x head_dim x visible (query, key) pairs"
+)
+
+
+def count_flops(model: ModelConfig, sample: Sample, samples: int) -> Flops:
+    """Those of a number of samples: a multiplication and an addition in forward, two of each in backward.
+
+    Only raw tokens reach the output head. A visible pair costs head_dim in the score and head_dim in the weighted sum.
+    """
+    head = model.padded_vocab_size * model.hidden_size
+    pairs = model.layers * model.heads * model.head_dim * sample.keys
+    matrices = count_parameters(model).layers
+    return Flops(6 * matrices * sample.tokens * samples, 6 * head * sample.raw * samples, 12 * pairs * samples)

@@ -1,0 +1,172 @@
+"""The DeepSpeed engine: its configuration is derived from the run's, never written by hand."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import deepspeed
+import torch
+from deepspeed.pipe import PipelineModule
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from torch import nn
+
+from unfold.model.config import GistConfig
+from unfold.model.layers import BuildContext
+from unfold.model.parallel.context import ContextParallel
+from unfold.model.parallel.pipeline import canonical_name, layer_specs, stage_loss
+from unfold.model.transformer import Transformer
+from unfold.pretrain.checkpoint.state import allocate_optimizer_state
+from unfold.pretrain.config import OptimizerConfig, RunConfig, ScheduleConfig, accumulation_steps
+from unfold.pretrain.parallel import Parallel
+
+
+def deepspeed_config(config: RunConfig, data_size: int) -> dict:
+    """The DeepSpeed configuration of a run."""
+    parallel = config.parallel
+    zero = {"stage": parallel.zero, "overlap_comm": False}
+    if parallel.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if parallel.offload == "all":
+        zero["offload_param"] = {"device": "cpu"}
+    return {
+        "train_micro_batch_size_per_gpu": config.train.micro_batch,
+        "gradient_accumulation_steps": accumulation_steps(config, data_size),
+        "gradient_clipping": config.train.clip,
+        "steps_per_print": 10**9,  # the trainer reports
+        "zero_optimization": zero,
+        # A pipeline's BF16_Optimizer loses gradients of micro-batches unless each is added to the fp32 sum as it arises (0.19.8:
+        # the norm comes out a seventh too small).
+        "bf16": {"enabled": config.precision == "bf16", "immediate_grad_update": parallel.pipeline > 1},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        # Partitioned sends would cut the residual stream apart, which sequence parallelism has done already.
+        "pipeline": {
+            "pipe_partitioned": False,
+            "grad_partitioned": False,
+            "use_reentrant": False,
+            "activation_checkpoint_interval": int(config.train.activation_checkpointing),
+        },
+    }
+
+
+def build_engine(config: RunConfig, parallel: Parallel) -> deepspeed.DeepSpeedEngine:
+    """Model and optimizer under DeepSpeed: a plain module, or a PipelineModule where there are stages.
+
+    Matrices decay, norm weights do not.
+    """
+    context = None
+    if parallel.context_group.size() > 1:
+        context = ContextParallel(parallel.context_group, config.parallel.context_method)
+    build = BuildContext(parallel.tensor_group, config.train.seed, config.parallel.sequence, context)
+    model = _pipeline(config, build, parallel) if parallel.stages > 1 else Transformer(
+        config.model, build, config.train.activation_checkpointing
+    )
+    model.context_parallel = context  # what it sends is counted there
+    settings = deepspeed_config(config, parallel.data_size)
+    if config.optimizer.kind == "muon":
+        # Without an mpu: DeepSpeed's Muon refuses one, and the ranks that hold the same weights are all there are.
+        engine, *_ = deepspeed.initialize(model=model, optimizer=make_muon(model, config.optimizer), config=settings)
+    else:
+        settings["optimizer"] = adamw_settings(config.optimizer)
+        matrices = [p for p in model.parameters() if p.dim() > 1]
+        vectors = [p for p in model.parameters() if p.dim() <= 1]
+        groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+        mpu = {} if parallel.stages > 1 else {"mpu": parallel.mpu()}  # a PipelineModule brings its own
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=settings, **mpu)
+    if parallel.stages > 1:
+        _check_agreement(engine, parallel)
+    allocate_optimizer_state(engine)
+    return engine
+
+
+def adamw_settings(optimizer: OptimizerConfig) -> dict:
+    """PyTorch's own fused AdamW: no compilation at start, and faster on CPU than DeepSpeed's."""
+    params = {
+        "lr": optimizer.lr,
+        "betas": [optimizer.beta1, optimizer.beta2],
+        "eps": optimizer.eps,
+        "weight_decay": optimizer.weight_decay,
+        "torch_adam": True,
+        "fused": True,
+    }
+    return {"type": "AdamW", "params": params}
+
+
+def make_muon(model: nn.Module, optimizer: OptimizerConfig) -> torch.optim.Optimizer:
+    """DeepSpeed's Muon for the layers' matrices, with fused AdamW for embedding, head, norms and biases.
+
+    Its own way of telling them apart, by names such as lm_head, would take this model's untied head for a layer.
+    """
+    # Imported here: it decorates its kernels, which takes seconds.
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    if not torch.cuda.is_available():
+        torch.compiler.set_stance("force_eager")  # compiling the few small products takes minutes on CPU
+    for name, parameter in model.named_parameters():
+        parameter.use_muon = name.startswith("layers.") and parameter.dim() == 2
+    muon = [p for p in model.parameters() if p.use_muon]
+    matrices = [p for p in model.parameters() if p.dim() > 1 and not p.use_muon]
+    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    adam = dict(use_muon=False, lr=optimizer.lr, betas=(optimizer.beta1, optimizer.beta2), eps=optimizer.eps)
+    groups = [
+        dict(
+            params=muon, use_muon=True, lr=optimizer.muon_lr, momentum=optimizer.muon_momentum,
+            weight_decay=optimizer.weight_decay, rate_factor=optimizer.muon_lr / optimizer.lr,
+        ),
+        dict(params=matrices, weight_decay=optimizer.weight_decay, **adam),
+        dict(params=vectors, weight_decay=0.0, **adam),
+    ]  # fmt: skip
+    return MuonWithAuxAdam(groups, torch.optim.AdamW, {"fused": True})
+
+
+def _pipeline(config: RunConfig, build: BuildContext, parallel: Parallel) -> PipelineModule:
+    topology = PipeModelDataParallelTopology(
+        num_pp=parallel.stages, num_mp=parallel.tensor_group.size(), num_dp=parallel.replica_group.size()
+    )
+    gist = config.gist if config.model.attention == "gist" else GistConfig((config.data.raw_tokens,))
+    model = PipelineModule(
+        layer_specs(config.model, gist, build),
+        topology=topology,
+        loss_fn=partial(stage_loss, build),
+        partition_method="type:LayerStage",
+        activation_checkpoint_interval=int(config.train.activation_checkpointing),
+        seed_layers=False,
+    )
+    model.canonical_name = canonical_name(config.model.layers)
+    return model
+
+
+def _check_agreement(engine: deepspeed.DeepSpeedEngine, parallel: Parallel) -> None:
+    """DeepSpeed's topology and megatron-core's groups must place every rank alike."""
+    grid = engine.grid
+    ranks = torch.distributed.get_process_group_ranks
+    pairs = {
+        "stage": (grid.get_stage_id(), parallel.stage),
+        "data-parallel ranks": (ranks(grid.get_data_parallel_group()), ranks(parallel.replica_group)),
+        "tensor-parallel ranks": (ranks(grid.get_slice_parallel_group()), ranks(parallel.tensor_group)),
+    }
+    for what, (theirs, ours) in pairs.items():
+        assert theirs == ours, f"{what}: DeepSpeed has {theirs}, megatron-core {ours}"
+
+
+def learning_rate(step: int, steps: int, peak: float, schedule: ScheduleConfig) -> float:
+    """Learning rate of a step (counted from 0): a pure function, so that nothing of it needs to be saved."""
+    warmup = math.ceil(schedule.warmup * steps)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if schedule.kind == "constant":
+        return peak
+    if schedule.kind == "wsd":
+        falling = math.ceil(schedule.decay * steps)
+        left = steps - step
+        part = min(1.0, left / (falling + 1))
+        return peak * (schedule.floor + (1 - schedule.floor) * part)
+    progress = (step - warmup) / max(1, steps - warmup - 1)
+    return peak * (schedule.floor + (1 - schedule.floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+def set_learning_rate(engine: deepspeed.DeepSpeedEngine, rate: float) -> None:
+    """Set the rate of every parameter group; that of Muon's matrices follows the same schedule from its own peak."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate * group.get("rate_factor", 1.0)
+

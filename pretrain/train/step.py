@@ -1,0 +1,112 @@
+"""One optimizer step, and one validation: what is summed over which ranks."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import deepspeed
+import torch
+
+from unfold.model.parallel.pipeline import stage_inputs
+from unfold.model.transformer import IGNORED, MicroBatch
+from unfold.pretrain.parallel import Parallel
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Figures of a step; but for ``busy_s`` the same on every rank.
+
+    Attributes:
+        loss: mean cross-entropy in nats over all loss tokens of the global batch.
+        grad_norm: norm of the whole gradient before clipping; infinite when the step was skipped.
+        loss_tokens: tokens with a target in the global batch.
+        unfolded: raw tokens that a recalling query unfolded, a mean over the layers and micro-batches (of all ranks) that
+            recall; None without recall.
+        selected: gists of all levels that it selected, a mean alike.
+        context: bytes that a rank sent to those it shares sequences with, and would have sent for gathering all keys and
+            values: means over ranks, layers (in a pipeline of the first stage) and micro-batches; None without such ranks.
+        skipped: loss or gradient were not finite, and neither weights nor optimizer were touched.
+        busy_s: seconds that this rank worked before it first waited for the others' losses.
+    """
+
+    loss: float
+    grad_norm: float
+    loss_tokens: int
+    unfolded: float | None
+    selected: float | None
+    context: tuple[float, float] | None
+    skipped: bool
+    busy_s: float
+
+
+def train_step(engine: deepspeed.DeepSpeedEngine, batches: Sequence[MicroBatch], parallel: Parallel) -> StepResult:
+    """Forward and backward over this rank's micro-batches, then the update.
+
+    Every loss token of the global batch weighs the same, however they are spread over ranks and micro-batches: DeepSpeed
+    averages over both, so each micro-batch's sum is scaled by (ranks x micro-batches / tokens of the global batch).
+    """
+    tokens = parallel.sum_over_data(sum(int((b.labels != IGNORED).sum()) for b in batches))
+    factor = parallel.replica_group.size() * len(batches) / tokens
+    if parallel.stages > 1:
+        return _pipeline_step(engine, batches, parallel, factor, int(tokens))
+    began, local_sum, stats = time.monotonic(), 0.0, []
+    for index, batch in enumerate(batches):
+        batch = batch.to(parallel.device)
+        loss = engine(batch)
+        local_sum += loss.item()
+        if index + 1 == len(batches):
+            busy = time.monotonic() - began
+            mean = parallel.sum_over_replicas(local_sum) / tokens
+            if not math.isfinite(mean):
+                # DeepSpeed skips a step whose gradient is not finite. This makes it so wherever the bad loss arose.
+                factor = math.nan
+        engine.backward(loss * factor)
+        if batch.recall:
+            stats += [torch.stack([s.unfolded, s.selected.sum()]).tolist() for s in batch.recall.stats.values()]
+        engine.step()
+    recalled = parallel.sum_over_replicas(len(stats))  # a rank without a suffix in its samples takes part all the same
+    read = [parallel.sum_over_replicas(sum(s[i] for s in stats)) / recalled for i in (0, 1)] if recalled else [None, None]
+    skipped, sent = bool(engine.optimizer.overflow), _context_bytes(engine, parallel)
+    return StepResult(mean, float(engine.get_global_grad_norm()), int(tokens), *read, sent, skipped, busy)
+
+
+def _pipeline_step(
+    engine: deepspeed.PipelineEngine, batches: Sequence[MicroBatch], parallel: Parallel, factor: float, tokens: int
+) -> StepResult:
+    """The same through DeepSpeed's pipeline, which averages the scaled losses over micro-batches and ranks itself."""
+    began = time.monotonic()
+    loss = engine.train_batch(iter([stage_inputs(batch, factor) for batch in batches])).item()
+    skipped, sent = bool(engine.optimizer.overflow), _context_bytes(engine, parallel)
+    norm, busy = float(engine.get_global_grad_norm()), time.monotonic() - began
+    return StepResult(loss, norm, tokens, None, None, sent, skipped, busy)
+
+
+def _context_bytes(engine: deepspeed.DeepSpeedEngine, parallel: Parallel) -> tuple[float, float] | None:
+    """``context`` of a step's result. The counters begin anew; what a validation sent goes with the step after it."""
+    context = engine.module.context_parallel
+    if context is None or context.method != "gists":
+        return None
+    counted = context.traffic.take()
+    sent = parallel.sum_over_replicas(counted.sent) / parallel.replica_group.size()
+    return sent / counted.exchanges, counted.whole / counted.exchanges
+
+
+@torch.no_grad()
+def validation_loss(engine: deepspeed.DeepSpeedEngine, batches: Sequence[MicroBatch], parallel: Parallel) -> float:
+    """Mean cross-entropy in nats over all loss tokens of the ranks' batches."""
+    engine.eval()
+    tokens = parallel.sum_over_data(sum(int((b.labels != IGNORED).sum()) for b in batches))
+    if parallel.stages > 1:
+        factor = parallel.replica_group.size() * len(batches) / tokens
+        inputs = iter([stage_inputs(batch, factor) for batch in batches])
+        engine.reset_activation_shape()  # a validation batch is one sample, whatever train.micro_batch is
+        mean = engine.eval_batch(inputs, num_micro_batches=len(batches)).item()
+        engine.reset_activation_shape()
+    else:
+        total = sum(engine(batch.to(parallel.device)).item() for batch in batches)
+        mean = parallel.sum_over_replicas(total) / tokens
+    engine.train()
+    return mean
