@@ -93,7 +93,7 @@ def _decode_programs(arch: str, dim: int, item_size: int, group: int) -> dict[st
     lists = places | {"p_lo": "*i32", "p_hi": "*i32", "p_item": "*i32", "p_new": "*i32", "p_score": "*i32"}
     made = {
         "decode score top": (decoding.score_top_kernel, tile(tiles.top), flags, lists),
-        "decode score below": (decoding.score_below_kernel, tile(tiles.below), flags, lists),
+        "decode score below": (decoding.score_below_kernel, tile(tiles.below), flags | dict(BO=128), lists),
         "decode attend": (attend.attend_kernel, tile(tiles.attend), flags, lists),
     }
     for name, scores, level in (("top", 4096, 0), ("below", 1024, 1), ("most", HELD, 0), ("many", 2 * HELD, 1)):

@@ -11,10 +11,11 @@ a captured CUDA graph stays right while sequences grow and their buffers move:
 
 A step is a chain of launches, each over in a few microseconds; what counts is how many loads wait for one another. Every head
 (HS = 1: the heads of a group together) searches scores of its own, one program each: a head's candidates below the top are
-``budget`` parents of W places (those without a child stay empty), then the gists whose parent is open, so that all counts stand in
-``ints``, and nothing is known later than when a launch begins. A search leaves, per level, HS lists of ``budget`` entries side by
-side (-1: none): the gist, and the items [lo, hi) behind it, so that whoever reads children needs one load before the key.
-That heads took the same gist only the last launch minds (attend.py).
+``budget`` parents of W places (those without a child stay empty), then the gists whose parent is open, so that all counts stand
+in ``ints``, and nothing is known later than when a launch begins. A search leaves, per level, HS lists of ``budget`` entries side
+by side (-1: none): the gist, and the items [lo, hi) behind it, so that whoever reads children needs one load before the key.
+Entries are in no order. That heads took the same gist only the launch that attends minds (attend.py), and beside scoring the
+level below, where there is time, those of the levels above are compared (p_new).
 
 Scores are ordered integers below MOST, LEAST where there is no candidate. PDL: a launch begins before the one before it ends,
 and waits before it touches what that one wrote; every program waits, so that whoever waits for it has waited for all before.
@@ -31,6 +32,7 @@ from unfold.kernels.select.search import LEAST, MOST, ordered
 # Elements. Rows begin at multiples of it, which the compiler sees only where the number is multiplied by it here: with a hint
 # on a function's argument it would load two bytes at a time.
 UNIT: tl.constexpr = tl.constexpr(8)
+MARKED: tl.constexpr = tl.constexpr(16)  # entries that a program compares with other heads'
 FILL: tl.constexpr = tl.constexpr(32)  # entries that are marked as none at once
 
 
@@ -64,7 +66,7 @@ def _children(p_ends, o_parent, m_parent):
 
 @triton.jit
 def _level(p_ints, LEVEL: tl.constexpr, W: tl.constexpr):
-    """Budget of a level, places behind parents, all places, the first gist whose parent is open. p_ints: behind its first three."""
+    """Budget of a level, places behind parents, all places, the first whose parent is open. p_ints: behind its first three."""
     budget, i_tail = tl.load(p_ints + 5 * LEVEL + 4), tl.load(p_ints + 5 * LEVEL + 3)
     behind = 0
     if LEVEL > 0:
@@ -172,8 +174,8 @@ def score_below_kernel(
             b_s = tl.where(m_key, tl.minimum(ordered(b_s), MOST - 1), LEAST)
             tl.store(p_score + o_place, b_s, mask=o_place < n)
     else:
-        for i in range((i_split - splits) * BN, above, lists * BN):
-            o_entry = i + tl.arange(0, BN)
+        for i in range((i_split - splits) * MARKED, above, lists * MARKED):
+            o_entry = i + tl.arange(0, MARKED)
             m_entry = o_entry < above
             b_gist = tl.load(p_item + i_list + o_entry, mask=m_entry, other=-1)
             o_entry = tl.minimum(o_entry, above - 1) + i_search * above
@@ -226,7 +228,7 @@ def select_kernel(
     HKV: tl.constexpr, L: tl.constexpr, HS: tl.constexpr, BS: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr, W: tl.constexpr,
     LEVEL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """What one head takes of segment LEVEL: p_item, p_lo, p_hi [N, HKV, L, HS * room], the head's ``budget`` entries after others'.
+    """What one head takes of segment LEVEL: p_item, p_lo, p_hi [N, HKV, L, HS * room], ``budget`` entries after others'.
 
     WHOLE: BS places are all there can be. C: threads. W: of the level above. Grid: (HS, HKV, N).
     """

@@ -1,7 +1,7 @@
 """The search for the bound that exactly a budget of one head's scores reaches, by one program: all its numbers are scalars.
 
-As kernels/select/search.py (the same comparison as ordered integers, guesses from mean and spread first, in proportion to what is left
-after that, a step that quarters where guesses do not halve; exact whatever was guessed), but made for latency: every thread
+As kernels/select/search.py (the same comparison as ordered integers, guesses from mean and spread first, in proportion to what is
+left after that, a step that quarters where guesses do not halve; exact whatever was guessed), but made for latency: every thread
 repeats the arithmetic between two passes, so it is short, without 64 bits, and in terms of the ordered integers themselves, which
 between two close bounds are as evenly spread as the numbers.
 """
@@ -80,6 +80,7 @@ def _next_bounds(lower, upper, count, over, budget, quarter):
     inverse = 1.0 / (count - over).to(tl.float32)
     share = ((count - budget).to(tl.float32) + 0.5) * inverse
     error = tl.sqrt(tl.maximum(share * (1.0 - share), 0.5 * inverse) * inverse)
+    share = (share + 0.5 * inverse) / (1.0 + inverse)  # few scores are left: not quite at an end of them
     error = tl.where(quarter, 0.25, error)
     share = tl.where(quarter, 0.5, share)
     wide = width.to(tl.float32)

@@ -22,7 +22,7 @@ class DecodeTiles:
         top, below, attend: score the top level, score below it, attend.
         programs: as many as the splits of a launch may make, of all queries and KV heads together.
         splits: of one KV head, where it attends; more cost the sum over them.
-        held: scores that a thread of the search holds; makes its warps.
+        held: scores that a thread of the search holds where there are many; makes its warps.
         part: dimensions of one program that adds up splits; its warps are ``combine_warps``.
     """
 
@@ -36,13 +36,15 @@ class DecodeTiles:
     combine_warps: int = 4
 
     def search_warps(self, scores: int) -> int:
-        """Warps of a program that searches so many scores."""
-        return max(1, min(16, scores // (32 * self.held)))
+        """Warps of a program that searches so many scores: few scores a thread, until there is a warp for each of the four
+        schedulers of a multiprocessor; more warps repeat the arithmetic between the passes beside one another."""
+        return max(1, min(4, scores // 128), min(16, scores // (32 * self.held)))
 
 
-# By bytes of a row of keys, padded to a power of two elements: the first that is no smaller.
+# By bytes of a row of keys, padded to a power of two elements: the first that is no smaller. Attending has a thread per key: with
+# more, Triton has several threads work out the same place.
 TABLE = {
-    256: DecodeTiles(Launch(32, 4, 1), Launch(32, 4, 1), Launch(32, 4, 1)),
+    256: DecodeTiles(Launch(64, 4, 1), Launch(64, 4, 1), Launch(64, 2, 1)),
     1024: DecodeTiles(Launch(16, 4, 1), Launch(16, 4, 1), Launch(16, 4, 1)),
 }
 

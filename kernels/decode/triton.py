@@ -173,12 +173,12 @@ def run(
             launch, owned = (tiles.below, owners * searches) if s else (tiles.top, owners)
             splits = _splits(tiles.programs // owned, capacity, launch.keys)
             width = tables.widths[s - 1] if s else 1
-            marking = triton.cdiv(tables.room, launch.keys)
+            marking = triton.cdiv(tables.room, kernels.MARKED.value)
             if s:
                 chain.launch(
                     kernels.score_below_kernel, (splits + marking, kv_heads * searches, queries), launch,
                     q, q, tables.ints, places, *lists, score, capacity, tables.room, marking,
-                    **sizes, GS=rows, BN=launch.keys, BO=others, W=width, LEVEL=s,
+                    **sizes, GS=rows, BN=launch.keys, BO=min(others, 128), W=width, LEVEL=s,
                 )  # fmt: skip
             else:
                 chain.launch(

@@ -1,5 +1,6 @@
 """Decoding: the CPU path against the reference, here; the Triton kernels against it on a GPU or in Triton's interpreter."""
 
+import dataclasses
 import importlib.util
 import itertools
 from types import SimpleNamespace
@@ -181,6 +182,78 @@ def test_two_runs_are_bit_equal_and_no_uninitialised_memory_is_read(monkeypatch)
     poisoned = lambda *a, **k: x.fill_(torch.nan if x.is_floating_point() else 2**30) if len(x := make(*a, **k)) else x
     monkeypatch.setattr(torch, "empty", poisoned)
     assert torch.equal(first, run())
+
+
+def run_kernels(q, caches, step, rule, change_tables=lambda tables: tables, **how):
+    """The Triton kernels as decode_attention launches them, with other tables, tiles or launches."""
+    from kernels.decode import triton as backend
+
+    group = q.shape[1] // caches[0][-1].memory.shape[1]
+    tables = backend.make_tables(step, rule, group, q.device)
+    places = backend.make_places(q, caches, step, tables.ends)
+    return backend.run(q, change_tables(tables), places, 0.1, caches[0][-1].memory.shape[1], rule, **how)
+
+
+def few_or_many_splits():
+    from kernels.decode.tiles import DecodeTiles, Launch
+
+    return {
+        "one program": DecodeTiles(*[Launch(16, 4, 1)] * 3, programs=1, splits=1, part=128),
+        "some": DecodeTiles(Launch(32, 1, 1), Launch(16, 2, 1), Launch(16, 1, 2), programs=8, splits=4, held=2),
+        "a tile each": DecodeTiles(*[Launch(16, 1, 1)] * 3, programs=10**6, splits=256, held=1, part=16),
+    }
+
+
+@needs_runs
+@pytest.mark.parametrize("name,share", [("two levels", "head"), ("four levels", "group"), ("long suffix", "head")])
+def test_any_number_of_splits(name, share):
+    q, caches, step = batch(name, 4, 2, 64, torch.float32, DEVICE)
+    rule = rule_of("three", share)
+    want = decode_attention(q, caches, step, rule, scale=0.1, backend="cpu")
+    for how, tiles in few_or_many_splits().items():
+        got = run_kernels(q, caches, step, rule, tiles=tiles)
+        torch.testing.assert_close(got, want, atol=2e-6, rtol=0, msg=how)
+
+
+@needs_runs
+@pytest.mark.parametrize("budget", ["three", pytest.param("everything", marks=pytest.mark.long)])
+def test_what_several_heads_select_counts_once(budget):
+    """Heads with one and the same query select the same, heads with similar ones much of it."""
+    q, caches, step = batch("two levels", 8, 2, 64, torch.float32, DEVICE)
+    alike = q.unflatten(1, (2, 4))[:, :, :1].expand(-1, -1, 4, -1).flatten(1, 2).contiguous()
+    alike[:, 1::4] += 0.2 * q[:, 1::4]
+    rule = rule_of(budget)
+    got, want = (decode_attention(alike, caches, step, rule, scale=0.1, backend=b) for b in ("triton", "cpu"))
+    torch.testing.assert_close(got, want, atol=2e-6, rtol=0)
+
+
+@needs_runs
+def test_a_step_in_larger_buckets():
+    """As a captured graph runs it, which was captured for longer sequences."""
+    q, caches, step = batch("two levels", 4, 2, 64, torch.float32, DEVICE)
+    larger = lambda tables: dataclasses.replace(
+        tables,
+        candidates=tuple(4 * n for n in tables.candidates),
+        widths=tuple(w + 4 for w in tables.widths),
+        room=2 * tables.room,
+        rows=4 * tables.rows,
+    )
+    for budget in ("adaptive", "three"):
+        want = decode_attention(q, caches, step, rule_of(budget), scale=0.1, backend="cpu")
+        torch.testing.assert_close(run_kernels(q, caches, step, rule_of(budget), larger), want, atol=2e-6, rtol=0)
+
+
+@needs_runs
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_scores_that_are_no_numbers_end_the_search_and_harm_nobody_else(bad):
+    """No list grows beyond its budget into another's, whatever the scores: the other sequences' outputs stay as they are."""
+    q, caches, step = batch("two levels", 4, 2, 64, torch.float32, DEVICE)
+    want = run_kernels(q, caches, step, rule_of("three"))
+    caches[0][0].memory[0, 1, ::3] = bad  # the keys of some top gists of one KV head
+    caches[0][1].memory[0, 0] = bad
+    got = run_kernels(q, caches, step, rule_of("three"))
+    assert torch.equal(got[1:], want[1:])
 
 
 @needs_runs

@@ -38,14 +38,15 @@ def variants(default: DecodeTiles) -> dict[str, dict]:
     return {
         "default": dict(tiles=default),
         "no dependent launch": dict(tiles=default, pdl=False),
-        "attend 64": changed(attend=Launch(64, 4, 1)),
-        "attend 32, 2 warps": changed(attend=Launch(32, 2, 1)),
-        "attend 2 stages, 64 splits": changed(attend=Launch(32, 4, 2), splits=64),
-        "score 64": changed(top=Launch(64, 4, 1), below=Launch(64, 4, 1)),
-        "score 16, 2 warps": changed(top=Launch(16, 2, 1), below=Launch(16, 2, 1)),
+        "attend 128, 4 warps": changed(attend=Launch(128, 4, 1)),
+        "attend 32, 1 warp": changed(attend=Launch(32, 1, 1), splits=256),
+        "attend 32, 4 warps": changed(attend=Launch(32, 4, 1), splits=256),
+        "attend 64, 4 warps": changed(attend=Launch(64, 4, 1), part=64),
+        "score 32": changed(top=Launch(32, 4, 1), below=Launch(32, 1, 1)),
+        "score 128": changed(top=Launch(128, 4, 1), below=Launch(64, 2, 1)),
         "held 8": changed(held=8),
-        "held 32": changed(held=32, part=64),
-        "1056 programs": changed(programs=1056, part=16),
+        "held 4": changed(held=4, part=16),
+        "1056 programs": changed(programs=1056, splits=64),
     }
 
 
