@@ -186,7 +186,7 @@ def test_two_runs_are_bit_equal_and_no_uninitialised_memory_is_read(monkeypatch)
 
 def run_kernels(q, caches, step, rule, change_tables=lambda tables: tables, **how):
     """The Triton kernels as decode_attention launches them, with other tables, tiles or launches."""
-    from kernels.decode import triton as backend
+    from unfold.kernels.decode import triton as backend
 
     group = q.shape[1] // caches[0][-1].memory.shape[1]
     tables = backend.make_tables(step, rule, group, q.device)
@@ -195,7 +195,7 @@ def run_kernels(q, caches, step, rule, change_tables=lambda tables: tables, **ho
 
 
 def few_or_many_splits():
-    from kernels.decode.tiles import DecodeTiles, Launch
+    from unfold.kernels.decode.tiles import DecodeTiles, Launch
 
     return {
         "one program": DecodeTiles(*[Launch(16, 4, 1)] * 3, programs=1, splits=1, part=128),
