@@ -10,7 +10,9 @@ Steps, each in processes of its own, each with a share of the time, none keeping
 - ``bench``: compressed attention beside dense and FlexAttention (python -m unfold.kernels.bench);
 - ``train``: training a model of Llama-8B's width and four layers at 32k tokens: dense, forgetting, recalling.
 
-Training reads DATA (tokenizer/ and shards/sotu_{train,valid}, as launch/demo.sh makes them). DIR gets a log and a file per step.
+Training reads DATA (tokenizer/ and shards/sotu_train, as launch/demo.sh makes them; shards/suffix, supervised, for those arms).
+DIR gets a log and a file per step. On a machine without a GPU everything runs in small, kernels in Triton's interpreter: so no
+step is untried; its times mean nothing.
 """
 
 from __future__ import annotations
@@ -18,13 +20,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import torch
 
 HERE = "tests.benchmarks.gpu"
 
@@ -36,6 +41,7 @@ class Runner:
     output: Path
     deadline: float
     begin: float
+    paused: dict[str, tuple] = field(default_factory=dict)
 
     def say(self, text: str) -> None:
         line = f"[{time.perf_counter() - self.begin:5.0f} s] {text}"
@@ -78,6 +84,13 @@ class Runner:
 def check(runner: Runner, args: argparse.Namespace) -> None:
     python = [sys.executable, "-m"]
     smoke = [*python, f"{HERE}.smoke"]
+    if not args.gpu:
+        small = ["--raw", "200", "--dim", "64", "--heads", "2", "--kv-heads", "1", "--dtypes", "float32"]
+        runner.finish(runner.start("smoke", [*smoke, *small], args.check_seconds))
+        files = [f"tests/kernels/test_{name}_triton.py" for name in ("compressed", "unfold")]
+        tests = [*python, "pytest", "-q", "-m", "not long", "-k", "hidden"]
+        runner.finish(runner.start("tests", [*tests, *files], args.check_seconds))
+        return
     sanitizer = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", *smoke, "--raw", "300", "--once"]
     workers = str(max(2, (os.cpu_count() or 2) - 3))
     tests = [*python, "pytest", "-v", "--tb=short", "-m", "not long", "-k", args.tests, "-n", workers, "-p", "no:cacheprovider"]
@@ -87,71 +100,123 @@ def check(runner: Runner, args: argparse.Namespace) -> None:
         runner.start("tests", [*tests, *files], args.check_seconds),
         runner.start("sanitizer", [*sanitizer, "--dtypes", "bfloat16"], args.check_seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1"),
     ]
+    if "train" in args.steps:
+        runner.paused |= {name: start_training(runner, args, name) for name in args.arms[: args.paused]}
     if "times" in args.steps:  # what is timed later compiles beside them
         warm = [*python, f"{HERE}.kernel_times", "--compile-only", *args.times_flags]
         started.append(runner.start("warm", warm, args.check_seconds))
         started.append(runner.start("warm-decode", [*python, f"{HERE}.decode_times", "--seconds", "0"], args.check_seconds))
+    if "bench" in args.steps:
+        for raw in BENCH_RAW:
+            flex = [*python, *BENCH, "--raw", str(raw), "--only", "flex, sorted keys", "--seconds", "0"]
+            started.append(runner.start(f"warm-flex-{raw}", [*flex, "--output", "/tmp"], args.check_seconds))
+    for arm in runner.paused.values():
+        pause(arm, args.check_seconds)
     for process in started:
         runner.finish(process, 60)
 
 
 def times(runner: Runner, args: argparse.Namespace) -> None:
     seconds = min(args.times_seconds, runner.left())
+    if not args.gpu:
+        args.times_flags = ["--raw", "200", "--recall-up-to", "200", "--all-up-to", "0"]
     command = [sys.executable, "-m", f"{HERE}.kernel_times", "--output", str(runner.output / "kernel_times.json")]
     runner.run("times", [*command, "--seconds", str(seconds - 10), *args.times_flags], seconds, 60)
 
 
 def decode(runner: Runner, args: argparse.Namespace) -> None:
     command = [sys.executable, "-m", f"{HERE}.decode_times", "--output", str(runner.output / "decode_times.json")]
+    if not args.gpu:
+        command += ["--raw", "256", "--batch", "1", "--heads", "2", "--kv-heads", "1", "--dim", "64", "--only", "default"]
     runner.run("decode", [*command, "--seconds", str(args.decode_seconds)], args.decode_seconds + 10, 60)
 
 
+BENCH_RAW = (8192, 32768, 131072)
+BENCH = ["unfold.kernels.bench", "--chunks", "8,4"]
+
+
 def bench(runner: Runner, args: argparse.Namespace) -> None:
-    command = [sys.executable, "-m", "unfold.kernels.bench", "--chunks", "8,4", "--raw", "8192", "32768", "131072"]
-    flags = ["--seconds", "0.2", "--only", "dense SDPA", "dense cuDNN", "ours", "flex, sorted keys"]
+    command = [sys.executable, "-m", *BENCH, "--raw", *map(str, BENCH_RAW)]
+    if not args.gpu:
+        runner.run("bench", [sys.executable, "-m", *BENCH, "--raw", "512", "--seconds", "0", "--output", str(runner.output)], 150)
+        return
+    flags = ["--seconds", "0.1", "--only", "dense SDPA", "dense cuDNN", "ours", "flex, sorted keys"]
     runner.run("bench", [*command, *flags, "--output", str(runner.output)], 150)
 
 
 TRAIN_STEPS = 10
-ARMS = {"dense": ["model.attention=dense"], "forgetting": [], "recalling": ["gist.recall=all"]}
+# Name: shards, settings. Those of `suffix` hold questions and answers, a tenth of each sample.
+ARMS = {
+    "dense": ("sotu_train", ["model.attention=dense"]),
+    "forgetting": ("sotu_train", []),
+    "recalling": ("sotu_train", ["gist.recall=all"]),
+    "suffix forgetting": ("suffix", []),
+    "suffix recalling": ("suffix", ["gist.recall=suffix"]),
+}
 CONFIG = dict(
     precision="bf16",
     model=dict(hidden_size=4096, layers=4, heads=32, kv_heads=8, head_dim=128, ffn_size=14336, max_position=131072),
     gist=dict(chunk_sizes=[8, 4]),
-    train=dict(steps=1000, global_batch=1, valid_every=0, valid_samples=1),
+    train=dict(steps=1000, global_batch=1, valid_every=0),
     optimizer=dict(lr=1e-4),
     checkpoint=dict(every=1000),
     monitor=dict(wandb=False),
 )
 
 
+SMALL = dict(precision="fp32", model=dict(hidden_size=128, layers=2, heads=2, kv_heads=1, ffn_size=256, max_position=131072))
+
+
+def start_training(runner: Runner, args: argparse.Namespace, name: str) -> tuple:
+    """Start an arm of training."""
+    shards, changes = ARMS[name]
+    directory = args.data / "shards"
+    data = dict(train=[str(directory / shards)], tokenizer=str(args.data / "tokenizer"), raw_tokens=args.train_raw)
+    run_dir = runner.output / f"run-{name.replace(' ', '-')}"
+    path = runner.output / f"{run_dir.name}.json"
+    path.write_text(json.dumps(CONFIG | ({} if args.gpu else SMALL) | dict(data=data)))  # JSON is YAML
+    sets = [x for change in changes for x in ("--set", change)]
+    command = [sys.executable, "-m", "pretrain", "train", "--config", str(path), "--run-dir", str(run_dir), *sets]
+    return *runner.start(run_dir.name, command, 300), run_dir
+
+
+def steps_of(run_dir: Path) -> list[dict]:
+    metrics = run_dir / "metrics.jsonl"
+    return [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+
+
+def pause(started: tuple, seconds: float) -> None:
+    """Let an arm come to its first steps, then stop it: its start need not take time of its own later."""
+    until = time.perf_counter() + seconds
+    while started[0].poll() is None and time.perf_counter() < until and len(steps_of(started[-1])) < 2:
+        time.sleep(0.1)
+    if started[0].poll() is None:
+        os.killpg(started[0].pid, signal.SIGSTOP)
+
+
 def train(runner: Runner, args: argparse.Namespace) -> None:
-    shards = {name: [str(args.data / "shards" / f"sotu_{name}")] for name in ("train", "valid")}
-    config = CONFIG | dict(data=shards | dict(tokenizer=str(args.data / "tokenizer"), raw_tokens=args.train_raw))
-    path = runner.output / "train.json"
-    path.write_text(json.dumps(config))  # JSON is YAML
     results = {}
-    for name, changes in ARMS.items():
-        run_dir = runner.output / f"run-{name}"
-        sets = [x for change in changes for x in ("--set", change)]
-        command = [sys.executable, "-m", "pretrain", "train", "--config", str(path), "--run-dir", str(run_dir), *sets]
-        started = runner.start(f"train-{name}", command, 70)
-        metrics, steps = run_dir / "metrics.jsonl", []
+    for name in args.arms:
+        started = runner.paused.pop(name, None) or start_training(runner, args, name)
+        process, *_, run_dir = started
+        os.killpg(process.pid, signal.SIGCONT)
+        first, until = len(steps_of(run_dir)), time.perf_counter() + min(70, runner.left())
         # The last step would save 15 GB: enough has been seen before.
-        while started[0].poll() is None and time.perf_counter() < started[2] and len(steps) < TRAIN_STEPS:
-            time.sleep(0.2)
-            steps = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
-        if started[0].poll() is None:
-            os.killpg(started[0].pid, signal.SIGKILL)
-        runner.finish(started, 8)
-        if len(steps) > 2:
-            rate = statistics.median(s["raw_tokens_per_s"] for s in steps[2:])
+        while process.poll() is None and time.perf_counter() < until and len(steps_of(run_dir)) < first + TRAIN_STEPS:
+            time.sleep(0.1)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        runner.finish(started[:-1], 8)
+        steps = steps_of(run_dir)
+        if len(steps) > first + 2:
+            rate = statistics.median(s["raw_tokens_per_s"] for s in steps[first + 1 :])
             results[name] = dict(raw_tokens_per_s=rate, loss=[s["loss"] for s in steps], last=steps[-1])
             runner.say(f"train, {name}: {rate:,.0f} raw tokens/s, loss {steps[0]['loss']:.3f} -> {steps[-1]['loss']:.3f}")
-    path.write_text(json.dumps(dict(config=config, results=results), indent=1))
+        shutil.rmtree(run_dir, ignore_errors=True)
+    (runner.output / "train.json").write_text(json.dumps(dict(config=CONFIG, results=results), indent=1))
 
 
-STEPS = {"check": check, "times": times, "decode": decode, "train": train, "bench": bench}
+STEPS = {"check": check, "times": times, "train": train, "decode": decode, "bench": bench}
 
 
 def main() -> int:
@@ -161,6 +226,8 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("runs/gpu"))
     parser.add_argument("--data", type=Path, default=Path("demo"))
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS)[:3])
+    parser.add_argument("--paused", type=int, default=0, help="arms that start while everything is checked; each takes 55 GB")
     parser.add_argument("--train-raw", type=int, default=32768)
     parser.add_argument("--check-seconds", type=float, default=170)
     parser.add_argument("--times-seconds", type=float, default=130)
@@ -169,6 +236,10 @@ def main() -> int:
     parser.add_argument("--times-flags", type=str.split, default=["--sweep"], help="flags of kernel_times, in one word")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
+    args.gpu = torch.cuda.is_available()
+    if not args.gpu:
+        args.train_raw = 256
+        os.environ |= {"TRITON_INTERPRET": "1"}
     begin = time.perf_counter()
     runner = Runner(args.output, begin + 60 * args.minutes, begin)
     for name in args.steps:

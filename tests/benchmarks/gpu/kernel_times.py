@@ -10,6 +10,7 @@ parallel processes. Nothing here is checked: tests.benchmarks.gpu.smoke and test
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -36,31 +37,37 @@ from unfold.kernels.unfold.tiles import UnfoldTiles
 CHUNKS = (8, 4)
 SMALL = 512  # raw tokens with which a variant is compiled
 
-# Rows, keys, warps, stages. One column per kernel: forward, d_query, top, local, sink.
+# Head dimension, raw tokens, then rows, keys, warps and stages of each kernel: forward, d_query, top, local, sink.
 COMPRESSED = [
-    [(64, 32, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (128, 16, 4, 2)],
-    [(64, 32, 4, 4), (128, 64, 8, 3), (64, 128, 8, 2), (64, 32, 4, 3), (128, 16, 4, 3)],
-    [(128, 32, 8, 3), (64, 64, 4, 1), (64, 64, 4, 3), (32, 64, 4, 2), (64, 16, 4, 2)],
-    [(128, 32, 8, 4), (128, 32, 8, 3), (64, 64, 4, 1), (32, 32, 4, 2), (64, 16, 4, 3)],
-    [(64, 64, 4, 3), (64, 64, 4, 3), (32, 64, 4, 3), (64, 64, 4, 3), (128, 16, 8, 2)],
-    [(64, 32, 4, 2), (128, 64, 8, 4), (128, 64, 8, 2), (64, 32, 4, 2), (256, 16, 8, 2)],
-    [(64, 16, 4, 4), (64, 32, 4, 4), (64, 32, 4, 3), (64, 64, 4, 1), (32, 16, 4, 2)],
+    (128, 131072, [(64, 32, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 3), (64, 16, 4, 3)]),
+    (128, 131072, [(128, 64, 8, 3), (128, 64, 8, 3), (64, 128, 8, 2), (64, 64, 4, 2), (64, 16, 4, 2)]),
+    (128, 131072, [(64, 64, 4, 3), (64, 32, 4, 3), (64, 64, 4, 3), (64, 32, 4, 2), (128, 16, 4, 3)]),
+    (64, 32768, [(128, 64, 8, 3), (128, 64, 8, 2), (64, 128, 8, 2), (64, 64, 4, 2), (64, 16, 4, 2)]),
+    (64, 32768, [(64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 3), (64, 16, 4, 3)]),
+    (64, 32768, [(64, 32, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 32, 4, 3), (128, 16, 4, 3)]),
+    (64, 32768, [(128, 64, 4, 3), (128, 64, 4, 2), (64, 128, 4, 2), (32, 64, 4, 3), (64, 16, 2, 3)]),
 ]
-# Forward, d_query, chunks, upper, near, then selection at the top and below. The rows of forward make the block of queries.
+# Head dimension, tiles of a scoring program, scores that a warp holds; then forward, d_query, chunks, upper; near, selection
+# at the top and below. The rows of forward make the block of queries. At 32k tokens, of which a tenth recalls.
 UNFOLD = [
-    [(32, 64, 4, 2), (32, 64, 4, 2), (64, 16, 2, 2), (32, 16, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2), (32, 32, 4, 2), 4, 1024],
-    [(32, 64, 4, 3), (32, 64, 4, 3), (64, 16, 2, 3), (32, 32, 4, 2), (64, 64, 4, 2), (32, 64, 4, 3), (32, 64, 4, 3), 4, 512],
-    [(32, 32, 4, 3), (32, 32, 4, 3), (32, 16, 2, 2), (32, 64, 4, 2), (64, 32, 4, 2), (32, 128, 4, 2), (32, 64, 4, 2), 2, 256],
-    [(64, 64, 4, 2), (64, 64, 4, 2), (64, 16, 2, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2), 4, 1024],
-    [(64, 64, 4, 3), (64, 32, 4, 3), (64, 16, 1, 2), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), 4, 512],
-    [(64, 32, 4, 3), (64, 32, 4, 2), (32, 16, 1, 2), (64, 128, 4, 2), (64, 64, 4, 1), (64, 128, 4, 3), (64, 64, 4, 2), 8, 256],
-    [(32, 64, 2, 3), (32, 32, 2, 3), (128, 16, 4, 2), (32, 32, 2, 2), (64, 32, 4, 3), (32, 64, 2, 3), (32, 64, 2, 3), 8, 512],
-]
+    (128, 4, 1024, [(64, 64, 4, 2), (64, 64, 4, 2), (32, 16, 1, 2), (64, 64, 4, 2),
+        (64, 32, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2)]),
+    (128, 8, 2048, [(64, 64, 4, 2), (64, 64, 4, 2), (64, 16, 2, 2), (64, 32, 4, 2),
+        (64, 32, 4, 2), (64, 64, 4, 3), (64, 64, 4, 2)]),
+    (128, 4, 1024, [(128, 64, 8, 2), (128, 64, 8, 2), (16, 16, 1, 2), (128, 64, 8, 2),
+        (64, 64, 4, 2), (128, 64, 8, 2), (128, 32, 8, 2)]),
+    (64, 4, 1024, [(32, 64, 4, 2), (32, 64, 4, 2), (64, 16, 4, 2), (32, 16, 4, 2),
+        (64, 64, 4, 2), (32, 64, 4, 2), (32, 32, 4, 2)]),
+    (64, 4, 1024, [(64, 64, 4, 2), (64, 64, 4, 2), (32, 16, 1, 2), (64, 64, 4, 2),
+        (64, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 2)]),
+]  # fmt: skip
 
 
 def kernel_times(step: Callable[[], object], repeats: int = 3) -> dict[str, list[float]]:
     """Milliseconds of every launch of each kernel during ``repeats`` steps, after one that is not counted."""
     step()
+    if not torch.cuda.is_available():
+        return {}
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
         for _ in range(repeats):
@@ -91,22 +98,23 @@ def summary(step: Callable[[], object], repeats: int = 3) -> dict:
     """Of a step: milliseconds on the GPU and by the clock, launches, and its costliest kernels."""
     times = kernel_times(step, repeats)
     clock = []
+    finish = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     for _ in range(repeats):
-        torch.cuda.synchronize()
+        finish()
         begin = time.perf_counter()
         step()
-        torch.cuda.synchronize()
+        finish()
         clock.append(1e3 * (time.perf_counter() - begin))
     ranked = sorted(times.items(), key=lambda item: -sum(item[1]))
     return dict(
         gpu_ms=sum(map(sum, times.values())) / repeats,
         clock_ms=statistics.median(clock),
         launches=sum(map(len, times.values())) / repeats,
-        kernels={name: [round(sum(t) / repeats, 4), len(t) / repeats] for name, t in ranked[:14]},
+        kernels={name: [round(sum(t) / repeats, 4), len(t) / repeats] for name, t in ranked[:24]},
     )
 
 
-def compressed_step(raw: int, args: SimpleNamespace, tiles: Tiles | None = None) -> Callable[[], object]:
+def compressed_step(raw: int, tiles: Tiles | None, args: SimpleNamespace) -> Callable[[], object]:
     shape = bench.Shape(raw, CHUNKS, args)
     leaves = (shape.q, shape.k, shape.v)
 
@@ -133,7 +141,7 @@ def recall_step(raw: int, recalling: int, args: SimpleNamespace) -> Callable[[],
     d_out = torch.randn_like(leaves[0])
 
     def step():
-        out, _ = recall_attention(*leaves, tree, rule)
+        out, _ = recall_attention(*leaves, tree, rule, backend="triton")
         return torch.autograd.grad(out, leaves, d_out)
 
     return step
@@ -161,64 +169,68 @@ def unfold_step(
     return step
 
 
-def variants(kind: str) -> list:
-    """The tiles of every variant: Tiles, or UnfoldTiles with SelectTiles."""
-    if kind == "compressed":
-        return [Tiles(*(Tile(*t) for t in row)) for row in COMPRESSED]
-    made = []
-    for row in UNFOLD:
-        tiles = [Tile(*t) for t in row[:7]]
-        made.append((UnfoldTiles(*tiles[:5]), SelectTiles(*tiles[5:], run=row[7], held=row[8])))
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """Tiles to measure at a head dimension and a length: Tiles, or UnfoldTiles with SelectTiles."""
+
+    name: str
+    dim: int
+    raw: int
+    tiles: Tiles | tuple[UnfoldTiles, SelectTiles]
+
+    def step(self, args: SimpleNamespace, raw: int | None = None) -> Callable[[], object]:
+        own, raw = SimpleNamespace(**vars(args) | dict(dim=self.dim)), raw or self.raw
+        make = compressed_step if isinstance(self.tiles, Tiles) else lambda raw, *x: unfold_step(raw, raw // 10, *x)
+        return make(raw, self.tiles, own)
+
+
+def variants() -> list[Variant]:
+    made = [
+        Variant(f"compressed variant {i}, d {dim}, {raw}", dim, raw, Tiles(*(Tile(*t) for t in row)))
+        for i, (dim, raw, row) in enumerate(COMPRESSED)
+    ]
+    for i, (dim, run, held, row) in enumerate(UNFOLD):
+        tiles = [Tile(*t) for t in row]
+        both = UnfoldTiles(*tiles[:5]), SelectTiles(*tiles[5:], run=run, held=held)
+        made.append(Variant(f"unfold variant {i}, d {dim}, 32768", dim, 32768, both))
     return made
 
 
-def _compile(job: tuple[str, int, SimpleNamespace]) -> str | None:
-    """Compile one variant by running it on few tokens; what went wrong, if anything."""
-    kind, index, args = job
+def _compile(job: tuple[Variant | None, SimpleNamespace]) -> str | None:
+    """Compile one variant, or the table's tiles, by running it on few tokens; what went wrong, if anything."""
+    variant, args = job
     try:
-        if kind == "table":
-            recall_step(SMALL, SMALL // 2, args)()
-            return None
-        tiles = variants(kind)[index]
-        step = compressed_step(SMALL, args, tiles) if kind == "compressed" else unfold_step(SMALL, SMALL // 2, tiles, args)
+        step = variant.step(args, SMALL) if variant else recall_step(SMALL, SMALL // 2, args)
         step()
-        torch.cuda.synchronize()
     except Exception as error:
-        return f"{type(error).__name__}: {error}".split("\n")[0][:200]
+        return f"{variant and variant.name}: {type(error).__name__}: {error}".split("\n")[0][:200]
 
 
-def compile_variants(args: SimpleNamespace, sweep: bool) -> dict[tuple[str, int], str]:
+def compile_variants(args: SimpleNamespace, sweep: bool) -> list[str]:
     """Fill Triton's cache in parallel processes; the variants that do not compile."""
-    jobs = [("table", 0, args)]
-    if sweep:
-        jobs += [("compressed", i, args) for i in range(len(COMPRESSED))] + [("unfold", i, args) for i in range(len(UNFOLD))]
+    jobs = [(variant, args) for variant in [None, *(variants() if sweep else [])]]
     with multiprocessing.get_context("spawn").Pool(min(len(jobs), os.cpu_count() or 1)) as pool:
-        return {job[:2]: wrong for job, wrong in zip(jobs, pool.map(_compile, jobs, chunksize=1)) if wrong}
+        return [wrong for wrong in pool.map(_compile, jobs, chunksize=1) if wrong]
 
 
 def cases(args: argparse.Namespace, own: SimpleNamespace) -> Iterator[tuple[str, Callable[[], Callable]]]:
     """Name and maker of every step."""
     for raw in args.raw:
-        yield f"compressed {raw}", lambda raw=raw: compressed_step(raw, own)
-        for name in () if args.no_dense else bench.DENSE:
+        yield f"compressed {raw}", lambda raw=raw: compressed_step(raw, None, own)
+        for name in () if args.no_dense else bench.DENSE[: None if own.device == "cuda" else 1]:
             yield f"{name} {raw}", lambda raw=raw, name=name: dense_step(name, raw, own)
         if raw <= args.recall_up_to:
             yield f"recall, a tenth {raw}", lambda raw=raw: recall_step(raw, raw // 10, own)
         if raw <= args.all_up_to:
             yield f"recall, all {raw}", lambda raw=raw: recall_step(raw, raw, own)
-    if args.sweep:
-        for i, tiles in enumerate(variants("compressed")):
-            for raw in args.sweep_raw:
-                yield f"compressed variant {i} {raw}", lambda raw=raw, tiles=tiles: compressed_step(raw, own, tiles)
-        for i, tiles in enumerate(variants("unfold")):
-            yield f"unfold variant {i} 32768", lambda tiles=tiles: unfold_step(32768, 3276, tiles, own)
+    for variant in variants() if args.sweep else ():
+        yield variant.name, lambda variant=variant: variant.step(own)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--raw", type=int, nargs="+", default=[8192, 32768, 131072])
     parser.add_argument("--sweep", action="store_true")
-    parser.add_argument("--sweep-raw", type=int, nargs="+", default=[32768])
     parser.add_argument("--recall-up-to", type=int, default=131072)
     parser.add_argument("--all-up-to", type=int, default=32768)
     parser.add_argument("--compile-only", action="store_true")
@@ -228,7 +240,9 @@ def main() -> None:
     args = parser.parse_args()
     begin = time.perf_counter()
     own = SimpleNamespace(device="cuda", dtype=torch.bfloat16, heads=32, kv_heads=8, dim=128)
-    wrong = compile_variants(own, args.sweep)
+    if not torch.cuda.is_available():  # the course of it, in Triton's interpreter
+        own = SimpleNamespace(device="cpu", dtype=torch.float32, heads=2, kv_heads=1, dim=64)
+    wrong = compile_variants(own, args.sweep) if torch.cuda.is_available() else None
     print(f"compiled in {time.perf_counter() - begin:.0f} s; {wrong or 'all well'}", flush=True)
     results = {}
     if args.compile_only:
@@ -238,12 +252,12 @@ def main() -> None:
             print(f"{name}: left out, time is up", flush=True)
             continue
         try:
-            results[name] = summary(make())
+            results[name] = summary(make(), 3 if torch.cuda.is_available() else 1)
         except Exception as error:
             results[name] = dict(refused=f"{type(error).__name__}: {error}".split("\n")[0][:300])
         print(name, json.dumps(results[name]), flush=True)
         args.output.write_text(json.dumps(results, indent=1))
-        torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # nothing where there is no GPU
 
 
 if __name__ == "__main__":
