@@ -199,9 +199,7 @@ class DecodeCase:
 DECODE_BOUNDS = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
 
-def decode_case(
-    raw: int, batch: int, chunk_sizes: tuple[int, ...], args: argparse.Namespace, shared: bool = False
-) -> DecodeCase:
+def decode_case(raw: int, batch: int, chunk_sizes: tuple[int, ...], args: argparse.Namespace, shared: bool = False) -> DecodeCase:
     """A case of about ``raw`` tokens, so that every group is full; ``shared``: all sequences read one cache."""
     counts, items = [], raw
     for size in chunk_sizes:

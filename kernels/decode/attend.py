@@ -2,7 +2,7 @@
 
 A KV head's heads share the union of their selections, and each key counts once: an entry of a head's list (kernels.py) whose gist
 stands in the list of a head before it is passed over: above level 0 as p_new says already. Places stand side by side: the window,
-the sinks, the ranges of the compressed mask, an entry each for the gists selected above level 0; then, from a tile's beginning on,
+the sinks, the ranges of the compressed mask, an entry each for the gists selected above level 0; then, from a tile's start on,
 W + 1 for each entry of level 0, the gist and the raw tokens behind it. A split takes every splits-th tile.
 """
 

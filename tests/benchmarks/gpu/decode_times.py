@@ -46,6 +46,7 @@ def variants(default: DecodeTiles) -> dict[str, dict]:
         "score 128": changed(top=Launch(128, 4, 1), below=Launch(64, 2, 1)),
         "held 8": changed(held=8),
         "held 4": changed(held=4, part=16),
+        "held 32": changed(held=32, part=64),
         "1056 programs": changed(programs=1056, splits=64),
     }
 
