@@ -92,7 +92,7 @@ def check(runner: Runner, args: argparse.Namespace) -> None:
         runner.finish(runner.start("tests", [*tests, *files], args.check_seconds))
         return
     sanitizer = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", *smoke, "--raw", "300", "--once"]
-    workers = str(max(2, (os.cpu_count() or 2) - 3))
+    workers = str(args.workers or max(2, (os.cpu_count() or 2) - 3))
     tests = [*python, "pytest", "-v", "--tb=short", "-m", "not long", "-k", args.tests, "-n", workers, "-p", "no:cacheprovider"]
     files = [f"tests/kernels/test_{name}.py" for name in ("compressed_triton", "select_triton", "unfold_triton", "decode")]
     started = [
@@ -231,6 +231,7 @@ def main() -> int:
     parser.add_argument("--train-raw", type=int, default=32768)
     parser.add_argument("--check-seconds", type=float, default=170)
     parser.add_argument("--times-seconds", type=float, default=130)
+    parser.add_argument("--workers", type=int, default=0, help="processes of the tests; 0: by the number of cores")
     parser.add_argument("--decode-seconds", type=float, default=55)
     parser.add_argument("--tests", default="test", help="pytest's -k: which of the tests of kernels")
     parser.add_argument("--times-flags", type=str.split, default=["--sweep"], help="flags of kernel_times, in one word")
