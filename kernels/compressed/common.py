@@ -1,6 +1,6 @@
 """What the Triton kernels of compressed attention share: the names, the products, the loads, the masks.
 
-The kernels are in forward.py and backward.py, launched by triton.py, compiled without a GPU by kernels/aot.py.
+The kernels are in forward.py and backward.py, launched by triton.py, compiled without a GPU by tests/benchmarks/compiled.py.
 
 ``rows`` are (token, query head of one KV head) pairs and ``keys`` rows of the level-sorted key buffer (kernels/compressed/
 plan.py, which makes every loop bound). Scores are in units of log2: ``exp2`` is what the hardware has.

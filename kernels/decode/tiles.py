@@ -44,7 +44,7 @@ class DecodeTiles:
 # By bytes of a row of keys, padded to a power of two elements: the first that is no smaller. Attending has a thread per key: with
 # more, Triton has several threads work out the same place.
 TABLE = {
-    256: DecodeTiles(Launch(64, 4, 1), Launch(64, 4, 1), Launch(64, 2, 1)),
+    256: DecodeTiles(Launch(64, 4, 1), Launch(64, 4, 1), Launch(32, 1, 1), splits=256),
     1024: DecodeTiles(Launch(16, 4, 1), Launch(16, 4, 1), Launch(16, 4, 1)),
 }
 

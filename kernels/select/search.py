@@ -5,7 +5,6 @@ least the budget; ``over`` reach ``to``, fewer than the budget. Where the bound 
 spread as if its scores were normal, then in proportion to the scores between ``from`` and ``to``. A guess may be wrong, and
 costs a pass then; the result is exact whatever was guessed. Guesses that do not halve what is left are followed by a step
 that quarters the range of integers, so that scores of any distribution take a bounded number of passes.
-``tests.benchmarks.search_passes`` counts them.
 """
 
 import triton

@@ -7,8 +7,8 @@ import pytest
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-from unfold.kernels import aot
-from unfold.kernels.aot_recall import recall_programs
+from tests.benchmarks import compiled as aot
+from tests.benchmarks.compiled_recall import recall_programs
 from unfold.kernels.compressed.tiles import HEAD_DIMS, TABLE, Tile, choose_tiles
 
 TILES = choose_tiles("sm_90", 128, 2)
@@ -19,8 +19,8 @@ ALL = [
     for dtype in aot.DTYPES
     for name in aot.programs(TILES)
 ]
-# What training uses most, one padded head dimension, one exact kernel. All of it takes ten minutes: `python -m unfold.kernels.aot
-# --check`, or this test with -m long.
+# What training uses most, one padded head dimension, one exact kernel. All of it takes half an hour of two cores:
+# `python -m tests.benchmarks.compiled --check`, or this test with -m long.
 SOME = [
     *[("sm_90", name, 128, "bf16") for name in ("forward", "d_query", "d_key top", "d_key local", "sum_parts")],
     ("sm_80", "d_key top", 128, "bf16"),
@@ -69,19 +69,20 @@ def test_a_worse_kernel_is_found():
     assert aot.check(key, large, (aot.VERSION, {}))[-1].endswith("not in the committed table")
 
 
-RECALL_DIMS = (64, 128, 256)
 RECALL = [
-    (arch, name, dim, "bf16")
+    (arch, name, dim, dtype)
     for arch in ("sm_80", "sm_90")
-    for dim in RECALL_DIMS
-    for name in recall_programs(arch, dim, "bf16", 2, aot.HEADS, aot.KV_HEADS)
+    for dim in HEAD_DIMS
+    for dtype in aot.DTYPES
+    for name in aot.names_of("recall", arch, dim, dtype)
 ]
 SOME_RECALL = [
     ("sm_90", "unfold", 128, "bf16"),
     ("sm_90", "unfold d_key chunks", 128, "bf16"),
     ("sm_90", "select list head below", 128, "bf16"),
-    ("sm_90", "decode score below many", 128, "bf16"),
-    ("sm_80", "decode attend many", 128, "bf16"),
+    ("sm_90", "select bound 1024", 128, "bf16"),
+    ("sm_90", "decode select many", 128, "bf16"),
+    ("sm_80", "decode attend", 128, "bf16"),
 ]
 
 
@@ -96,11 +97,11 @@ def test_recall_compiles_within_bounds(arch, name, dim, dtype):
     assert not aot.check(aot.key_of(arch, name, dim, dtype), report, committed)
 
 
-def test_the_committed_table_of_recall_is_whole_and_nothing_spills():
-    """Every program in bf16, with the tiles that the code has now."""
+def test_the_committed_table_of_recall_is_whole_and_within_bounds():
+    """Every program of every architecture, head dimension and dtype, with the tiles that the code has now."""
     _, table = aot.load_table(aot.RECALL_TABLE)
     for arch, name, dim, dtype in RECALL:
         report = table[aot.key_of(arch, name, dim, dtype)]
-        assert not report.excess(arch, dtype) and report.spill_bytes == 0
+        assert not report.excess(arch, dtype)
         program = recall_programs(arch, dim, dtype, aot.DTYPES[dtype], aot.HEADS, aot.KV_HEADS)[name]
         assert report.tile == aot.describe(program.tile)

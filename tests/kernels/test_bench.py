@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from unfold.kernels import bench, bench_recall
+from tests.benchmarks.gpu import attention as bench
+from tests.benchmarks.gpu import recall as bench_recall
 
 SMALL = "--raw 96 --chunks 8,4 --heads 2 --kv-heads 1 --dim 16 --dtype float32 --seconds 0 --only".split()
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the shape is one for the CPU")

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from tests.kernels.cases import CASES, make_layout
+from tests.kernels.uniform import uniform_intervals, uniform_tree
 from unfold.kernels.compressed import plan as plans
 from unfold.kernels.compressed.plan import key_plan, row_plan
 from unfold.kernels.compressed.tiles import TABLE
-from unfold.kernels.testing import uniform_intervals, uniform_tree
 from unfold.model.gist import GistConfig, build_layout, build_recall
 
 # Tiled keys per query that the prototype needed at c = (8, 4): FACTS of the project, see docs/kernels.md.

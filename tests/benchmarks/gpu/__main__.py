@@ -7,7 +7,7 @@ Steps, each in processes of its own, each with a share of the time, none keeping
 - ``check``: tests.benchmarks.gpu.smoke, the same under compute-sanitizer, and tests/kernels in parallel processes, all at once;
 - ``times``: every kernel's own time in whole steps, and at several tile sizes (tests.benchmarks.gpu.kernel_times --sweep);
 - ``decode``: a decoding step beside dense attention, and its kernels (tests.benchmarks.gpu.decode_times);
-- ``bench``: compressed attention beside dense and FlexAttention (python -m unfold.kernels.bench);
+- ``bench``: compressed attention beside dense and FlexAttention (python -m tests.benchmarks.gpu.attention);
 - ``train``: training a model of Llama-8B's width and four layers at 32k tokens: dense, forgetting, recalling.
 
 Training reads DATA (tokenizer/ and shards/sotu_train, as launch/demo.sh makes them; shards/suffix, supervised, for those arms).
@@ -132,7 +132,7 @@ def decode(runner: Runner, args: argparse.Namespace) -> None:
 
 
 BENCH_RAW = (8192, 32768, 131072)
-BENCH = ["unfold.kernels.bench", "--chunks", "8,4"]
+BENCH = ["tests.benchmarks.gpu.attention", "--chunks", "8,4"]
 
 
 def bench(runner: Runner, args: argparse.Namespace) -> None:

@@ -24,8 +24,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from tests.benchmarks.gpu import recall as bench_recall
 from tests.benchmarks.gpu.kernel_times import kernel_times
-from unfold.kernels import bench_recall
 from unfold.kernels.decode.tiles import DecodeTiles, Launch, decode_tiles
 
 CHUNKS = (8, 4)
@@ -101,7 +101,7 @@ def measured(
 
 def dense(case: bench_recall.DecodeCase, own: SimpleNamespace) -> dict:
     keys, values = (torch.stack([layer[-1].memory[i] for layer in case.layers]) for i in (0, 1))
-    step = lambda: bench_recall._sdpa(case.q[:, :, None], keys, values)
+    step = lambda: bench_recall.sdpa(case.q[:, :, None], keys, values)
     return dict(name="dense SDPA", graph_us=round(replay_microseconds(step, own), 2))
 
 

@@ -25,11 +25,12 @@ from types import SimpleNamespace
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from unfold.kernels import bench, bench_recall
+from tests.benchmarks.gpu import attention as bench
+from tests.benchmarks.gpu import recall as bench_recall
+from tests.kernels.uniform import uniform_tree
 from unfold.kernels.compressed.tiles import Tile, Tiles
 from unfold.kernels.compressed.triton import compressed_attention_triton
 from unfold.kernels.select.triton import SelectTiles
-from unfold.kernels.testing import uniform_tree
 from unfold.kernels.unfold import recall_attention
 from unfold.kernels.unfold import triton as unfolding
 from unfold.kernels.unfold.tiles import UnfoldTiles

@@ -18,11 +18,12 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from unfold.kernels import bench, bench_recall
+from tests.benchmarks.gpu import attention as bench
+from tests.benchmarks.gpu import recall as bench_recall
+from tests.kernels.uniform import uniform_tree
 from unfold.kernels.compressed import compressed_attention
 from unfold.kernels.decode import decode_attention
 from unfold.kernels.select import select_gists
-from unfold.kernels.testing import uniform_tree
 from unfold.kernels.unfold import recall_attention, unfold_attention
 
 CHUNKS = (8, 4)

@@ -1,4 +1,4 @@
-"""Unfolding and decoding beside dense attention, in one run: the rows of ``python -m kernels.bench --ops unfold decode``
+"""Unfolding and decoding beside dense attention: the rows of ``python -m tests.benchmarks.gpu.attention --ops unfold decode``
 
 *Unfold*: forward and backward of one layer's recalling queries (selection apart and together) against PyTorch's SDPA (dense
 causal; on CUDA the flash kernel or an error) and, where it is installed and serves the heads, flash-linear-attention's NSA
@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.kernels.uniform import uniform_tree
 from unfold.kernels.decode import Step, decode_attention
 from unfold.kernels.select import SelectRule, select_gists
-from unfold.kernels.testing import uniform_tree
 from unfold.kernels.unfold import unfold_attention
 from unfold.kernels.unfold.reference import visible_tokens
 
@@ -39,7 +39,7 @@ def unfold_rows(args: argparse.Namespace, milliseconds: Callable) -> Iterator[di
         for share, recalling in (("all", raw), ("tenth", max(1, raw // 10))):
             yield from _unfold(raw, share, recalling, args, milliseconds)
         dense = random_leaves(args, (1, raw, args.heads, args.dim), *((1, raw, args.kv_heads, args.dim),) * 2)
-        attend = lambda q, k, v: _sdpa(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True)
+        attend = lambda q, k, v: sdpa(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True)
         yield dict(op="unfold", name="dense SDPA", raw=raw) | _times(attend, dense, args, milliseconds)
 
 
@@ -127,7 +127,7 @@ def _times(attend: Callable, leaves: list[Tensor], args: argparse.Namespace, mil
     return result | dict(backward_ms=milliseconds(step, args.device, args.seconds))
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, **how) -> Tensor:
+def sdpa(q: Tensor, k: Tensor, v: Tensor, **how) -> Tensor:
     """SDPA over [B, H, T, D], on CUDA the flash kernel or an error."""
     if q.is_cuda:
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
@@ -228,7 +228,7 @@ def _decode(raw: int, batch: int, args: argparse.Namespace, milliseconds: Callab
         yield about | dict(name="ours", refused=f"off by {error:.2e}, allowed {bound:.0e}")
     else:
         yield about | dict(name="ours", forward_ms=milliseconds(captured(ours, args), args.device, args.seconds))
-    dense = lambda: _sdpa(case.q[:, :, None], keys, values)
+    dense = lambda: sdpa(case.q[:, :, None], keys, values)
     yield about | dict(name="dense SDPA", forward_ms=milliseconds(captured(dense, args), args.device, args.seconds))
 
 

@@ -1,4 +1,4 @@
-"""The programs of recall and decoding for kernels.aot: every kernel with the sizes that its launcher gives it."""
+"""The programs of recall and decoding for tests.benchmarks.compiled: every kernel with the sizes that its launcher gives it."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from unfold.kernels.decode.triton import COMPARED, HELD, searched
 from unfold.kernels.select import kernels as selecting
 from unfold.kernels.select.triton import LIST_KEYS, LIST_WARPS
 from unfold.kernels.select.triton import TABLE as SELECT_TILES
-from unfold.kernels.unfold import backward, forward
+from unfold.kernels.unfold import backward, forward, turn
 from unfold.kernels.unfold.common import place_kernel
 from unfold.kernels.unfold.tiles import choose_unfold_tiles
-from unfold.kernels.unfold.triton import ITEMS
+from unfold.kernels.unfold.turn import ITEMS
 
 LONGEST_CHUNK = 12  # c0 = 8, and up to half of it more
 SPLITS = 32
 _INT32 = (
-    "lo hi blocks row bits place places child_lo child_hi visits parts sums budget words bound last count "
-    "new_row new_bits new_words new_place new_places ints score list total "
-    "new_takers unfolded query above_score above_row item taken spans next_spans key seen next_places new_key"
+    "lo hi blocks row bits place places child_lo child_hi visits parts sums budget words bound last count new_row new_bits "
+    "new_words new_place new_places ints score list total new_takers new_owner group new_block counts upper upper_sums "
+    "chunk chunk_sums takers unfolded query above_score above_row item taken spans next_spans key seen next_places new_key"
 )
-_INT64 = "rows first new_first ends end begin new_begin start"
+_INT64 = "rows first new_first ends end begin new_begin start order running"
 _FP32 = "shift factor mean part_k part_v part max sum"
 _TYPES = {f"p_{n}": kind for kind, names in (("*i32", _INT32), ("*i64", _INT64), ("*fp32", _FP32)) for n in names.split()}
 
@@ -77,6 +77,15 @@ def recall_programs(arch: str, dim: int, dtype: str, item_size: int, heads: int,
     for n, warps in ((1024, 1), (8192, 8)):  # scores of a row that stay in registers
         flags = dict(N=n, WHOLE=n < 8192, TOP=True, PER=group)
         made[f"select bound {n}"] = (selecting.bound_kernel, Tile(size * group, n, warps, 3), flags, {})
+    light, i64 = Tile(1, ITEMS, 4, 3), {"p_last": "*i64"}
+    cut = dict(SHORT_PART=turn.SHORTEST_PART, SHORT_LIST=turn.SHORTEST_LIST, WIDTH=tiles.upper.keys, KEYS=tiles.chunks.keys)
+    made |= {
+        "turn groups": (turn.group_kernel, light, cut, {}),
+        "turn sorted": (turn.sorted_kernel, light, cut, {"p_count": "*i32"}),
+        "turn count parts": (turn.part_count_kernel, light, cut, i64),
+        "turn parts": (turn.part_kernel, light, cut, i64),
+        "turn visits": (turn.visit_kernel, light, cut, {}),
+    }
     made["unfold places"] = (place_kernel, Tile(1, ITEMS, 4, 3), dict(SIZE=size, BQ=size), {})
     made |= _decode_programs(arch, dim, item_size, group)
     return {n: Program(k, t, common | dict(BM=t.rows, BN=t.keys) | own, types) for n, (k, t, own, types) in made.items()}

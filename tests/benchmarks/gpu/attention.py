@@ -1,4 +1,6 @@
-"""Compressed attention beside dense and block-sparse attention, in one run: python -m kernels.bench [--ops unfold decode]
+"""Compressed attention beside dense and block-sparse attention, in one run.
+
+    python -m tests.benchmarks.gpu.attention [--ops unfold decode]
 
 On a CUDA machine: ours, PyTorch's SDPA (dense causal, on the raw tokens alone, as a model without gists computes), FlexAttention
 on level-sorted keys (blocks straight from the intervals) and on the interleaved order. On a CPU machine the same, FlexAttention
@@ -28,11 +30,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from unfold.kernels.bench_recall import random_leaves
+from tests.benchmarks.gpu.recall import random_leaves
+from tests.kernels.uniform import sampled_attention, uniform_intervals
 from unfold.kernels.compressed import compressed_attention
 from unfold.kernels.compressed.plan import key_plan, row_plan
 from unfold.kernels.intervals import Intervals
-from unfold.kernels.testing import sampled_attention, uniform_intervals
 
 CHUNKS = ((8,), (16,), (32,), (8, 4), (4, 4), (8, 8, 4))
 FLEX_BLOCK = 128
@@ -154,6 +156,7 @@ def _block_mask(touched: Tensor, mask, lengths: tuple[int, int]) -> BlockMask:
 def _compiled_flex():
     # Beyond a few recompilations PyTorch would run it uncompiled, T x T scores and all: begin anew for each shape.
     torch._dynamo.reset()
+    torch._functorch.config.donated_buffer = False  # its backward runs many times over one forward
     return torch.compile(flex_attention, dynamic=False)
 
 
@@ -369,14 +372,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _recall(args: argparse.Namespace, about: str, kind: str) -> bool:
     """Measure unfolding and decoding and write ``recall_DEVICE``; whether anything was refused."""
-    from unfold.kernels import bench_recall
+    from tests.benchmarks.gpu import recall as bench_recall
 
     results = []
     for op, rows in (("unfold", bench_recall.unfold_rows), ("decode", bench_recall.decode_rows)):
         for result in rows(args, milliseconds) if op in args.ops else ():
             results.append(result)
             print(bench_recall.table(results)[-1], flush=True)
-    command = f"`python -m kernels.bench --ops {' '.join(args.ops)}`"
+    command = f"`python -m tests.benchmarks.gpu.attention --ops {' '.join(args.ops)}`"
     lines = ["# Unfolding and decoding, measured", "", f"{command} on {about}. Medians; x dense: times faster than dense SDPA."]
     _write(args.output / f"recall_{kind}", lines + ["", *bench_recall.table(results)], dict(about=about, results=results))
     return any("refused" in r for r in results)
@@ -398,7 +401,7 @@ def _compressed(args: argparse.Namespace, about: str, kind: str, peak: float) ->
                     continue  # once per length
                 results.append(measure(shape, name, peak))
                 print(table(results)[-1], flush=True)
-    lines = ["# Compressed attention, measured", "", f"`python -m kernels.bench` on {about};", ""]
+    lines = ["# Compressed attention, measured", "", f"`python -m tests.benchmarks.gpu.attention` on {about};", ""]
     lines[2] += f" a matrix product reaches {peak / 1e12:.3g} TFLOP/s. Medians; x dense: how many times faster than dense SDPA."
     content = dict(about=about, matmul_flops=peak, results=results)
     _write(args.output / f"compressed_{kind}", lines + table(results), content)
