@@ -26,8 +26,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from unfold.kernels.compressed.common import dot, kernel, load_tile
-from unfold.kernels.decode.search import find_bound, load_scores, normal_quantile
-from unfold.kernels.select.search import LEAST, MOST, ordered
+from unfold.kernels.select.search import LEAST, MOST, find_bound, load_scores, normal_quantile, ordered
 
 # Elements. Rows begin at multiples of it, which the compiler sees only where the number is multiplied by it here: with a hint
 # on a function's argument it would load two bytes at a time.

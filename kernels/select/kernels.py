@@ -17,8 +17,7 @@ import triton
 import triton.language as tl
 
 from unfold.kernels.compressed.common import dot, in_range, kernel, load_tile
-from unfold.kernels.decode.search import find_bound, load_scores, normal_quantile
-from unfold.kernels.select.search import LEAST, MOST, ordered
+from unfold.kernels.select.search import LEAST, MOST, find_bound, load_scores, normal_quantile, ordered
 
 # The room of a row in the scratch is a multiple of it, which the compiler sees only where it multiplies: it then loads 16 bytes.
 ROOM_UNIT: tl.constexpr = tl.constexpr(16)
