@@ -163,7 +163,7 @@ def write_table(table: dict[str, Report], path: Path = TABLE) -> None:
     lines = [
         f"# {TITLES[path.name]}: what the compiled kernels take",
         "",
-        f"Made by `python -m tests.benchmarks.compiled` with {VERSION}, for {HEADS}/{KV_HEADS} heads and two levels, without a GPU.",
+        f"Made by `python -m tests.benchmarks.compiled` with {VERSION}, for {HEADS}/{KV_HEADS} heads, two levels, without a GPU.",
         "Registers and spilled bytes per thread (255 registers is the limit), shared memory in bytes per program.",
         "",
         "| arch | kernel | head dim | dtype | tile (rows x keys) | registers | spills | shared |",
