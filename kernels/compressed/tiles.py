@@ -1,6 +1,6 @@
 """Tile sizes of the compressed attention kernels: one small table per architecture, no autotuning.
 
-For Hopper at head dimension 128 in 16 bits what was fastest of the tiles measured on an H200 (docs/performance.md), elsewhere what
+For Hopper at head dimension 128 in 16 bits what was fastest of the tiles measured on an H200 (docs/performance.md), else what
 compiles without spilling and is widest in keys and rows under that condition (docs/benchmarks/compressed_aot.md).
 """
 
