@@ -4,8 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/requirements.installed
 DEMO_DIR ?= demo
+# Files of tests side by side: most of a test is one process that waits for another, or one core of Triton's interpreter.
+TEST_WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
+GPU_DIR ?= runs/gpu
 
-.PHONY: env test test-long test-slurm lint demo bench clean
+.PHONY: env test test-long test-slurm lint demo bench gpu clean
 env: $(STAMP)
 
 $(STAMP): requirements.txt
@@ -19,10 +23,10 @@ lint: env
 	$(BIN)/ruff check .
 
 test: env lint
-	$(BIN)/python -m pytest -m "not long and not slurm" tests
+	$(PYTEST) -m "not long and not slurm" tests
 
 test-long: env
-	$(BIN)/python -m pytest tests
+	$(PYTEST) tests
 
 # On a SLURM cluster made for it on this machine (root); skipped, with the reason, where none can be had.
 test-slurm: env
@@ -33,6 +37,12 @@ demo: env
 
 bench: env
 	$(BIN)/python -m tests.benchmarks.compressed_cpu
+
+# Everything that only a GPU can tell, in about ten minutes; without a GPU the course of it, in small. `make demo` makes its data. On a
+# machine without a network: python -m tests.benchmarks.gpu --help.
+gpu: env
+	test -d $(DEMO_DIR)/shards || { echo "make demo first: training reads its tokenizer and shards" >&2; exit 1; }
+	$(BIN)/python -m tests.benchmarks.gpu --data $(DEMO_DIR) --output $(GPU_DIR)
 
 clean:
 	rm -rf $(DEMO_DIR) .pytest_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""Everything that only a GPU can tell, by one command: right or wrong, how fast, where the time goes, and a real training run.
+r"""Everything that only a GPU can tell, by one command: right or wrong, how fast, where the time goes, and a real training run.
 
     python -m tests.benchmarks.gpu [--minutes 11] [--output DIR] [--data DIR] [--steps ..]
 
@@ -8,10 +8,19 @@ Steps, each in processes of its own, each with a share of the time, none keeping
 - ``times``: every kernel's own time in whole steps, and at several tile sizes (tests.benchmarks.gpu.kernel_times --sweep);
 - ``decode``: a decoding step beside dense attention, and its kernels (tests.benchmarks.gpu.decode_times);
 - ``bench``: compressed attention beside dense and FlexAttention (python -m tests.benchmarks.gpu.attention);
+- ``counters``: hardware counters of the main kernels, by Nsight Compute;
 - ``train``: training a model of Llama-8B's width and four layers at 32k tokens: dense, forgetting, recalling.
 
 Training reads DATA (tokenizer/ and shards/sotu_train, as launch/demo.sh makes them; shards/suffix, supervised, for those arms).
-DIR gets a log and a file per step. On a machine without a GPU everything runs in small, kernels in Triton's interpreter: so no
+DIR gets a log and a file per step. A machine without a network may lack packages: --wheels names a folder of wheels, which are put
+on the path first. Made where there is a network, for Python 3.12, torch 2.11, Triton 3.6 and transformers being there (9 MB):
+
+    pip wheel --no-deps --no-build-isolation -w WHEELS deepspeed==0.19.8
+    pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 \\
+        --platform manylinux_2_24_x86_64 --platform manylinux2014_x86_64 -d WHEELS megatron-core==0.16.1 hjson pydantic==2.14.3 \\
+        pydantic-core==2.50.4 annotated-types typing-inspection typing-extensions orjson==3.13.0
+
+On a machine without a GPU everything runs in small, kernels in Triton's interpreter: so no
 step is untried; its times mean nothing.
 """
 
@@ -216,7 +225,26 @@ def train(runner: Runner, args: argparse.Namespace) -> None:
     (runner.output / "train.json").write_text(json.dumps(dict(config=CONFIG, results=results), indent=1))
 
 
-STEPS = {"check": check, "times": times, "train": train, "decode": decode, "bench": bench}
+def counters(runner: Runner, args: argparse.Namespace) -> None:
+    """Hardware counters of the kernels that take most of the time, by Nsight Compute where it is installed."""
+    if not args.gpu or not shutil.which("ncu"):
+        runner.say("counters: left out, there is no ncu here" if args.gpu else "counters: left out, there is no GPU here")
+        return
+    names = "regex:^(forward_kernel|d_query_kernel|d_key_kernel|unfold_kernel|score_kernel|bound_kernel)"
+    ncu = ["ncu", "--clock-control", "none", "--csv", "--kernel-name", names, "--launch-skip", "12", "--launch-count", "12"]
+    command = [sys.executable, "-m", f"{HERE}.kernel_times", "--raw", "32768", "--no-dense", "--all-up-to", "0"]
+    output = ["--output", str(runner.output / "counters_times.json")]
+    runner.run("counters", [*ncu, "--log-file", str(runner.output / "counters.csv"), *command, *output], 120, 5)
+
+
+STEPS = {"check": check, "times": times, "train": train, "decode": decode, "bench": bench, "counters": counters}
+
+
+def install(wheels: Path, site: Path) -> None:
+    """Put wheels where the steps' processes find them, and nowhere else."""
+    flags = ["--quiet", "--no-index", "--no-deps", "--no-compile", "--upgrade", "--target", str(site)]
+    subprocess.run([sys.executable, "-m", "pip", "install", *flags, *map(str, sorted(wheels.glob("*.whl")))], check=True)
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def main() -> int:
@@ -225,6 +253,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=11.0)
     parser.add_argument("--output", type=Path, default=Path("runs/gpu"))
     parser.add_argument("--data", type=Path, default=Path("demo"))
+    parser.add_argument("--wheels", type=Path, help="folder of wheels that this machine lacks")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS)[:3])
     parser.add_argument("--paused", type=int, default=0, help="arms that start while everything is checked; each takes 55 GB")
@@ -237,6 +266,8 @@ def main() -> int:
     parser.add_argument("--times-flags", type=str.split, default=["--sweep"], help="flags of kernel_times, in one word")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
+    if args.wheels:
+        install(args.wheels, args.output / "site")
     args.gpu = torch.cuda.is_available()
     if not args.gpu:
         args.train_raw = 256
