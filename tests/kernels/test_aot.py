@@ -69,12 +69,12 @@ def test_a_worse_kernel_is_found():
     assert aot.check(key, large, (aot.VERSION, {}))[-1].endswith("not in the committed table")
 
 
+RECALL_DIMS = (64, 128, 256)
 RECALL = [
-    (arch, name, dim, dtype)
+    (arch, name, dim, "bf16")
     for arch in ("sm_80", "sm_90")
-    for dim in HEAD_DIMS
-    for dtype in aot.DTYPES
-    for name in aot.names_of("recall", arch, dim, dtype)
+    for dim in RECALL_DIMS
+    for name in aot.names_of("recall", arch, dim, "bf16")
 ]
 SOME_RECALL = [
     ("sm_90", "unfold", 128, "bf16"),
@@ -98,7 +98,7 @@ def test_recall_compiles_within_bounds(arch, name, dim, dtype):
 
 
 def test_the_committed_table_of_recall_is_whole_and_within_bounds():
-    """Every program of every architecture, head dimension and dtype, with the tiles that the code has now."""
+    """Every program in bf16, with the tiles that the code has now."""
     _, table = aot.load_table(aot.RECALL_TABLE)
     for arch, name, dim, dtype in RECALL:
         report = table[aot.key_of(arch, name, dim, dtype)]

@@ -12,16 +12,16 @@ Steps, each in processes of its own, each with a share of the time, none keeping
 - ``train``: training a model of Llama-8B's width and four layers at 32k tokens: dense, forgetting, recalling.
 
 Training reads DATA (tokenizer/ and shards/sotu_train, as launch/demo.sh makes them; shards/suffix, supervised, for those arms).
-DIR gets a log and a file per step. A machine without a network may lack packages: --wheels names a folder of wheels, which are put
-on the path first. Made where there is a network, for Python 3.12, torch 2.11, Triton 3.6 and transformers being there (9 MB):
+DIR gets a log and a file per step. A machine without a network may lack packages: --wheels names a folder of wheels, which go on
+the path first. Made where there is a network, for Python 3.12, torch 2.11, Triton 3.6 and transformers being there (9 MB):
 
     pip wheel --no-deps --no-build-isolation -w WHEELS deepspeed==0.19.8
-    pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 \\
-        --platform manylinux_2_24_x86_64 --platform manylinux2014_x86_64 -d WHEELS megatron-core==0.16.1 hjson pydantic==2.14.3 \\
+    pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 \
+        --platform manylinux_2_24_x86_64 --platform manylinux2014_x86_64 -d WHEELS megatron-core==0.16.1 hjson pydantic==2.14.3 \
         pydantic-core==2.50.4 annotated-types typing-inspection typing-extensions orjson==3.13.0
 
-On a machine without a GPU everything runs in small, kernels in Triton's interpreter: so no
-step is untried; its times mean nothing.
+On a machine without a GPU everything runs in small, kernels in Triton's interpreter: so no step is untried; its times mean
+nothing.
 """
 
 from __future__ import annotations
