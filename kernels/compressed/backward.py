@@ -3,47 +3,19 @@
 import triton
 import triton.language as tl
 
-from unfold.kernels.compressed.common import (
+from unfold.kernels.common.tl import (
+    d_query_step,
     dot,
     in_range,
     kernel,
     listed_keys,
     load_full_tile,
     load_tile,
+    mean_step,
     row_offsets,
     seen_places,
     store_tile,
 )
-
-
-@triton.jit
-def _weights(b_q, b_k, b_shift, m_seen, scale, MASKED: tl.constexpr, UPCAST: tl.constexpr):
-    """exp2(score - shift) [rows, keys], zero where not seen: the weights but for the row's factor."""
-    b_p = tl.exp2(dot(b_q, tl.trans(b_k), UPCAST) * scale - b_shift[:, None])
-    if MASKED:
-        b_p = tl.where(m_seen, b_p, 0.0)
-    return b_p
-
-
-@triton.jit
-def mean_step(b_mean, b_sum, b_q, b_do, b_shift, b_k, b_v, m_seen, scale, MASKED: tl.constexpr, UPCAST: tl.constexpr):
-    """Add one tile of keys to the sums of weights times d_out . v, and of weights."""
-    b_p = _weights(b_q, b_k, b_shift, m_seen, scale, MASKED, UPCAST)
-    b_dp = dot(b_do, tl.trans(b_v), UPCAST)
-    if MASKED:
-        b_dp = tl.where(b_p > 0, b_dp, 0.0)
-    return b_mean + tl.sum(b_p * b_dp, 1), b_sum + tl.sum(b_p, 1)
-
-
-@triton.jit
-def d_query_step(
-    b_dq, b_q, b_do, b_shift, b_mean, b_k, b_v, m_seen, scale, MASKED: tl.constexpr, UPCAST: tl.constexpr
-):  # fmt: skip
-    b_p = _weights(b_q, b_k, b_shift, m_seen, scale, MASKED, UPCAST)
-    b_ds = b_p * (dot(b_do, tl.trans(b_v), UPCAST) - b_mean[:, None])
-    if MASKED:
-        b_ds = tl.where(b_p > 0, b_ds, 0.0)  # the product with a hidden value may have been inf
-    return b_dq + dot(b_ds.to(b_k.dtype), b_k, UPCAST)
 
 
 @kernel

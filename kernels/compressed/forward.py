@@ -1,32 +1,17 @@
 """The forward kernel of compressed attention: one online softmax over a block's full tiles and its list of other keys."""
 
-import triton
 import triton.language as tl
 
-from unfold.kernels.compressed.common import (
-    dot,
+from unfold.kernels.common.tl import (
     kernel,
     listed_keys,
     load_full_tile,
     load_tile,
     row_offsets,
     seen_places,
+    softmax_step,
     store_tile,
 )
-
-
-@triton.jit
-def softmax_step(b_out, b_max, b_sum, b_q, b_k, b_v, m_seen, scale, MASKED: tl.constexpr, UPCAST: tl.constexpr):
-    """Add one tile of keys to the running output, maximum and sum."""
-    b_s = dot(b_q, tl.trans(b_k), UPCAST) * scale
-    if MASKED:
-        b_s = tl.where(m_seen, b_s, float("-inf"))
-    b_new = tl.maximum(b_max, tl.max(b_s, 1))
-    b_p = tl.exp2(b_s - b_new[:, None])
-    b_old = tl.exp2(b_max - b_new)
-    b_sum = b_sum * b_old + tl.sum(b_p, 1)
-    b_out = b_out * b_old[:, None] + dot(b_p.to(b_v.dtype), b_v, UPCAST)
-    return b_out, b_new, b_sum
 
 
 @kernel

@@ -8,17 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-HEAD_DIMS = (64, 80, 96, 128, 256)
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Rows and keys of a tile, warps of a program, stages of its software pipeline."""
-
-    rows: int
-    keys: int
-    warps: int
-    stages: int
+from unfold.kernels.common.tiles import Tile
 
 
 @dataclass(frozen=True)

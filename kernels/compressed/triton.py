@@ -7,23 +7,27 @@ no atomics. The sink copies come first, since their gradients are added to those
 
 from __future__ import annotations
 
-import math
-from contextlib import nullcontext
-
 import torch
 import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from unfold.kernels.common.launch import (
+    DTYPES,
+    HEAD_DIMS,
+    INTERPRETED,
+    LOG2_E,
+    architecture,
+    check_flat,
+    launch_options,
+    on_device,
+)
+from unfold.kernels.common.tiles import Tile
 from unfold.kernels.compressed import backward, forward
 from unfold.kernels.compressed.plan import KeyItems, key_plan, key_rows, row_plan
-from unfold.kernels.compressed.tiles import HEAD_DIMS, TABLE, Tile, Tiles, choose_tiles
+from unfold.kernels.compressed.tiles import Tiles, choose_tiles
 from unfold.kernels.intervals import Intervals
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# TRITON_INTERPRET=1 was set when the kernels were decorated: they run on CPU tensors, one program after another.
-INTERPRETED = not isinstance(forward.forward_kernel, triton.JITFunction)
-LOG2_E = math.log2(math.e)
 SUM_ROWS = 16  # keys of one program that adds up partial sums
 
 
@@ -46,22 +50,6 @@ def compressed_attention_triton(
     """
     tiles = tiles or choose_tiles(architecture(q), *_check(q))
     return _CompressedAttention.apply(q, k, v, intervals, scale, tiles)
-
-
-def architecture(x: Tensor) -> str:
-    """The row of the tile table for the device of x."""
-    if INTERPRETED:
-        return "interpreter"
-    if x.device.type != "cuda" or torch.version.hip:
-        raise ValueError(f"q: on {x.device}; backend 'triton' needs an NVIDIA GPU, use backend='cpu' or 'reference'")
-    major, minor = torch.cuda.get_device_capability(x.device)
-    name = f"sm_{major}0"
-    if name not in TABLE:
-        raise ValueError(
-            f"q: on a GPU of compute capability {major}.{minor}; backend 'triton' has tiles for {', '.join(TABLE)}; "
-            "use backend='reference'"
-        )
-    return name
 
 
 def _check(q: Tensor) -> tuple[int, int]:
@@ -152,18 +140,3 @@ def _sizes(q: Tensor, k: Tensor, intervals: Intervals) -> dict[str, int | bool]:
         H=q.shape[2], HKV=k.shape[1], D=q.shape[3], BD=triton.next_power_of_2(q.shape[3]), S=intervals.segments,
         EXACT=q.dtype == torch.float32, UPCAST=INTERPRETED and q.dtype == torch.bfloat16,
     )  # fmt: skip
-
-
-def launch_options(tile: Tile) -> dict[str, int]:
-    return dict(BM=tile.rows, BN=tile.keys, num_warps=tile.warps, num_stages=tile.stages)
-
-
-def check_flat(**tables: Tensor) -> None:
-    """The kernels index tables flat: one that is a view with gaps would be read wrongly, and silently."""
-    for name, table in tables.items():
-        assert table.is_contiguous(), f"{name}: {tuple(table.shape)} with strides {table.stride()} is not contiguous"
-
-
-def on_device(x: Tensor):
-    """Triton launches on the current device: make it the one of x."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

@@ -9,8 +9,7 @@ W + 1 for each entry of level 0, the gist and the raw tokens behind it. A split 
 import triton
 import triton.language as tl
 
-from unfold.kernels.compressed.common import kernel, load_tile, store_tile
-from unfold.kernels.compressed.forward import softmax_step
+from unfold.kernels.common.tl import kernel, load_tile, softmax_step, store_tile
 from unfold.kernels.decode.kernels import key_begin, let_next_begin, taken_before, wait_for_last
 
 

@@ -25,8 +25,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from unfold.kernels.compressed.common import dot, kernel, load_tile
-from unfold.kernels.select.search import LEAST, MOST, find_bound, load_scores, normal_quantile, ordered
+from unfold.kernels.common.search import LEAST, MOST, find_bound, load_scores, normal_quantile, ordered
+from unfold.kernels.common.tl import dot, kernel, load_tile
 
 # Elements. Rows begin at multiples of it, which the compiler sees only where the number is multiplied by it here: with a hint
 # on a function's argument it would load two bytes at a time.

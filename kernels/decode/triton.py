@@ -14,8 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from unfold.kernels.compressed.tiles import HEAD_DIMS
-from unfold.kernels.compressed.triton import DTYPES, INTERPRETED, LOG2_E, architecture, on_device
+from unfold.kernels.common.launch import DTYPES, HEAD_DIMS, INTERPRETED, LOG2_E, architecture, on_device
 from unfold.kernels.decode import attend, kernels
 from unfold.kernels.decode.step import RowStore, Step
 from unfold.kernels.decode.tiles import DecodeTiles, Launch, decode_tiles

@@ -16,8 +16,8 @@ twice. Where scores tie at a bound, the earlier gists are taken. A budget of any
 import triton
 import triton.language as tl
 
-from unfold.kernels.compressed.common import dot, in_range, kernel, load_tile
-from unfold.kernels.select.search import LEAST, MOST, find_bound, load_scores, normal_quantile, ordered
+from unfold.kernels.common.search import LEAST, MOST, find_bound, load_scores, normal_quantile, ordered
+from unfold.kernels.common.tl import dot, in_range, kernel, load_tile
 
 # The room of a row in the scratch is a multiple of it, which the compiler sees only where it multiplies: it then loads 16 bytes.
 ROOM_UNIT: tl.constexpr = tl.constexpr(16)

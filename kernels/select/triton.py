@@ -12,9 +12,9 @@ import torch
 import triton
 from torch import Tensor
 
+from unfold.kernels.common.launch import DTYPES, HEAD_DIMS, INTERPRETED, architecture, check_flat, on_device
+from unfold.kernels.common.tiles import Tile
 from unfold.kernels.compressed.plan import key_rows
-from unfold.kernels.compressed.tiles import HEAD_DIMS, Tile
-from unfold.kernels.compressed.triton import DTYPES, INTERPRETED, architecture, check_flat, on_device
 from unfold.kernels.select import kernels
 from unfold.kernels.select.blocks import BITS, BlockLists, QueryBlocks, query_blocks, selection_of
 from unfold.kernels.select.selection import Selection, SelectRule

@@ -6,8 +6,7 @@ What windows and sinks contribute to d_k and d_v is attention over ranges: the k
 import triton
 import triton.language as tl
 
-from unfold.kernels.compressed.backward import d_query_step, mean_step
-from unfold.kernels.compressed.common import dot, kernel, load_tile, store_tile
+from unfold.kernels.common.tl import d_query_step, dot, kernel, load_tile, mean_step, store_tile
 from unfold.kernels.unfold.common import block_rows, listed_tile, near_spans, near_tile
 
 

@@ -1,6 +1,6 @@
 """What the Triton kernels of unfolding share: which keys a block of queries visits, and who sees them.
 
-Names and units are those of kernels/compressed/common.py. A tile's rows are the queries of one block times the query heads of
+Names and units are those of kernels/common/tl.py. A tile's rows are the queries of one block times the query heads of
 one KV head; row r is query ``r // G`` of the block. The keys of a block come in three kinds of tiles:
 
 - *near*: the window and the sinks that the block's queries span, seen by range;
@@ -15,7 +15,7 @@ The lists behind the last two are kernels.select.blocks.BlockLists, loop bounds 
 import triton
 import triton.language as tl
 
-from unfold.kernels.compressed.common import in_range, kernel
+from unfold.kernels.common.tl import in_range, kernel
 from unfold.kernels.select.kernels import any_bit, count_bits
 
 

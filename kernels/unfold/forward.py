@@ -2,8 +2,7 @@
 
 import triton.language as tl
 
-from unfold.kernels.compressed.common import kernel, load_tile, store_tile
-from unfold.kernels.compressed.forward import softmax_step
+from unfold.kernels.common.tl import kernel, load_tile, softmax_step, store_tile
 from unfold.kernels.unfold.common import block_rows, listed_tile, near_spans, near_tile
 
 

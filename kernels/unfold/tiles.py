@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 import triton
 
-from unfold.kernels.compressed.tiles import Tile, choose_tiles
+from unfold.kernels.common.tiles import Tile
+from unfold.kernels.compressed.tiles import choose_tiles
 from unfold.kernels.select.blocks import BITS
 
 LARGEST_TILE = 128  # rows of a tile: query heads of one KV head at most

@@ -12,19 +12,20 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from unfold.kernels.compressed import backward as ranges
-from unfold.kernels.compressed.plan import key_rows
-from unfold.kernels.compressed.tiles import HEAD_DIMS, Tile
-from unfold.kernels.compressed.triton import (
+from unfold.kernels.common.launch import (
     DTYPES,
+    HEAD_DIMS,
     INTERPRETED,
     LOG2_E,
-    SUM_ROWS,
     architecture,
     check_flat,
     launch_options,
     on_device,
 )
+from unfold.kernels.common.tiles import Tile
+from unfold.kernels.compressed import backward as ranges
+from unfold.kernels.compressed.plan import key_rows
+from unfold.kernels.compressed.triton import SUM_ROWS
 from unfold.kernels.select import triton as selecting
 from unfold.kernels.select.blocks import BlockLists, block_lists
 from unfold.kernels.select.selection import Selection, SelectRule

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from unfold.kernels.compressed.common import kernel
+from unfold.kernels.common.tl import kernel
 from unfold.kernels.select.blocks import BlockLists
 from unfold.kernels.tree import GistTree
 

@@ -28,8 +28,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from tests.benchmarks.compiled_recall import recall_programs
+from unfold.kernels.common.launch import HEAD_DIMS
+from unfold.kernels.common.tiles import Tile
 from unfold.kernels.compressed import backward, forward
-from unfold.kernels.compressed.tiles import HEAD_DIMS, Tile, Tiles, choose_tiles
+from unfold.kernels.compressed.tiles import Tiles, choose_tiles
 from unfold.kernels.compressed.triton import SUM_ROWS
 
 ARCHITECTURES = {"sm_80": (80, "sm_80"), "sm_90": (90, "sm_90a"), "sm_100": (100, "sm_100a")}  # capability, ptxas name

@@ -7,7 +7,7 @@ from typing import Any
 
 import triton
 
-from unfold.kernels.compressed.tiles import Tile
+from unfold.kernels.common.tiles import Tile
 from unfold.kernels.decode import attend
 from unfold.kernels.decode import kernels as decoding
 from unfold.kernels.decode.tiles import decode_tiles

@@ -15,7 +15,7 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-from unfold.kernels.compressed.triton import INTERPRETED
+from unfold.kernels.common.launch import INTERPRETED
 
 GPU = torch.cuda.is_available()
 RUNS = GPU or INTERPRETED

@@ -9,7 +9,9 @@ if importlib.util.find_spec("triton") is None:
 
 from tests.benchmarks import compiled as aot
 from tests.benchmarks.compiled_recall import recall_programs
-from unfold.kernels.compressed.tiles import HEAD_DIMS, TABLE, Tile, choose_tiles
+from unfold.kernels.common.launch import HEAD_DIMS
+from unfold.kernels.common.tiles import Tile
+from unfold.kernels.compressed.tiles import TABLE, choose_tiles
 
 TILES = choose_tiles("sm_90", 128, 2)
 ALL = [

@@ -11,10 +11,11 @@ if importlib.util.find_spec("triton") is None:
 from tests.kernels.cases import CASES, make_layout, random_qkv
 from tests.kernels.interpreter import DEVICE, GPU, RUNS, compute_like_a_gpu, needs_runs, run_in_interpreter
 from tests.kernels.uniform import gradients, plain_attention, uniform_intervals
+from unfold.kernels.common.launch import HEAD_DIMS
 from unfold.kernels.compressed import compressed_attention, plan
 from unfold.kernels.compressed import triton as backend
 from unfold.kernels.compressed.reference import compressed_attention_reference
-from unfold.kernels.compressed.tiles import HEAD_DIMS, TABLE
+from unfold.kernels.compressed.tiles import TABLE
 
 # fp32 sums of some ten terms of size one: where plain PyTorch is exactly right (one visible key), a kernel need not be. On a GPU
 # exp2 is right to two units of the last place only, of sums of any size.

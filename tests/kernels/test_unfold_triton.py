@@ -10,7 +10,7 @@ if importlib.util.find_spec("triton") is None:
 
 from tests.kernels.interpreter import DEVICE, GPU, RUNS, compute_like_a_gpu, needs_runs, run_in_interpreter
 from tests.kernels.recall_cases import CASES, SUFFIX_CASES, make_recall, make_rule, random_qkv, recalling
-from unfold.kernels.compressed.tiles import Tile
+from unfold.kernels.common.tiles import Tile
 from unfold.kernels.select import SelectRule, select_gists
 from unfold.kernels.select.blocks import block_lists, count_bits, query_blocks, selection_of
 from unfold.kernels.unfold import plan, recall_attention, turn, unfold_attention
@@ -228,7 +228,7 @@ def test_lists_of_blocks_hold_the_selection(name, size):
 
 @pytest.mark.skipif(not GPU, reason="no GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("dim", backend.HEAD_DIMS)
+@pytest.mark.parametrize("dim", HEAD_DIMS)
 @pytest.mark.parametrize("name", SOME)
 def test_all_dimensions_on_a_gpu(name, dim, dtype):
     check(name, 8, 2, dim, dtype)

@@ -277,8 +277,8 @@ def plan_figures(shape: Shape) -> dict:
     """On CUDA: tiled keys per row of the forward kernel, and the time to plan once per micro-batch, from fresh intervals."""
     if shape.args.device != "cuda":
         return {}
+    from unfold.kernels.common.launch import architecture
     from unfold.kernels.compressed.tiles import choose_tiles
-    from unfold.kernels.compressed.triton import architecture
 
     dim, group = 1 << (shape.args.dim - 1).bit_length(), shape.args.heads // shape.args.kv_heads
     tiles = choose_tiles(architecture(shape.q), dim, shape.q.element_size())

@@ -28,7 +28,8 @@ from torch.profiler import ProfilerActivity, profile
 from tests.benchmarks.gpu import attention as bench
 from tests.benchmarks.gpu import recall as bench_recall
 from tests.kernels.uniform import uniform_tree
-from unfold.kernels.compressed.tiles import Tile, Tiles
+from unfold.kernels.common.tiles import Tile
+from unfold.kernels.compressed.tiles import Tiles
 from unfold.kernels.compressed.triton import compressed_attention_triton
 from unfold.kernels.select.triton import SelectTiles
 from unfold.kernels.unfold import recall_attention

@@ -1,6 +1,4 @@
-"""What the Triton kernels of compressed attention share: the names, the products, the loads, the masks.
-
-The kernels are in forward.py and backward.py, launched by triton.py, compiled without a GPU by tests/benchmarks/compiled.py.
+"""What the Triton kernels of several ops share: names, products, loads, masks, one step of a softmax and of its gradients.
 
 ``rows`` are (token, query head of one KV head) pairs and ``keys`` rows of the level-sorted key buffer (kernels/compressed/
 plan.py, which makes every loop bound). Scores are in units of log2: ``exp2`` is what the hardware has.
@@ -103,3 +101,47 @@ def seen_places(p_plan, p_lo, p_hi, o_token, m_row, o_place, tokens, S: tl.const
         b_hi = tl.load(p_hi + s * tokens + o_token, mask=m_row, other=0) - i_shift
         m_seen = m_seen | in_range(o_place[None, :], b_lo[:, None], b_hi[:, None])
     return m_seen
+
+
+@triton.jit
+def softmax_step(b_out, b_max, b_sum, b_q, b_k, b_v, m_seen, scale, MASKED: tl.constexpr, UPCAST: tl.constexpr):
+    """Add one tile of keys to the running output, maximum and sum."""
+    b_s = dot(b_q, tl.trans(b_k), UPCAST) * scale
+    if MASKED:
+        b_s = tl.where(m_seen, b_s, float("-inf"))
+    b_new = tl.maximum(b_max, tl.max(b_s, 1))
+    b_p = tl.exp2(b_s - b_new[:, None])
+    b_old = tl.exp2(b_max - b_new)
+    b_sum = b_sum * b_old + tl.sum(b_p, 1)
+    b_out = b_out * b_old[:, None] + dot(b_p.to(b_v.dtype), b_v, UPCAST)
+    return b_out, b_new, b_sum
+
+
+@triton.jit
+def _weights(b_q, b_k, b_shift, m_seen, scale, MASKED: tl.constexpr, UPCAST: tl.constexpr):
+    """exp2(score - shift) [rows, keys], zero where not seen: the weights but for the row's factor."""
+    b_p = tl.exp2(dot(b_q, tl.trans(b_k), UPCAST) * scale - b_shift[:, None])
+    if MASKED:
+        b_p = tl.where(m_seen, b_p, 0.0)
+    return b_p
+
+
+@triton.jit
+def mean_step(b_mean, b_sum, b_q, b_do, b_shift, b_k, b_v, m_seen, scale, MASKED: tl.constexpr, UPCAST: tl.constexpr):
+    """Add one tile of keys to the sums of weights times d_out . v, and of weights."""
+    b_p = _weights(b_q, b_k, b_shift, m_seen, scale, MASKED, UPCAST)
+    b_dp = dot(b_do, tl.trans(b_v), UPCAST)
+    if MASKED:
+        b_dp = tl.where(b_p > 0, b_dp, 0.0)
+    return b_mean + tl.sum(b_p * b_dp, 1), b_sum + tl.sum(b_p, 1)
+
+
+@triton.jit
+def d_query_step(
+    b_dq, b_q, b_do, b_shift, b_mean, b_k, b_v, m_seen, scale, MASKED: tl.constexpr, UPCAST: tl.constexpr
+):  # fmt: skip
+    b_p = _weights(b_q, b_k, b_shift, m_seen, scale, MASKED, UPCAST)
+    b_ds = b_p * (dot(b_do, tl.trans(b_v), UPCAST) - b_mean[:, None])
+    if MASKED:
+        b_ds = tl.where(b_p > 0, b_ds, 0.0)  # the product with a hidden value may have been inf
+    return b_dq + dot(b_ds.to(b_k.dtype), b_k, UPCAST)
