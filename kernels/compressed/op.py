@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 import math
 
 from torch import Tensor
 
+from unfold.kernels.common.backend import default_backend
 from unfold.kernels.compressed.cpu import compressed_attention_cpu
 from unfold.kernels.compressed.reference import compressed_attention_reference
 from unfold.kernels.intervals import Intervals
 
 BACKENDS = ("reference", "cpu", "triton")
-_log = logging.getLogger(__name__)
 
 
 def compressed_attention(
@@ -37,20 +35,12 @@ def compressed_attention(
     """
     check_arguments(q, k, v, intervals)
     if backend is None:
-        backend = _default_backend(q.device.type)
+        backend = default_backend("compressed attention", q.device.type)
     if backend not in BACKENDS:
         raise ValueError(f"backend: {backend!r} is not one of {', '.join(BACKENDS)}")
     if backend == "cpu" and q.device.type != "cpu":
         raise ValueError(f"backend: 'cpu' needs tensors on the CPU, q is on {q.device}; use 'triton' or None")
     return _implementation(backend)(q, k, v, intervals, 1 / math.sqrt(q.shape[-1]) if scale is None else scale)
-
-
-@functools.cache
-def _default_backend(device_type: str) -> str:
-    """The backend for a kind of device; cached, so that the choice is logged once."""
-    backend = "cpu" if device_type == "cpu" else "triton"
-    _log.info("compressed attention: backend %r, since the tensors are on %r", backend, device_type)
-    return backend
 
 
 def _implementation(backend: str):

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from unfold.kernels.common.backend import check_backend, default_backend
 from unfold.kernels.decode.cpu import decode_attention_cpu
 from unfold.kernels.decode.reference import decode_attention_reference
 from unfold.kernels.decode.step import RowStore, Step
-from unfold.kernels.select.op import check_backend, choice
 from unfold.kernels.select.selection import SelectRule
 
 
@@ -41,8 +41,7 @@ def decode_attention(
         step: what the queries may read, and which of them recall.
         rule: budget and sharing of the selection; None where nothing recalls.
         scale: factor on the scores; 1 / sqrt(D) when None.
-        backend: 'reference' | 'cpu' | 'triton', or None: on a GPU 'triton' where it serves the case, else 'cpu', whose tensor
-            operations run on any device.
+        backend: 'reference' | 'cpu' | 'triton', or None: 'cpu' on the CPU, 'triton' on a GPU. 'cpu' runs on any device.
 
     Returns:
         [N, H, D] in q's dtype.
@@ -58,14 +57,6 @@ def decode_attention(
     if rule is None and bool(step.recalls.any()):
         raise ValueError("rule: None, but some tokens recall; say how gists are selected")
     if backend is None:
-        backend = _default_backend(q, layers, rule)
+        backend = default_backend("decode", q.device.type)
     check_backend(backend, BACKENDS)
     return BACKENDS[backend](q, layers, step, rule, 1 / math.sqrt(q.shape[-1]) if scale is None else scale)
-
-
-def _default_backend(q: Tensor, layers: Sequence[Sequence[RowStore]], rule: SelectRule | None) -> str:
-    if q.device.type == "cpu":
-        return "cpu"
-    from unfold.kernels.decode.triton import why_not
-
-    return choice("decode", "cpu", why_not(q, layers, rule))

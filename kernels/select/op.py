@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 import math
 
 import torch
 from torch import Tensor
 
+from unfold.kernels.common.backend import check_backend, default_backend
 from unfold.kernels.select.cpu import select_gists_cpu
 from unfold.kernels.select.reference import select_gists_reference
 from unfold.kernels.select.selection import Selection, SelectRule
 from unfold.kernels.tree import GistTree
-
-_log = logging.getLogger(__name__)
 
 
 def _select_triton(*arguments) -> Selection:
@@ -39,8 +36,7 @@ def select_gists(
         tree: the hierarchy of the same B samples and T tokens, and its N queries.
         rule: budget and sharing.
         scale: factor on the scores, of importance to top-p only; 1 / sqrt(D) when None.
-        backend: 'reference' | 'cpu' | 'triton', or None: on a GPU 'triton' where it serves the case, else 'cpu', whose tensor
-            operations run on any device.
+        backend: 'reference' | 'cpu' | 'triton', or None: 'cpu' on the CPU, 'triton' on a GPU. 'cpu' runs on any device.
 
     Returns:
         The selection, per query and KV head.
@@ -49,35 +45,10 @@ def select_gists(
         ValueError: a shape, dtype, device or backend that does not fit, naming the argument.
     """
     check_queries(q, k, tree)
-    if backend is None:
-        backend = default_backend(q, k, tree, rule)
+    if backend is None:  # without a query there is nothing to launch
+        backend = default_backend("select", q.device.type) if tree.queries else "cpu"
     check_backend(backend, BACKENDS)
     return BACKENDS[backend](q, k, tree, rule, 1 / math.sqrt(q.shape[-1]) if scale is None else scale)
-
-
-def default_backend(q: Tensor, k: Tensor, tree: GistTree, rule: SelectRule) -> str:
-    """The backend for these arguments when none is named."""
-    if q.device.type == "cpu" or tree.queries == 0:
-        return "cpu"
-    from unfold.kernels.select.triton import why_not
-
-    return choice("select", "cpu", why_not(q, k, rule))
-
-
-@functools.cache
-def choice(operation: str, instead: str, reason: str | None) -> str:
-    """'triton', or ``instead`` where a reason stands against it; cached, so that each choice is logged once."""
-    if reason:
-        _log.info("%s: backend %r, since %s", operation, instead, reason)
-        return instead
-    _log.info("%s: backend 'triton'", operation)
-    return "triton"
-
-
-def check_backend(backend: str, backends: dict) -> None:
-    """ValueError if there is no backend of that name."""
-    if backend not in backends:
-        raise ValueError(f"backend: {backend!r} is not one of {', '.join(backends)}")
 
 
 def check_queries(q: Tensor, k: Tensor, tree: GistTree) -> None:

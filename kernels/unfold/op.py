@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from unfold.kernels.common.backend import check_backend, default_backend
 from unfold.kernels.compressed import compressed_attention
 from unfold.kernels.select import Selection, SelectRule, select_gists
 from unfold.kernels.select.blocks import BlockLists
-from unfold.kernels.select.op import check_backend, check_queries, choice, default_backend
+from unfold.kernels.select.op import check_queries
 from unfold.kernels.tree import GistTree
 from unfold.kernels.unfold.cpu import unfold_attention_cpu
 from unfold.kernels.unfold.reference import unfold_attention_reference
@@ -61,8 +62,7 @@ def unfold_attention(
         tree: the hierarchy of the same B samples and T tokens, and its N queries.
         selection: from :func:`kernels.select.select_gists` on the same tree and number of KV heads.
         scale: factor on the scores; 1 / sqrt(D) when None.
-        backend: 'reference' | 'cpu' | 'triton', or None: 'cpu' on the CPU, on a GPU 'triton' where it serves the case, else
-            'reference' (slow).
+        backend: 'reference' | 'cpu' | 'triton', or None: 'cpu' on the CPU, 'triton' on a GPU.
 
     Returns:
         [N, H, D] in q's dtype.
@@ -79,20 +79,9 @@ def unfold_attention(
             f"{tree.queries} queries and {k.shape[2]} KV heads; select with the same tree and keys"
         )
     if backend is None:
-        backend = _default_backend(q, k, tree)
+        backend = default_backend("unfold", q.device.type) if tree.queries else "reference"
     check_backend(backend, BACKENDS)
     return BACKENDS[backend](q, k, v, tree, selection, 1 / math.sqrt(q.shape[-1]) if scale is None else scale)
-
-
-def _default_backend(q: Tensor, k: Tensor, tree: GistTree) -> str:
-    """The backend for these arguments when none is named."""
-    if q.device.type == "cpu":
-        return "cpu"
-    if tree.queries == 0:
-        return "reference"
-    from unfold.kernels.unfold.triton import why_not
-
-    return choice("unfold", "reference", why_not(q, k, tree))
 
 
 def recall_attention(
@@ -140,8 +129,7 @@ def recall_queries(
         [N, H, D] in q's dtype, and what was read.
     """
     check_queries(q, k, tree)
-    if backend is None and _default_backend(q, k, tree) == default_backend(q, k, tree, rule) == "triton":
-        backend = "triton"
+    backend = backend or default_backend("recall", q.device.type)
     if backend == "triton":
         from unfold.kernels.unfold.triton import recall_queries_triton
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from tests.kernels.cases import CASES, make_layout, random_qkv
-from unfold.kernels.compressed import compressed_attention, op
+from unfold.kernels.common.backend import default_backend
+from unfold.kernels.compressed import compressed_attention
 
 
 def run(backend, qkv, d_out, intervals):
@@ -82,13 +83,13 @@ def test_bad_arguments_are_named(change, message):
 def test_the_choice_of_backend_is_logged_once(caplog):
     layout, _ = make_layout("one level")
     *qkv, _ = random_qkv(layout, 1, 1, 8, torch.float32)
-    op._default_backend.cache_clear()
+    default_backend.cache_clear()
     with caplog.at_level("INFO", logger="unfold.kernels"):
         for _ in range(3):
             compressed_attention(*qkv, layout.intervals)
             compressed_attention(*qkv, layout.intervals, backend="reference")
     assert [r.getMessage() for r in caplog.records] == ["compressed attention: backend 'cpu', since the tensors are on 'cpu'"]
-    assert op._default_backend("cuda") == "triton"
+    assert default_backend("compressed attention", "cuda") == "triton"
 
 
 def test_no_token_by_token_tensor_at_32k():

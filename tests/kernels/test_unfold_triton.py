@@ -10,6 +10,7 @@ if importlib.util.find_spec("triton") is None:
 
 from tests.kernels.interpreter import DEVICE, GPU, RUNS, compute_like_a_gpu, needs_runs, run_in_interpreter
 from tests.kernels.recall_cases import CASES, SUFFIX_CASES, make_recall, make_rule, random_qkv, recalling
+from unfold.kernels.common.launch import HEAD_DIMS
 from unfold.kernels.common.tiles import Tile
 from unfold.kernels.select import SelectRule, select_gists
 from unfold.kernels.select.blocks import block_lists, count_bits, query_blocks, selection_of
