@@ -1,4 +1,4 @@
-"""The visible sets of a batch, as a few contiguous ranges per query over keys sorted by level (METHOD.md, section 3).
+"""The visible sets of a batch, as a few contiguous ranges per query over keys sorted by level (docs/method.md#who-sees-whom).
 
 The keys of every sample are put in the order ``[top gists | .. | level-0 gists | raw tokens | sink copies]``. In that order
 what one query sees is one range per *segment*, so two integers per query and segment say everything: O(T) memory.

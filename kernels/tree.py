@@ -1,4 +1,4 @@
-"""Which rows lie behind which gist, and what the recalling queries start from (METHOD.md, section 6).
+"""Which rows lie behind which gist, and what the recalling queries start from (docs/method.md#recall).
 
 In the level-sorted order of :class:`kernels.intervals.Intervals` the items that a gist closed are one contiguous range of
 the next segment: level-(l-1) gists behind a level-l gist, raw tokens behind a level-0 gist. So the hierarchy is two integers

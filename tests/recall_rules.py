@@ -1,4 +1,4 @@
-"""Section 6 of METHOD.md restated as slow, literal Python over token lists: knows nothing of rows, ranges or trees."""
+"""docs/method.md#recall restated as slow, literal Python over token lists: knows nothing of rows, ranges or trees."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""METHOD.md restated as slow, literal Python: the independent reference that the fast code is held against."""
+"""docs/method.md restated as slow, literal Python: the independent reference that the fast code is held against."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def insert_gists(ids, doc_lengths, word_starts, chunk_sizes, sink, gist_ids, close=False):
-    """Section 2, token by token. Returns lists (ids, level, doc, position)."""
+    """docs/method.md#where-gists-go, token by token. Returns lists (ids, level, doc, position)."""
     out = []
     begin = 0
     for doc, length in enumerate(doc_lengths):
@@ -48,7 +48,7 @@ def _closes(tokens, seen, chunk_start, size, word_starts):
 
 
 def visible(level, doc, levels, sink, n_prev):
-    """Section 3, pair by pair. level, doc: lists of T. Returns bool [T, T]."""
+    """docs/method.md#who-sees-whom, pair by pair. level, doc: lists of T. Returns bool [T, T]."""
     T = len(level)
     top = levels - 1
     raw_index = [sum(level[j] == -1 and doc[j] == doc[i] for j in range(i)) for i in range(T)]

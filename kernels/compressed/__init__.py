@@ -1,4 +1,4 @@
-"""Attention under the compressed mask: what every token sees while *forgetting* (METHOD.md, section 3)."""
+"""Attention under the compressed mask: what every token sees while *forgetting* (docs/method.md#who-sees-whom)."""
 
 from unfold.kernels.compressed.op import compressed_attention
 

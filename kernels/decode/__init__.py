@@ -1,4 +1,4 @@
-"""Attention of single new tokens over the caches of their sequences (METHOD.md, section 7)."""
+"""Attention of single new tokens over the caches of their sequences (docs/method.md#generation)."""
 
 from unfold.kernels.decode.op import decode_attention
 from unfold.kernels.decode.step import Step

@@ -1,4 +1,4 @@
-"""Which gists a recalling query unfolds: hierarchical top-k or top-p over gist keys (METHOD.md, section 6, items 1-3)."""
+"""Which gists a recalling query unfolds: hierarchical top-k or top-p over gist keys (docs/method.md#selection)."""
 
 from unfold.kernels.select.op import select_gists
 from unfold.kernels.select.selection import Selection, SelectRule, take_best

@@ -1,4 +1,4 @@
-"""What is selected and by which rule; shared by every backend, training and decoding (METHOD.md, section 6)."""
+"""What is selected and by which rule; shared by every backend, training and decoding (docs/method.md#selection)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention of recalling queries over what they selected and unfolded (METHOD.md, section 6, item 4)."""
+"""Attention of recalling queries over what they selected and unfolded (docs/method.md#unfolding)."""
 
 from unfold.kernels.unfold.op import RecallStats, recall_attention, recall_queries, unfold_attention
 

@@ -56,7 +56,7 @@ _SM80 = {
     (128, 4): (Tile(16, 16, 4, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
     (256, 4): (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
 }
-# 64 rows: sixteen queries of four heads. As measured on an H200 at 32k (docs/benchmarks.md).
+# 64 rows: sixteen queries of four heads. As measured on an H200 at 32k (docs/performance.md).
 _SM90 = _SM80 | {(128, 2): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(32, 16, 1, 2), Tile(64, 64, 4, 2))}
 # Triton's interpreter: small, so that few tokens already make several tiles of every kind.
 _SMALL = (Tile(32, 32, 4, 1), Tile(32, 16, 4, 1), Tile(32, 16, 4, 1), Tile(32, 16, 4, 1))

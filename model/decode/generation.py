@@ -1,4 +1,4 @@
-"""Reading and continuing sequences with a cache: contexts are folded into gists, later tokens recall (METHOD.md, section 7)."""
+"""Reading and continuing sequences with a cache: contexts are folded, later tokens recall (docs/method.md#generation)."""
 
 from __future__ import annotations
 

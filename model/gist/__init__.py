@@ -1,4 +1,4 @@
-"""Where gists go in a sequence, and what follows from it: levels, positions, visible sets (METHOD.md, sections 1-4)."""
+"""Where gists go in a sequence, and what follows from it: levels, positions, visible sets (docs/method.md#where-gists-go)."""
 
 from unfold.model.config import GistConfig
 from unfold.model.gist.insertion import Interleaved, interleave, max_interleaved_length

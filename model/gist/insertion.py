@@ -1,4 +1,4 @@
-"""Raw tokens -> interleaved sequence: where the gists of a packed sample go (METHOD.md, section 2)."""
+"""Raw tokens -> interleaved sequence: where the gists of a packed sample go (docs/method.md#where-gists-go)."""
 
 from __future__ import annotations
 

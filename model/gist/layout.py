@@ -1,4 +1,4 @@
-"""Levels and document ids -> positions and visible sets, once per micro-batch (METHOD.md, sections 3 and 4).
+"""Levels and document ids -> positions and visible sets, once per micro-batch (docs/method.md#who-sees-whom).
 
 Everything follows from running counts: how many items of each level stand before a token, in its sample and in its
 document. The same few tensor operations serve CPU and GPU, any number of levels and packed documents.

@@ -1,4 +1,4 @@
-"""The gist tree of a micro-batch: what lies behind each gist, and where the recalling queries start (METHOD.md, section 6).
+"""The gist tree of a micro-batch: what lies behind each gist, and where the recalling queries start (docs/method.md#recall).
 
 Everything is read off the layout's intervals: the end of a token's range in a segment is a running count of that segment's
 items, wherever the token sees the segment. Built only when something recalls; forgetting alone never pays for it.

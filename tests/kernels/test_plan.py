@@ -10,7 +10,7 @@ from unfold.kernels.compressed.plan import key_plan, row_plan
 from unfold.kernels.compressed.tiles import TABLE
 from unfold.model.gist import GistConfig, build_layout, build_recall
 
-# Tiled keys per query that the prototype needed at c = (8, 4): FACTS of the project, see docs/kernels.md.
+# Tiled keys per query that a prototype needed at c = (8, 4), see docs/kernels.md.
 PROMISED = {8192: 353, 32768: 737, 131072: 2273}
 
 

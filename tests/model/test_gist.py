@@ -1,4 +1,4 @@
-"""Insertion and layout against the rules of METHOD.md restated literally (tests/rules.py)."""
+"""Insertion and layout against the rules of docs/method.md restated literally (tests/rules.py)."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Closed contexts with suffixes: the layout against METHOD.md restated, training against generation, gradients to gists."""
+"""Closed contexts with suffixes: the layout against docs/method.md restated, training against generation, gradients to gists."""
 
 import numpy as np
 import pytest
