@@ -20,7 +20,7 @@ from megatron.core import parallel_state
 from unfold.model.config import GistConfig, ModelConfig
 from unfold.model.decode.generation import Decoder, LiveSequence
 from unfold.model.decode.step import NewTokens, StepAttention
-from unfold.model.gist.placement import Feed
+from unfold.model.gist.growing import raw_feed
 from unfold.model.layers import BuildContext
 from unfold.model.transformer import Transformer
 
@@ -42,9 +42,9 @@ def filled(decoder: Decoder, raw: int) -> LiveSequence:
     """A sequence whose context of ``raw`` tokens was closed, with random keys and values."""
     sequence, generator = decoder.start(), torch.Generator().manual_seed(raw)
     tokens = torch.randint(WORDS, (raw,), generator=generator).tolist()
-    sequence.take(sequence.placement.push(tokens, close=True) if decoder.gist else Feed(0, tokens, [-1] * raw), False)
+    sequence.take(sequence.placement.push(tokens, close=True) if decoder.gist else raw_feed(tokens, False))
     outline = sequence.cache.outline
-    outline.append(torch.tensor(sequence.level))
+    outline.append(sequence.level)
     for layer in sequence.cache.layers:
         for rows, count in zip(layer, outline.counts):
             shape = count, decoder.model.config.kv_heads, decoder.model.config.head_dim
@@ -56,7 +56,7 @@ def keys_read(decoder: Decoder, sequence: LiveSequence, layer: int) -> float:
     """Keys that one new token reads in one layer, per KV head, counted by the cache."""
     config, cache = decoder.model.config, sequence.cache
     recalls = [decoder.rule is not None]
-    attend = StepAttention([NewTokens(cache, cache.outline.append(torch.tensor([-1])), recalls)], decoder.rule)
+    attend = StepAttention([NewTokens(cache, cache.outline.append([-1], recalls))], decoder.rule)
     before = cache.reads.keys
     draw = torch.Generator().manual_seed(layer)
     widths = (config.heads, config.kv_heads, config.kv_heads)
