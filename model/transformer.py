@@ -7,45 +7,18 @@ The residual stream is [T, B, hidden] (sequence first, as megatron's parallel la
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from functools import partial
 
 import torch
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region, vocab_parallel_cross_entropy
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from unfold.model.attention import Attend, Attention, MicroBatchAttention
+from unfold.model.attention import Attention
 from unfold.model.config import ModelConfig
 from unfold.model.gist import Layout, Recall
 from unfold.model.layers import MLP, BuildContext, RMSNorm, Rotary
-from unfold.model.parallel.context import ContextAttention
 from unfold.model.parallel.tensor import VocabularyEmbedding, column_product, gather_sequence
-
-IGNORED = -100  # label of a position that has no target
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Packed interleaved samples, ready for the model.
-
-    Attributes:
-        ids: [B, T] int64 vocabulary ids; padding may hold any valid id.
-        labels: [B, T] int64 next raw token at raw tokens, IGNORED elsewhere (gists, padding, a document's last token).
-        layout: what follows from where the gists are.
-        recall: which tokens unfold chunks, and how; None where none does.
-    """
-
-    ids: Tensor
-    labels: Tensor
-    layout: Layout
-    recall: Recall | None = None
-
-    def to(self, device: torch.device | str) -> MicroBatch:
-        """The same micro-batch on another device."""
-        move = lambda x: x.to(device, non_blocking=True)
-        recall = self.recall and self.recall.to(device)
-        return MicroBatch(move(self.ids), move(self.labels), self.layout.to(device), recall)
+from unfold.model.visibility import IGNORED, Attend, MicroBatch, attention_for
 
 
 class Embedding(VocabularyEmbedding):
@@ -121,12 +94,10 @@ class Transformer(nn.Module):
 
     def hidden(self, ids: Tensor, layout: Layout, recall: Recall | None = None) -> Tensor:
         """[B, T] -> [T, B, hidden] after the final norm; under context parallelism this rank's part of T."""
-        make = partial(MicroBatchAttention, self.config.attention)
         context = self.build.context
-        if context is None:
-            return self.run_layers(ids, layout.position, make(layout, recall))
-        attend = ContextAttention(context, make, layout, recall)
-        return self.run_layers(context.part(ids, 1), context.part(layout.position, 1), attend)
+        attend = attention_for(self.config.attention, layout, recall, context)
+        ids, position = (context.part(x, 1) if context else x for x in (ids, layout.position))
+        return self.run_layers(ids, position, attend)
 
     def run_layers(self, ids: Tensor, position: Tensor, attend: Attend) -> Tensor:
         """ids, rotary positions [B, T] int64 -> [T, B, hidden] after the final norm; attend: who sees whom."""

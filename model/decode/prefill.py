@@ -19,13 +19,13 @@ from unfold.kernels.select import SelectRule
 from unfold.kernels.tree import GistTree
 from unfold.kernels.unfold import recall_queries
 from unfold.model.decode.cache import SequenceCache
-from unfold.model.gist.growing import Outline, Sight, families
+from unfold.model.gist.growing import Outline, Sight, families, recalls_in
 
 DENSE_BLOCK = 128  # queries of dense attention at a time: bounds its mask
 
 
 class PrefillAttention:
-    """The next ``n`` tokens of one sequence attend to its cache; an :data:`unfold.model.attention.Attend` of one row.
+    """The next ``n`` tokens of one sequence attend to its cache; an :data:`unfold.model.visibility.Attend` of one row.
 
     Args:
         cache: the sequence's; its outline holds the tokens already, its layers not yet.
@@ -53,7 +53,7 @@ class PrefillAttention:
         self.cache.append(index, self.sight.segment, k[0], v[0])
         if not self.cache.outline.levels:
             return self._dense(index, q)
-        recall = self.tree is not None and index > 0
+        recall = self.tree is not None and recalls_in(index)
         queries = q.new_zeros(1, self.intervals.tokens, *q.shape[2:])
         queries[0, self.own] = q[0]
         near = self._rows(index, self.spans)

@@ -11,7 +11,7 @@ from torch import Tensor
 from unfold.kernels.decode import Step, decode_attention
 from unfold.kernels.select import SelectRule
 from unfold.model.decode.cache import SequenceCache
-from unfold.model.gist.growing import Sight
+from unfold.model.gist.growing import Sight, recalls_in
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class NewTokens:
 
 
 class StepAttention:
-    """Every new token of a batch of sequences attends to its own cache; an :data:`unfold.model.attention.Attend` of one row.
+    """Every new token of a batch of sequences attends to its own cache; an :data:`unfold.model.visibility.Attend` of one row.
 
     Args:
         batch: the sequences; their tokens stand one after another in the row.
@@ -49,5 +49,5 @@ class StepAttention:
             after = at + len(new.sight.recalls)
             new.cache.append(index, new.sight.segment, k[0, at:after], v[0, at:after])
             at = after
-        step = self.step if index > 0 else self.step.forgetting()
+        step = self.step if recalls_in(index) else self.step.forgetting()
         return decode_attention(q[0], [cache.layers[index] for cache in self.caches], step, self.rule)[None]

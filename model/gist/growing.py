@@ -18,6 +18,11 @@ import torch
 from torch import Tensor
 
 
+def recalls_in(layer: int) -> bool:
+    """Whether tokens recall in a layer, counted from 0: not in the first one, where gists hold nothing of their own yet."""
+    return layer > 0
+
+
 class Folding(Protocol):
     """How tokens are folded into gists: a GistConfig, or what an export's config.json says."""
 

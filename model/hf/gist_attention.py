@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from unfold.model.gist.growing import Sight, children
+from unfold.model.gist.growing import Sight, children, recalls_in
 
 from .gist_sequence import GistSequence, GistSettings, SegmentRows
 from .own_kernels import Sample
@@ -54,7 +54,7 @@ class GistPass:
 
     def attend(self, index: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """Attention of layer ``index``. q [H, N, D], k, v [Hkv, N, D], rotary applied -> [H, N, D]"""
-        out, at = [], 0
+        out, at, recall = [], 0, recalls_in(index)
         for (sequence, sight), sample in zip(self.parts, self.samples):
             new = slice(at, at := at + len(sight.recalls))
             own = [x[:, new] for x in (q, k, v)]
@@ -62,9 +62,9 @@ class GistPass:
             if self.keep or not by_kernels:
                 keep_rows(sequence.layer(index), sight, *own[1:])
             if by_kernels:
-                out.append(sample.attend(*own, scale, recall=index > 0))
+                out.append(sample.attend(*own, scale, recall))
             else:
-                out.append(attend_sequence(own[0], sequence.layer(index), sight, sequence.settings, scale, recall=index > 0))
+                out.append(attend_sequence(own[0], sequence.layer(index), sight, sequence.settings, scale, recall))
         return torch.cat(out, 1)
 
 
@@ -87,7 +87,7 @@ def attend_sequence(
         sight: of the n tokens.
         settings: budget and sharing of the selection.
         scale: factor on the scores.
-        recall: whether tokens recall in this layer: in the first one gists hold nothing of their own yet.
+        recall: whether tokens recall in this layer.
         block: queries at a time.
 
     Returns:

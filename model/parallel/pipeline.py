@@ -15,12 +15,11 @@ import torch
 from deepspeed.pipe import LayerSpec, TiedLayerSpec
 from torch import Tensor, nn
 
-from unfold.model.attention import Attend, MicroBatchAttention
 from unfold.model.config import GistConfig, ModelConfig
 from unfold.model.gist import Recall, build_layout
 from unfold.model.layers import BuildContext, RMSNorm, Rotary
-from unfold.model.parallel.context import ContextAttention
-from unfold.model.transformer import Embedding, Layer, MicroBatch, token_loss_sum
+from unfold.model.transformer import Embedding, Layer, token_loss_sum
+from unfold.model.visibility import Attend, MicroBatch, attention_for
 
 TIED = "embedding"  # key of the weight that the first and the last stage share
 
@@ -42,10 +41,9 @@ class StageAttention:
         level, doc, recalling = structure
         layout = build_layout(level, doc, self._gist)
         recall = Recall.of(layout, self._gist, recalling > 0) if recalling.any() else None
-        make, context = partial(MicroBatchAttention, self._config.attention), self._build.context
-        if context is None:
-            return Rotary.of(layout.position, self._config), make(layout, recall)
-        return Rotary.of(context.part(layout.position, 1), self._config), ContextAttention(context, make, layout, recall)
+        context = self._build.context
+        position = context.part(layout.position, 1) if context else layout.position
+        return Rotary.of(position, self._config), attention_for(self._config.attention, layout, recall, context)
 
 
 class EmbeddingStage(Embedding):

@@ -18,7 +18,7 @@ import torch
 
 from unfold.model.config import GistConfig
 from unfold.model.gist import Recall, build_layout, interleave, max_interleaved_length
-from unfold.model.transformer import IGNORED, MicroBatch
+from unfold.model.visibility import IGNORED, MicroBatch
 from unfold.pretrain.data.blend import make_blend, parse_entry
 from unfold.pretrain.data.packing import CutWindows, PackedWindows, Segment
 from unfold.pretrain.data.shards import Shard, open_shards

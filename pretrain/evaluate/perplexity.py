@@ -147,9 +147,9 @@ def pack_losses(subject: Subject, variant: Variant, group: list[np.ndarray]) -> 
     import torch
     import torch.nn.functional as F
 
-    from unfold.model.attention import MicroBatchAttention
     from unfold.model.config import GistConfig
     from unfold.model.gist import Recall, build_layout, interleave
+    from unfold.model.visibility import MicroBatchAttention
 
     raw, lengths = np.concatenate(group), [len(window) for window in group]
     gist, tokenizer, device = variant.recalling("all"), subject.tokenizer, subject.model.head_weight.device

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unfold.model.attention import MicroBatchAttention
 from unfold.model.config import GistConfig
 from unfold.model.decode.generation import Decoder
 from unfold.model.gist import Recall, build_layout, build_recall, select_rule
 from unfold.model.transformer import Transformer
+from unfold.model.visibility import MicroBatchAttention
 from unfold.pretrain.checkpoint.load import FoundRun, load_model
 from unfold.pretrain.data.tokenizer import TokenizerInfo
 from unfold.pretrain.errors import UserError

@@ -13,7 +13,7 @@ from pathlib import Path
 import deepspeed
 import torch.distributed as dist
 
-from unfold.model.transformer import MicroBatch
+from unfold.model.visibility import MicroBatch
 from unfold.pretrain import parallel as parallel_groups
 from unfold.pretrain.checkpoint.manifest import Manifest
 from unfold.pretrain.checkpoint.resume import (

@@ -127,8 +127,8 @@ def random_case(raw: int, blocks: int) -> tuple[torch.Tensor, torch.Tensor, Gist
 
 def model_cases(run_dir: Path, text: Path, raw: int, blocks: int):
     """Queries and keys of the first KV head of every recalling layer of a trained model on the text's first tokens."""
-    from unfold.model.attention import MicroBatchAttention
     from unfold.model.gist import build_layout, build_recall, interleave, select_rule
+    from unfold.model.visibility import MicroBatchAttention
     from unfold.pretrain.checkpoint.load import load_run
 
     run = load_run(run_dir, None)

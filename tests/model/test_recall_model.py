@@ -5,7 +5,8 @@ import torch
 
 from unfold.model.config import GistConfig, ModelConfig
 from unfold.model.gist import Recall, build_layout, interleave
-from unfold.model.transformer import IGNORED, MicroBatch, Transformer
+from unfold.model.transformer import Transformer
+from unfold.model.visibility import IGNORED, MicroBatch
 
 VOCAB = 60
 
