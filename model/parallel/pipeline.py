@@ -27,7 +27,7 @@ TIED = "embedding"  # key of the weight that the first and the last stage share
 class StageAttention:
     """What the layers of one stage share: rotary factors and who sees whom, remade for each micro-batch."""
 
-    def __init__(self, config: ModelConfig, gist: GistConfig, build: BuildContext):
+    def __init__(self, config: ModelConfig, gist: GistConfig | None, build: BuildContext):
         self._config, self._gist, self._build = config, gist, build
         self._last: tuple[Tensor, Rotary, Attend] | None = None
 
@@ -89,7 +89,7 @@ def _tied_head(embedding: EmbeddingStage, x: Tensor) -> tuple[Tensor, Tensor]:
     return x, embedding.weight
 
 
-def layer_specs(config: ModelConfig, gist: GistConfig, build: BuildContext) -> list[LayerSpec]:
+def layer_specs(config: ModelConfig, gist: GistConfig | None, build: BuildContext) -> list[LayerSpec]:
     """The model's layers, to be spread over stages by the type :class:`LayerStage`."""
     shared = StageAttention(config, gist, build)
     layers = [LayerSpec(LayerStage, config, build, i, shared) for i in range(config.layers)]

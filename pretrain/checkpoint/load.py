@@ -16,7 +16,7 @@ from unfold.pretrain.checkpoint.manifest import Manifest, find_checkpoint
 from unfold.pretrain.checkpoint.state import pieces
 from unfold.pretrain.checkpoint.tensors import TensorDirectory
 from unfold.pretrain.config import ParallelConfig, RunConfig, parse_config
-from unfold.pretrain.data.tokenizer import TokenizerInfo, load_tokenizer
+from unfold.pretrain.data.tokenizer import RunTokenizer, load_tokenizer
 from unfold.pretrain.errors import UserError
 
 
@@ -31,7 +31,7 @@ class FoundRun:
     directory: Path
     config: RunConfig
     manifest: Manifest
-    tokenizer: TokenizerInfo
+    tokenizer: RunTokenizer
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class LoadedRun:
     model: Transformer
     config: RunConfig
     manifest: Manifest
-    tokenizer: TokenizerInfo
+    tokenizer: RunTokenizer
 
 
 def find_run(run_dir: Path, step: int | None) -> FoundRun:

@@ -263,6 +263,11 @@ class RunConfig:
             reasons.append("precision: bf16 (in fp32 DeepSpeed clips what Muon has orthogonalised)")
         return [f"optimizer.kind: muon needs {reason}; set it, or kind: adamw" for reason in reasons]
 
+    @property
+    def folding(self) -> GistConfig | None:
+        """How the model folds tokens; None where it is dense."""
+        return self.gist if self.model.attention == "gist" else None
+
     def to_dict(self) -> dict:
         """Plain dicts and lists, as in config.yaml."""
         plain = lambda x: [plain(v) for v in x] if isinstance(x, tuple) else x

@@ -19,7 +19,7 @@ from unfold.pretrain.plan.work import Flops, Sample, count_flops, measure_sample
 def with_known_vocabulary(config: RunConfig) -> RunConfig:
     """The configuration with the tokenizer's vocabulary size, where the tokenizer is there. Raises UserError without any."""
     if Path(config.data.tokenizer).is_dir():
-        levels = config.gist.levels if config.model.attention == "gist" else 0
+        levels = config.folding.levels if config.folding else 0
         return with_vocab_size(config, load_tokenizer(config.data.tokenizer, levels).vocab_size)
     if not config.model.vocab_size:
         raise UserError(

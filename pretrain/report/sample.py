@@ -44,7 +44,7 @@ class Sample:
 
 def read_sample(config: RunConfig) -> Sample:
     """The first training sample of a run, or a made-up one where its data cannot be read."""
-    gist = config.gist if config.model.attention == "gist" else None
+    gist = config.folding
     length = _length(gist)
     try:
         ids, lengths, contexts, tokenizer = _real_tokens(config, gist, length)

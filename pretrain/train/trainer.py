@@ -27,7 +27,7 @@ from unfold.pretrain.checkpoint.resume import (
 from unfold.pretrain.checkpoint.save import Saver, SaveResult
 from unfold.pretrain.config import RunConfig, accumulation_steps, with_vocab_size
 from unfold.pretrain.data.samples import BatchBuilder, TokenSource, step_samples
-from unfold.pretrain.data.tokenizer import TokenizerInfo, load_tokenizer
+from unfold.pretrain.data.tokenizer import RunTokenizer, load_tokenizer
 from unfold.pretrain.errors import UserError
 from unfold.pretrain.monitor.attention_mass import AttentionMass
 from unfold.pretrain.monitor.metrics import Outputs, print_line
@@ -49,14 +49,14 @@ class Inputs:
     """Everything a run reads, opened and checked before anything heavy starts."""
 
     config: RunConfig
-    tokenizer: TokenizerInfo
+    tokenizer: RunTokenizer
     train: BatchBuilder
     valid: BatchBuilder | None
 
 
 def open_inputs(config: RunConfig) -> Inputs:
     """Open tokenizer and shards. Raises UserError for what is missing, damaged or does not belong together."""
-    gist = config.gist if config.model.attention == "gist" else None
+    gist = config.folding
     tokenizer = load_tokenizer(config.data.tokenizer, gist.levels if gist else 0)
     config = with_vocab_size(config, tokenizer.vocab_size)
 
