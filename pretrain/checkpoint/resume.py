@@ -13,6 +13,7 @@ from pathlib import Path
 
 import deepspeed
 import torch
+import torch.distributed as dist
 import yaml
 
 from unfold.model.config import ModelConfig
@@ -93,6 +94,24 @@ def only_writer(run_dir: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"host {socket.gethostname()}, pid {os.getpid()}\n")
         file.flush()
+        yield
+
+
+@contextlib.contextmanager
+def locked_on_all(run_dir: Path, parallel: Parallel) -> Iterator[None]:
+    """The main rank holds the run directory's lock; all ranks hear when it cannot."""
+    with contextlib.ExitStack() as held:
+        refusal = [""]
+        if parallel.is_main:
+            try:
+                held.enter_context(only_writer(run_dir))
+            except UserError as error:
+                refusal = [str(error)]
+            except OSError as error:
+                refusal = [f"--run-dir {run_dir}: cannot be written ({error.strerror})"]
+        dist.broadcast_object_list(refusal, src=0)
+        if refusal[0]:
+            raise UserError(refusal[0])
         yield
 
 
