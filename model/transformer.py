@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 
 import torch
-from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region, vocab_parallel_cross_entropy
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -17,7 +16,7 @@ from unfold.model.attention import Attention
 from unfold.model.config import ModelConfig
 from unfold.model.gist import Layout, Recall
 from unfold.model.layers import MLP, BuildContext, RMSNorm, Rotary
-from unfold.model.parallel.tensor import VocabularyEmbedding, column_product, gather_sequence
+from unfold.model.parallel.tensor import VocabularyEmbedding, column_product, gather_outputs, gather_sequence, token_losses
 from unfold.model.visibility import IGNORED, Attend, MicroBatch, attention_for
 
 
@@ -66,7 +65,12 @@ def token_loss_sum(hidden: Tensor, labels: Tensor, weight: Tensor, build: BuildC
     has_target = targets != IGNORED
     rows = hidden.flatten(0, 1)[has_target]
     logits = column_product(rows, weight, build.tp_group, input_is_gathered=build.sequence_split)
-    return vocab_parallel_cross_entropy(logits.float()[:, None], targets[has_target][:, None]).sum()
+    return token_losses(logits.float(), targets[has_target], build.tp_group).sum()
+
+
+def build_model(config: ModelConfig, seed: int = 0) -> Transformer:
+    """A whole model on this process, without torch.distributed. Its initial weights are a pure function of the seed."""
+    return Transformer(config, BuildContext.alone(seed))
 
 
 class Transformer(nn.Module):
@@ -127,5 +131,4 @@ class Transformer(nn.Module):
         if build.sequence_split:
             hidden = gather_sequence(hidden, build.tp_group)
         parts = column_product(hidden, self.head_weight, build.tp_group, input_is_gathered=build.sequence_split)
-        whole = gather_from_tensor_model_parallel_region(parts, group=build.tp_group)
-        return whole[..., : self.config.vocab_size]
+        return gather_outputs(parts, build.tp_group)[..., : self.config.vocab_size]

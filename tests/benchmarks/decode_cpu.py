@@ -14,8 +14,6 @@ import time
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
 
 from unfold.model.config import GistConfig, ModelConfig
 from unfold.model.decode.generation import Decoder, LiveSequence
@@ -85,9 +83,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    build = BuildContext(parallel_state.get_tensor_model_parallel_group(), 1)
+    build = BuildContext.alone(1)
     recall, forget = GistConfig(SIZES, recall="suffix", topk=args.topk), GistConfig(SIZES)
     print("| raw tokens | keys read, recall | of these top gists | forgetting | dense |\n|---|---|---|---|---|")
     for raw in args.counts:
