@@ -96,7 +96,7 @@ class Transformer(nn.Module):
         """This rank's rows of the output head, [vocab / tp, hidden]."""
         return self.embedding.weight if self.config.tied_embeddings else self.head.weight
 
-    def hidden(self, ids: Tensor, layout: Layout, recall: Recall | None = None) -> Tensor:
+    def final_states(self, ids: Tensor, layout: Layout, recall: Recall | None = None) -> Tensor:
         """[B, T] -> [T, B, hidden] after the final norm; under context parallelism this rank's part of T."""
         context = self.build.context
         attend = attention_for(self.config.attention, layout, recall, context)
@@ -116,14 +116,14 @@ class Transformer(nn.Module):
 
     def forward(self, batch: MicroBatch) -> Tensor:
         """Sum of the token losses of a micro-batch, fp32 scalar; under context parallelism of this rank's part."""
-        hidden = self.hidden(batch.ids, batch.layout, batch.recall)
+        hidden = self.final_states(batch.ids, batch.layout, batch.recall)
         labels = self.build.context.part(batch.labels, 1) if self.build.context else batch.labels
         return token_loss_sum(hidden, labels, self.head_weight, self.build)
 
     @torch.no_grad()
     def logits(self, ids: Tensor, layout: Layout, recall: Recall | None = None) -> Tensor:
         """[B, T] -> logits over the unpadded vocabulary, [B, T, vocab_size]."""
-        return self.head_logits(self.hidden(ids, layout, recall)).transpose(0, 1)
+        return self.head_logits(self.final_states(ids, layout, recall)).transpose(0, 1)
 
     def head_logits(self, hidden: Tensor) -> Tensor:
         """[T, .., hidden] after the final norm -> logits over the unpadded vocabulary, [T, .., vocab_size]."""

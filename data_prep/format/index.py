@@ -103,8 +103,6 @@ def check_header(raw: bytes, path: Path, dtype: str) -> tuple[int, int]:
     magic, version, code, sequences, borders = HEADER.unpack_from(raw)
     if magic != MAGIC or version != 1:
         raise DataError(f"{path}: not an index of a megatron-core IndexedDataset (version 1)")
-    if sequences == 0:
-        raise DataError(f"{path}: holds no document")
     if code != DTYPE_CODES.get(dtype):
         raise DataError(f"{path}: dtype code {code} is not that of {dtype}, which the sidecar names")
     return sequences, borders

@@ -351,6 +351,8 @@ def read_index(prefix: str, info: ShardInfo) -> np.ndarray:
             raise DataError(f"{path}: missing; the shard is not complete: make it again")
     raw = idx.read_bytes()
     sequences, borders = check_header(raw, idx, info.dtype)
+    if sequences == 0:
+        raise DataError(f"{idx}: holds no document")
     expected = HEADER.size + 12 * sequences + 8 * borders
     if len(raw) != expected:
         raise DataError(f"{idx}: {len(raw)} bytes, but its header calls for {expected}; cut short or altered")

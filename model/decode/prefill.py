@@ -46,7 +46,7 @@ class PrefillAttention:
             self.tree = whole_tree(cache.outline, sight.at(sight.recalls)).to(device)
             asleep = torch.zeros(1, intervals.tokens, dtype=torch.bool, device=device)
             asleep[0, self.own[self.recalling]] = True
-            self.others = self.intervals.without(asleep)
+            self.forgetting = self.intervals.without(asleep)
 
     def __call__(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [1, n, H, D], k, v [1, n, Hkv, D] -> [1, n, H, D]"""
@@ -57,7 +57,7 @@ class PrefillAttention:
         queries = q.new_zeros(1, self.intervals.tokens, *q.shape[2:])
         queries[0, self.own] = q[0]
         near = self._rows(index, self.spans)
-        out = compressed_attention(queries, *near, self.others if recall else self.intervals)[:, self.own]
+        out = compressed_attention(queries, *near, self.forgetting if recall else self.intervals)[:, self.own]
         if recall:
             everything = self._rows(index, [(s, 0, n) for s, n in enumerate(self.cache.outline.counts)])
             out[0, self.recalling], _ = recall_queries(q[0, self.recalling], *everything, self.tree, self.rule)

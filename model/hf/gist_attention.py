@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from unfold.model.gist.growing import Sight, children, recalls_in
 
 from .gist_sequence import GistSequence, GistSettings, SegmentRows
-from .own_kernels import Sample
+from .own_kernels import WholeSequence
 
 BLOCK = 64  # queries at a time
 
@@ -50,7 +50,7 @@ class GistPass:
     def __init__(self, parts: Sequence[tuple[GistSequence, Sight]], kernels: SimpleNamespace | None, keep: bool):
         self.parts, self.keep = parts, keep
         whole = lambda sight: kernels is not None and not any(sight.start)
-        self.samples = [Sample(kernels, sight, seq.settings) if whole(sight) else None for seq, sight in parts]
+        self.samples = [WholeSequence(kernels, sight, seq.settings) if whole(sight) else None for seq, sight in parts]
 
     def attend(self, index: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """Attention of layer ``index``. q [H, N, D], k, v [Hkv, N, D], rotary applied -> [H, N, D]"""

@@ -46,7 +46,7 @@ def find_kernels() -> SimpleNamespace | None:
     )
 
 
-class Sample:
+class WholeSequence:
     """One sequence from its start as a sample for the kernels.
 
     Args:

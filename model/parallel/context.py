@@ -72,10 +72,10 @@ class ContextParallel:
     def gather(self, keys_values: Tensor, exports: Exports) -> Tensor:
         """This rank's keys and values [B, T / n, 2 Hkv, D] and after them the ranks' exports: [B, T / n + n E, 2 Hkv, D]."""
         exported = take(keys_values, exports.exported)
-        others, traffic = self.group.size() - 1, self.traffic
+        peers, traffic = self.group.size() - 1, self.traffic
         traffic.exchanges += 1
-        traffic.sent += others * exported.numel() * exported.element_size()
-        traffic.whole += others * keys_values.numel() * keys_values.element_size()
+        traffic.sent += peers * exported.numel() * exported.element_size()
+        traffic.whole += peers * keys_values.numel() * keys_values.element_size()
         received = gather_sequence(exported[None], self.group)  # [n, B, E, 2 Hkv, D]
         return torch.cat([keys_values, received.transpose(0, 1).flatten(1, 2)], 1)
 

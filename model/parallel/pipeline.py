@@ -31,7 +31,7 @@ class StageAttention:
         self._config, self._gist, self._build = config, gist, build
         self._last: tuple[Tensor, Rotary, Attend] | None = None
 
-    def of(self, structure: Tensor) -> tuple[Rotary, Attend]:
+    def for_micro_batch(self, structure: Tensor) -> tuple[Rotary, Attend]:
         """structure: [3, B, T] int32, level, document and whether it recalls (see :func:`stage_inputs`)."""
         if self._last is None or self._last[0] is not structure:
             self._last = (structure, *self._make(structure))
@@ -64,7 +64,7 @@ class LayerStage(Layer):
 
     def forward(self, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         x, structure = inputs
-        return super().forward(x, *self._shared.of(structure)), structure
+        return super().forward(x, *self._shared.for_micro_batch(structure)), structure
 
 
 class FinalNormStage(RMSNorm):
