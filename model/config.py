@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from unfold.model.families import find_family
-from unfold.model.settings import Bounds, Count, Natural, NotNegative, Positive, field_errors, option, raise_together
+from unfold.model.settings import Bounds, Count, Natural, NotNegative, Positive, Settings, field_errors, option, raise_together
 
 
 @dataclass(frozen=True)
-class GistConfig:
+class GistConfig(Settings):
     """How tokens are folded into gists, and how much of what was folded is recalled."""
 
     chunk_sizes: tuple[int, ...] = option((8, 4), "raw tokens per level-0 gist, level-0 gists per level-1 gist, ..")
@@ -33,7 +33,10 @@ class GistConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "chunk_sizes", tuple(self.chunk_sizes))
-        errors = field_errors(self)
+        super().__post_init__()
+
+    def misfits(self) -> list[str]:
+        errors = []
         if not self.chunk_sizes:
             errors.append("chunk_sizes: empty; give one size per gist level, e.g. (8, 4)")
         if any(c < 1 for c in self.chunk_sizes):
@@ -41,7 +44,7 @@ class GistConfig:
         budgets = [name for name in ("topk", "top_p", "budget_ratio") if getattr(self, name) is not None]
         if len(budgets) > 1:
             errors.append(f"{', '.join(budgets)}: set at most one of them, each is a budget of its own")
-        raise_together(errors)
+        return errors
 
     @property
     def levels(self) -> int:
@@ -55,7 +58,7 @@ class GistConfig:
 
 
 @dataclass(frozen=True)
-class RopeScaling:
+class RopeScaling(Settings):
     """How rotary frequencies are stretched for sequences longer than those of the first training."""
 
     kind: Literal["default", "linear", "llama3", "yarn"] = option(
@@ -71,12 +74,12 @@ class RopeScaling:
     beta_slow: Positive = option(1.0, "yarn: turns below which a frequency is divided")
     attention_factor: Positive | None = option(None, "yarn: what queries and keys are multiplied by; none: 0.1 ln(factor) + 1")
 
-    def __post_init__(self):
-        errors = field_errors(self)
+    def misfits(self) -> list[str]:
+        errors = []
         for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
             if getattr(self, low) >= getattr(self, high):
                 errors.append(f"{high}: {getattr(self, high)} must be above {low} ({getattr(self, low)})")
-        raise_together(errors)
+        return errors
 
     @property
     def magnitude(self) -> float:
@@ -87,7 +90,7 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Settings):
     """A decoder of Llama shape: RMSNorm, SwiGLU, grouped-query attention, rotary positions; its options make it a Qwen2,
     Qwen3, Mistral or SmolLM3 (model/families.py)."""
 

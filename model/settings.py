@@ -53,6 +53,17 @@ class SettingsError(ValueError):
         self.errors = tuple(errors)
 
 
+class Settings:
+    """A configuration dataclass that checks itself whenever it is made, and tells all errors at once."""
+
+    def __post_init__(self):
+        raise_together(field_errors(self) + self.misfits())
+
+    def misfits(self) -> list[str]:
+        """What is wrong beyond single values; each text begins with a setting's name."""
+        return []
+
+
 def option(default, doc: str):
     """A configuration field with its documentation; the configuration page and ``--help`` are made from it."""
     if isinstance(default, (list, dict)):

@@ -7,6 +7,7 @@ from unfold.pretrain.config.read import (
     flatten,
     load_config,
     parse_config,
+    read_settings,
     with_vocab_size,
 )
 from unfold.pretrain.config.schema import (
@@ -37,5 +38,6 @@ __all__ = [
     "flatten",
     "load_config",
     "parse_config",
+    "read_settings",
     "with_vocab_size",
 ]

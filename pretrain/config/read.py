@@ -6,13 +6,15 @@ import argparse
 import dataclasses
 import difflib
 from pathlib import Path
-from typing import get_origin, get_type_hints
+from typing import TypeVar, get_origin, get_type_hints
 
 import yaml
 
 from unfold.model.settings import SettingsError, choice_text
 from unfold.pretrain.config.schema import RunConfig
 from unfold.pretrain.errors import UserError
+
+Kind = TypeVar("Kind")
 
 # Settings that may differ when a run is resumed: none of them changes what is learned or in which order.
 FREE_ON_RESUME = ("parallel.", "checkpoint.", "faults.", "monitor.", "train.micro_batch", "train.activation_checkpointing",
@@ -71,17 +73,22 @@ def _override(tree: dict, item: str) -> None:
 
 def parse_config(tree: dict, source: str = "configuration") -> RunConfig:
     """Plain dicts -> RunConfig. Raises UserError with every error."""
+    return read_settings(RunConfig, tree, source)
+
+
+def read_settings(kind: type[Kind], tree: dict, source: str) -> Kind:
+    """Plain dicts -> a configuration dataclass. Raises UserError with every error. source: where the dicts come from."""
     from pydantic import TypeAdapter, ValidationError  # late: commands that read no configuration start without it
 
     errors: list[str] = []
-    known = _known(tree, RunConfig, "", errors)
+    known = _known(tree, kind, "", errors)
     try:
-        config = TypeAdapter(RunConfig).validate_python(known)
+        settings = TypeAdapter(kind).validate_python(known)
     except ValidationError as invalid:
         errors += [text for error in invalid.errors() for text in _texts(error)]
     if errors:
         raise UserError(f"{source}: " + "; ".join(dict.fromkeys(errors)))
-    return config
+    return settings
 
 
 def _known(tree: dict, kind: type, prefix: str, errors: list[str]) -> dict:
@@ -106,8 +113,8 @@ def _known(tree: dict, kind: type, prefix: str, errors: list[str]) -> dict:
 def _texts(error: dict) -> list[str]:
     """What one of pydantic's errors says to people; its parts name their settings by their dotted names."""
     place, context = ".".join(str(part) for part in error["loc"]), error.get("ctx", {})
-    if isinstance(found := context.get("error"), SettingsError):  # from a __post_init__
-        return [f"{place}.{text}" if place else text for text in found.errors]
+    if isinstance(found := context.get("error"), ValueError):  # from a __post_init__
+        return [f"{place}.{text}" if place else text for text in getattr(found, "errors", [str(found)])]
     given = error["input"]
     if error["type"] == "literal_error" and not isinstance(given, (dict, list)):
         return [f"{place}: {choice_text(given, [context['expected'].replace(' or ', ', ').replace(chr(39), '')])}"]

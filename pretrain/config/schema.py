@@ -17,16 +17,15 @@ from unfold.model.settings import (
     NotNegative,
     Part,
     Positive,
-    field_errors,
+    Settings,
     option,
-    raise_together,
 )
 from unfold.pretrain.config.monitor import MonitorConfig
 from unfold.pretrain.errors import UserError
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Settings):
     """Which tokens the run sees."""
 
     train: tuple[str, ...] = option(
@@ -39,15 +38,15 @@ class DataConfig:
     cache: str = option("", "directory for shards fetched from URLs; empty: ~/.cache/unfold/shards")
     raw_tokens: Annotated[int, Bounds(ge=2)] = option(1024, "raw tokens per sample, whatever the chunk sizes")
 
-    def __post_init__(self):
-        errors = field_errors(self)
+    def misfits(self) -> list[str]:
+        errors = []
         if not all(self.train or [""]):
             errors.append("train: no shard prefix given")
         if not all(self.valid):
             errors.append("valid: holds an empty shard prefix; leave it out for no validation")
         if not self.tokenizer:
             errors.append("tokenizer: no tokenizer directory given")
-        raise_together(errors)
+        return errors
 
 
 # What train.allow_changes may name: other settings decide which weights there are or which samples a step sees.
@@ -55,7 +54,7 @@ CHANGEABLE_ON_RESUME = ("optimizer", "schedule", "train.steps", "train.clip", "p
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Settings):
     """How long, how much at a time."""
 
     steps: Count = option(1000, "optimizer steps")
@@ -70,18 +69,18 @@ class TrainConfig:
     init_from: str = option("", "run or checkpoint directory whose weights (nothing else) a new run starts from")
     allow_changes: tuple[str, ...] = option((), "settings or sections that may differ on resume, e.g. [optimizer.lr, schedule]")
 
-    def __post_init__(self):
-        errors = field_errors(self)
-        if not errors and self.global_batch % self.micro_batch:
+    def misfits(self) -> list[str]:
+        errors = []
+        if self.micro_batch > 0 and self.global_batch % self.micro_batch:
             errors.append(f"micro_batch: {self.micro_batch} does not divide global_batch ({self.global_batch})")
         for name in self.allow_changes:
             if not name.startswith(CHANGEABLE_ON_RESUME):
                 errors.append(f"allow_changes: {name!r} is not one of {', '.join(CHANGEABLE_ON_RESUME)} or a setting in them")
-        raise_together(errors)
+        return errors
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Settings):
     """AdamW, or Muon for the layers' matrices and AdamW for the rest. Norm weights are not decayed."""
 
     kind: Literal["adamw", "muon"] = option(
@@ -95,12 +94,9 @@ class OptimizerConfig:
     muon_lr: Positive = option(0.02, "muon: peak learning rate of the layers' matrices; lr is that of the rest")
     muon_momentum: Decay = option(0.95, "muon: decay of the momentum")
 
-    def __post_init__(self):
-        raise_together(field_errors(self))
-
 
 @dataclass(frozen=True)
-class ScheduleConfig:
+class ScheduleConfig(Settings):
     """Learning rate over the steps."""
 
     kind: Literal["cosine", "wsd", "constant"] = option("cosine", "cosine; wsd: warm-up, stable, linear decay; constant")
@@ -108,15 +104,15 @@ class ScheduleConfig:
     decay: Part = option(0.2, "wsd: part of the steps in which the rate falls at the end")
     floor: Part = option(0.1, "last learning rate, as a part of the peak")
 
-    def __post_init__(self):
-        errors = field_errors(self)
-        if not errors and self.kind == "wsd" and self.warmup + self.decay > 1:
+    def misfits(self) -> list[str]:
+        errors = []
+        if self.kind == "wsd" and self.warmup + self.decay > 1:
             errors.append(f"decay: warmup ({self.warmup}) and decay ({self.decay}) together exceed 1")
-        raise_together(errors)
+        return errors
 
 
 @dataclass(frozen=True)
-class ParallelConfig:
+class ParallelConfig(Settings):
     """How the model and the data are spread over the ranks; what remains of the ranks is data parallel."""
 
     tensor: Count = option(1, "ranks that share every layer")
@@ -134,19 +130,19 @@ class ParallelConfig:
     )
     timeout_minutes: Positive = option(30.0, "a collective that takes longer ends the run")
 
-    def __post_init__(self):
-        errors = field_errors(self)
+    def misfits(self) -> list[str]:
+        errors = []
         if self.offload == "all" and self.zero != 3:
             errors.append(f"offload: all needs zero: 3 (it is {self.zero}); or set offload: optimizer")
         if self.offload == "optimizer" and self.zero == 1:
             errors.append("offload: optimizer needs zero: 2 or 3 (it is 1)")
         if self.pipeline > 1 and self.zero > 1:
             errors.append(f"zero: {self.zero} with pipeline: {self.pipeline}; DeepSpeed's pipeline works with zero: 1 only")
-        raise_together(errors)
+        return errors
 
 
 @dataclass(frozen=True)
-class CheckpointConfig:
+class CheckpointConfig(Settings):
     """When the run's state is saved, how much of it is kept, and when the run stops by itself."""
 
     every: Count = option(100, "steps between checkpoints; the last step is always saved")
@@ -156,12 +152,9 @@ class CheckpointConfig:
     deadline_minutes: Positive = option(30.0, "a save that takes longer has failed; the ranks that are late are named")
     stop_after_minutes: NotNegative = option(0.0, "save and stop when the process has run so long (a job's time limit); 0: never")
 
-    def __post_init__(self):
-        raise_together(field_errors(self))
-
 
 @dataclass(frozen=True)
-class FaultConfig:
+class FaultConfig(Settings):
     """What happens when a step goes wrong or does not end."""
 
     max_skips: Count = option(3, "steps in a row without a finite loss and gradient that make the run roll back")
@@ -176,12 +169,9 @@ class FaultConfig:
         1.5, "a rank that computes so many times longer than the median is named in the metrics"
     )
 
-    def __post_init__(self):
-        raise_together(field_errors(self))
-
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Settings):
     """Everything that defines a run."""
 
     data: DataConfig
@@ -198,14 +188,14 @@ class RunConfig:
         "bf16", "compute precision: bf16 or fp32; master weights and softmax are always fp32"
     )
 
-    def __post_init__(self):
-        errors = field_errors(self) + self._layout_errors() + self._muon_errors()
+    def misfits(self) -> list[str]:
+        errors = self._layout_errors() + self._muon_errors()
         if self.data.raw_tokens > self.model.max_position:
             errors.append(f"data.raw_tokens: {self.data.raw_tokens} exceeds model.max_position ({self.model.max_position})")
         if profiled := self.monitor.profile_steps:
             if profiled[1] > self.train.steps:
                 errors.append(f"monitor.profile_steps: {list(profiled)} goes beyond train.steps ({self.train.steps})")
-        raise_together(errors)
+        return errors
 
     def _layout_errors(self) -> list[str]:
         """Why the model cannot be spread as configured."""
