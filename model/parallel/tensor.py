@@ -10,6 +10,8 @@ shares no layer needs no torch.distributed (:class:`Alone`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -52,52 +54,36 @@ def _reduce_scatter(x: Tensor, group: ProcessGroup) -> Tensor:
     return out
 
 
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _all_gather(x, group)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return _reduce_scatter(grad, ctx.group), None
+def _own_part(x: Tensor, group: ProcessGroup) -> Tensor:
+    return x.chunk(group.size())[group.rank()].contiguous()
 
 
-class _ScatterSum(torch.autograd.Function):
+class _Exchange(torch.autograd.Function):
+    """One way of exchanging the parts of a sequence forward, its transpose backward."""
+
     @staticmethod
-    def forward(ctx, x: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _reduce_scatter(x, group)
+    def forward(ctx, x: Tensor, group: ProcessGroup, there: Callable, back: Callable) -> Tensor:
+        ctx.group, ctx.back = group, back
+        return there(x, group)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return _all_gather(grad, ctx.group), None
-
-
-class _Split(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.group = group
-        return x.chunk(group.size())[group.rank()].contiguous()
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return _all_gather(grad, ctx.group), None
+        return ctx.back(grad, ctx.group), None, None, None
 
 
 def gather_sequence(x: Tensor, group: ProcessGroup) -> Tensor:
     """[T / n, ..] -> [T, ..], all ranks' parts; backward sums the ranks' gradients and keeps this rank's part."""
-    return _Gather.apply(x, group)
+    return _Exchange.apply(x, group, _all_gather, _reduce_scatter)
 
 
 def scatter_sum_sequence(x: Tensor, group: ProcessGroup) -> Tensor:
     """[T, ..] -> [T / n, ..], this rank's part of the sum over ranks; backward gathers."""
-    return _ScatterSum.apply(x, group)
+    return _Exchange.apply(x, group, _reduce_scatter, _all_gather)
 
 
 def split_sequence(x: Tensor, group: ProcessGroup) -> Tensor:
     """[T, ..], equal on all ranks -> [T / n, ..], this rank's part; backward gathers."""
-    return _Split.apply(x, group)
+    return _Exchange.apply(x, group, _own_part, _all_gather)
 
 
 def copy_to_group(x: Tensor, group: Group) -> Tensor:
