@@ -7,6 +7,7 @@ from pathlib import Path
 
 from unfold.launch import health
 from unfold.launch.profile import add_profile_arguments
+from unfold.pretrain.config import add_overrides
 
 SLURM_TEXT = """
 The script and a copy of the configuration are written to RUN_DIR/launch/ and submitted. The job saves before its time limit
@@ -17,9 +18,7 @@ and requeues itself until the run is finished; docs/launch.md tells everything.
 def _run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, required=True, metavar="YAML", help="the run's configuration")
     parser.add_argument("--run-dir", type=Path, required=True, metavar="DIR", help="where everything of the run is written")
-    parser.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. optimizer.lr=3e-4"
-    )
+    add_overrides(parser)
 
 
 def _dry_run(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +32,7 @@ def _nodes(parser: argparse.ArgumentParser) -> None:
 def _add_doctor(commands) -> None:
     doctor = commands.add_parser("doctor", help="check this machine, or all nodes of an allocation")
     doctor.add_argument("--config", type=Path, metavar="YAML", help="also check what this configuration needs")
-    doctor.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    add_overrides(doctor)
     doctor.add_argument("--ranks", type=int, metavar="N", help="ranks to check the layout for (default: the GPUs)")
     doctor.add_argument("--run-dir", type=Path, default=Path("."), metavar="DIR", help="a directory of the file system for runs")
     doctor.add_argument("--node-report", type=Path, metavar="FILE", help=argparse.SUPPRESS)  # one node's part, under srun

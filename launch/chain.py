@@ -19,7 +19,7 @@ PACKAGES = ("data_prep", "pretrain")
 
 
 @dataclass(frozen=True)
-class Step:
+class ChainStep:
     """A job of a chain: a ``python -m`` command, or the training itself (no words)."""
 
     name: str
@@ -43,15 +43,15 @@ def _one_node(profile: Profile) -> Profile:
     return profile.with_changes(**changes)
 
 
-def steps_of(args: argparse.Namespace, profile: Profile) -> list[Step]:
+def steps_of(args: argparse.Namespace, profile: Profile) -> list[ChainStep]:
     """The jobs in their order. Raises UserError for a command that is none."""
     cpu = profile.for_cpu_jobs()
-    steps = [Step("prepare", cpu, _words("--prepare", command)) for command in args.prepare]
-    steps.append(Step("train", profile))
-    steps += [Step("evaluate", _one_node(profile), _words("--evaluate", command)) for command in args.evaluate]
+    steps = [ChainStep("prepare", cpu, _words("--prepare", command)) for command in args.prepare]
+    steps.append(ChainStep("train", profile))
+    steps += [ChainStep("evaluate", _one_node(profile), _words("--evaluate", command)) for command in args.evaluate]
     if args.export:
         export = ("unfold.pretrain", "export", "--run-dir", str(args.run_dir.resolve()), "--output", str(args.export.resolve()))
-        steps.append(Step("export", cpu, export))
+        steps.append(ChainStep("export", cpu, export))
     return steps
 
 
@@ -82,7 +82,7 @@ def run_chain(args: argparse.Namespace) -> int:
     return 0
 
 
-def _submit(args: argparse.Namespace, step: Step, config, directory: Path, dependency: str) -> Job | None:
+def _submit(args: argparse.Namespace, step: ChainStep, config, directory: Path, dependency: str) -> Job | None:
     if args.dry_run and step.name != "prepare":
         dependency = dependency or ("afterok:PREVIOUS" if args.prepare or step.name != "train" else "")
     if step.name == "train":

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import typing
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
 
 from unfold.launch.values import memory, one_line, seconds
+from unfold.pretrain.config import read_settings
 from unfold.pretrain.errors import UserError
 
 
@@ -192,22 +191,7 @@ def _lists(tree: dict, kind: type) -> dict:
 
 
 def _parse(tree: dict, source: str) -> Profile:
-    known = {f.name for f in dataclasses.fields(Profile)}
-    errors = []
-    for key in [k for k in tree if k not in known]:
-        near = difflib.get_close_matches(str(key), known, 1, 0.5)
-        errors.append(f"{key}: unknown key; " + (f"did you mean {near[0]}?" if near else "see `python -m launch slurm --help`"))
-    try:
-        profile = TypeAdapter(Profile).validate_python(_lists({k: v for k, v in tree.items() if k in known}, Profile))
-    except ValidationError as invalid:
-        for error in invalid.errors():
-            place = ".".join(str(part) for part in error["loc"])
-            if error["type"] == "value_error":
-                errors.append((f"{place}." if place else "") + str(error["ctx"]["error"]))
-            else:
-                errors.append(f"{place}: {error['msg'][0].lower()}{error['msg'][1:]} (given: {error['input']!r})")
-    if errors:
-        raise UserError(f"{source}: " + "; ".join(errors))
+    profile = read_settings(Profile, _lists(tree, Profile), source)
     _check_texts(profile)
     return profile
 

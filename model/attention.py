@@ -1,46 +1,13 @@
-"""Self-attention of one layer. Who sees whom is not decided here: an :data:`Attend` is handed in, for a micro-batch in
-training (:class:`MicroBatchAttention`), for tokens that are spread over ranks, or for new tokens before a cache."""
+"""Self-attention of one layer. Who sees whom is not decided here: an Attend (:mod:`unfold.model.visibility`) is handed in, for
+a micro-batch in training, for tokens that are spread over ranks, or for new tokens before a cache."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unfold.kernels.compressed import compressed_attention
-from unfold.kernels.unfold import recall_attention
 from unfold.model.config import ModelConfig
-from unfold.model.gist import Layout, Recall
 from unfold.model.layers import BuildContext, RMSNorm, Rotary
-
-# (layer index, q [B, T, H, D], k [B, T, Hkv, D], v [B, T, Hkv, D]) -> [B, T, H, D]; rotary applied to q and k.
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class MicroBatchAttention:
-    """Attention among the tokens of one micro-batch, as in training; an :data:`Attend`.
-
-    Attributes:
-        kind: 'gist' or 'dense'.
-        layout: of the micro-batch.
-        recall: who unfolds what, None where nothing does.
-    """
-
-    kind: str
-    layout: Layout
-    recall: Recall | None = None
-
-    def __call__(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.kind == "dense":
-            return dense_attention(q, k, v, self.layout)
-        if self.recall is None or index == 0:  # in the first layer gists hold nothing of their own yet
-            return compressed_attention(q, k, v, self.layout.intervals)
-        out, self.recall.stats[index] = recall_attention(q, k, v, self.recall.tree, self.recall.rule)
-        return out
+from unfold.model.visibility import Attend
 
 
 class Attention(nn.Module):
@@ -74,16 +41,3 @@ class Attention(nn.Module):
             q, k = rotary.apply(q), rotary.apply(k)
         out = attend(self.index, q, k, v.squeeze(3))
         return self.output(out.flatten(2).transpose(0, 1).contiguous())
-
-
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
-    """Causal attention within each document, through PyTorch's SDPA (flash where it can): the baseline.
-
-    Args and result as :func:`unfold.kernels.compressed.compressed_attention`; padding attends to nothing and gets zeros.
-    """
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, T, D]
-    out = torch.zeros_like(q)
-    for sample, start, stop in layout.document_spans:
-        part = [x[sample : sample + 1, :, start:stop] for x in (q, k, v)]
-        out[sample, :, start:stop] = F.scaled_dot_product_attention(*part, is_causal=True, enable_gqa=True)[0]
-    return out.transpose(1, 2)

@@ -4,60 +4,43 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
 from unfold.model.families import find_family
-
-
-def option(default, doc: str):
-    """A configuration field with its documentation; the configuration page and ``--help`` are made from it."""
-    if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), metadata={"doc": doc})
-    return field(default=default, metadata={"doc": doc})
+from unfold.model.settings import Bounds, Count, Natural, NotNegative, Positive, Settings, field_errors, option, raise_together
 
 
 @dataclass(frozen=True)
-class GistConfig:
+class GistConfig(Settings):
     """How tokens are folded into gists, and how much of what was folded is recalled."""
 
     chunk_sizes: tuple[int, ...] = option((8, 4), "raw tokens per level-0 gist, level-0 gists per level-1 gist, ..")
-    sink: int = option(3, "first raw tokens of a document that every later token sees")
-    n_prev: int = option(1, "closed neighbour groups that stay visible at every level")
-    recall: str = option("none", "which raw tokens unfold chunks: none | suffix (those after the closed context) | all")
-    topk: int | None = option(None, "gists selected per level and query head; none: the adaptive budget, see budget_ratio")
-    top_p: float | None = option(None, "instead of a number of gists: the fewest whose softmax reaches this; between 0 and 1")
-    budget_ratio: int | None = option(
+    sink: Natural = option(3, "first raw tokens of a document that every later token sees")
+    n_prev: Natural = option(1, "closed neighbour groups that stay visible at every level")
+    recall: Literal["none", "suffix", "all"] = option(
+        "none", "which raw tokens unfold chunks: none | suffix (those after the closed context) | all"
+    )
+    topk: Count | None = option(None, "gists selected per level and query head; none: the adaptive budget, see budget_ratio")
+    top_p: Annotated[float, Bounds(gt=0, lt=1)] | None = option(
+        None, "instead of a number of gists: the fewest whose softmax reaches this; between 0 and 1"
+    )
+    budget_ratio: Count | None = option(
         None, "adaptive budget: T // (budget_ratio * query heads per KV head * c0) + 1 gists; none: the compression ratio"
     )
-    share: str = option(
+    share: Literal["head", "group"] = option(
         "head", "KV group of heads: head (each query head selects, all read the union) | group (one selection by summed scores)"
     )
 
     def __post_init__(self):
         object.__setattr__(self, "chunk_sizes", tuple(self.chunk_sizes))
+        super().__post_init__()
+
+    def misfits(self) -> list[str]:
         errors = []
         if not self.chunk_sizes:
             errors.append("chunk_sizes: empty; give one size per gist level, e.g. (8, 4)")
         if any(c < 1 for c in self.chunk_sizes):
             errors.append(f"chunk_sizes: {list(self.chunk_sizes)} has a size below 1")
-        if self.sink < 0:
-            errors.append(f"sink: {self.sink} is below 0")
-        if self.n_prev < 0:
-            errors.append(f"n_prev: {self.n_prev} is below 0")
-        errors += self._recall_errors()
-        raise_together(errors)
-
-    def _recall_errors(self) -> list[str]:
-        errors = []
-        if self.recall not in ("none", "suffix", "all"):
-            errors.append(f"recall: {self.recall!r} is not one of none, suffix, all")
-        if self.share not in ("head", "group"):
-            errors.append(f"share: {self.share!r} is not one of head, group")
-        if self.topk is not None and self.topk < 1:
-            errors.append(f"topk: {self.topk} is below 1; leave it out for the adaptive budget")
-        if self.top_p is not None and not 0 < self.top_p < 1:
-            errors.append(f"top_p: {self.top_p} is not between 0 and 1; to select everything set a large topk")
-        if self.budget_ratio is not None and self.budget_ratio < 1:
-            errors.append(f"budget_ratio: {self.budget_ratio} is below 1; leave it out for the compression ratio")
         budgets = [name for name in ("topk", "top_p", "budget_ratio") if getattr(self, name) is not None]
         if len(budgets) > 1:
             errors.append(f"{', '.join(budgets)}: set at most one of them, each is a budget of its own")
@@ -74,43 +57,29 @@ class GistConfig:
         return math.prod(self.chunk_sizes)
 
 
-def raise_together(errors: list[str]) -> None:
-    """Raise one ValueError that lists every error, if there is any."""
-    if errors:
-        raise ValueError("; ".join(errors))
-
-
 @dataclass(frozen=True)
-class RopeScaling:
+class RopeScaling(Settings):
     """How rotary frequencies are stretched for sequences longer than those of the first training."""
 
-    kind: str = option(
+    kind: Literal["default", "linear", "llama3", "yarn"] = option(
         "default",
         "default: not at all; linear: all by factor; llama3: slow ones by factor, as Llama 3.1 and 3.2 do; "
         "yarn: slow ones by factor, and all queries and keys by attention_factor",
     )
-    factor: float = option(8.0, "linear, llama3, yarn: what (slow) frequencies are divided by")
-    low_freq_factor: float = option(1.0, "llama3: turns within original_max_position below which a frequency counts as slow")
-    high_freq_factor: float = option(4.0, "llama3: turns above which a frequency stays; in between it is interpolated")
-    original_max_position: int = option(8192, "llama3, yarn: longest sequence of the first training")
-    beta_fast: float = option(32.0, "yarn: turns above which a frequency stays")
-    beta_slow: float = option(1.0, "yarn: turns below which a frequency is divided")
-    attention_factor: float | None = option(None, "yarn: what queries and keys are multiplied by; none: 0.1 ln(factor) + 1")
+    factor: Annotated[float, Bounds(ge=1)] = option(8.0, "linear, llama3, yarn: what (slow) frequencies are divided by")
+    low_freq_factor: Positive = option(1.0, "llama3: turns within original_max_position below which a frequency counts as slow")
+    high_freq_factor: Positive = option(4.0, "llama3: turns above which a frequency stays; in between it is interpolated")
+    original_max_position: Count = option(8192, "llama3, yarn: longest sequence of the first training")
+    beta_fast: Positive = option(32.0, "yarn: turns above which a frequency stays")
+    beta_slow: Positive = option(1.0, "yarn: turns below which a frequency is divided")
+    attention_factor: Positive | None = option(None, "yarn: what queries and keys are multiplied by; none: 0.1 ln(factor) + 1")
 
-    def __post_init__(self):
+    def misfits(self) -> list[str]:
         errors = []
-        if self.kind not in ("default", "linear", "llama3", "yarn"):
-            errors.append(f"kind: {self.kind!r} is not one of default, linear, llama3, yarn")
-        if self.factor < 1:
-            errors.append(f"factor: {self.factor} is below 1")
         for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
-            if not 0 < getattr(self, low) < getattr(self, high):
-                errors.append(f"{high}: {getattr(self, high)} must be above {low} ({getattr(self, low)}), that above 0")
-        if self.original_max_position < 1:
-            errors.append(f"original_max_position: {self.original_max_position} is below 1")
-        if self.attention_factor is not None and self.attention_factor <= 0:
-            errors.append(f"attention_factor: {self.attention_factor} is not above 0")
-        raise_together(errors)
+            if getattr(self, low) >= getattr(self, high):
+                errors.append(f"{high}: {getattr(self, high)} must be above {low} ({getattr(self, low)})")
+        return errors
 
     @property
     def magnitude(self) -> float:
@@ -121,44 +90,38 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Settings):
     """A decoder of Llama shape: RMSNorm, SwiGLU, grouped-query attention, rotary positions; its options make it a Qwen2,
     Qwen3, Mistral or SmolLM3 (model/families.py)."""
 
-    vocab_size: int = option(0, "vocabulary size, gists included; 0 takes the tokenizer's")
-    hidden_size: int = option(256, "width of the residual stream")
-    layers: int = option(4, "number of layers")
-    heads: int = option(4, "query heads")
-    kv_heads: int = option(2, "key/value heads; divides heads")
-    head_dim: int = option(0, "width of one head; 0 is hidden_size / heads")
-    ffn_size: int = option(704, "width of the gated feed-forward layer")
-    max_position: int = option(4096, "longest raw sequence that the model is meant for (recorded in exports)")
-    rope_theta: float = option(10000.0, "base of the rotary frequencies")
+    vocab_size: Natural = option(0, "vocabulary size, gists included; 0 takes the tokenizer's")
+    hidden_size: Count = option(256, "width of the residual stream")
+    layers: Count = option(4, "number of layers")
+    heads: Count = option(4, "query heads")
+    kv_heads: Count = option(2, "key/value heads; divides heads")
+    head_dim: Natural = option(0, "width of one head; 0 is hidden_size / heads")
+    ffn_size: Count = option(704, "width of the gated feed-forward layer")
+    max_position: Count = option(4096, "longest raw sequence that the model is meant for (recorded in exports)")
+    rope_theta: Positive = option(10000.0, "base of the rotary frequencies")
     rope_scaling: RopeScaling = field(default_factory=RopeScaling)
     nope_layers: tuple[int, ...] = option((), "layers, counted from 0, without rotary positions, as every fourth of SmolLM3")
     qkv_bias: bool = option(False, "query, key and value projections have a bias, as in Qwen2")
     output_bias: bool = option(False, "the output projection of attention has a bias")
     mlp_bias: bool = option(False, "gate, up and down projections have a bias")
     qk_norm: bool = option(False, "queries and keys are normalised per head before rotation, as in Qwen3")
-    norm_eps: float = option(1e-5, "epsilon of RMSNorm")
+    norm_eps: Positive = option(1e-5, "epsilon of RMSNorm")
     tied_embeddings: bool = option(True, "share the input embedding with the output head")
-    init_std: float = option(0.02, "standard deviation of initial weights; residual outputs get it / sqrt(2 * layers)")
+    init_std: NotNegative = option(0.02, "standard deviation of initial weights; residual outputs get it / sqrt(2 * layers)")
     family: str = option(
         "", "architecture of exports: llama, qwen2, qwen3, mistral, smollm3; empty: the first of them that has the model's parts"
     )
-    attention: str = option("gist", "gist: hierarchical gist sparse attention; dense: causal attention over raw tokens, no gists")
+    attention: Literal["gist", "dense"] = option(
+        "gist", "gist: hierarchical gist sparse attention; dense: causal attention over raw tokens, no gists"
+    )
 
     def __post_init__(self):
         object.__setattr__(self, "nope_layers", tuple(self.nope_layers))
-        errors = [
-            f"{name}: {getattr(self, name)} is below 1"
-            for name in ("hidden_size", "layers", "heads", "kv_heads", "ffn_size", "max_position")
-            if getattr(self, name) < 1
-        ]
-        if self.vocab_size < 0:
-            errors.append(f"vocab_size: {self.vocab_size} is below 0")
-        if self.attention not in ("gist", "dense"):
-            errors.append(f"attention: {self.attention!r} is not one of gist, dense")
+        errors = field_errors(self)
         if not errors and self.heads % self.kv_heads:
             errors.append(f"kv_heads: {self.kv_heads} does not divide heads ({self.heads})")
         if not errors and not self.head_dim:

@@ -10,13 +10,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from megatron.core.model_parallel_config import ModelParallelConfig
-from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
 from unfold.model.config import ModelConfig
 from unfold.model.parallel.context import ContextParallel
-from unfold.model.parallel.tensor import ColumnLinear, RowLinear
+from unfold.model.parallel.tensor import Alone, ColumnLinear, Group, RowLinear, copy_to_group
 
 
 @dataclass(frozen=True)
@@ -24,18 +22,23 @@ class BuildContext:
     """What building a layer needs beyond its shape.
 
     Attributes:
-        tp_group: tensor-parallel process group.
+        tp_group: tensor-parallel process group; Alone() where no other process holds a part of the layers.
         seed: initial weights are a pure function of it and of the parameter's canonical name.
         sequence_parallel: split the residual stream over the tensor-parallel group along the sequence.
         context: how the sequence is spread over ranks; None where every rank has all of it.
         blank: leave weights as memory has them, because all of them are about to be read from a file.
     """
 
-    tp_group: ProcessGroup
+    tp_group: Group
     seed: int
     sequence_parallel: bool = False
     context: ContextParallel | None = None
     blank: bool = False
+
+    @classmethod
+    def alone(cls, seed: int = 0) -> BuildContext:
+        """For a whole model on this process, which needs no torch.distributed."""
+        return cls(Alone(), seed)
 
     @property
     def sequence_split(self) -> bool:
@@ -103,7 +106,7 @@ class RMSNorm(nn.Module):
         """[.., size] -> [.., size]"""
         weight = self.weight
         if self.norms_a_part:
-            weight = copy_to_tensor_model_parallel_region(weight, group=self.build.tp_group)
+            weight = copy_to_group(weight, self.build.tp_group)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 

@@ -7,45 +7,17 @@ The residual stream is [T, B, hidden] (sequence first, as megatron's parallel la
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from functools import partial
 
 import torch
-from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region, vocab_parallel_cross_entropy
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from unfold.model.attention import Attend, Attention, MicroBatchAttention
+from unfold.model.attention import Attention
 from unfold.model.config import ModelConfig
 from unfold.model.gist import Layout, Recall
 from unfold.model.layers import MLP, BuildContext, RMSNorm, Rotary
-from unfold.model.parallel.context import ContextAttention
-from unfold.model.parallel.tensor import VocabularyEmbedding, column_product, gather_sequence
-
-IGNORED = -100  # label of a position that has no target
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Packed interleaved samples, ready for the model.
-
-    Attributes:
-        ids: [B, T] int64 vocabulary ids; padding may hold any valid id.
-        labels: [B, T] int64 next raw token at raw tokens, IGNORED elsewhere (gists, padding, a document's last token).
-        layout: what follows from where the gists are.
-        recall: which tokens unfold chunks, and how; None where none does.
-    """
-
-    ids: Tensor
-    labels: Tensor
-    layout: Layout
-    recall: Recall | None = None
-
-    def to(self, device: torch.device | str) -> MicroBatch:
-        """The same micro-batch on another device."""
-        move = lambda x: x.to(device, non_blocking=True)
-        recall = self.recall and self.recall.to(device)
-        return MicroBatch(move(self.ids), move(self.labels), self.layout.to(device), recall)
+from unfold.model.parallel.tensor import VocabularyEmbedding, column_product, gather_outputs, gather_sequence, token_losses
+from unfold.model.visibility import IGNORED, Attend, MicroBatch, attention_for
 
 
 class Embedding(VocabularyEmbedding):
@@ -93,7 +65,12 @@ def token_loss_sum(hidden: Tensor, labels: Tensor, weight: Tensor, build: BuildC
     has_target = targets != IGNORED
     rows = hidden.flatten(0, 1)[has_target]
     logits = column_product(rows, weight, build.tp_group, input_is_gathered=build.sequence_split)
-    return vocab_parallel_cross_entropy(logits.float()[:, None], targets[has_target][:, None]).sum()
+    return token_losses(logits.float(), targets[has_target], build.tp_group).sum()
+
+
+def build_model(config: ModelConfig, seed: int = 0) -> Transformer:
+    """A whole model on this process, without torch.distributed. Its initial weights are a pure function of the seed."""
+    return Transformer(config, BuildContext.alone(seed))
 
 
 class Transformer(nn.Module):
@@ -119,14 +96,12 @@ class Transformer(nn.Module):
         """This rank's rows of the output head, [vocab / tp, hidden]."""
         return self.embedding.weight if self.config.tied_embeddings else self.head.weight
 
-    def hidden(self, ids: Tensor, layout: Layout, recall: Recall | None = None) -> Tensor:
+    def final_states(self, ids: Tensor, layout: Layout, recall: Recall | None = None) -> Tensor:
         """[B, T] -> [T, B, hidden] after the final norm; under context parallelism this rank's part of T."""
-        make = partial(MicroBatchAttention, self.config.attention)
         context = self.build.context
-        if context is None:
-            return self.run_layers(ids, layout.position, make(layout, recall))
-        attend = ContextAttention(context, make, layout, recall)
-        return self.run_layers(context.part(ids, 1), context.part(layout.position, 1), attend)
+        attend = attention_for(self.config.attention, layout, recall, context)
+        ids, position = (context.part(x, 1) if context else x for x in (ids, layout.position))
+        return self.run_layers(ids, position, attend)
 
     def run_layers(self, ids: Tensor, position: Tensor, attend: Attend) -> Tensor:
         """ids, rotary positions [B, T] int64 -> [T, B, hidden] after the final norm; attend: who sees whom."""
@@ -141,14 +116,14 @@ class Transformer(nn.Module):
 
     def forward(self, batch: MicroBatch) -> Tensor:
         """Sum of the token losses of a micro-batch, fp32 scalar; under context parallelism of this rank's part."""
-        hidden = self.hidden(batch.ids, batch.layout, batch.recall)
+        hidden = self.final_states(batch.ids, batch.layout, batch.recall)
         labels = self.build.context.part(batch.labels, 1) if self.build.context else batch.labels
         return token_loss_sum(hidden, labels, self.head_weight, self.build)
 
     @torch.no_grad()
     def logits(self, ids: Tensor, layout: Layout, recall: Recall | None = None) -> Tensor:
         """[B, T] -> logits over the unpadded vocabulary, [B, T, vocab_size]."""
-        return self.head_logits(self.hidden(ids, layout, recall)).transpose(0, 1)
+        return self.head_logits(self.final_states(ids, layout, recall)).transpose(0, 1)
 
     def head_logits(self, hidden: Tensor) -> Tensor:
         """[T, .., hidden] after the final norm -> logits over the unpadded vocabulary, [T, .., vocab_size]."""
@@ -156,5 +131,4 @@ class Transformer(nn.Module):
         if build.sequence_split:
             hidden = gather_sequence(hidden, build.tp_group)
         parts = column_product(hidden, self.head_weight, build.tp_group, input_is_gathered=build.sequence_split)
-        whole = gather_from_tensor_model_parallel_region(parts, group=build.tp_group)
-        return whole[..., : self.config.vocab_size]
+        return gather_outputs(parts, build.tp_group)[..., : self.config.vocab_size]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from unfold.pretrain.config import add_overrides
 from unfold.pretrain.errors import UserError
 from unfold.pretrain.evaluate.command import add_arguments as add_evaluate_arguments
 from unfold.pretrain.generate import add_arguments as add_generate_arguments
@@ -32,9 +33,7 @@ def build_parser(name: str = NAME, programs: Mapping[str, str] | None = None) ->
     train = commands.add_parser("train", help="train, or resume, a run", description="Train; a second call resumes.")
     train.add_argument("--config", type=Path, required=True, metavar="YAML", help="the run's configuration")
     train.add_argument("--run-dir", type=Path, required=True, metavar="DIR", help="where everything of the run is written")
-    train.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. optimizer.lr=3e-4"
-    )
+    add_overrides(train)
 
     export = commands.add_parser("export", help="write a checkpoint as a Hugging Face directory")
     export.add_argument("--run-dir", type=Path, required=True, metavar="DIR")

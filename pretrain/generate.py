@@ -104,7 +104,7 @@ def _from_run(args: Namespace, prompts: list[str]) -> Iterator[tuple[int, str]]:
     encode: Callable[[str], list[int]] = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
     if not all(encode(prompt) for prompt in prompts):
         raise UserError(f"{'--prompt' if args.prompt else '--prompt-file'}: has no token; give some text")
-    gist = run.config.gist if run.config.model.attention == "gist" else None
+    gist = run.config.folding
     if args.recall and gist is None:
         raise UserError(f"--recall: {args.run_dir} was trained with dense attention, which has nothing to recall")
     if args.recall:

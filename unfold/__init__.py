@@ -20,6 +20,12 @@ _PUBLIC = {
     "GistConfig": "model.gist",
     "interleave": "model.gist",
     "build_layout": "model.gist",
+    "Recall": "model.gist",
+    "ModelConfig": "model.config",
+    "build_model": "model.transformer",
+    "MicroBatch": "model.visibility",
+    "Decoder": "model.decode.generation",
+    "Sampling": "model.decode.generation",
 }
 __all__ = sorted(_PUBLIC)
 

@@ -96,6 +96,18 @@ def unigram_entropy(counts: np.ndarray) -> float:
     return math.fsum(-p * np.log(p))
 
 
+def check_header(raw: bytes, path: Path, dtype: str) -> tuple[int, int]:
+    """(sequences, document borders) of an index that begins with `raw`. Raises DataError unless it is one of this dtype."""
+    if len(raw) < HEADER.size:
+        raise DataError(f"{path}: cut short at {len(raw)} bytes, before the end of its header")
+    magic, version, code, sequences, borders = HEADER.unpack_from(raw)
+    if magic != MAGIC or version != 1:
+        raise DataError(f"{path}: not an index of a megatron-core IndexedDataset (version 1)")
+    if code != DTYPE_CODES.get(dtype):
+        raise DataError(f"{path}: dtype code {code} is not that of {dtype}, which the sidecar names")
+    return sequences, borders
+
+
 def index_bytes(lengths: np.ndarray, dtype: np.dtype) -> bytes:
     """The index file of documents of these lengths, int32 [documents], each a sequence of its own."""
     n = len(lengths)

@@ -17,12 +17,11 @@ import numpy as np
 from unfold.data_prep.errors import DataError
 from unfold.data_prep.format.files import PARTIAL, Appended, finish_partial, open_partial, write_all
 from unfold.data_prep.format.index import (
-    DTYPE_CODES,
     HEADER,
-    MAGIC,
     MAX_LENGTH,
     SUFFIXES,
     ShardInfo,
+    check_header,
     index_bytes,
     shard_path,
     token_dtype,
@@ -351,15 +350,9 @@ def read_index(prefix: str, info: ShardInfo) -> np.ndarray:
         if not path.is_file():
             raise DataError(f"{path}: missing; the shard is not complete: make it again")
     raw = idx.read_bytes()
-    if len(raw) < HEADER.size:
-        raise DataError(f"{idx}: cut short at {len(raw)} bytes, before the end of its header")
-    magic, version, code, sequences, borders = HEADER.unpack_from(raw)
-    if magic != MAGIC or version != 1:
-        raise DataError(f"{idx}: not an index of a megatron-core IndexedDataset (version 1)")
+    sequences, borders = check_header(raw, idx, info.dtype)
     if sequences == 0:
         raise DataError(f"{idx}: holds no document")
-    if code != DTYPE_CODES.get(info.dtype):
-        raise DataError(f"{idx}: dtype code {code} is not that of {info.dtype}, which the sidecar names")
     expected = HEADER.size + 12 * sequences + 8 * borders
     if len(raw) != expected:
         raise DataError(f"{idx}: {len(raw)} bytes, but its header calls for {expected}; cut short or altered")

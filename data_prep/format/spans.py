@@ -92,24 +92,34 @@ class Spans:
         Raises:
             DataError: it is missing, cut short, or no such file.
         """
-        if not path.is_file():
-            raise DataError(f"{path}: missing; the shard is not complete: make it again")
-        size = path.stat().st_size
-        with open(path, "rb") as stream:
-            head = stream.read(HEADER.size)
-        magic, version, documents, ranges = HEADER.unpack(head) if len(head) == HEADER.size else (b"", 0, 0, 0)
-        if magic != MAGIC or version != VERSION:
-            raise DataError(f"{path}: not the spans of a supervised shard (version {VERSION})")
-        if size != (expected := HEADER.size + 12 * documents + 8 + 8 * ranges):
+        documents, ranges = read_header(path)
+        if (size := path.stat().st_size) != (expected := HEADER.size + 12 * documents + 8 + 8 * ranges):
             raise DataError(f"{path}: {size} bytes, but its header calls for {expected}; cut short or altered")
-        raw = np.memmap(path, np.uint8, mode="r")
-        at = HEADER.size + 8 * (documents + 1)
-        first = raw[HEADER.size : at].view("<i8")
-        context, found = raw[at : at + 4 * documents].view("<i4"), raw[at + 4 * documents :].view("<i4").reshape(-1, 2)
+        first, context, found = map_spans(path, documents)
         counts = np.diff(first)
         if first[0] != 0 or first[-1] != ranges or (counts < 0).any():
             raise DataError(f"{path}: its numbers of ranges contradict each other; altered")
         return cls(context, counts.astype(np.int32), found)
+
+
+def read_header(path: Path) -> tuple[int, int]:
+    """(documents, answer ranges) that a file names. Raises DataError where it is missing or no such file."""
+    if not path.is_file():
+        raise DataError(f"{path}: missing; the shard is not complete: make it again")
+    with open(path, "rb") as stream:
+        head = stream.read(HEADER.size)
+    magic, version, documents, ranges = HEADER.unpack(head) if len(head) == HEADER.size else (b"", 0, 0, 0)
+    if magic != MAGIC or version != VERSION:
+        raise DataError(f"{path}: not the spans of a supervised shard (version {VERSION})")
+    return documents, ranges
+
+
+def map_spans(path: Path, documents: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Number of each document's first range, int64 [documents + 1]; contexts, int32 [documents]; ranges, int32 [N, 2]."""
+    raw = np.memmap(path, np.uint8, mode="r")
+    at = HEADER.size + 8 * (documents + 1)
+    context = raw[at : at + 4 * documents].view("<i4")
+    return raw[HEADER.size : at].view("<i8"), context, raw[at + 4 * documents :].view("<i4").reshape(-1, 2)
 
 
 class SpansWriter:

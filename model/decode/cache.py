@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from unfold.model.config import GistConfig, ModelConfig
-from unfold.model.gist.buffers import Growable
-from unfold.model.gist.outline import Outline
+from unfold.model.gist.growing import Growable, Outline
 
 
 @dataclass
@@ -68,6 +67,26 @@ class Rows:
         return memory.flatten(0, 1).index_select(0, (rows + first).flatten()).view(*rows.shape, -1)
 
 
+class CachedOutline(Outline):
+    """The outline of a cached sequence, on the CPU; kernels read its borders on their device."""
+
+    def __init__(self, gist: GistConfig | None):
+        super().__init__(gist)
+        self._mirrors: dict[torch.device, list[Growable]] = {}
+        self._longest = [0] * self.levels  # most items behind a gist, as far as the mirrors know
+
+    def ends_on(self, device: torch.device) -> tuple[list[Tensor], list[int]]:
+        """``ends`` of each segment on a device, brought up to date by what came since; and the most items behind one gist."""
+        mirrors = self._mirrors.setdefault(device, [Growable([0], 0, torch.int64, device) for _ in self.ends])
+        for s, (mirror, ends) in enumerate(zip(mirrors, self.ends)):
+            if mirror.length < ends.length:  # gists are never dropped
+                fresh = ends.rows[mirror.length :]
+                width = ends.rows.diff(prepend=ends.rows.new_zeros(1))[mirror.length :]
+                self._longest[s] = max(self._longest[s], int(width.max()))
+                mirror.append(fresh.to(device))
+        return [mirror.memory for mirror in mirrors], self._longest
+
+
 class SequenceCache:
     """The state of one sequence: its outline and, per layer and segment, its keys and values.
 
@@ -78,7 +97,7 @@ class SequenceCache:
     """
 
     def __init__(self, model: ModelConfig, gist: GistConfig | None, dtype: torch.dtype, device: torch.device):
-        self.outline, self.reads = Outline(gist), Reads()
+        self.outline, self.reads = CachedOutline(gist), Reads()
         make = lambda: Rows(model.kv_heads, model.head_dim, dtype, device, self.reads)
         self.layers = [[make() for _ in self.outline.counts] for _ in range(model.layers)]  # [layer][segment]
 

@@ -13,7 +13,7 @@ from unfold.model.decode.cache import SequenceCache
 from unfold.model.decode.prefill import PrefillAttention
 from unfold.model.decode.step import NewTokens, StepAttention
 from unfold.model.gist import GistConfig, select_rule
-from unfold.model.gist.placement import Feed, GistPlacement
+from unfold.model.gist.growing import Feed, GistPlacement, raw_feed
 from unfold.model.transformer import Transformer
 
 PREFILL = 1024  # interleaved tokens read at a time: bounds the memory of a prefill
@@ -56,16 +56,14 @@ class LiveSequence:
     logits: Tensor | None = None
     pending: list[int] = field(default_factory=list)
 
-    def take(self, feed: Feed, recalls: bool) -> range:
+    def take(self, feed: Feed) -> range:
         """Enter what the placement said into the record (not the cache): the places of the new tokens."""
         start = len(self.ids) - feed.drop
-        # Tokens that are read again, now with a gist among them, recall if they did.
-        flags = iter(self.recalls[start:])
         del self.ids[start:], self.level[start:], self.recalls[start:]
         self.cache.drop(feed.drop)
         self.ids += feed.ids
         self.level += feed.level
-        self.recalls += [l < 0 and next(flags, recalls) for l in feed.level]
+        self.recalls += feed.recalls
         return range(start, len(self.ids))
 
 
@@ -111,16 +109,13 @@ class Decoder:
             close: give the end a gist at every level, as before a question; without it the text may simply go on.
         """
         self._begin(sequence, tokens)
-        if self.gist is None:
-            feed = Feed(0, list(tokens), [-1] * len(tokens))
-        else:
-            feed = sequence.placement.push(tokens, close)
-        self._prefill(sequence, feed, self.rule is not None and self.gist.recall == "all")
+        recalls = self.rule is not None and self.gist.recall == "all"
+        self._prefill(sequence, raw_feed(tokens, False) if self.gist is None else sequence.placement.push(tokens, recalls, close))
 
     def read_suffix(self, sequence: LiveSequence, tokens: Sequence[int]) -> None:
         """Read raw tokens after the context, such as a question; they recall unless the configuration's ``recall`` is none."""
         self._begin(sequence, tokens)
-        self._prefill(sequence, self._suffix_feed(sequence, tokens), self.rule is not None)
+        self._prefill(sequence, self._suffix_feed(sequence, tokens))
 
     @torch.no_grad()
     def stream(
@@ -165,34 +160,32 @@ class Decoder:
         for sequence in sequences:
             feed = self._suffix_feed(sequence, sequence.pending)
             sequence.pending = []
-            places = sequence.take(feed, self.rule is not None)
-            sight = sequence.cache.outline.append(torch.tensor(feed.level))
-            batch.append(NewTokens(sequence.cache, sight, sequence.recalls[places.start :]))
+            sequence.take(feed)
+            batch.append(NewTokens(sequence.cache, sequence.cache.outline.append(feed.level, feed.recalls)))
             # A feed that a step reads ends with the token that was chosen last.
             ids += feed.ids
             last.append(len(ids) - 1)
-        position = torch.cat([new.sight.upto[-1] - 1 for new in batch])
+        position = torch.cat([new.sight.position for new in batch])
         hidden = self._run(ids, position, StepAttention(batch, self.rule))
         for sequence, logits in zip(sequences, self.model.head_logits(hidden[last])):
             sequence.logits = logits
 
     def _suffix_feed(self, sequence: LiveSequence, tokens: Sequence[int]) -> Feed:
         if self.gist is None:
-            return Feed(0, list(tokens), [-1] * len(tokens))
-        return sequence.placement.push(tokens) if self.grow else sequence.placement.leave(tokens)
+            return raw_feed(tokens, False)
+        enter = sequence.placement.push if self.grow else sequence.placement.leave
+        return enter(tokens, self.rule is not None)
 
     @torch.no_grad()
-    def _prefill(self, sequence: LiveSequence, feed: Feed, recalls: bool) -> None:
+    def _prefill(self, sequence: LiveSequence, feed: Feed) -> None:
         """Read a feed in runs of PREFILL tokens."""
-        places = sequence.take(feed, recalls)
+        places = sequence.take(feed)
         for start in range(places.start, places.stop, PREFILL):
             run = slice(start, min(start + PREFILL, places.stop))
-            level = torch.tensor(sequence.level[run])
-            sight = sequence.cache.outline.append(level)
-            flags = torch.tensor(sequence.recalls[run])
-            attend = PrefillAttention(sequence.cache, sight, flags, self.rule, self.device)
-            hidden = self._run(sequence.ids[run], sight.upto[-1] - 1, attend)
-            raw = (level < 0).nonzero()[:, 0]
+            sight = sequence.cache.outline.append(sequence.level[run], sequence.recalls[run])
+            attend = PrefillAttention(sequence.cache, sight, self.rule, self.device)
+            hidden = self._run(sequence.ids[run], sight.position, attend)
+            raw = sight.members[-1]
             if len(raw):
                 sequence.logits = self.model.head_logits(hidden[raw[-1]])
 

@@ -16,24 +16,24 @@ from torch import Tensor
 from unfold.kernels.compressed import compressed_attention
 from unfold.kernels.intervals import Intervals
 from unfold.kernels.select import SelectRule
+from unfold.kernels.tree import GistTree
 from unfold.kernels.unfold import recall_queries
 from unfold.model.decode.cache import SequenceCache
-from unfold.model.gist.outline import Sight
+from unfold.model.gist.growing import Outline, Sight, families, recalls_in
 
 DENSE_BLOCK = 128  # queries of dense attention at a time: bounds its mask
 
 
 class PrefillAttention:
-    """The next ``n`` tokens of one sequence attend to its cache; an :data:`unfold.model.attention.Attend` of one row.
+    """The next ``n`` tokens of one sequence attend to its cache; an :data:`unfold.model.visibility.Attend` of one row.
 
     Args:
         cache: the sequence's; its outline holds the tokens already, its layers not yet.
         sight: of the n tokens.
-        recalls: bool [n], which of them unfold chunks.
         rule: how gists are selected; None where nothing recalls.
     """
 
-    def __init__(self, cache: SequenceCache, sight: Sight, recalls: Tensor, rule: SelectRule | None, device: torch.device):
+    def __init__(self, cache: SequenceCache, sight: Sight, rule: SelectRule | None, device: torch.device):
         self.cache, self.sight, self.rule = cache, sight, rule
         if not cache.outline.levels:
             return
@@ -41,23 +41,23 @@ class PrefillAttention:
         self.own = self.own.to(device)
         self.intervals = intervals.to(device)
         self.tree = None
-        if bool(recalls.any()):
-            self.recalling = recalls.nonzero()[:, 0].to(device)
-            self.tree = cache.outline.tree(sight.at(recalls)).to(device)
+        if bool(sight.recalls.any()):
+            self.recalling = sight.recalls.nonzero()[:, 0].to(device)
+            self.tree = whole_tree(cache.outline, sight.at(sight.recalls)).to(device)
             asleep = torch.zeros(1, intervals.tokens, dtype=torch.bool, device=device)
             asleep[0, self.own[self.recalling]] = True
-            self.others = self.intervals.without(asleep)
+            self.forgetting = self.intervals.without(asleep)
 
     def __call__(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [1, n, H, D], k, v [1, n, Hkv, D] -> [1, n, H, D]"""
         self.cache.append(index, self.sight.segment, k[0], v[0])
         if not self.cache.outline.levels:
             return self._dense(index, q)
-        recall = self.tree is not None and index > 0
+        recall = self.tree is not None and recalls_in(index)
         queries = q.new_zeros(1, self.intervals.tokens, *q.shape[2:])
         queries[0, self.own] = q[0]
         near = self._rows(index, self.spans)
-        out = compressed_attention(queries, *near, self.others if recall else self.intervals)[:, self.own]
+        out = compressed_attention(queries, *near, self.forgetting if recall else self.intervals)[:, self.own]
         if recall:
             everything = self._rows(index, [(s, 0, n) for s, n in enumerate(self.cache.outline.counts)])
             out[0, self.recalling], _ = recall_queries(q[0, self.recalling], *everything, self.tree, self.rule)
@@ -117,3 +117,28 @@ def short_sample(sight: Sight) -> tuple[list[tuple[int, int, int]], Tensor, Inte
     lo[0, -1, own], hi[0, -1, own] = width, (width + sight.sinks).int()
     bounds = torch.cat([start, start[-1:] + sinks])[None].int()
     return spans, own, Intervals(rows[None], torch.arange(width)[None], lo, hi, bounds)
+
+
+def whole_tree(outline: Outline, queries: Sight) -> GistTree:
+    """A whole text as the kernels see it, for some recalling tokens.
+
+    One sample whose T tokens are in level-sorted order: the items of segment 0, of segment 1, ..
+    """
+    counts, levels, tokens, sink = torch.tensor(outline.counts), outline.levels, outline.length, outline.sink
+    start = F.pad(counts.cumsum(0), (1, 0))  # [L+2]
+    rows = torch.cat([torch.arange(tokens), start[-2] + torch.arange(sink).clamp(max=outline.counts[-1] - 1)])
+    nothing = torch.zeros(1, levels + 2, tokens, dtype=torch.int32)
+    bounds = torch.cat([start, start[-1:] + sink])[None].int()
+    others = Intervals(rows[None], torch.arange(tokens)[None], nothing, nothing, bounds)
+    lo = torch.cat([torch.zeros_like(queries.tail), queries.lo[-1:], torch.zeros_like(queries.sinks)[None]])
+    hi = torch.cat([queries.hi, queries.sinks[None]])
+    place = start[queries.segment] + queries.number
+    return GistTree(
+        others,
+        *(x[None].int() for x in families(outline.borders, sink, outline.counts)),
+        place,
+        (0, len(place)),
+        *((x + start[:, None]).int() for x in (lo, hi)),
+        (queries.tail + start[:levels, None]).int(),
+        queries.span.int(),
+    )

@@ -11,7 +11,7 @@ from torch import Tensor
 from unfold.kernels.decode import Step, decode_attention
 from unfold.kernels.select import SelectRule
 from unfold.model.decode.cache import SequenceCache
-from unfold.model.gist.outline import Sight
+from unfold.model.gist.growing import Sight, recalls_in
 
 
 @dataclass(frozen=True)
@@ -21,16 +21,14 @@ class NewTokens:
     Attributes:
         cache: the sequence's.
         sight: of the n tokens.
-        recalls: for each token, whether it unfolds chunks.
     """
 
     cache: SequenceCache
     sight: Sight
-    recalls: Sequence[bool]
 
 
 class StepAttention:
-    """Every new token of a batch of sequences attends to its own cache; an :data:`unfold.model.attention.Attend` of one row.
+    """Every new token of a batch of sequences attends to its own cache; an :data:`unfold.model.visibility.Attend` of one row.
 
     Args:
         batch: the sequences; their tokens stand one after another in the row.
@@ -40,17 +38,16 @@ class StepAttention:
     def __init__(self, batch: Sequence[NewTokens], rule: SelectRule | None):
         self.batch, self.rule = batch, rule
         join = lambda name: torch.cat([getattr(new.sight, name) for new in batch], -1)
-        self.caches = [new.cache for new in batch for _ in new.recalls]
-        recalls = torch.tensor([flag for new in batch for flag in new.recalls], dtype=torch.bool)
-        ranges = (join(name) for name in ("lo", "hi", "sinks", "upto", "tail", "span"))
-        self.step = Step([cache.outline for cache in self.caches], *ranges, recalls)
+        self.caches = [new.cache for new in batch for _ in new.sight.recalls]
+        ranges = (join(name) for name in ("lo", "hi", "sinks", "hi", "tail", "span", "recalls"))
+        self.step = Step([cache.outline for cache in self.caches], *ranges)
 
     def __call__(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [1, T, H, D], k, v [1, T, Hkv, D] -> [1, T, H, D]"""
         at = 0
         for new in self.batch:
-            after = at + len(new.recalls)
+            after = at + len(new.sight.recalls)
             new.cache.append(index, new.sight.segment, k[0, at:after], v[0, at:after])
             at = after
-        step = self.step if index > 0 else self.step.forgetting()
+        step = self.step if recalls_in(index) else self.step.forgetting()
         return decode_attention(q[0], [cache.layers[index] for cache in self.caches], step, self.rule)[None]

@@ -1,6 +1,7 @@
 """Where gists go in a sequence, and what follows from it: levels, positions, visible sets (docs/method.md#where-gists-go)."""
 
 from unfold.model.config import GistConfig
+from unfold.model.gist.growing import recalls_in
 from unfold.model.gist.insertion import Interleaved, interleave, max_interleaved_length
 from unfold.model.gist.layout import Layout, build_layout
 from unfold.model.gist.recall import Recall, build_recall, recalling_tokens, select_rule
@@ -15,5 +16,6 @@ __all__ = [
     "interleave",
     "max_interleaved_length",
     "recalling_tokens",
+    "recalls_in",
     "select_rule",
 ]

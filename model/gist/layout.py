@@ -50,18 +50,19 @@ class Layout:
         return Layout(move(self.level), move(self.doc), move(self.position), self.intervals.to(device))
 
 
-def build_layout(level: Tensor, doc: Tensor, config: GistConfig) -> Layout:
+def build_layout(level: Tensor, doc: Tensor, config: GistConfig | None) -> Layout:
     """Derive the layout of a micro-batch.
 
     Args:
         level: [B, T] int, -1 raw, 0 .. L-1 gist.
         doc: [B, T] int, document of each token, consecutive tokens of one document equal; -1 is padding.
-        config: chunk sizes (their number is the number of levels), sink, n_prev.
+        config: chunk sizes (their number is the number of levels), sink, n_prev; None for raw tokens of a dense model.
 
     Returns:
         The layout, on the device of ``level``.
     """
     batch, tokens = level.shape
+    config = config or GistConfig((tokens + 1,))  # dense attention needs documents and positions: any sizes yield them
     levels = len(config.chunk_sizes)
     device = level.device
     # int32 throughout: counts stay below 2^31 and half the memory traffic halves the time on CPU.

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .gist_sequence import GistSequence, GistSettings, Rows, Sight
-from .own_kernels import Sample
+from unfold.model.gist.growing import Sight, children, recalls_in
+
+from .gist_sequence import GistSequence, GistSettings, SegmentRows
+from .own_kernels import WholeSequence
 
 BLOCK = 64  # queries at a time
 
@@ -48,11 +50,11 @@ class GistPass:
     def __init__(self, parts: Sequence[tuple[GistSequence, Sight]], kernels: SimpleNamespace | None, keep: bool):
         self.parts, self.keep = parts, keep
         whole = lambda sight: kernels is not None and not any(sight.start)
-        self.samples = [Sample(kernels, sight, seq.settings) if whole(sight) else None for seq, sight in parts]
+        self.samples = [WholeSequence(kernels, sight, seq.settings) if whole(sight) else None for seq, sight in parts]
 
     def attend(self, index: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """Attention of layer ``index``. q [H, N, D], k, v [Hkv, N, D], rotary applied -> [H, N, D]"""
-        out, at = [], 0
+        out, at, recall = [], 0, recalls_in(index)
         for (sequence, sight), sample in zip(self.parts, self.samples):
             new = slice(at, at := at + len(sight.recalls))
             own = [x[:, new] for x in (q, k, v)]
@@ -60,13 +62,13 @@ class GistPass:
             if self.keep or not by_kernels:
                 keep_rows(sequence.layer(index), sight, *own[1:])
             if by_kernels:
-                out.append(sample.attend(*own, scale, recall=index > 0))
+                out.append(sample.attend(*own, scale, recall))
             else:
-                out.append(attend_sequence(own[0], sequence.layer(index), sight, sequence.settings, scale, recall=index > 0))
+                out.append(attend_sequence(own[0], sequence.layer(index), sight, sequence.settings, scale, recall))
         return torch.cat(out, 1)
 
 
-def keep_rows(layer: list[Rows], sight: Sight, k: Tensor, v: Tensor) -> None:
+def keep_rows(layer: list[SegmentRows], sight: Sight, k: Tensor, v: Tensor) -> None:
     """Put the new tokens' keys and values [Hkv, n, D] into their segments."""
     for rows, start, members in zip(layer, sight.start, sight.members):
         if len(members):
@@ -75,7 +77,7 @@ def keep_rows(layer: list[Rows], sight: Sight, k: Tensor, v: Tensor) -> None:
 
 
 def attend_sequence(
-    q: Tensor, layer: list[Rows], sight: Sight, settings: GistSettings, scale: float, recall: bool, block: int = BLOCK
+    q: Tensor, layer: list[SegmentRows], sight: Sight, settings: GistSettings, scale: float, recall: bool, block: int = BLOCK
 ) -> Tensor:
     """Attention of one sequence's new tokens over all its rows.
 
@@ -85,7 +87,7 @@ def attend_sequence(
         sight: of the n tokens.
         settings: budget and sharing of the selection.
         scale: factor on the scores.
-        recall: whether tokens recall in this layer: in the first one gists hold nothing of their own yet.
+        recall: whether tokens recall in this layer.
         block: queries at a time.
 
     Returns:
@@ -107,7 +109,7 @@ def attend_sequence(
     return torch.cat(out, 2).index_select(2, inverse).flatten(0, 1).to(q.dtype)
 
 
-def _softmax_over(q: Tensor, layer: list[Rows], columns: list[Columns], scale: float) -> Tensor:
+def _softmax_over(q: Tensor, layer: list[SegmentRows], columns: list[Columns], scale: float) -> Tensor:
     """One softmax over the rows of all columns. q: [Hkv, r, n, D] -> same."""
     n, device = q.shape[2], q.device
     mask = torch.cat([c.mask.expand(q.shape[0], n, -1) for c in columns], 2)[:, None].to(device)  # [Hkv, 1, n, W]
@@ -134,7 +136,7 @@ def _between(segment: int, lo: Tensor, hi: Tensor) -> list[Columns]:
 
 
 def _ranges(
-    q: Tensor, layer: list[Rows], sight: Sight, at: Tensor, settings: GistSettings, scale: float, first: int = 0
+    q: Tensor, layer: list[SegmentRows], sight: Sight, at: Tensor, settings: GistSettings, scale: float, first: int = 0
 ) -> list[Columns]:
     """What tokens ``at`` see while forgetting, in segments from ``first`` on, and the sinks."""
     lo, hi, sinks = sight.lo[:, at], sight.hi[:, at], sight.sinks[at]
@@ -144,7 +146,7 @@ def _ranges(
 
 @torch.no_grad()
 def _unfolded(
-    q: Tensor, layer: list[Rows], sight: Sight, at: Tensor, settings: GistSettings, scale: float
+    q: Tensor, layer: list[SegmentRows], sight: Sight, at: Tensor, settings: GistSettings, scale: float
 ) -> list[Columns]:
     """What tokens ``at`` see when they recall: selected gists, the raw tokens behind them, their window, the sinks.
 
@@ -159,9 +161,9 @@ def _unfolded(
     chosen = torch.zeros(0, dtype=torch.bool, device=device)  # [Hkv, heads, n, parents], by whom
     for s in range(levels):
         tail, end = sight.tail[s, at], hi[s]
-        children = _members(*sight.children(s - 1, parents, settings.sink))[0] if s else parents
+        below = _members(*children(sight.ends, settings.sink, s - 1, parents))[0] if s else parents
         open_ones = torch.arange(int(tail.min()), int(end.max()), device=device)
-        rows = torch.cat([children[children < tail.min()], open_ones])  # ascending, so that of equal scores the earlier wins
+        rows = torch.cat([below[below < tail.min()], open_ones])  # ascending, so that of equal scores the earlier wins
         if not len(rows):
             continue
         candidates = ((rows >= tail[:, None]) & (rows < end[:, None]))[None, None]  # [1, 1, n, W]
@@ -179,7 +181,7 @@ def _unfolded(
         columns.append(Columns(s, parents, chosen.any(1)))
     window = sight.lo[-1, at]
     if len(parents):
-        raw, owner = _members(*sight.children(levels - 1, parents, settings.sink))
+        raw, owner = _members(*children(sight.ends, settings.sink, levels - 1, parents))
         # A chunk lies in a query's window entirely or not at all: the window begins where a chunk does.
         columns.append(Columns(levels, raw, chosen.any(1)[..., owner] & (raw < window[:, None])))
     return columns + _ranges(q, layer, sight, at, settings, scale, first=levels)

@@ -1,8 +1,4 @@
-"""Where the gists of a growing sequence go, and what each of its tokens may read. Shipped with exports; needs torch alone.
-
-A sequence is fed raw tokens; gists are put among them as its chunks close, so that a whole text has them where training
-puts them. Its items are numbered per *segment*: 0 holds the gists of the top level, L - 1 those of level 0, L the raw tokens.
-"""
+"""One sequence of an exported model: what it reads and has read, keys and values. Shipped with exports; needs torch alone."""
 
 from __future__ import annotations
 
@@ -14,6 +10,8 @@ from math import prod
 
 import torch
 from torch import Tensor
+
+from unfold.model.gist.growing import Feed, GistPlacement, Outline, Sight
 
 
 @dataclass(frozen=True)
@@ -89,55 +87,7 @@ def unpack_word_starts(text: str) -> bytes:
     return bytes(((packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).flatten().tolist())
 
 
-@dataclass(frozen=True)
-class Feed:
-    """What a sequence reads next.
-
-    Attributes:
-        drop: raw tokens at its end that are read again, now with a gist among them.
-        ids, level, recalls: of the tokens to read: vocabulary id, level (-1 is raw), whether it unfolds chunks.
-    """
-
-    drop: int
-    ids: list[int]
-    level: list[int]
-    recalls: list[bool]
-
-
-@dataclass(frozen=True)
-class Sight:
-    """What ``n`` new tokens of a sequence may read, in item numbers per segment. Tensors on the model's input device.
-
-    Attributes:
-        members: for each segment which of the new tokens are its items, [m] int64.
-        start: for each segment the number of its first new item.
-        ends: for each gist segment, how many items of the segment below stand before each gist, [gists] int64.
-        lo, hi: [L + 1, n] int64, what a token sees while forgetting; empty where equal. hi is also the number of items up to
-            and including the token.
-        sinks: [n] int64, first raw tokens that it sees beside its raw range.
-        tail: [L, n] int64, the first gist whose parent is not closed yet.
-        recalls: [n] bool.
-        position: [n] int64, rotary position.
-    """
-
-    members: list[Tensor]
-    start: list[int]
-    ends: list[Tensor]
-    lo: Tensor
-    hi: Tensor
-    sinks: Tensor
-    tail: Tensor
-    recalls: Tensor
-    position: Tensor
-
-    def children(self, segment: int, gists: Tensor, sink: int) -> tuple[Tensor, Tensor]:
-        """Items ``[lo, hi)`` of the segment below that gists closed, two [m] int64; sinks are nobody's children."""
-        ends = self.ends[segment]
-        lo, hi = ends[(gists - 1).clamp(min=0)] * (gists > 0), ends[gists]
-        return (lo.clamp(min=sink).minimum(hi), hi) if segment == len(self.ends) - 1 else (lo, hi)
-
-
-class Rows:
+class SegmentRows:
     """Keys and values of one segment in one layer, in memory that doubles when it is full: two [Hkv, n, D]."""
 
     def __init__(self):
@@ -165,41 +115,34 @@ class Rows:
         memory[:, at:end] = rows
         return memory
 
-    def copy(self) -> Rows:
-        other = Rows()
+    def copy(self) -> SegmentRows:
+        other = SegmentRows()
         if self.keys is not None:
             other.keys, other.values = self.keys.clone(), self.values.clone()
         return other
 
 
 class GistSequence:
-    """One growing sequence: its open groups, the borders of the closed ones, and every layer's keys and values."""
+    """One growing sequence: where its gists go, its outline, and every layer's keys and values."""
 
     def __init__(self, settings: GistSettings, device: torch.device):
         self.settings, self.device = settings, device
-        self.word_starts = unpack_word_starts(settings.word_starts)
-        levels = settings.levels
-        self.counts = [0] * (levels + 1)  # items of each segment
-        self.ends = [torch.zeros(0, dtype=torch.int64, device=device) for _ in range(levels)]
-        self.layers: dict[int, list[Rows]] = {}
-        self.chunk: list[int] = []  # raw tokens since the last level-0 gist, and which of them recall
-        self.chunk_recalls: list[bool] = []
-        self.open = [0] * levels  # at l > 0: gists of level l - 1 since the last one of level l
-        self.sinks_left = settings.sink  # sinks that the open chunk holds or will hold: they do not count
+        self.placement = GistPlacement(settings, unpack_word_starts(settings.word_starts), settings.token_ids)
+        self.outline = Outline(settings, device)
+        self.layers: dict[int, list[SegmentRows]] = {}
         self.closed_at: int | None = None  # raw tokens before which the context was closed on purpose
 
     def copy(self) -> GistSequence:
         """A sequence that goes on independently."""
         other = GistSequence.__new__(GistSequence)
         other.__dict__.update(self.__dict__)
-        for name in ("counts", "ends", "chunk", "chunk_recalls", "open"):
-            setattr(other, name, list(getattr(self, name)))
+        other.placement, other.outline = self.placement.copy(), self.outline.copy()
         other.layers = {index: [rows.copy() for rows in layer] for index, layer in self.layers.items()}
         return other
 
-    def layer(self, index: int) -> list[Rows]:
+    def layer(self, index: int) -> list[SegmentRows]:
         """Keys and values of a layer, by segment."""
-        return self.layers.setdefault(index, [Rows() for _ in self.counts])
+        return self.layers.setdefault(index, [SegmentRows() for _ in self.outline.counts])
 
     def read(self, tokens: list[int], query_start: int | None, grow: bool | None) -> Feed:
         """Enter raw tokens; they are to be read by the model as the result says.
@@ -213,11 +156,12 @@ class GistSequence:
         Raises:
             ValueError: the context would end among tokens that were read before.
         """
-        recall, before = self.settings.recall, self.counts[-1]
+        recall, before = self.settings.recall, self.outline.counts[-1]
         if query_start is None:
             suffix = before > 0
             grow = self.closed_at is None if grow is None else grow
-            return self._push(tokens, recall == "all" or (suffix and recall != "none"), grow or not suffix)
+            enter = self.placement.push if grow or not suffix else self.placement.leave
+            return enter(tokens, recall == "all" or (suffix and recall != "none"))
         if before > query_start and self.closed_at != query_start:
             raise ValueError(
                 f"gist_query_start: {query_start}, but {before} tokens were read already and the context was "
@@ -225,108 +169,18 @@ class GistSequence:
             )
         cut = min(max(query_start - before, 0), len(tokens))
         ends = before + cut == query_start and self.closed_at != query_start
-        context, suffix = Feed(0, [], [], []), Feed(0, [], [], [])
+        feed = Feed()
         if cut or ends:
-            context = self._push(tokens[:cut], recall == "all", True, close=ends)
+            feed = self.placement.push(tokens[:cut], recall == "all", close=ends)
         if ends:
             self.closed_at = query_start
         if cut < len(tokens):
-            suffix = self._push(tokens[cut:], recall != "none", bool(grow))
-        # A closed context leaves no open chunk, of which the suffix could drop anything: one of the two drops nothing.
-        parts = (a + b for a, b in zip(_lists(context), _lists(suffix)))
-        return Feed(context.drop + suffix.drop, *parts)
-
-    def _push(self, tokens: list[int], recalls: bool, fold: bool, close: bool = False) -> Feed:
-        """Append raw tokens, with gists if ``fold``; with ``close`` they end a context."""
-        known, flags = self.chunk + tokens, self.chunk_recalls + [recalls] * len(tokens)
-        read = len(self.chunk)  # of ``known``; what was read before
-        self.chunk, self.chunk_recalls = known, flags
-        if not fold:
-            return Feed(0, tokens, [-1] * len(tokens), flags[read:])
-        drop, begin, ids, level = 0, 0, [], []
-        while (end := self._chunk_end(known, begin, close)) is not None:
-            if end < read:
-                drop, read = read - end, end
-            ids += known[read:end]
-            level += [-1] * (end - read)
-            self.sinks_left = max(0, self.sinks_left - (end - begin))
-            read = begin = end
-            self._close(ids, level)
-        ids += known[read:]
-        level += [-1] * (len(known) - read)
-        raw = iter(flags[len(flags) - level.count(-1) :])
-        self.chunk, self.chunk_recalls = known[begin:], flags[begin:]
-        if close:
-            self._close_everything(ids, level)
-        return Feed(drop, ids, level, [l < 0 and next(raw) for l in level])
-
-    def _chunk_end(self, known: list[int], begin: int, close: bool) -> int | None:
-        """Where the chunk that begins at ``begin`` closes; None if it is cut short, or if its end depends on tokens to come."""
-        size = self.settings.chunk_sizes[0]
-        due = begin + self.sinks_left + size
-        if due > len(known):
-            return None
-        for end in range(due, due + size // 2 + 1):
-            if end == len(known):
-                return due if close else None
-            if self.word_starts[known[end]]:
-                return end
-        return due
-
-    def _close(self, ids: list[int], level: list[int]) -> None:
-        """A level-0 gist, and one of every level whose group it completes."""
-        for l, gist in enumerate(self.settings.token_ids):
-            ids.append(gist)
-            level.append(l)
-            if l + 1 == len(self.open):
-                return
-            self.open[l + 1] += 1
-            if self.open[l + 1] < self.settings.chunk_sizes[l + 1]:
-                return
-            self.open[l + 1] = 0
-
-    def _close_everything(self, ids: list[int], level: list[int]) -> None:
-        """A gist at every level that was not just closed."""
-        for l, gist in enumerate(self.settings.token_ids):
-            if self.chunk if l == 0 else self.open[l]:
-                ids.append(gist)
-                level.append(l)
-                if l + 1 < len(self.open):
-                    self.open[l + 1] += 1
-            self.open[l] = 0
-        self.sinks_left = max(0, self.sinks_left - len(self.chunk))
-        self.chunk, self.chunk_recalls = [], []
+            # A closed context leaves no open chunk, of which the suffix could drop anything: one of the two drops nothing.
+            enter = self.placement.push if grow else self.placement.leave
+            feed = feed.then(enter(tokens[cut:], recall != "none"))
+        return feed
 
     def append(self, feed: Feed) -> Sight:
         """Enter what is read: borders and counts; keys and values follow layer by layer."""
-        levels = len(self.ends)
-        self.counts[-1] -= feed.drop
-        start = list(self.counts)
-        segments = torch.arange(levels + 1, device=self.device)[:, None]
-        level = torch.tensor(feed.level, dtype=torch.int64, device=self.device)
-        member = segments == levels - 1 - level  # [L+1, n]
-        hi = member.cumsum(1) + torch.tensor(start, device=self.device)[:, None]
-        before = hi - member.long()
-        members = [which.nonzero()[:, 0] for which in member]
-        lo, tail = torch.zeros_like(hi), torch.zeros_like(hi[:-1])
-        for s in range(levels):
-            if len(members[s]):
-                self.ends[s] = torch.cat([self.ends[s], hi[s + 1][members[s]]])
-            # The window below begins where the group ended that lies n_prev groups before the token's own.
-            lo[s + 1] = _end_of(self.ends[s], before[s] - self.settings.n_prev - 1)
-            if s + 1 < levels:
-                tail[s + 1] = _end_of(self.ends[s], before[s] - 1)
-        lo = torch.where(segments <= levels - level, lo, hi)  # a token of level q sees levels q - 1 and up
-        self.counts = [at + len(which) for at, which in zip(start, members)]
-        sinks = lo[-1].clamp(max=self.settings.sink)
-        recalls = torch.tensor(feed.recalls, dtype=torch.bool, device=self.device)
-        return Sight(members, start, list(self.ends), lo, hi, sinks, tail, recalls, hi[-1] - 1)
-
-
-def _lists(feed: Feed) -> tuple[list[int], list[int], list[bool]]:
-    return feed.ids, feed.level, feed.recalls
-
-
-def _end_of(ends: Tensor, gist: Tensor) -> Tensor:
-    """[n]: the end of what each gist closed; 0 for those before the first."""
-    return ends[gist.clamp(min=0)] * (gist >= 0) if len(ends) else torch.zeros_like(gist)
+        self.outline.drop(feed.drop)
+        return self.outline.append(feed.level, feed.recalls)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from unfold.model.config import ModelConfig, RopeScaling, raise_together
+from unfold.model.config import ModelConfig, RopeScaling
 from unfold.model.families import FAMILIES, Family, find_family
+from unfold.model.settings import raise_together
 
 # Parameters of a rotary type: their key -> ours. What is not in here is refused on import unless it says nothing.
 ROPE_KEYS = {

@@ -17,6 +17,9 @@ from transformers.generation.logits_process import SuppressTokensLogitsProcessor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import AttentionInterface
 
+# transformers 4.57 copies the files that this one imports, and not those that they import.
+from unfold.model.gist.growing import Sight
+
 from .gist_attention import GistPass
 from .gist_sequence import GistSequence, GistSettings
 from .own_kernels import find_kernels
@@ -197,7 +200,9 @@ class GistForCausalLM:
         settings = GistSettings.of(self.config)
         return GistCache([GistSequence(settings, input_ids.device) for _ in input_ids])
 
-    def _read(self, cache: GistCache, input_ids: Tensor, real: Tensor, first: Tensor, query_start, grow: bool | None):
+    def _read(
+        self, cache: GistCache, input_ids: Tensor, real: Tensor, first: Tensor, query_start, grow: bool | None
+    ) -> tuple[list[tuple[GistSequence, Sight]], list[int], Tensor]:
         """Enter the new raw tokens into the sequences of the cache; documents after the first of a row get their own.
 
         Returns:

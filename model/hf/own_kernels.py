@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .gist_sequence import GistSettings, Sight
+from unfold.model.gist.growing import Sight, families
+
+from .gist_sequence import GistSettings
 
 # What this file fills in: other fields are another interface.
 INTERVALS = ("rows", "row_of", "lo", "hi", "segment_start", "plans")
@@ -44,7 +46,7 @@ def find_kernels() -> SimpleNamespace | None:
     )
 
 
-class Sample:
+class WholeSequence:
     """One sequence from its start as a sample for the kernels.
 
     Args:
@@ -55,7 +57,8 @@ class Sample:
 
     def __init__(self, kernels: SimpleNamespace, sight: Sight, settings: GistSettings):
         self.kernels, self.settings = kernels, settings
-        counts = torch.tensor([len(which) for which in sight.members], device=sight.lo.device)
+        self.counts = [len(which) for which in sight.members]
+        counts = torch.tensor(self.counts, device=sight.lo.device)
         start = F.pad(counts.cumsum(0), (1, 0))  # [L+2] first row of each segment: gists from the top, raw tokens, sinks
         tokens, sink = int(start[-1]), settings.sink
         rows = torch.cat(sight.members)
@@ -76,24 +79,14 @@ class Sample:
     def _tree(self, sight: Sight, start: Tensor, lo: Tensor, hi: Tensor):
         """What lies behind each gist, and the recalling queries."""
         levels, at = self.settings.levels, self.recalling
-        tokens = int(start[-1])
-        child_lo, child_hi = torch.zeros(2, tokens, dtype=torch.int64, device=at.device)
-        parent = torch.full_like(child_lo, -1)
-        for s in range(levels):
-            gists, below = slice(start[s], start[s + 1]), slice(start[s + 1], start[s + 2])
-            first, last = sight.children(s, torch.arange(len(sight.ends[s]), device=at.device), self.settings.sink)
-            child_lo[gists], child_hi[gists] = first + start[s + 1], last + start[s + 1]
-            items = torch.arange(len(sight.members[s + 1]), device=at.device)
-            above = torch.searchsorted(sight.ends[s], items, right=True)
-            parent[below] = torch.where(above < len(sight.ends[s]), above + start[s], -1)
         lo, hi = lo[:, at], hi[:, at]
         lo[:levels] = start[:levels, None]  # every gist before the query, not only those that it sees while forgetting
         return self.kernels.GistTree(
             self.intervals.without(sight.recalls[None]),
-            *(x[None].int() for x in (child_lo, child_hi, parent)),
+            *(x[None].int() for x in families(sight.ends, self.settings.sink, self.counts)),
             at,
             (0, len(at)),
-            *(x.int() for x in (lo, hi, sight.tail[:, at] + start[:levels, None], sight.hi[:, at].sum(0))),
+            *(x.int() for x in (lo, hi, sight.tail[:, at] + start[:levels, None], sight.span[at])),
         )
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, recall: bool) -> Tensor:

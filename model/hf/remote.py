@@ -10,14 +10,17 @@ import numpy as np
 import torch
 
 from unfold.model.config import GistConfig
+from unfold.model.gist import growing
 from unfold.model.hf.gist_sequence import GistSettings, pack_word_starts
 
 FILES = ("modeling_gist.py", "gist_attention.py", "own_kernels.py", "gist_sequence.py")
 
 
 def remote_code_files() -> dict[str, str]:
-    """File name -> content, to be written beside config.json."""
-    return {name: Path(__file__).with_name(name).read_text() for name in FILES}
+    """File name -> content, to be written beside config.json, where they find one another by relative imports."""
+    files = {name: Path(__file__).with_name(name).read_text() for name in FILES}
+    files["growing.py"] = Path(growing.__file__).read_text()
+    return {name: text.replace(f"from {growing.__name__} import", "from .growing import") for name, text in files.items()}
 
 
 def config_entries(

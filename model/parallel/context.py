@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from unfold.kernels.tree import GistTree
-from unfold.model.gist import Layout, Recall
+from unfold.model.gist import Layout, Recall, recalls_in
 from unfold.model.parallel.recall import RecallPlan, make_recall_plan, recall_over_ranks
 from unfold.model.parallel.rows import Exports, Kept, seen_by_part, take
 from unfold.model.parallel.tensor import gather_sequence
@@ -72,10 +72,10 @@ class ContextParallel:
     def gather(self, keys_values: Tensor, exports: Exports) -> Tensor:
         """This rank's keys and values [B, T / n, 2 Hkv, D] and after them the ranks' exports: [B, T / n + n E, 2 Hkv, D]."""
         exported = take(keys_values, exports.exported)
-        others, traffic = self.group.size() - 1, self.traffic
+        peers, traffic = self.group.size() - 1, self.traffic
         traffic.exchanges += 1
-        traffic.sent += others * exported.numel() * exported.element_size()
-        traffic.whole += others * keys_values.numel() * keys_values.element_size()
+        traffic.sent += peers * exported.numel() * exported.element_size()
+        traffic.whole += peers * keys_values.numel() * keys_values.element_size()
         received = gather_sequence(exported[None], self.group)  # [n, B, E, 2 Hkv, D]
         return torch.cat([keys_values, received.transpose(0, 1).flatten(1, 2)], 1)
 
@@ -103,7 +103,7 @@ class ContextAttention:
             whole = self.make(self.layout, self.recall)
             return DistributedAttention(lambda *qkv: whole(index, *qkv), self.context.group)(q, k, v, 0)
         keys_values = torch.cat([k, v], 2)  # [B, T / n, 2 Hkv, D]
-        if self.recall is not None and index > 0:
+        if self.recall is not None and recalls_in(index):
             return self._with_recall(index, q, keys_values)
         plan = self.context.plan(self.layout)
         pool = self.context.gather(keys_values, plan.exports)

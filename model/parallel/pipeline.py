@@ -15,12 +15,11 @@ import torch
 from deepspeed.pipe import LayerSpec, TiedLayerSpec
 from torch import Tensor, nn
 
-from unfold.model.attention import Attend, MicroBatchAttention
 from unfold.model.config import GistConfig, ModelConfig
 from unfold.model.gist import Recall, build_layout
 from unfold.model.layers import BuildContext, RMSNorm, Rotary
-from unfold.model.parallel.context import ContextAttention
-from unfold.model.transformer import Embedding, Layer, MicroBatch, token_loss_sum
+from unfold.model.transformer import Embedding, Layer, token_loss_sum
+from unfold.model.visibility import Attend, MicroBatch, attention_for
 
 TIED = "embedding"  # key of the weight that the first and the last stage share
 
@@ -28,11 +27,11 @@ TIED = "embedding"  # key of the weight that the first and the last stage share
 class StageAttention:
     """What the layers of one stage share: rotary factors and who sees whom, remade for each micro-batch."""
 
-    def __init__(self, config: ModelConfig, gist: GistConfig, build: BuildContext):
+    def __init__(self, config: ModelConfig, gist: GistConfig | None, build: BuildContext):
         self._config, self._gist, self._build = config, gist, build
         self._last: tuple[Tensor, Rotary, Attend] | None = None
 
-    def of(self, structure: Tensor) -> tuple[Rotary, Attend]:
+    def for_micro_batch(self, structure: Tensor) -> tuple[Rotary, Attend]:
         """structure: [3, B, T] int32, level, document and whether it recalls (see :func:`stage_inputs`)."""
         if self._last is None or self._last[0] is not structure:
             self._last = (structure, *self._make(structure))
@@ -42,10 +41,9 @@ class StageAttention:
         level, doc, recalling = structure
         layout = build_layout(level, doc, self._gist)
         recall = Recall.of(layout, self._gist, recalling > 0) if recalling.any() else None
-        make, context = partial(MicroBatchAttention, self._config.attention), self._build.context
-        if context is None:
-            return Rotary.of(layout.position, self._config), make(layout, recall)
-        return Rotary.of(context.part(layout.position, 1), self._config), ContextAttention(context, make, layout, recall)
+        context = self._build.context
+        position = context.part(layout.position, 1) if context else layout.position
+        return Rotary.of(position, self._config), attention_for(self._config.attention, layout, recall, context)
 
 
 class EmbeddingStage(Embedding):
@@ -66,7 +64,7 @@ class LayerStage(Layer):
 
     def forward(self, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         x, structure = inputs
-        return super().forward(x, *self._shared.of(structure)), structure
+        return super().forward(x, *self._shared.for_micro_batch(structure)), structure
 
 
 class FinalNormStage(RMSNorm):
@@ -91,7 +89,7 @@ def _tied_head(embedding: EmbeddingStage, x: Tensor) -> tuple[Tensor, Tensor]:
     return x, embedding.weight
 
 
-def layer_specs(config: ModelConfig, gist: GistConfig, build: BuildContext) -> list[LayerSpec]:
+def layer_specs(config: ModelConfig, gist: GistConfig | None, build: BuildContext) -> list[LayerSpec]:
     """The model's layers, to be spread over stages by the type :class:`LayerStage`."""
     shared = StageAttention(config, gist, build)
     layers = [LayerSpec(LayerStage, config, build, i, shared) for i in range(config.layers)]

@@ -1,24 +1,45 @@
-"""Linear layers and embedding over the tensor-parallel group, with or without sequence parallelism, on CPU and CUDA.
+"""Linear layers, embedding and loss over the tensor-parallel group, with or without sequence parallelism, on CPU and CUDA.
 
 megatron-core's layers hold the weights; their own sequence parallelism works on CUDA only, so what crosses ranks is done
 here. Under sequence parallelism the residual stream is split over the group along the sequence (dimension 0): a column
 layer gathers it, a row layer scatters the sum, and backward does the transpose of each.
+
+The group is the one that is handed in, never megatron-core's global one, and nothing is sent in a group of one: so a process that
+shares no layer needs no torch.distributed (:class:`Alone`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
     copy_to_tensor_model_parallel_region,
+    gather_from_tensor_model_parallel_region,
     linear_with_grad_accumulation_and_async_allreduce,
     reduce_from_tensor_model_parallel_region,
 )
+from megatron.core.tensor_parallel.cross_entropy import VocabParallelCrossEntropy
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+
+class Alone:
+    """The group of a process that shares nothing: what is asked of a ProcessGroup here, without torch.distributed."""
+
+    def size(self) -> int:
+        return 1
+
+    def rank(self) -> int:
+        return 0
+
+
+Group = ProcessGroup | Alone
 
 
 def _all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
@@ -33,59 +54,59 @@ def _reduce_scatter(x: Tensor, group: ProcessGroup) -> Tensor:
     return out
 
 
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _all_gather(x, group)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return _reduce_scatter(grad, ctx.group), None
+def _own_part(x: Tensor, group: ProcessGroup) -> Tensor:
+    return x.chunk(group.size())[group.rank()].contiguous()
 
 
-class _ScatterSum(torch.autograd.Function):
+class _Exchange(torch.autograd.Function):
+    """One way of exchanging the parts of a sequence forward, its transpose backward."""
+
     @staticmethod
-    def forward(ctx, x: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _reduce_scatter(x, group)
+    def forward(ctx, x: Tensor, group: ProcessGroup, there: Callable, back: Callable) -> Tensor:
+        ctx.group, ctx.back = group, back
+        return there(x, group)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return _all_gather(grad, ctx.group), None
-
-
-class _Split(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.group = group
-        return x.chunk(group.size())[group.rank()].contiguous()
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return _all_gather(grad, ctx.group), None
+        return ctx.back(grad, ctx.group), None, None, None
 
 
 def gather_sequence(x: Tensor, group: ProcessGroup) -> Tensor:
     """[T / n, ..] -> [T, ..], all ranks' parts; backward sums the ranks' gradients and keeps this rank's part."""
-    return _Gather.apply(x, group)
+    return _Exchange.apply(x, group, _all_gather, _reduce_scatter)
 
 
 def scatter_sum_sequence(x: Tensor, group: ProcessGroup) -> Tensor:
     """[T, ..] -> [T / n, ..], this rank's part of the sum over ranks; backward gathers."""
-    return _ScatterSum.apply(x, group)
+    return _Exchange.apply(x, group, _reduce_scatter, _all_gather)
 
 
 def split_sequence(x: Tensor, group: ProcessGroup) -> Tensor:
     """[T, ..], equal on all ranks -> [T / n, ..], this rank's part; backward gathers."""
-    return _Split.apply(x, group)
+    return _Exchange.apply(x, group, _own_part, _all_gather)
+
+
+def copy_to_group(x: Tensor, group: Group) -> Tensor:
+    """What all ranks have alike and each uses for a part of its own: backward sums their gradients."""
+    return x if group.size() == 1 else copy_to_tensor_model_parallel_region(x, group=group)
+
+
+def sum_over_group(x: Tensor, group: Group) -> Tensor:
+    """The sum of the ranks' tensors; backward hands the gradient on."""
+    return x if group.size() == 1 else reduce_from_tensor_model_parallel_region(x, group=group)
+
+
+def gather_outputs(x: Tensor, group: Group) -> Tensor:
+    """[.., outputs / n] -> [.., outputs], all ranks' parts."""
+    return x if group.size() == 1 else gather_from_tensor_model_parallel_region(x, group=group)
 
 
 class ColumnLinear(ColumnParallelLinear):
     """A linear layer with its outputs, and its bias where it has one, split over the group."""
 
-    def __init__(self, *args, sequence_split: bool, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args, tp_group: Group, sequence_split: bool, **kwargs):
+        super().__init__(*args, tp_group=tp_group, **kwargs)
+        self.tp_group = tp_group  # megatron-core drops it where torch.distributed is not in use
         self.sequence_split = sequence_split
 
     def forward(self, x: Tensor) -> Tensor:
@@ -96,7 +117,7 @@ class ColumnLinear(ColumnParallelLinear):
 
 
 def column_product(
-    x: Tensor, weight: Tensor, group: ProcessGroup, input_is_gathered: bool, bias: Tensor | None = None
+    x: Tensor, weight: Tensor, group: Group, input_is_gathered: bool, bias: Tensor | None = None
 ) -> Tensor:
     """x [.., inputs], equal on all ranks, times this rank's rows of a weight, plus its bias -> [.., outputs / n].
 
@@ -109,8 +130,9 @@ def column_product(
 class RowLinear(RowParallelLinear):
     """A linear layer with its inputs split over the group; outputs are summed, the bias is whole on every rank."""
 
-    def __init__(self, *args, sequence_split: bool, **kwargs):
-        super().__init__(*args, input_is_parallel=True, skip_bias_add=False, **kwargs)
+    def __init__(self, *args, tp_group: Group, sequence_split: bool, **kwargs):
+        super().__init__(*args, input_is_parallel=True, skip_bias_add=False, tp_group=tp_group, **kwargs)
+        self.tp_group = tp_group
         self.sequence_split = sequence_split
 
     def forward(self, x: Tensor) -> Tensor:
@@ -122,20 +144,56 @@ class RowLinear(RowParallelLinear):
         if self.sequence_split:
             out = scatter_sum_sequence(partial, self.tp_group)
             if bias is not None:  # added to each rank's part of the sequence: their gradients are summed
-                bias = copy_to_tensor_model_parallel_region(bias, group=self.tp_group)
+                bias = copy_to_group(bias, self.tp_group)
         else:
-            out = reduce_from_tensor_model_parallel_region(partial, group=self.tp_group)
+            out = sum_over_group(partial, self.tp_group)
         return out if bias is None else out + bias
 
 
 class VocabularyEmbedding(VocabParallelEmbedding):
     """Token embedding with the vocabulary split over the group."""
 
-    def __init__(self, *args, sequence_split: bool, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args, tp_group: Group, sequence_split: bool, **kwargs):
+        super().__init__(*args, tp_group=tp_group, **kwargs)
+        self.tp_group = tp_group
         self.sequence_split = sequence_split
 
     def forward(self, ids: Tensor) -> Tensor:
         """[B, T] int64 -> [T, B, hidden] (T / n under sequence parallelism)"""
-        x = super().forward(ids).transpose(0, 1).contiguous()
+        x = F.embedding(ids, self.weight) if self.tp_group.size() == 1 else super().forward(ids)
+        x = x.transpose(0, 1).contiguous()
         return split_sequence(x, self.tp_group) if self.sequence_split else x
+
+
+class _TokenLosses(torch.autograd.Function):
+    """megatron-core's cross-entropy over a split vocabulary, whose own wrapper takes a global group."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, targets: Tensor, group: Group) -> Tensor:
+        logits, most = VocabParallelCrossEntropy.calculate_logits_max(logits)
+        _all_reduce(most, dist.ReduceOp.MAX, group)
+        first = group.rank() * logits.shape[-1]
+        elsewhere, own_targets, predicted, total, exponentials = VocabParallelCrossEntropy.calculate_predicted_logits(
+            logits, targets, most, first, first + logits.shape[-1]
+        )
+        for partial in (predicted, total):
+            _all_reduce(partial, dist.ReduceOp.SUM, group)
+        softmax, losses = VocabParallelCrossEntropy.calculate_cross_entropy_loss(exponentials, predicted, total)
+        ctx.save_for_backward(softmax, elsewhere, own_targets)
+        return losses
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        softmax, elsewhere, own_targets = ctx.saved_tensors
+        rows, number, update, out = VocabParallelCrossEntropy.prepare_gradient_calculation_operands(softmax, elsewhere)
+        return VocabParallelCrossEntropy.calculate_gradients(rows, number, own_targets, update, out, grad), None, None
+
+
+def _all_reduce(x: Tensor, operation, group: Group) -> None:
+    if group.size() > 1:
+        dist.all_reduce(x, op=operation, group=group)
+
+
+def token_losses(logits: Tensor, targets: Tensor, group: Group) -> Tensor:
+    """Cross-entropy of every token, fp32 [N]. logits: fp32 [N, vocab / n], this rank's; they are overwritten. targets: [N]."""
+    return _TokenLosses.apply(logits, targets, group)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +9,13 @@ from pathlib import Path
 import torch
 
 from unfold.model.layers import BuildContext
+from unfold.model.parallel.tensor import Alone
 from unfold.model.transformer import Transformer
-from unfold.pretrain import parallel as parallel_groups
 from unfold.pretrain.checkpoint.manifest import Manifest, find_checkpoint
 from unfold.pretrain.checkpoint.state import pieces
 from unfold.pretrain.checkpoint.tensors import TensorDirectory
-from unfold.pretrain.config import ParallelConfig, RunConfig, parse_config
-from unfold.pretrain.data.tokenizer import TokenizerInfo, load_tokenizer
+from unfold.pretrain.config import RunConfig, parse_config
+from unfold.pretrain.data.tokenizer import RunTokenizer, load_tokenizer
 from unfold.pretrain.errors import UserError
 
 
@@ -31,7 +30,7 @@ class FoundRun:
     directory: Path
     config: RunConfig
     manifest: Manifest
-    tokenizer: TokenizerInfo
+    tokenizer: RunTokenizer
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class LoadedRun:
     model: Transformer
     config: RunConfig
     manifest: Manifest
-    tokenizer: TokenizerInfo
+    tokenizer: RunTokenizer
 
 
 def find_run(run_dir: Path, step: int | None) -> FoundRun:
@@ -60,10 +59,9 @@ def find_run(run_dir: Path, step: int | None) -> FoundRun:
 
 def load_model(run: FoundRun) -> Transformer:
     """Its model in fp32 and eval mode, on this machine's best device, whatever layout wrote it."""
-    parallel = parallel_groups.initialize(dataclasses.replace(ParallelConfig(), timeout_minutes=30.0))
-    model = Transformer(run.config.model, BuildContext(parallel.tensor_group, run.config.train.seed, blank=True))
+    model = Transformer(run.config.model, BuildContext(Alone(), run.config.train.seed, blank=True))
     read_weights(model, run.directory)
-    return model.to(parallel.device).eval()
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 def load_run(run_dir: Path, step: int | None) -> LoadedRun:

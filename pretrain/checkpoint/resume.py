@@ -13,6 +13,7 @@ from pathlib import Path
 
 import deepspeed
 import torch
+import torch.distributed as dist
 import yaml
 
 from unfold.model.config import ModelConfig
@@ -29,7 +30,7 @@ from unfold.pretrain.checkpoint.manifest import (
 from unfold.pretrain.checkpoint.state import load_state
 from unfold.pretrain.checkpoint.tensors import TensorDirectory
 from unfold.pretrain.config import RunConfig, changes_on_resume, parse_config
-from unfold.pretrain.data.tokenizer import TokenizerInfo
+from unfold.pretrain.data.tokenizer import RunTokenizer
 from unfold.pretrain.errors import UserError
 from unfold.pretrain.parallel import Parallel
 from unfold.pretrain.safety.alive import HEARTBEATS, LOCK
@@ -96,7 +97,25 @@ def only_writer(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def prepare_run_dir(run_dir: Path, config: RunConfig, tokenizer: TokenizerInfo) -> None:
+@contextlib.contextmanager
+def locked_on_all(run_dir: Path, parallel: Parallel) -> Iterator[None]:
+    """The main rank holds the run directory's lock; all ranks hear when it cannot."""
+    with contextlib.ExitStack() as held:
+        refusal = [""]
+        if parallel.is_main:
+            try:
+                held.enter_context(only_writer(run_dir))
+            except UserError as error:
+                refusal = [str(error)]
+            except OSError as error:
+                refusal = [f"--run-dir {run_dir}: cannot be written ({error.strerror})"]
+        dist.broadcast_object_list(refusal, src=0)
+        if refusal[0]:
+            raise UserError(refusal[0])
+        yield
+
+
+def prepare_run_dir(run_dir: Path, config: RunConfig, tokenizer: RunTokenizer) -> None:
     """What the main rank writes before training."""
     (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
     remove_leftovers(run_dir)
@@ -155,7 +174,7 @@ ROTARY = ("rope_theta", "rope_scaling")  # may be changed on purpose, for longer
 
 
 def warm_start(
-    path: Path, tokenizer: TokenizerInfo, model: ModelConfig, engine: deepspeed.DeepSpeedEngine, parallel: Parallel
+    path: Path, tokenizer: RunTokenizer, model: ModelConfig, engine: deepspeed.DeepSpeedEngine, parallel: Parallel
 ) -> tuple[Path, str]:
     """Begin with the weights of the run or checkpoint directory ``path``. A collective.
 
@@ -171,7 +190,7 @@ def warm_start(
     return source, note
 
 
-def _warm_start_source(path: Path, tokenizer: TokenizerInfo, model: ModelConfig) -> tuple[Path, str, str]:
+def _warm_start_source(path: Path, tokenizer: RunTokenizer, model: ModelConfig) -> tuple[Path, str, str]:
     try:
         if (path / "checkpoints").is_dir():
             source, manifest = find_checkpoint(path, None, lambda text: None)

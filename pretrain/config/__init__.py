@@ -1,6 +1,15 @@
 """The configuration of a run: what it consists of, how it is read and written, and what may change when a run is resumed."""
 
-from unfold.pretrain.config.read import FREE_ON_RESUME, changes_on_resume, flatten, load_config, parse_config, with_vocab_size
+from unfold.pretrain.config.read import (
+    FREE_ON_RESUME,
+    add_overrides,
+    changes_on_resume,
+    flatten,
+    load_config,
+    parse_config,
+    read_settings,
+    with_vocab_size,
+)
 from unfold.pretrain.config.schema import (
     CHANGEABLE_ON_RESUME,
     CheckpointConfig,
@@ -24,9 +33,11 @@ __all__ = [
     "RunConfig",
     "ScheduleConfig",
     "accumulation_steps",
+    "add_overrides",
     "changes_on_resume",
     "flatten",
     "load_config",
     "parse_config",
+    "read_settings",
     "with_vocab_size",
 ]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from unfold.model.config import option, raise_together
+from unfold.model.settings import NotNegative, Settings, option
 
 MOST_PROFILED = 100  # steps; a trace of more needs more memory than anybody can look at
 
 
 @dataclass(frozen=True)
-class MonitorConfig:
+class MonitorConfig(Settings):
     """Where the figures go besides metrics.jsonl, and what is measured besides the usual."""
 
     wandb: bool = option(True, "also log to Weights & Biases; offline, into the run directory, when no API key is set")
@@ -21,15 +21,15 @@ class MonitorConfig:
         (), "[first, last]: steps of which every rank writes a PyTorch profiler trace into profile/; empty: none"
     )
     attention_mass: bool = option(True, "with every validation, measure which kinds of keys attention goes to")
-    peak_tflops: float = option(0.0, "peak of one device, for the MFU; 0: by the GPU's name, and no MFU where that is not known")
+    peak_tflops: NotNegative = option(
+        0.0, "peak of one device, for the MFU; 0: by the GPU's name, and no MFU where that is not known"
+    )
 
-    def __post_init__(self):
+    def misfits(self) -> list[str]:
         errors = []
-        if self.peak_tflops < 0:
-            errors.append(f"peak_tflops: {self.peak_tflops} is below 0")
         given = list(self.profile_steps)
         if given and (len(given) != 2 or not 1 <= given[0] <= given[1]):
             errors.append(f"profile_steps: {given} is not [first, last] with 1 <= first <= last, counted from 1")
         elif given and given[1] - given[0] >= MOST_PROFILED:
             errors.append(f"profile_steps: {given} are {given[1] - given[0] + 1} steps, more than {MOST_PROFILED}")
-        raise_together(errors)
+        return errors

@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 from pathlib import Path
-from typing import get_type_hints
+from typing import TypeVar, get_origin, get_type_hints
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
 
+from unfold.model.settings import SettingsError, choice_text
 from unfold.pretrain.config.schema import RunConfig
 from unfold.pretrain.errors import UserError
+
+Kind = TypeVar("Kind")
 
 # Settings that may differ when a run is resumed: none of them changes what is learned or in which order.
 FREE_ON_RESUME = ("parallel.", "checkpoint.", "faults.", "monitor.", "train.micro_batch", "train.activation_checkpointing",
                   "train.valid_", "train.allow_changes", "data.train", "data.valid", "data.tokenizer",
                   "data.cache")  # fmt: skip
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """The flag ``--set``: one or more overrides after it, as often as one likes."""
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override settings, e.g. optimizer.lr=3e-4 train.steps=10",
+    )
 
 
 def load_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:
@@ -57,51 +73,53 @@ def _override(tree: dict, item: str) -> None:
 
 def parse_config(tree: dict, source: str = "configuration") -> RunConfig:
     """Plain dicts -> RunConfig. Raises UserError with every error."""
-    errors = _unknown_keys(tree, RunConfig, "")
-    known = _without_unknown(tree, RunConfig)
+    return read_settings(RunConfig, tree, source)
+
+
+def read_settings(kind: type[Kind], tree: dict, source: str) -> Kind:
+    """Plain dicts -> a configuration dataclass. Raises UserError with every error. source: where the dicts come from."""
+    from pydantic import TypeAdapter, ValidationError  # late: commands that read no configuration start without it
+
+    errors: list[str] = []
+    known = _known(tree, kind, "", errors)
     try:
-        config = TypeAdapter(RunConfig).validate_python(known)
+        settings = TypeAdapter(kind).validate_python(known)
     except ValidationError as invalid:
-        for error in invalid.errors():
-            place = ".".join(str(part) for part in error["loc"])
-            if error["type"] == "value_error":  # from a __post_init__: its parts already name their keys
-                prefix = f"{place}." if place else ""
-                errors += [prefix + part for part in str(error["ctx"]["error"]).split("; ")]
-            else:
-                given = "" if error["type"] == "missing" else f" (given: {error['input']!r})"
-                errors.append(f"{place}: {error['msg'][0].lower()}{error['msg'][1:]}{given}")
+        errors += [text for error in invalid.errors() for text in _texts(error)]
     if errors:
-        raise UserError(f"{source}: " + "; ".join(errors))
-    return config
+        raise UserError(f"{source}: " + "; ".join(dict.fromkeys(errors)))
+    return settings
 
 
-def _sections(kind: type) -> dict[str, type]:
-    """The fields of a configuration dataclass that are sections themselves."""
-    return {name: hint for name, hint in get_type_hints(kind).items() if dataclasses.is_dataclass(hint)}
-
-
-def _unknown_keys(tree: dict, kind: type, prefix: str) -> list[str]:
-    names = [f.name for f in dataclasses.fields(kind)]
-    sections = _sections(kind)
-    errors = []
+def _known(tree: dict, kind: type, prefix: str, errors: list[str]) -> dict:
+    """The known keys of a section, as they are meant: an item where a list belongs is a list of one. Adds to the errors."""
+    hints = get_type_hints(kind)
+    known = {}
     for key, value in tree.items():
-        if key not in names:
-            near = difflib.get_close_matches(str(key), names, 1, 0.5)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(names)}"
-            errors.append(f"{prefix}{key}: unknown key; {hint}")
-        elif key in sections and isinstance(value, dict):
-            errors += _unknown_keys(value, sections[key], f"{prefix}{key}.")
-    return errors
+        hint = hints.get(key)
+        if hint is None:
+            near = difflib.get_close_matches(str(key), hints, 1, 0.5)
+            told = f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(hints)}"
+            errors.append(f"{prefix}{key}: unknown key; {told}")
+        elif dataclasses.is_dataclass(hint) and isinstance(value, dict):
+            known[key] = _known(value, hint, f"{prefix}{key}.", errors)
+        else:
+            known[key] = [value] if get_origin(hint) is tuple and isinstance(value, (str, int)) else value
+            if isinstance(value, bool) and hint is not bool:  # which pydantic takes for 0 or 1
+                errors.append(f"{prefix}{key}: {str(value).lower()} is not one of the values that it takes")
+    return known
 
 
-def _without_unknown(tree: dict, kind: type) -> dict:
-    sections = _sections(kind)
-    names = {f.name for f in dataclasses.fields(kind)}
-    return {
-        key: _without_unknown(value, sections[key]) if key in sections and isinstance(value, dict) else value
-        for key, value in tree.items()
-        if key in names
-    }
+def _texts(error: dict) -> list[str]:
+    """What one of pydantic's errors says to people; its parts name their settings by their dotted names."""
+    place, context = ".".join(str(part) for part in error["loc"]), error.get("ctx", {})
+    if isinstance(found := context.get("error"), ValueError):  # from a __post_init__
+        return [f"{place}.{text}" if place else text for text in getattr(found, "errors", [str(found)])]
+    given = error["input"]
+    if error["type"] == "literal_error" and not isinstance(given, (dict, list)):
+        return [f"{place}: {choice_text(given, [context['expected'].replace(' or ', ', ').replace(chr(39), '')])}"]
+    told = "" if error["type"] == "missing" else f" (given: {given!r})"
+    return [f"{place}: {error['msg'][0].lower()}{error['msg'][1:]}{told}"]
 
 
 def with_vocab_size(config: RunConfig, vocab_size: int) -> RunConfig:
@@ -112,8 +130,8 @@ def with_vocab_size(config: RunConfig, vocab_size: int) -> RunConfig:
         )
     try:
         return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    except SettingsError as error:
+        raise UserError("; ".join(error.errors)) from None
 
 
 def flatten(tree: dict, prefix: str = "") -> dict:

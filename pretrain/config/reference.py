@@ -22,7 +22,8 @@ python -m pretrain config-reference > docs/configuration.md
 ```
 
 A run's YAML file holds the keys that differ from their defaults; `--set KEY=VALUE` overrides them, with the dotted names
-below (`--set optimizer.lr=3e-4 --set 'gist.chunk_sizes=[8, 4]'`). Unknown keys are refused, and all errors are told at once.
+below (`--set optimizer.lr=3e-4 'gist.chunk_sizes=[8, 4]'`). Where a list is meant, one item may stand alone
+(`--set gist.chunk_sizes=8`). Unknown keys are refused, and all errors are told at once.
 The resolved configuration of a run stands in `config.yaml` of its run directory.
 
 "On resume" says whether a run may go on with another value: *free*: yes; *allow*: where `train.allow_changes` names it;
@@ -79,10 +80,12 @@ def _plain(value: Any) -> Any:
 
 
 def type_words(hint: Any) -> str:
-    """``tuple[int, ...]`` -> list of int, ``int | None`` -> int or null."""
+    """``tuple[int, ...]`` -> list of int, ``int | None`` -> int or null, ``Literal[1, 2]`` -> 1 or 2."""
     arguments = typing.get_args(hint)
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         return " or ".join("null" if a is type(None) else type_words(a) for a in arguments)
+    if typing.get_origin(hint) is typing.Literal:
+        return " or ".join(map(str, arguments))
     if typing.get_origin(hint) in (tuple, list):
         items = [type_words(a) for a in arguments if a is not Ellipsis]
         return f"list of {items[0]}" if len(set(items)) == 1 else f"[{', '.join(items)}]"

@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
 import yaml
 
-from unfold.model.config import GistConfig, ModelConfig, option, raise_together
+from unfold.model.config import GistConfig, ModelConfig
+from unfold.model.settings import (
+    Bounds,
+    Count,
+    Decay,
+    Natural,
+    NotNegative,
+    Part,
+    Positive,
+    Settings,
+    option,
+)
 from unfold.pretrain.config.monitor import MonitorConfig
 from unfold.pretrain.errors import UserError
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Settings):
     """Which tokens the run sees."""
 
     train: tuple[str, ...] = option(
@@ -24,17 +36,17 @@ class DataConfig:
     valid: tuple[str, ...] = option((), "shard prefixes to validate on; none: no validation")
     tokenizer: str = option("", "tokenizer directory that the shards were made with")
     cache: str = option("", "directory for shards fetched from URLs; empty: ~/.cache/unfold/shards")
-    raw_tokens: int = option(1024, "raw tokens per sample, whatever the chunk sizes")
+    raw_tokens: Annotated[int, Bounds(ge=2)] = option(1024, "raw tokens per sample, whatever the chunk sizes")
 
-    def __post_init__(self):
+    def misfits(self) -> list[str]:
         errors = []
-        if not self.train:
+        if not all(self.train or [""]):
             errors.append("train: no shard prefix given")
+        if not all(self.valid):
+            errors.append("valid: holds an empty shard prefix; leave it out for no validation")
         if not self.tokenizer:
             errors.append("tokenizer: no tokenizer directory given")
-        if self.raw_tokens < 2:
-            errors.append(f"raw_tokens: {self.raw_tokens} is below 2")
-        raise_together(errors)
+        return errors
 
 
 # What train.allow_changes may name: other settings decide which weights there are or which samples a step sees.
@@ -42,160 +54,124 @@ CHANGEABLE_ON_RESUME = ("optimizer", "schedule", "train.steps", "train.clip", "p
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Settings):
     """How long, how much at a time."""
 
-    steps: int = option(1000, "optimizer steps")
-    seed: int = option(1234, "seed of the initial weights and of the order of samples")
-    global_batch: int = option(8, "samples per step, over all ranks")
-    micro_batch: int = option(1, "samples per forward pass of one rank")
-    clip: float = option(1.0, "largest gradient norm; 0 clips nothing")
+    steps: Count = option(1000, "optimizer steps")
+    seed: Natural = option(1234, "seed of the initial weights and of the order of samples")
+    global_batch: Count = option(8, "samples per step, over all ranks")
+    micro_batch: Count = option(1, "samples per forward pass of one rank")
+    clip: NotNegative = option(1.0, "largest gradient norm; 0 clips nothing")
     activation_checkpointing: bool = option(False, "recompute layers in backward instead of keeping their activations")
-    recall_after: int = option(0, "steps of pure forgetting before gist.recall begins")
-    valid_every: int = option(100, "steps between validations; 0: only after the last step")
-    valid_samples: int = option(16, "samples of one validation")
+    recall_after: Natural = option(0, "steps of pure forgetting before gist.recall begins")
+    valid_every: Natural = option(100, "steps between validations; 0: only after the last step")
+    valid_samples: Count = option(16, "samples of one validation")
     init_from: str = option("", "run or checkpoint directory whose weights (nothing else) a new run starts from")
     allow_changes: tuple[str, ...] = option((), "settings or sections that may differ on resume, e.g. [optimizer.lr, schedule]")
 
-    def __post_init__(self):
-        errors = [
-            f"{name}: {getattr(self, name)} is below 1"
-            for name in ("steps", "global_batch", "micro_batch", "valid_samples")
-            if getattr(self, name) < 1
-        ]
-        not_negative = ("seed", "clip", "recall_after", "valid_every")
-        errors += [f"{n}: {getattr(self, n)} is below 0" for n in not_negative if getattr(self, n) < 0]
-        if not errors and self.global_batch % self.micro_batch:
+    def misfits(self) -> list[str]:
+        errors = []
+        if self.micro_batch > 0 and self.global_batch % self.micro_batch:
             errors.append(f"micro_batch: {self.micro_batch} does not divide global_batch ({self.global_batch})")
         for name in self.allow_changes:
             if not name.startswith(CHANGEABLE_ON_RESUME):
                 errors.append(f"allow_changes: {name!r} is not one of {', '.join(CHANGEABLE_ON_RESUME)} or a setting in them")
-        raise_together(errors)
+        return errors
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Settings):
     """AdamW, or Muon for the layers' matrices and AdamW for the rest. Norm weights are not decayed."""
 
-    kind: str = option("adamw", "adamw; muon: Muon for the layers' matrices, AdamW for embedding, head, norms and biases")
-    lr: float = option(3e-4, "peak learning rate")
-    beta1: float = option(0.9, "decay of the first moment")
-    beta2: float = option(0.95, "decay of the second moment")
-    eps: float = option(1e-8, "added to the root of the second moment")
-    weight_decay: float = option(0.1, "decoupled weight decay of matrices")
-    muon_lr: float = option(0.02, "muon: peak learning rate of the layers' matrices; lr is that of the rest")
-    muon_momentum: float = option(0.95, "muon: decay of the momentum")
-
-    def __post_init__(self):
-        errors = [f"kind: {self.kind!r} is not one of adamw, muon"] if self.kind not in ("adamw", "muon") else []
-        errors += [f"{n}: {getattr(self, n)} is not above 0" for n in ("lr", "eps", "muon_lr") if getattr(self, n) <= 0]
-        decays = ("beta1", "beta2", "muon_momentum")
-        errors += [f"{n}: {getattr(self, n)} is not in [0, 1)" for n in decays if not 0 <= getattr(self, n) < 1]
-        if self.weight_decay < 0:
-            errors.append(f"weight_decay: {self.weight_decay} is below 0")
-        raise_together(errors)
+    kind: Literal["adamw", "muon"] = option(
+        "adamw", "adamw; muon: Muon for the layers' matrices, AdamW for embedding, head, norms and biases"
+    )
+    lr: Positive = option(3e-4, "peak learning rate")
+    beta1: Decay = option(0.9, "decay of the first moment")
+    beta2: Decay = option(0.95, "decay of the second moment")
+    eps: Positive = option(1e-8, "added to the root of the second moment")
+    weight_decay: NotNegative = option(0.1, "decoupled weight decay of matrices")
+    muon_lr: Positive = option(0.02, "muon: peak learning rate of the layers' matrices; lr is that of the rest")
+    muon_momentum: Decay = option(0.95, "muon: decay of the momentum")
 
 
 @dataclass(frozen=True)
-class ScheduleConfig:
+class ScheduleConfig(Settings):
     """Learning rate over the steps."""
 
-    kind: str = option("cosine", "cosine; wsd: warm-up, stable, linear decay; constant")
-    warmup: float = option(0.05, "part of the steps in which the rate rises linearly from 0")
-    decay: float = option(0.2, "wsd: part of the steps in which the rate falls at the end")
-    floor: float = option(0.1, "last learning rate, as a part of the peak")
+    kind: Literal["cosine", "wsd", "constant"] = option("cosine", "cosine; wsd: warm-up, stable, linear decay; constant")
+    warmup: Part = option(0.05, "part of the steps in which the rate rises linearly from 0")
+    decay: Part = option(0.2, "wsd: part of the steps in which the rate falls at the end")
+    floor: Part = option(0.1, "last learning rate, as a part of the peak")
 
-    def __post_init__(self):
+    def misfits(self) -> list[str]:
         errors = []
-        if self.kind not in ("cosine", "wsd", "constant"):
-            errors.append(f"kind: {self.kind!r} is not one of cosine, wsd, constant")
-        errors += [
-            f"{n}: {getattr(self, n)} is not in [0, 1]" for n in ("warmup", "decay", "floor") if not 0 <= getattr(self, n) <= 1
-        ]
-        if not errors and self.kind == "wsd" and self.warmup + self.decay > 1:
+        if self.kind == "wsd" and self.warmup + self.decay > 1:
             errors.append(f"decay: warmup ({self.warmup}) and decay ({self.decay}) together exceed 1")
-        raise_together(errors)
+        return errors
 
 
 @dataclass(frozen=True)
-class ParallelConfig:
+class ParallelConfig(Settings):
     """How the model and the data are spread over the ranks; what remains of the ranks is data parallel."""
 
-    tensor: int = option(1, "ranks that share every layer")
-    pipeline: int = option(1, "pipeline stages")
-    context: int = option(1, "ranks that share every sequence")
-    context_method: str = option("gists", "what context ranks exchange: gists and border chunks; ulysses: heads for sequence")
+    tensor: Count = option(1, "ranks that share every layer")
+    pipeline: Count = option(1, "pipeline stages")
+    context: Count = option(1, "ranks that share every sequence")
+    context_method: Literal["gists", "ulysses"] = option(
+        "gists", "what context ranks exchange: gists and border chunks; ulysses: heads for sequence"
+    )
     sequence: bool = option(False, "also split norms and residuals over the tensor-parallel ranks, along the sequence")
-    zero: int = option(1, "DeepSpeed ZeRO stage: 1 optimizer state, 2 and gradients, 3 and parameters are partitioned")
-    offload: str = option("none", "what ZeRO keeps in host memory: none, optimizer, or all (parameters too; zero: 3)")
-    timeout_minutes: float = option(30.0, "a collective that takes longer ends the run")
+    zero: Literal[1, 2, 3] = option(
+        1, "DeepSpeed ZeRO stage: 1 optimizer state, 2 and gradients, 3 and parameters are partitioned"
+    )
+    offload: Literal["none", "optimizer", "all"] = option(
+        "none", "what ZeRO keeps in host memory: none, optimizer, or all (parameters too; zero: 3)"
+    )
+    timeout_minutes: Positive = option(30.0, "a collective that takes longer ends the run")
 
-    def __post_init__(self):
-        names = ("tensor", "pipeline", "context")
-        errors = [f"{n}: {getattr(self, n)} is below 1" for n in names if getattr(self, n) < 1]
-        if self.zero not in (1, 2, 3):
-            errors.append(f"zero: {self.zero} is not one of 1, 2, 3")
-        if self.context_method not in ("gists", "ulysses"):
-            errors.append(f"context_method: {self.context_method!r} is not one of gists, ulysses")
-        if self.offload not in ("none", "optimizer", "all"):
-            errors.append(f"offload: {self.offload!r} is not one of none, optimizer, all")
+    def misfits(self) -> list[str]:
+        errors = []
         if self.offload == "all" and self.zero != 3:
             errors.append(f"offload: all needs zero: 3 (it is {self.zero}); or set offload: optimizer")
         if self.offload == "optimizer" and self.zero == 1:
             errors.append("offload: optimizer needs zero: 2 or 3 (it is 1)")
         if self.pipeline > 1 and self.zero > 1:
             errors.append(f"zero: {self.zero} with pipeline: {self.pipeline}; DeepSpeed's pipeline works with zero: 1 only")
-        if self.timeout_minutes <= 0:
-            errors.append(f"timeout_minutes: {self.timeout_minutes} is not above 0")
-        raise_together(errors)
+        return errors
 
 
 @dataclass(frozen=True)
-class CheckpointConfig:
+class CheckpointConfig(Settings):
     """When the run's state is saved, how much of it is kept, and when the run stops by itself."""
 
-    every: int = option(100, "steps between checkpoints; the last step is always saved")
-    keep: int = option(3, "newest checkpoints that are kept; 0 keeps all")
-    keep_every: int = option(0, "checkpoints at multiples of so many steps are kept for good; 0: none")
+    every: Count = option(100, "steps between checkpoints; the last step is always saved")
+    keep: Natural = option(3, "newest checkpoints that are kept; 0 keeps all")
+    keep_every: Natural = option(0, "checkpoints at multiples of so many steps are kept for good; 0: none")
     background: bool = option(True, "training goes on while the copied state is written; needs host memory for one copy")
-    deadline_minutes: float = option(30.0, "a save that takes longer has failed; the ranks that are late are named")
-    stop_after_minutes: float = option(0.0, "save and stop when the process has run so long (a job's time limit); 0: never")
-
-    def __post_init__(self):
-        errors = [f"every: {self.every} is below 1"] if self.every < 1 else []
-        names = ("keep", "keep_every", "stop_after_minutes")
-        errors += [f"{n}: {getattr(self, n)} is below 0" for n in names if getattr(self, n) < 0]
-        if self.deadline_minutes <= 0:
-            errors.append(f"deadline_minutes: {self.deadline_minutes} is not above 0")
-        raise_together(errors)
+    deadline_minutes: Positive = option(30.0, "a save that takes longer has failed; the ranks that are late are named")
+    stop_after_minutes: NotNegative = option(0.0, "save and stop when the process has run so long (a job's time limit); 0: never")
 
 
 @dataclass(frozen=True)
-class FaultConfig:
+class FaultConfig(Settings):
     """What happens when a step goes wrong or does not end."""
 
-    max_skips: int = option(3, "steps in a row without a finite loss and gradient that make the run roll back")
-    spike_z: float = option(20.0, "a loss so many robust standard deviations above the recent median rolls back; 0: never")
-    spike_window: int = option(64, "recent losses that a spike is measured against")
-    spike_steps: int = option(1, "steps, up to the one with the spike, whose samples are quarantined")
-    max_rollbacks: int = option(3, "rollbacks after which the run ends instead")
-    hang_minutes: float = option(30.0, "without progress for so long, every rank writes its stacks and the job ends; 0: never")
-    straggler_factor: float = option(1.5, "a rank that computes so many times longer than the median is named in the metrics")
-
-    def __post_init__(self):
-        names = ("max_skips", "spike_steps")
-        errors = [f"{n}: {getattr(self, n)} is below 1" for n in names if getattr(self, n) < 1]
-        names = ("spike_z", "max_rollbacks", "hang_minutes")
-        errors += [f"{n}: {getattr(self, n)} is below 0" for n in names if getattr(self, n) < 0]
-        if self.spike_window < 8:
-            errors.append(f"spike_window: {self.spike_window} is below 8")
-        if self.straggler_factor <= 1:
-            errors.append(f"straggler_factor: {self.straggler_factor} is not above 1")
-        raise_together(errors)
+    max_skips: Count = option(3, "steps in a row without a finite loss and gradient that make the run roll back")
+    spike_z: NotNegative = option(20.0, "a loss so many robust standard deviations above the recent median rolls back; 0: never")
+    spike_window: Annotated[int, Bounds(ge=8)] = option(64, "recent losses that a spike is measured against")
+    spike_steps: Count = option(1, "steps, up to the one with the spike, whose samples are quarantined")
+    max_rollbacks: Natural = option(3, "rollbacks after which the run ends instead")
+    hang_minutes: NotNegative = option(
+        30.0, "without progress for so long, every rank writes its stacks and the job ends; 0: never"
+    )
+    straggler_factor: Annotated[float, Bounds(gt=1)] = option(
+        1.5, "a rank that computes so many times longer than the median is named in the metrics"
+    )
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Settings):
     """Everything that defines a run."""
 
     data: DataConfig
@@ -208,19 +184,18 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     faults: FaultConfig = field(default_factory=FaultConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
-    precision: str = option("bf16", "compute precision: bf16 or fp32; master weights and softmax are always fp32")
+    precision: Literal["fp32", "bf16"] = option(
+        "bf16", "compute precision: bf16 or fp32; master weights and softmax are always fp32"
+    )
 
-    def __post_init__(self):
-        errors = []
-        if self.precision not in ("fp32", "bf16"):
-            errors.append(f"precision: {self.precision!r} is not one of fp32, bf16")
-        errors += self._layout_errors() + self._muon_errors()
+    def misfits(self) -> list[str]:
+        errors = self._layout_errors() + self._muon_errors()
         if self.data.raw_tokens > self.model.max_position:
             errors.append(f"data.raw_tokens: {self.data.raw_tokens} exceeds model.max_position ({self.model.max_position})")
         if profiled := self.monitor.profile_steps:
             if profiled[1] > self.train.steps:
                 errors.append(f"monitor.profile_steps: {list(profiled)} goes beyond train.steps ({self.train.steps})")
-        raise_together(errors)
+        return errors
 
     def _layout_errors(self) -> list[str]:
         """Why the model cannot be spread as configured."""
@@ -262,6 +237,11 @@ class RunConfig:
         if self.precision != "bf16":
             reasons.append("precision: bf16 (in fp32 DeepSpeed clips what Muon has orthogonalised)")
         return [f"optimizer.kind: muon needs {reason}; set it, or kind: adamw" for reason in reasons]
+
+    @property
+    def folding(self) -> GistConfig | None:
+        """How the model folds tokens; None where it is dense."""
+        return self.gist if self.model.attention == "gist" else None
 
     def to_dict(self) -> dict:
         """Plain dicts and lists, as in config.yaml."""

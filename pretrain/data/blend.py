@@ -85,14 +85,14 @@ def _counts(n: int, weights: Sequence[int]) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Entry:
+class SourceEntry:
     """One entry of ``data.train``: shards, and their weight from certain samples on (None: not weighted)."""
 
     pattern: str
     weights: tuple[tuple[int, float], ...] | None  # (global sample number, weight)
 
 
-def parse_entry(text: str, setting: str) -> Entry:
+def parse_entry(text: str, setting: str) -> SourceEntry:
     """``PREFIX``, ``PREFIX weight=0.7``, or ``PREFIX weight=0.7,12000:0.2`` where the weight changes at a global sample.
 
     Raises:
@@ -100,7 +100,7 @@ def parse_entry(text: str, setting: str) -> Entry:
     """
     pattern, mark, given = text.rpartition(" weight=")
     if not mark:
-        return Entry(text, None)
+        return SourceEntry(text, None)
     pairs = []
     for part in given.split(","):
         first, colon, value = part.rpartition(":")
@@ -111,10 +111,10 @@ def parse_entry(text: str, setting: str) -> Entry:
     begins = [begin for begin, _ in pairs]
     if any(not 0 <= weight < 1e6 for _, weight in pairs) or begins != sorted(set(begins)) or begins[0] < 0:
         raise UserError(f"{setting}: {text!r}: weights must not be negative, and their samples must rise")
-    return Entry(pattern.rstrip(), tuple(pairs))
+    return SourceEntry(pattern.rstrip(), tuple(pairs))
 
 
-def make_blend(entries: Sequence[Entry], setting: str) -> Blend | None:
+def make_blend(entries: Sequence[SourceEntry], setting: str) -> Blend | None:
     """The blend of entries; None where none has a weight.
 
     Raises:

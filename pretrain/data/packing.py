@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numba
 import numpy as np
 
-from unfold.pretrain.data.shards import Shard
+from unfold.data_prep.format.lazy import LazyShard
 from unfold.pretrain.errors import UserError
 
 GROUPS = 1 << 20  # documents are shuffled in at most so many runs, so that entering an epoch takes milliseconds
@@ -35,7 +35,7 @@ class Segment:
 class _Windows:
     """What the two kinds share: the shards' documents, and the draws of an epoch."""
 
-    def __init__(self, shards: list[Shard], first_document: int, raw_tokens: int, key: list[int]):
+    def __init__(self, shards: list[LazyShard], first_document: int, raw_tokens: int, key: list[int]):
         """first_document: number of its first document over all shards. key: two integers that choose its order."""
         self._first, self._raw_tokens, self._key = first_document, raw_tokens, key
         self._lengths = np.concatenate([shard.lengths for shard in shards])
@@ -54,7 +54,7 @@ class CutWindows(_Windows):
 
     closed = 0  # contexts that a window closes at most
 
-    def __init__(self, shards: list[Shard], first_document: int, raw_tokens: int, key: list[int], name: str):
+    def __init__(self, shards: list[LazyShard], first_document: int, raw_tokens: int, key: list[int], name: str):
         """name: of the source, for messages."""
         super().__init__(shards, first_document, raw_tokens, key)
         self._run = -(-len(self._lengths) // GROUPS)  # neighbouring documents that stay together: 1 below GROUPS documents
@@ -102,7 +102,7 @@ class CutWindows(_Windows):
 class PackedWindows(_Windows):
     """Whole documents, together at most R raw tokens."""
 
-    def __init__(self, shards: list[Shard], first_document: int, raw_tokens: int, key: list[int], setting: str):
+    def __init__(self, shards: list[LazyShard], first_document: int, raw_tokens: int, key: list[int], setting: str):
         """setting: the configuration key that named the shards, for messages."""
         super().__init__(shards, first_document, raw_tokens, key)
         for shard in shards:

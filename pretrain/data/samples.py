@@ -16,13 +16,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from unfold.data_prep.format.lazy import LazyShard
 from unfold.model.config import GistConfig
 from unfold.model.gist import Recall, build_layout, interleave, max_interleaved_length
-from unfold.model.transformer import IGNORED, MicroBatch
+from unfold.model.visibility import IGNORED, MicroBatch
 from unfold.pretrain.data.blend import make_blend, parse_entry
 from unfold.pretrain.data.packing import CutWindows, PackedWindows, Segment
-from unfold.pretrain.data.shards import Shard, open_shards
-from unfold.pretrain.data.tokenizer import TokenizerInfo
+from unfold.pretrain.data.shards import open_shards
+from unfold.pretrain.data.tokenizer import RunTokenizer
 from unfold.pretrain.errors import UserError
 
 
@@ -40,7 +41,7 @@ class TokenSource:
         entries: Sequence[str],
         raw_tokens: int,
         seed: int,
-        tokenizer: TokenizerInfo,
+        tokenizer: RunTokenizer,
         setting: str,
         cache: str | Path = "",
     ):
@@ -55,7 +56,7 @@ class TokenSource:
         parsed = [parse_entry(entry, setting) for entry in entries]
         self._blend = make_blend(parsed, setting)
         groups = [[entry.pattern for entry in parsed]] if self._blend is None else [[entry.pattern] for entry in parsed]
-        self._shards: list[Shard] = []
+        self._shards: list[LazyShard] = []
         self._streams: list[CutWindows | PackedWindows] = []
         for number, patterns in enumerate(groups):
             shards = open_shards(patterns, tokenizer, setting, cache)
@@ -68,7 +69,7 @@ class TokenSource:
         self.tokens = sum(stream.tokens for stream in self._streams)
         self.samples_per_epoch = sum(stream.samples_per_epoch for stream in self._streams)
         self.closed = max(stream.closed for stream in self._streams)  # contexts that a sample closes at most
-        self.supervised = any(shard.spans_path for shard in self._shards)
+        self.supervised = any(shard.info.supervised for shard in self._shards)
 
     @property
     def fingerprint(self) -> list[str]:
@@ -108,21 +109,21 @@ class TokenSource:
         """
         return [shard.spans(document) for shard, document in self._located(pieces)]
 
-    def _located(self, pieces: Sequence[Segment]) -> list[tuple[Shard, int]]:
+    def _located(self, pieces: Sequence[Segment]) -> list[tuple[LazyShard, int]]:
         """The shard of each piece, and the document's number within it."""
         shards = np.searchsorted(self._shard_first, [piece.document for piece in pieces], side="right") - 1
         return [(self._shards[s], p.document - int(self._shard_first[s])) for p, s in zip(pieces, shards.tolist())]
 
 
 def _windows(
-    shards: list[Shard], first_document: int, raw_tokens: int, key: list[int], setting: str, name: str
+    shards: list[LazyShard], first_document: int, raw_tokens: int, key: list[int], setting: str, name: str
 ) -> CutWindows | PackedWindows:
     """The samples of one source, by the kind of its shards."""
-    supervised = [shard for shard in shards if shard.spans_path]
+    supervised = [shard for shard in shards if shard.info.supervised]
     if not supervised:
         return CutWindows(shards, first_document, raw_tokens, key, f"{setting}: {name}")
     if len(supervised) < len(shards):
-        plain = next(shard for shard in shards if not shard.spans_path)
+        plain = next(shard for shard in shards if not shard.info.supervised)
         raise UserError(
             f"{setting}: {supervised[0].prefix} is supervised, {plain.prefix} is not; give each kind an entry with a weight "
             "(`PREFIX weight=0.5`), so that each is a source of its own"
@@ -150,7 +151,7 @@ class BatchBuilder:
     """Turns global sample numbers into micro-batches of one fixed shape."""
 
     def __init__(
-        self, source: TokenSource, gist: GistConfig | None, tokenizer: TokenizerInfo, length_multiple: int = 1
+        self, source: TokenSource, gist: GistConfig | None, tokenizer: RunTokenizer, length_multiple: int = 1
     ):
         """gist: None for dense attention (no gists). length_multiple: the padded length is a multiple of it."""
         self.source, self.tokenizer, self.gist = source, tokenizer, gist
@@ -158,8 +159,6 @@ class BatchBuilder:
         if gist is not None:
             longest = max_interleaved_length(longest, gist.chunk_sizes, source.closed)
         self.length = -(-longest // length_multiple) * length_multiple
-        # Dense attention needs document spans and positions only; any gist configuration yields them.
-        self._layout_config = gist or GistConfig((source.raw_tokens,))
 
     def build(self, samples: Sequence[int], recall: bool = True) -> MicroBatch:
         """The micro-batch of these global sample numbers, on CPU: ids, labels and layout [len(samples), length].
@@ -201,8 +200,9 @@ class BatchBuilder:
         self, ids: np.ndarray, labels: np.ndarray, level: np.ndarray, doc: np.ndarray, suffix: np.ndarray | None
     ) -> MicroBatch:
         """suffix: bool [B, T], the raw tokens after closed contexts; None: nothing recalls."""
-        layout = build_layout(torch.from_numpy(level), torch.from_numpy(doc), self._layout_config)
-        recalled = None if suffix is None else Recall.of(layout, self._layout_config, torch.from_numpy(suffix))
+        layout = build_layout(torch.from_numpy(level), torch.from_numpy(doc), self.gist)
+        recalls = self.gist is not None and suffix is not None
+        recalled = Recall.of(layout, self.gist, torch.from_numpy(suffix)) if recalls else None
         return MicroBatch(torch.from_numpy(ids), torch.from_numpy(labels), layout, recalled)
 
 

@@ -1,74 +1,21 @@
-"""Token shards as training reads them: checked against their sidecars, opened by the thousand, fetched where they are remote.
-
-Only sidecar and index are read at the start; a token file is mapped when the first sample needs it. No file is written
-beside the shards, so any number of ranks may open the same ones at once.
-"""
+"""The shards that a configuration names: found, fetched where they are remote, and held against the run's tokenizer."""
 
 from __future__ import annotations
 
 import fcntl
 import glob
 import hashlib
-import json
 import os
-import struct
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
-from unfold.pretrain.data.tokenizer import TokenizerInfo
+from unfold.data_prep.format.lazy import LazyShard, open_lazily
+from unfold.pretrain.data.tokenizer import RunTokenizer
 from unfold.pretrain.errors import UserError
 
-HEADER = struct.Struct("<9sQBQQ")  # of a megatron-core index: magic, version, dtype code, sequences, document borders
-MAGIC = b"MMIDIDX\x00\x00"
-DTYPES = {8: np.dtype(np.uint16), 4: np.dtype(np.int32)}
-SPANS_HEADER = struct.Struct("<8sQQQ")  # of a supervised shard's spans: magic, version, documents, answer ranges
-SPANS_MAGIC = b"UNFSPANS"
 
-
-@dataclass
-class Shard:
-    """One shard; its token file is opened at the first read."""
-
-    prefix: str
-    dtype: np.dtype
-    lengths: np.ndarray  # int32 [documents]
-    sha256: str  # of the token file; of a supervised shard of its spans, too
-    spans_path: str = ""  # of a supervised shard
-    _starts: np.ndarray | None = field(default=None, repr=False)
-    _tokens: np.ndarray | None = field(default=None, repr=False)
-    _spans: tuple[np.ndarray, np.ndarray, np.ndarray] | None = field(default=None, repr=False)
-
-    def read(self, document: int, offset: int, out: np.ndarray) -> None:
-        """Copy a document's tokens from ``offset`` on into out, int64 [length]."""
-        if self._tokens is None:
-            self._starts = np.cumsum(self.lengths, dtype=np.int64) - self.lengths
-            self._tokens = np.memmap(self.prefix + ".bin", self.dtype, mode="r")
-        begin = int(self._starts[document]) + offset
-        out[:] = self._tokens[begin : begin + len(out)]
-
-    def spans(self, document: int) -> tuple[int, np.ndarray] | None:
-        """(tokens of its context, its answers' tokens [begin, end), int32 [ranges, 2]); None unless supervised."""
-        if not self.spans_path:
-            return None
-        if self._spans is None:
-            self._spans = _map_spans(self.spans_path, len(self.lengths))
-        first, context, ranges = self._spans
-        return int(context[document]), np.array(ranges[first[document] : first[document + 1]])
-
-
-def _map_spans(path: str, documents: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Number of each document's first range, int64 [documents + 1]; contexts, int32 [documents]; ranges, int32 [N, 2]."""
-    raw = np.memmap(path, np.uint8, mode="r")
-    at = SPANS_HEADER.size + 8 * (documents + 1)
-    context = raw[at : at + 4 * documents].view("<i4")
-    return raw[SPANS_HEADER.size : at].view("<i8"), context, raw[at + 4 * documents :].view("<i4").reshape(-1, 2)
-
-
-def open_shards(entries: Sequence[str], tokenizer: TokenizerInfo, setting: str, cache: str | Path = "") -> list[Shard]:
+def open_shards(entries: Sequence[str], tokenizer: RunTokenizer, setting: str, cache: str | Path = "") -> list[LazyShard]:
     """Open all shards that prefixes, globs and URLs name, in this order; each once.
 
     Args:
@@ -81,7 +28,7 @@ def open_shards(entries: Sequence[str], tokenizer: TokenizerInfo, setting: str, 
     prefixes = list(dict.fromkeys(prefix for entry in entries for prefix in _find(entry, setting)))
     root = Path(cache) if cache else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "unfold" / "shards"
 
-    def open_one(prefix: str) -> Shard:
+    def open_one(prefix: str) -> LazyShard:
         local = _fetch(prefix, root, setting) if "://" in prefix else prefix
         return _open(local, tokenizer, setting)
 
@@ -103,62 +50,21 @@ def _find(entry: str, setting: str) -> list[str]:
     return sorted(path.removesuffix(".idx") for path in found)
 
 
-def _open(prefix: str, tokenizer: TokenizerInfo, setting: str) -> Shard:
-    """Check a shard against its sidecar and the tokenizer without reading its tokens."""
-    for suffix in (".bin", ".idx", ".json"):
-        if not os.path.isfile(prefix + suffix):
-            raise UserError(f"{setting}: {prefix}{suffix} does not exist; make the shard with `python -m data_prep tokenize`")
-    sidecar = f"{prefix}.json"
+def _open(prefix: str, tokenizer: RunTokenizer, setting: str) -> LazyShard:
+    """Open a shard and hold it against the tokenizer."""
     try:
-        meta = json.loads(Path(sidecar).read_text())
-        files, shard_hash, max_id = meta["files"], meta["tokenizer_hash"], meta["max_id"]
-        kinds = ["bin", "idx", *(["spans"] if "spans" in files else [])]
-        sizes = {kind: files[kind]["bytes"] for kind in kinds}
-        sha256 = files["bin"]["sha256"]
-        if "spans" in files:
-            sha256 = hashlib.sha256((sha256 + files["spans"]["sha256"]).encode()).hexdigest()
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise UserError(f"{setting}: {sidecar} is damaged ({error}); make the shard again") from None
-    for suffix, expected in sizes.items():
-        if not os.path.isfile(f"{prefix}.{suffix}"):
-            raise UserError(f"{setting}: {prefix}.{suffix} does not exist; restore it or make the shard again")
-        if (size := os.path.getsize(f"{prefix}.{suffix}")) != expected:
-            raise UserError(
-                f"{setting}: {prefix}.{suffix} has {size} bytes, {expected} were written; restore it or make it again"
-            )
-    if shard_hash != tokenizer.hash:
+        shard = open_lazily(prefix)
+    except ValueError as error:
+        raise UserError(f"{setting}: {error}") from None
+    info = shard.info
+    if info.tokenizer_hash != tokenizer.hash:
         raise UserError(
-            f"{setting}: {prefix} was made with another tokenizer (hash {shard_hash[:12]}, data.tokenizer "
+            f"{setting}: {prefix} was made with another tokenizer (hash {info.tokenizer_hash[:12]}, data.tokenizer "
             f"{tokenizer.directory} has {tokenizer.hash[:12]}); name the tokenizer it was made with, or tokenize again"
         )
-    if max_id >= tokenizer.vocab_size:
-        raise UserError(f"{setting}: {prefix} holds token id {max_id}, the vocabulary has {tokenizer.vocab_size} ids")
-    dtype, lengths = _read_index(prefix, sizes["bin"], setting)
-    if "spans" not in sizes:
-        return Shard(prefix, dtype, lengths, sha256)
-    _check_spans(f"{prefix}.spans", len(lengths), sizes["spans"], setting)
-    return Shard(prefix, dtype, lengths, sha256, f"{prefix}.spans")
-
-
-def _check_spans(path: str, documents: int, size: int, setting: str) -> None:
-    with open(path, "rb") as file:
-        header = file.read(SPANS_HEADER.size)
-    magic, version, told, ranges = SPANS_HEADER.unpack(header) if len(header) == SPANS_HEADER.size else (b"", 0, 0, 0)
-    whole = SPANS_HEADER.size + 8 * (documents + 1) + 4 * documents + 8 * ranges
-    if (magic, version, told, size) != (SPANS_MAGIC, 1, documents, whole):
-        raise UserError(f"{setting}: {path} does not belong to the shard beside it; restore it or make the shard again")
-
-
-def _read_index(prefix: str, tokens_bytes: int, setting: str) -> tuple[np.dtype, np.ndarray]:
-    """Data type and document lengths, int32 [documents]."""
-    with open(f"{prefix}.idx", "rb") as file:
-        header = file.read(HEADER.size)
-        magic, version, code, sequences, _ = HEADER.unpack(header) if len(header) == HEADER.size else (b"", 0, 0, 0, 0)
-        lengths = np.frombuffer(file.read(4 * sequences), np.int32) if magic == MAGIC and version == 1 else np.empty(0, np.int32)
-    dtype = DTYPES.get(code)
-    if dtype is None or len(lengths) != sequences or int(lengths.sum(dtype=np.int64)) * dtype.itemsize != tokens_bytes:
-        raise UserError(f"{setting}: {prefix}.idx does not belong to {prefix}.bin; restore it or make the shard again")
-    return dtype, lengths
+    if info.max_id >= tokenizer.vocab_size:
+        raise UserError(f"{setting}: {prefix} holds token id {info.max_id}, the vocabulary has {tokenizer.vocab_size} ids")
+    return shard
 
 
 def _file_system(url: str, setting: str):

@@ -147,9 +147,8 @@ def pack_losses(subject: Subject, variant: Variant, group: list[np.ndarray]) -> 
     import torch
     import torch.nn.functional as F
 
-    from unfold.model.attention import MicroBatchAttention
-    from unfold.model.config import GistConfig
     from unfold.model.gist import Recall, build_layout, interleave
+    from unfold.model.visibility import MicroBatchAttention
 
     raw, lengths = np.concatenate(group), [len(window) for window in group]
     gist, tokenizer, device = variant.recalling("all"), subject.tokenizer, subject.model.head_weight.device
@@ -159,8 +158,7 @@ def pack_losses(subject: Subject, variant: Variant, group: list[np.ndarray]) -> 
         made = interleave(raw, lengths, tokenizer.word_starts, gist, tokenizer.gist_ids[: gist.levels])
         ids, level, doc = made.ids, made.level, made.doc
     row = lambda array: torch.from_numpy(array)[None]
-    # Dense attention needs document spans and positions only; any gist configuration yields them.
-    layout = build_layout(row(level), row(doc), gist or GistConfig((len(raw),)))
+    layout = build_layout(row(level), row(doc), gist)
     recall = None if gist is None else Recall.of(layout, gist)
     attend = MicroBatchAttention("gist" if gist else "dense", layout.to(device), recall and recall.to(device))
     with torch.no_grad():

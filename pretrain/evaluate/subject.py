@@ -19,7 +19,7 @@ from unfold.pretrain.errors import UserError
 if TYPE_CHECKING:
     from unfold.model.decode.generation import Decoder
     from unfold.model.transformer import Transformer
-    from unfold.pretrain.data.tokenizer import TokenizerInfo
+    from unfold.pretrain.data.tokenizer import RunTokenizer
 
 MODES = ("dense", "forget", "recall")
 DTYPES = ("fp32", "bf16")
@@ -72,7 +72,7 @@ class Subject:
 
     name: str
     model: Transformer
-    tokenizer: TokenizerInfo
+    tokenizer: RunTokenizer
     variants: tuple[Variant, ...]
     raw_tokens: int
 
@@ -160,7 +160,7 @@ def load_subject(args: Namespace) -> Subject:
 
     if args.run_dir:
         found = find_run(args.run_dir, args.step)
-        own = found.config.gist if found.config.model.attention == "gist" else None
+        own = found.config.folding
         variants = make_variants(args, own, len(found.tokenizer.gist_ids), str(args.run_dir))
         return _loaded(f"{args.run_dir} step {found.manifest.step}", found, variants, args.dtype)
     own = _gists_of(args.model)

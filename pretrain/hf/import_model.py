@@ -18,7 +18,7 @@ from unfold.model.config import ModelConfig
 from unfold.model.hf.keys import model_config
 from unfold.pretrain.checkpoint.manifest import MANIFEST, Manifest, checkpoint_name, sync_directory, write_atomically
 from unfold.pretrain.config import RunConfig, parse_config
-from unfold.pretrain.data.tokenizer import TokenizerInfo, load_tokenizer
+from unfold.pretrain.data.tokenizer import RunTokenizer, load_tokenizer
 from unfold.pretrain.errors import UserError
 from unfold.pretrain.hf.directory import new_directory, read_keys
 from unfold.pretrain.hf.import_weights import WeightFiles, write_checkpoint_weights
@@ -127,7 +127,7 @@ def _untrained(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, init_from=""))
 
 
-def _manifest(config: RunConfig, tokenizer: TokenizerInfo, files: dict[str, dict]) -> Manifest:
+def _manifest(config: RunConfig, tokenizer: RunTokenizer, files: dict[str, dict]) -> Manifest:
     names = ("torch", "transformers", "safetensors")
     return Manifest(
         step=0,

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unfold.model.attention import MicroBatchAttention
 from unfold.model.config import GistConfig
 from unfold.model.decode.generation import Decoder
 from unfold.model.gist import Recall, build_layout, build_recall, select_rule
 from unfold.model.transformer import Transformer
+from unfold.model.visibility import MicroBatchAttention
 from unfold.pretrain.checkpoint.load import FoundRun, load_model
-from unfold.pretrain.data.tokenizer import TokenizerInfo
+from unfold.pretrain.data.tokenizer import RunTokenizer
 from unfold.pretrain.errors import UserError
 
 TOLERANCE = 1e-5  # largest difference of fp32 logits between our model and the reloaded one, as a share of the largest logit
@@ -96,7 +96,7 @@ def _our_logits(run: FoundRun, dtype: torch.dtype, probe: Tensor) -> dict[str, T
             rows.copy_(rows.to(dtype))
     device = model.head_weight.device
     ids = probe[None, :PROBE_TOKENS].to(device)
-    layout = build_layout(torch.full_like(ids, -1), torch.zeros_like(ids), GistConfig((ids.shape[1] + 1,)))
+    layout = build_layout(torch.full_like(ids, -1), torch.zeros_like(ids), None)
     hidden = model.run_layers(ids, layout.position, MicroBatchAttention("dense", layout))
     logits = {"dense": model.head_logits(hidden)[:, 0].cpu()}
     if run.config.model.attention == "gist":
@@ -107,7 +107,7 @@ def _our_logits(run: FoundRun, dtype: torch.dtype, probe: Tensor) -> dict[str, T
     return logits
 
 
-def _our_gist_logits(model: Transformer, gist: GistConfig, tokenizer: TokenizerInfo, tokens: list[int]) -> Tensor:
+def _our_gist_logits(model: Transformer, gist: GistConfig, tokenizer: RunTokenizer, tokens: list[int]) -> Tensor:
     """Of a closed context and what follows it, computed in one pass."""
     decoder = Decoder(model, gist, tokenizer.gist_ids, tokenizer.word_starts)
     sequence = decoder.start()
@@ -168,7 +168,7 @@ def _compare_gists(directory: Path, probe: Tensor, ours: dict[str, Tensor]) -> d
     return {f"largest_logit_difference_{part}": value for part, value in largest.items()}
 
 
-def _prove_tokenizer(ours: TokenizerInfo, directory: Path) -> None:
+def _prove_tokenizer(ours: RunTokenizer, directory: Path) -> None:
     """The reloaded tokenizer gives the ids of ours, with and without the tokens that it adds, and text from them again."""
     from transformers import AutoTokenizer
 

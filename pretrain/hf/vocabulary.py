@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 import unfold
-from unfold.pretrain.data.tokenizer import TokenizerInfo
+from unfold.pretrain.data.tokenizer import RunTokenizer
 from unfold.pretrain.errors import UserError
 from unfold.pretrain.hf.import_weights import EMBEDDING, HEAD, NewRows, WeightFiles
 
@@ -51,7 +51,7 @@ def source_vocabulary(directory: Path) -> dict[str, int] | None:
     return None
 
 
-def match_vocabulary(weights: WeightFiles, tokenizer: TokenizerInfo, gist_rows: Path | None) -> tuple[NewRows, list[str]]:
+def match_vocabulary(weights: WeightFiles, tokenizer: RunTokenizer, gist_rows: Path | None) -> tuple[NewRows, list[str]]:
     """What every row of the new vocabulary is.
 
     Args:
@@ -93,7 +93,7 @@ def match_vocabulary(weights: WeightFiles, tokenizer: TokenizerInfo, gist_rows: 
     return NewRows(known, tokenizer.vocab_size, given), notes
 
 
-def _check_belongs(theirs: dict[str, int], tokenizer: TokenizerInfo, source: Path) -> None:
+def _check_belongs(theirs: dict[str, int], tokenizer: RunTokenizer, source: Path) -> None:
     ours = tokenizer.tokenizer().get_vocab(with_added_tokens=True)
     wrong = next((token for token, i in theirs.items() if ours.get(token) != i), None)
     if wrong is not None:

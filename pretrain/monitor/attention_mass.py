@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from unfold.kernels.intervals import Intervals
 from unfold.kernels.select import select_gists
 from unfold.kernels.tree import GistTree
-from unfold.model.attention import Attend, Attention, MicroBatchAttention
+from unfold.model.attention import Attention
 from unfold.model.gist import Layout, Recall
 from unfold.model.parallel.context import ContextAttention
+from unfold.model.visibility import Attend, MicroBatchAttention
 from unfold.pretrain.parallel import Parallel
 
 QUERIES = 64  # raw tokens per rank and layer, spread evenly over a micro-batch
@@ -97,8 +98,7 @@ class AttentionMass:
     def _measured(self, attend: MicroBatchAttention, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if index not in self.measured:
             self.measured.add(index)
-            recall = attend.recall if index else None  # the first layer never recalls
-            self.mass += attention_mass(q, k, attend.layout, recall).cpu()
+            self.mass += attention_mass(q, k, attend.layout, attend.recall_in(index)).cpu()
         return attend(index, q, k, v)
 
 

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import psutil
 import torch
 
-from unfold.model.transformer import MicroBatch
+from unfold.model.gist import recalls_in
+from unfold.model.visibility import MicroBatch
 from unfold.pretrain.config import RunConfig
 from unfold.pretrain.parallel import Parallel
 from unfold.pretrain.plan.hardware import GIB, GPUS
@@ -73,7 +74,7 @@ class Usage:
             if batch.recall is not None:
                 if result.unfolded is None:  # a pipeline does not tell what was read
                     return 0.0
-                pairs += _recalled_more(batch, result) * (model.layers - 1) / model.layers
+                pairs += _recalled_more(batch, result) * sum(map(recalls_in, range(model.layers))) / model.layers
             sample = dataclasses.replace(self._shape, raw=raw, tokens=int(there.sum()), keys=pairs)
             total += count_flops(model, sample, 1).total
         return total

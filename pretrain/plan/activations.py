@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from unfold.model.config import ModelConfig
 from unfold.pretrain.config import RunConfig
-from unfold.pretrain.plan.work import Sample
+from unfold.pretrain.plan.work import SampleSize
 
 FP32 = 4
 INT64 = 8
@@ -38,11 +38,11 @@ class Activations:
     context: int
     sequence: bool
     exchange: bool
-    sample: Sample
+    sample: SampleSize
     gpu: bool = True
 
     @classmethod
-    def of(cls, config: RunConfig, sample: Sample, gpu: bool = True) -> Activations:
+    def of(cls, config: RunConfig, sample: SampleSize, gpu: bool = True) -> Activations:
         parallel = config.parallel
         exchange = parallel.context > 1 and parallel.context_method == "gists"
         return cls(

@@ -6,13 +6,13 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
+from unfold.pretrain.config import add_overrides, load_config
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the subcommand."""
     parser.add_argument("--config", type=Path, required=True, metavar="YAML", help="the run's configuration")
-    parser.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="override, e.g. parallel.zero=3"
-    )
+    add_overrides(parser)
     parser.add_argument("--gpus", type=int, required=True, metavar="N", help="all GPUs; one rank runs on each")
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="default: 8")
     parser.add_argument("--gpu", metavar="NAME", help="a known GPU, e.g. H100-80GB")
@@ -25,7 +25,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def plan_command(args: argparse.Namespace) -> Iterator[str]:
     """Lines of the plan that the arguments ask for. Raises UserError for what is wrong or does not fit."""
     # PyTorch and DeepSpeed take seconds to load: a wrong argument is told before.
-    from unfold.pretrain.config import load_config
     from unfold.pretrain.plan.hardware import Cluster, find_gpu
 
     cluster = Cluster(find_gpu(args.gpu, args.gpu_memory), args.gpus, args.gpus_per_node, args.mfu)

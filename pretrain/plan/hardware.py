@@ -11,7 +11,7 @@ GIB = 2**30
 
 
 @dataclass(frozen=True)
-class Gpu:
+class GpuKind:
     """One GPU, by its maker's data sheet.
 
     Attributes:
@@ -29,12 +29,12 @@ class Gpu:
 # Peaks and links are NVIDIA's (https://www.nvidia.com/en-us/data-center/ + a100, l40s, h100, h200, dgx-b200: the sheets print
 # the peak with sparsity, twice the dense one, and NVLink's both directions together); memory is torch's total_memory.
 GPUS = (
-    Gpu("A100-40GB", 39.4 * GIB, 312e12, 300e9),
-    Gpu("A100-80GB", 79.1 * GIB, 312e12, 300e9),
-    Gpu("L40S", 44.4 * GIB, 362e12, 32e9),  # no NVLink: PCIe 4.0 x16
-    Gpu("H100-80GB", 79.1 * GIB, 989e12, 450e9),
-    Gpu("H200-141GB", 139.8 * GIB, 989e12, 450e9),
-    Gpu("B200-180GB", 178.3 * GIB, 2250e12, 900e9),
+    GpuKind("A100-40GB", 39.4 * GIB, 312e12, 300e9),
+    GpuKind("A100-80GB", 79.1 * GIB, 312e12, 300e9),
+    GpuKind("L40S", 44.4 * GIB, 362e12, 32e9),  # no NVLink: PCIe 4.0 x16
+    GpuKind("H100-80GB", 79.1 * GIB, 989e12, 450e9),
+    GpuKind("H200-141GB", 139.8 * GIB, 989e12, 450e9),
+    GpuKind("B200-180GB", 178.3 * GIB, 2250e12, 900e9),
 )
 
 
@@ -48,7 +48,7 @@ class Cluster:
         mfu: part of the peak that useful FLOPs are assumed to reach.
     """
 
-    gpu: Gpu
+    gpu: GpuKind
     gpus: int
     gpus_per_node: int
     mfu: float
@@ -69,7 +69,7 @@ class Cluster:
         return -(-self.gpus // self.gpus_per_node)
 
 
-def find_gpu(name: str | None, memory_gb: float | None) -> Gpu:
+def find_gpu(name: str | None, memory_gb: float | None) -> GpuKind:
     """The GPU of a name (``--gpu``), with another memory where one is given (``--gpu-memory``, in GiB).
 
     Raises:
@@ -80,7 +80,7 @@ def find_gpu(name: str | None, memory_gb: float | None) -> Gpu:
     if name is None:
         if memory_gb is None:
             raise UserError(f"--gpu: name one of {', '.join(g.name for g in GPUS)}, or give --gpu-memory GB")
-        return Gpu(f"GPU of {memory_gb:g} GiB", memory_gb * GIB, 0.0, 0.0)
+        return GpuKind(f"GPU of {memory_gb:g} GiB", memory_gb * GIB, 0.0, 0.0)
     wanted = name.lower()
     matches = [g for g in GPUS if g.name.lower() == wanted] or [g for g in GPUS if g.name.lower().startswith(wanted + "-")]
     if len(matches) != 1:
@@ -88,4 +88,4 @@ def find_gpu(name: str | None, memory_gb: float | None) -> Gpu:
         known = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(g.name for g in GPUS)}, or --gpu-memory GB"
         raise UserError(f"--gpu {name}: not known; {known}")
     gpu = matches[0]
-    return gpu if memory_gb is None else Gpu(gpu.name, memory_gb * GIB, gpu.peak, gpu.node_link)
+    return gpu if memory_gb is None else GpuKind(gpu.name, memory_gb * GIB, gpu.peak, gpu.node_link)

@@ -13,13 +13,13 @@ from unfold.pretrain.plan.hardware import GIB, Cluster
 from unfold.pretrain.plan.memory import RESERVED, Memory, plan_memory
 from unfold.pretrain.plan.ranks import Division
 from unfold.pretrain.plan.traffic import Traffic, plan_traffic
-from unfold.pretrain.plan.work import Flops, Sample, count_flops, measure_sample
+from unfold.pretrain.plan.work import Flops, SampleSize, count_flops, measure_sample
 
 
 def with_known_vocabulary(config: RunConfig) -> RunConfig:
     """The configuration with the tokenizer's vocabulary size, where the tokenizer is there. Raises UserError without any."""
     if Path(config.data.tokenizer).is_dir():
-        levels = config.gist.levels if config.model.attention == "gist" else 0
+        levels = config.folding.levels if config.folding else 0
         return with_vocab_size(config, load_tokenizer(config.data.tokenizer, levels).vocab_size)
     if not config.model.vocab_size:
         raise UserError(
@@ -40,7 +40,7 @@ class Plan:
     config: RunConfig
     cluster: Cluster
     division: Division
-    sample: Sample
+    sample: SampleSize
     memory: list[Memory]
     traffic: list[Traffic]
     flops: Flops
@@ -57,7 +57,7 @@ class Planner:
 
     def __init__(self, cluster: Cluster):
         self.cluster = cluster
-        self._samples: dict[tuple, Sample] = {}
+        self._samples: dict[tuple, SampleSize] = {}
 
     @property
     def usable(self) -> float:
@@ -82,7 +82,7 @@ class Planner:
             flops.total / speed if speed else None,
         )
 
-    def _sample(self, config: RunConfig) -> Sample:
+    def _sample(self, config: RunConfig) -> SampleSize:
         parallel = config.parallel
         key = (
             config.model.attention, config.gist, config.data.raw_tokens, parallel.context, parallel.context_method,

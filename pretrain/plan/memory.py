@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 
 from unfold.pretrain.config import RunConfig
 from unfold.pretrain.plan.activations import FP32, Activations, element_size
-from unfold.pretrain.plan.work import Parameters, Sample, count_parameters
+from unfold.pretrain.plan.work import Parameters, SampleSize, count_parameters
 
 # DeepSpeed's defaults, in elements: zero_optimization.reduce_bucket_size, stage3_max_live_parameters.
 BUCKET = 500_000_000
@@ -79,7 +79,7 @@ def spared_by_muon(config: RunConfig, counts: Parameters, replicas: int) -> floa
     return FP32 * counts.layers / replicas if config.optimizer.kind == "muon" else 0.0
 
 
-def stage_memory(config: RunConfig, sample: Sample, stage: int, replicas: int, micro_batches: int) -> Memory:
+def stage_memory(config: RunConfig, sample: SampleSize, stage: int, replicas: int, micro_batches: int) -> Memory:
     """Peak memory of a rank of one pipeline stage. replicas: data x context ranks; micro_batches: of a step and rank."""
     parallel = config.parallel
     stages = parallel.pipeline
@@ -130,6 +130,6 @@ def _buffers(
     return total
 
 
-def plan_memory(config: RunConfig, sample: Sample, replicas: int, micro_batches: int) -> list[Memory]:
+def plan_memory(config: RunConfig, sample: SampleSize, replicas: int, micro_batches: int) -> list[Memory]:
     """Peak memory of a rank of every pipeline stage."""
     return [stage_memory(config, sample, s, replicas, micro_batches) for s in range(config.parallel.pipeline)]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from unfold.pretrain.config import RunConfig
 from unfold.pretrain.plan.activations import FP32, Activations, element_size
-from unfold.pretrain.plan.work import Sample, count_parameters
+from unfold.pretrain.plan.work import SampleSize, count_parameters
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Traffic:
     span: int
 
 
-def plan_traffic(config: RunConfig, sample: Sample, replicas: int, micro_batches: int, ranks: int) -> list[Traffic]:
+def plan_traffic(config: RunConfig, sample: SampleSize, replicas: int, micro_batches: int, ranks: int) -> list[Traffic]:
     """All kinds that occur. replicas: data x context ranks; micro_batches: of a step and rank."""
     parallel = config.parallel
     kept = Activations.of(config, sample)

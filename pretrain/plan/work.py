@@ -49,7 +49,7 @@ def count_parameters(model: ModelConfig, tensor: int = 1, stage: int = 0, stages
 
 
 @dataclass(frozen=True)
-class Sample:
+class SampleSize:
     """The lengths of one sample: a single document in which every token starts a word, so chunks are as short as they get.
 
     Attributes:
@@ -73,7 +73,7 @@ class Sample:
     segments: int
 
 
-def measure_sample(config: RunConfig, attention: str | None = None) -> Sample:
+def measure_sample(config: RunConfig, attention: str | None = None) -> SampleSize:
     """Lay out one sample of the configured length and count. attention: another than the configuration's."""
     parallel, raw = config.parallel, config.data.raw_tokens
     dense = (attention or config.model.attention) == "dense"
@@ -82,16 +82,16 @@ def measure_sample(config: RunConfig, attention: str | None = None) -> Sample:
     longest = raw if dense else max_interleaved_length(raw, gist.chunk_sizes)
     length = -(-longest // multiple) * multiple
     if dense:
-        return Sample(raw, raw, length, raw * (raw + 1) // 2, length // parallel.context, 0, length, 2)
+        return SampleSize(raw, raw, length, raw * (raw + 1) // 2, length // parallel.context, 0, length, 2)
     layout, tokens = _lay_out(raw, length, gist)
     keys = _visible_keys(layout, tokens)
     held = length // parallel.context
     if parallel.context == 1 or parallel.context_method == "ulysses":
         rows = layout.intervals.rows.shape[1] // parallel.context
-        return Sample(raw, tokens, length, keys, held, 0, rows, gist.levels + 2)
+        return SampleSize(raw, tokens, length, keys, held, 0, rows, gist.levels + 2)
     plan = make_plan(layout, parallel.context - 1, parallel.context)  # the last rank receives most
     near = plan.layout.intervals
-    return Sample(raw, tokens, length, keys, near.tokens, plan.exports.exported.shape[1], near.rows.shape[1], gist.levels + 2)
+    return SampleSize(raw, tokens, length, keys, near.tokens, plan.exports.exported.shape[1], near.rows.shape[1], gist.levels + 2)
 
 
 def _lay_out(raw: int, length: int, gist: GistConfig) -> tuple[Layout, int]:
@@ -127,7 +127,7 @@ FLOPS_FORMULA = (
 )
 
 
-def count_flops(model: ModelConfig, sample: Sample, samples: int) -> Flops:
+def count_flops(model: ModelConfig, sample: SampleSize, samples: int) -> Flops:
     """Those of a number of samples: a multiplication and an addition in forward, two of each in backward.
 
     Only raw tokens reach the output head. A visible pair costs head_dim in the score and head_dim in the weighted sum.

@@ -14,7 +14,7 @@ from unfold.pretrain.config.reference import sections
 from unfold.pretrain.monitor.status import duration
 from unfold.pretrain.report.curves import AXES, Chart, Curve, draw, hover_data, make_curve, number, smoothing_window
 from unfold.pretrain.report.runs import Run, parameters
-from unfold.pretrain.report.sample import Sample, describe, draw_grid, draw_strip, kind_class, kind_name
+from unfold.pretrain.report.sample import Picture, describe, draw_grid, draw_strip, kind_class, kind_name
 
 COLOURS, DASHES = 6, 4
 CURVE_BYTES = 1_800_000  # room for all curves of a page; the number of buckets follows from it
@@ -256,7 +256,7 @@ def charts_section(runs: list[Run]) -> tuple[str, list[dict]]:
     return "".join(parts), data
 
 
-def sample_section(sample: Sample, config: RunConfig, names: list[str] | None) -> str:
+def sample_section(sample: Picture, config: RunConfig, names: list[str] | None) -> str:
     """What tokens see, for people who have never met gists. names: the runs it stands for, when there are several."""
     query = int(np.flatnonzero(sample.level < 0)[-1])
     whose = f" – {', '.join(names)}" if names else ""

@@ -16,7 +16,7 @@ FEWEST, MOST = 100, 200  # tokens of the picture
 
 
 @dataclass(frozen=True)
-class Sample:
+class Picture:
     """The first T tokens of a sample.
 
     Attributes:
@@ -42,9 +42,9 @@ class Sample:
         return np.where(self.level >= 0, self.level + 2, np.where(self.sink, 0, 1))
 
 
-def read_sample(config: RunConfig) -> Sample:
+def read_sample(config: RunConfig) -> Picture:
     """The first training sample of a run, or a made-up one where its data cannot be read."""
-    gist = config.gist if config.model.attention == "gist" else None
+    gist = config.folding
     length = _length(gist)
     try:
         ids, lengths, contexts, tokenizer = _real_tokens(config, gist, length)
@@ -91,13 +91,13 @@ def _real_tokens(config: RunConfig, gist: GistConfig | None, length: int):
 
 def _lay_out(
     ids, lengths, word_starts, gist: GistConfig | None, gist_ids, length: int, text_of, origin: str, contexts=None
-) -> Sample:
+) -> Picture:
     """Put the gists in place and cut to ``length`` tokens; what a token sees never depends on what comes after it."""
     if gist is None:
         doc = np.repeat(np.arange(len(lengths)), lengths)[:length]
         mask = np.tril(doc[:, None] == doc[None])
         none = np.zeros(len(doc), bool)
-        return Sample(np.full(len(doc), -1), doc, none, mask, [text_of(int(i)) for i in ids[:length]], 0, origin)
+        return Picture(np.full(len(doc), -1), doc, none, mask, [text_of(int(i)) for i in ids[:length]], 0, origin)
     import torch  # with the layout: seconds of start-up that a wrong argument need not wait for
 
     from unfold.model.gist import build_layout, interleave
@@ -107,7 +107,7 @@ def _lay_out(
     layout = build_layout(torch.from_numpy(level.copy())[None], torch.from_numpy(doc.copy())[None], gist)
     mask = layout.intervals.dense_mask()[0].numpy()
     text = [f"gist {n}" if n >= 0 else text_of(int(i)) for i, n in zip(made.ids, level)]
-    return Sample(level, doc, (level < 0) & (position < gist.sink), mask, text, gist.levels, origin)
+    return Picture(level, doc, (level < 0) & (position < gist.sink), mask, text, gist.levels, origin)
 
 
 def _piece(token: str | None) -> str:
@@ -125,7 +125,7 @@ def kind_class(kind: int) -> str:
     return ("sink", "raw")[kind] if kind < 2 else f"g{min(kind - 2, 3)}"
 
 
-def draw_strip(sample: Sample, query: int, name: str) -> str:
+def draw_strip(sample: Picture, query: int, name: str) -> str:
     """The tokens in reading order, those that ``query`` does not see struck out of focus."""
     cells = []
     for i, (kind, text) in enumerate(zip(sample.kinds().tolist(), sample.text)):
@@ -136,7 +136,7 @@ def draw_strip(sample: Sample, query: int, name: str) -> str:
     return f'<div class="strip" aria-label="tokens of {escape(name, quote=True)}">{"".join(cells)}</div>'
 
 
-def draw_grid(sample: Sample, query: int) -> str:
+def draw_grid(sample: Picture, query: int) -> str:
     """The mask, one unit per cell, with a band of token kinds at the top and at the left."""
     kinds, tokens = sample.kinds(), len(sample.level)
     causal = np.tril(sample.doc[:, None] == sample.doc[None])
@@ -167,7 +167,7 @@ def draw_grid(sample: Sample, query: int) -> str:
     )
 
 
-def describe(sample: Sample, query: int) -> str:
+def describe(sample: Picture, query: int) -> str:
     """One sentence on what a token sees; the script writes the same for the token that the reader picks."""
     kinds = sample.kinds()
     seen = sample.mask[query]
@@ -177,7 +177,7 @@ def describe(sample: Sample, query: int) -> str:
     return f"Token {query} ({sample.text[query].strip()}) sees {int(seen.sum())} of {earlier} tokens so far: {listed}."
 
 
-def script_data(sample: Sample) -> dict:
+def script_data(sample: Picture) -> dict:
     """What the script needs: per token its kind, text and document start, and the ranges that it sees."""
     ranges = []
     for row in sample.mask:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from unfold.pretrain.parallel import Parallel
 
 STOPS = ("", "SIGTERM", "SIGUSR1", "the time limit (checkpoint.stop_after_minutes)")
+TIME_LIMIT = 3  # the last of them
 REQUEST = "SAVE"  # a file of this name in the run directory asks for a checkpoint
 
 

@@ -11,7 +11,6 @@ from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import nn
 
-from unfold.model.config import GistConfig
 from unfold.model.layers import BuildContext
 from unfold.model.parallel.context import ContextParallel
 from unfold.model.parallel.pipeline import canonical_name, layer_specs, stage_loss
@@ -123,9 +122,8 @@ def _pipeline(config: RunConfig, build: BuildContext, parallel: Parallel) -> Pip
     topology = PipeModelDataParallelTopology(
         num_pp=parallel.stages, num_mp=parallel.tensor_group.size(), num_dp=parallel.replica_group.size()
     )
-    gist = config.gist if config.model.attention == "gist" else GistConfig((config.data.raw_tokens,))
     model = PipelineModule(
-        layer_specs(config.model, gist, build),
+        layer_specs(config.model, config.folding, build),
         topology=topology,
         loss_fn=partial(stage_loss, build),
         partition_method="type:LayerStage",

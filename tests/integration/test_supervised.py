@@ -8,7 +8,7 @@ from tests.integration.test_train import EXACT
 from tests.supervised import make_shard
 from unfold.pretrain.config import load_config
 from unfold.pretrain.errors import UserError
-from unfold.pretrain.train.trainer import open_inputs
+from unfold.pretrain.train.inputs import open_inputs
 
 STEPS = "train.steps=8"
 

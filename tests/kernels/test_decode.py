@@ -68,10 +68,10 @@ def batch(name, heads, kv_heads, dim, dtype, device="cpu", recalls=True, whole=F
         level = rules.insert_gists([0] * context, [context], [True], gist.chunk_sizes, gist.sink, gists, close=True)[1]
         level = torch.tensor((level if context else []) + [-1] * max(suffix, 1))
         cache.outline.append(level[:-1])
-        sight = cache.outline.append(level[-1:])
+        sight = cache.outline.append(level[-1:], [recalls])
         for rows, count in zip(cache.layers[0], cache.outline.counts):
             rows.append(*(draw(count, kv_heads, dim).to(device, dtype) for _ in range(2)))
-        new.append(NewTokens(cache, sight, [recalls]))
+        new.append(NewTokens(cache, sight))
         caches.append(cache.layers[0])
     return draw(len(new), heads, dim).to(device, dtype), caches, StepAttention(new, None).step
 

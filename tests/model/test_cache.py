@@ -9,11 +9,9 @@ import torch
 from tests.benchmarks import decode_cpu
 from unfold.model.config import GistConfig
 from unfold.model.decode.cache import Reads, Rows
-from unfold.model.decode.prefill import short_sample
+from unfold.model.decode.prefill import short_sample, whole_tree
 from unfold.model.gist import build_layout, build_recall, interleave
-from unfold.model.gist.buffers import Growable
-from unfold.model.gist.outline import Outline
-from unfold.model.gist.placement import GistPlacement
+from unfold.model.gist.growing import GistPlacement, Growable, Outline
 
 
 def test_growable():
@@ -71,10 +69,10 @@ def test_outline_is_the_layout_of_the_whole(config, raw, suffix):
         assert torch.equal(join("hi"), hi.long())
         assert torch.equal(join("lo"), lo.long())
         assert torch.equal(join("sinks"), (intervals.hi - intervals.lo)[0, -1].long())
-        assert torch.equal(join("upto")[-1] - 1, layout.position[0])
+        assert torch.equal(join("position"), layout.position[0])
         # The tree needs the sight of its queries alone.
         whole = Outline(config)
-        tree = whole.tree(whole.append(level).at(recalls))
+        tree = whole_tree(whole, whole.append(level).at(recalls))
         for name in ("child_lo", "child_hi", "parent", "tail", "span"):
             assert torch.equal(getattr(tree, name).long(), getattr(expected, name).long()), name
         assert torch.equal(tree.lo[:-1], expected.lo[:-1]) and torch.equal(tree.hi[:-1], expected.hi[:-1])
@@ -111,7 +109,7 @@ def test_placement_token_by_token_is_insertion(close):
         placement, ids, level = GistPlacement(config, starts, gists), [], []
         pieces = np.split(raw, np.sort(rng.integers(0, len(raw) + 1, 20)))
         for number, piece in enumerate(pieces):
-            feed = placement.push(piece.tolist(), close and number == len(pieces) - 1)
+            feed = placement.push(piece.tolist(), close=close and number == len(pieces) - 1)
             kept = len(ids) - feed.drop
             assert all(l < 0 for l in level[kept:])
             ids, level = ids[:kept] + feed.ids, level[:kept] + feed.level

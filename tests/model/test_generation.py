@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from tests.model.decoding import GISTS, STARTS, VOCAB, WORDS, continue_checked, make_decoder, recomputed, text
-from unfold.model.attention import MicroBatchAttention
 from unfold.model.config import GistConfig
 from unfold.model.decode import generation
 from unfold.model.decode.generation import Sampling, choose
 from unfold.model.gist import build_layout, interleave
+from unfold.model.visibility import MicroBatchAttention
 
 BUDGETS = {
     "adaptive": {},

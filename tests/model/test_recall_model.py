@@ -5,7 +5,8 @@ import torch
 
 from unfold.model.config import GistConfig, ModelConfig
 from unfold.model.gist import Recall, build_layout, interleave
-from unfold.model.transformer import IGNORED, MicroBatch, Transformer
+from unfold.model.transformer import Transformer, build_model
+from unfold.model.visibility import IGNORED, MicroBatch
 
 VOCAB = 60
 
@@ -63,3 +64,15 @@ def test_activation_checkpointing_gives_the_same_gradients(build):
         model(micro_batch(GistConfig((4, 2), recall="all"))).backward()
         grads.append([p.grad.clone() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+def test_a_model_alone_is_that_of_a_group_of_one(build):
+    """Loss, gradients and logits, to the last bit."""
+    config = ModelConfig(VOCAB, hidden_size=32, layers=2, heads=4, kv_heads=2, ffn_size=48, qk_norm=True)
+    batch = micro_batch(GistConfig((4, 2), recall="all"))
+    results = []
+    for model in (Transformer(config, build), build_model(config, build.seed)):
+        loss = model(batch)
+        loss.backward()
+        results.append([loss.detach(), model.logits(batch.ids, batch.layout), *(p.grad for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -8,7 +8,7 @@ from tests import rules
 from tests.model.decoding import GISTS, STARTS, VOCAB, make_decoder, text
 from unfold.model.config import GistConfig
 from unfold.model.gist import Recall, build_layout, interleave, max_interleaved_length
-from unfold.model.transformer import IGNORED, MicroBatch
+from unfold.model.visibility import IGNORED, MicroBatch
 
 # (context, suffix) tokens of each document; -1: no context at all, plain text
 DOCUMENTS = {

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from unfold.model.gist import build_layout, interleave
-from unfold.model.transformer import IGNORED, MicroBatch
+from unfold.model.visibility import IGNORED, MicroBatch
 from unfold.pretrain import parallel
 from unfold.pretrain.config import RunConfig, parse_config
 from unfold.pretrain.plan.work import measure_sample

@@ -1,8 +1,11 @@
 """Configuration: types, unknown keys, everything at once, what may change on resume."""
 
+import argparse
+import re
+
 import pytest
 
-from unfold.pretrain.config import changes_on_resume, load_config, parse_config
+from unfold.pretrain.config import add_overrides, changes_on_resume, load_config, parse_config
 from unfold.pretrain.errors import UserError
 
 MINIMAL = {"data": {"train": ["x"], "tokenizer": "t"}}
@@ -75,7 +78,7 @@ def test_file_and_overrides(tmp_path):
         ("a: [", [], "line 1 is not valid YAML"),
         ("- a", [], "expected sections"),
         ("data: {train: [x], tokenizer: t}", ["optimizer.lr"], "expected KEY=VALUE"),
-        ("data: {train: [x], tokenizer: t}", ["precision.x=1"], "precision: input should be a valid string"),
+        ("data: {train: [x], tokenizer: t}", ["precision.x=1"], "precision: input should be 'fp32' or 'bf16' (given: {'x': 1})"),
         ("data: {train: [x], tokenizer: t}", ["train.stepz=1"], "did you mean train.steps?"),
     ],
 )
@@ -83,7 +86,7 @@ def test_bad_files_and_overrides(tmp_path, text, overrides, message):
     path = tmp_path / "c.yaml"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(UserError, match="(?s)" + message.replace("?", r"\?")):
+    with pytest.raises(UserError, match="(?s)" + re.escape(message)):
         load_config(path, overrides)
 
 
@@ -96,3 +99,43 @@ def test_what_may_change_on_resume():
         "train.steps": "train.steps: 1000 in the run, 9 given",
         "optimizer.lr": "optimizer.lr: 0.0003 in the run, 0.1 given",
     }
+
+
+def test_errors_are_not_taken_apart_at_semicolons():
+    gist = errors_of({**MINIMAL, "model": {"hidden_size": 258}, "gist": {"topk": 1, "top_p": 0.5, "sink": -1}})
+    assert gist.removeprefix("configuration: ").split("; ") == [
+        "model.hidden_size: 258 is not a multiple of heads (4)",
+        "set head_dim",
+        "gist.sink: -1 is below 0",
+        "gist.topk, top_p: set at most one of them, each is a budget of its own",
+    ]
+
+
+@pytest.mark.parametrize(
+    "section,values,message",
+    [
+        ("optimizer", {"lr": float("nan")}, "optimizer.lr: nan is not a finite number"),
+        ("faults", {"spike_z": float("inf")}, "faults.spike_z: inf is not a finite number"),
+        ("train", {"steps": True}, "train.steps: true is not one of the values that it takes"),
+        ("model", {"norm_eps": -1e-5}, "model.norm_eps: -1e-05 is not above 0"),
+        ("model", {"init_std": -0.1}, "model.init_std: -0.1 is below 0"),
+        ("schedule", {"floor": 1.5}, "schedule.floor: 1.5 is above 1"),
+        ("optimizer", {"beta1": 1}, "optimizer.beta1: 1.0 is not below 1"),
+        ("data", {"train": ""}, "data.train: no shard prefix given"),
+        ("data", {"valid": [""]}, "data.valid: holds an empty shard prefix"),
+    ],
+)
+def test_values_without_sense_are_refused(section, values, message):
+    assert message in errors_of({**MINIMAL, section: {**MINIMAL.get(section, {}), **values}})
+
+
+def test_one_item_stands_for_a_list_of_one():
+    config = parse_config({"data": {"train": "a b", "valid": "c", "tokenizer": "t"}, "gist": {"chunk_sizes": 8}})
+    assert (config.data.train, config.data.valid, config.gist.chunk_sizes) == (("a b",), ("c",), (8,))
+
+
+def test_overrides_after_one_set_and_after_several():
+    parser = argparse.ArgumentParser()
+    add_overrides(parser)
+    assert parser.parse_args(["--set", "a=1", "b=2", "--set", "c=3"]).overrides == ["a=1", "b=2", "c=3"]
+    assert parser.parse_args([]).overrides == []

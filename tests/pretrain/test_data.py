@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from unfold.model.gist import GistConfig
-from unfold.model.transformer import IGNORED
+from unfold.model.visibility import IGNORED
 from unfold.pretrain.data.samples import BatchBuilder, TokenSource, step_samples
 from unfold.pretrain.data.tokenizer import load_tokenizer
 from unfold.pretrain.errors import UserError

@@ -20,7 +20,8 @@ from tests.pretrain.engine_bytes import LAYOUTS, run_config
 from unfold.model.config import GistConfig, ModelConfig
 from unfold.model.gist import build_layout, interleave
 from unfold.model.layers import BuildContext
-from unfold.model.transformer import IGNORED, MicroBatch, Transformer
+from unfold.model.transformer import Transformer
+from unfold.model.visibility import IGNORED, MicroBatch
 from unfold.pretrain import parallel as parallel_groups
 from unfold.pretrain.command import main
 from unfold.pretrain.config import ParallelConfig, RunConfig, load_config, parse_config

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from unfold.model.transformer import IGNORED
+from unfold.model.visibility import IGNORED
 from unfold.pretrain.config import ScheduleConfig
 from unfold.pretrain.train.engine import learning_rate
 from unfold.pretrain.train.step import train_step

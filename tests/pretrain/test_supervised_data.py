@@ -11,7 +11,7 @@ import torch
 from tests.supervised import make_shard
 from unfold.model.gist import GistConfig
 from unfold.model.parallel.pipeline import stage_inputs
-from unfold.model.transformer import IGNORED
+from unfold.model.visibility import IGNORED
 from unfold.pretrain.config import load_config
 from unfold.pretrain.data.packing import pack
 from unfold.pretrain.data.samples import BatchBuilder, TokenSource

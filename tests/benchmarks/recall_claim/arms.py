@@ -14,8 +14,8 @@ from unfold.kernels.select import select_gists
 from unfold.kernels.select.selection import Selection
 from unfold.kernels.tree import GistTree
 from unfold.kernels.unfold.op import recall_stats
-from unfold.model.attention import MicroBatchAttention
-from unfold.model.transformer import MicroBatch, Transformer, token_loss_sum
+from unfold.model.transformer import Transformer, token_loss_sum
+from unfold.model.visibility import MicroBatch, MicroBatchAttention
 
 DENSE, GISTS, RECALL, RANDOM, RECENT = "dense", "gists", "recall", "random", "recent"
 BRANCHES = (GISTS, RECALL, RANDOM, RECENT)  # what a model that has learned to forget goes on with

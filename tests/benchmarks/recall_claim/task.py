@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from unfold.model.gist import GistConfig, Recall, build_layout, interleave
-from unfold.model.transformer import IGNORED, MicroBatch
+from unfold.model.visibility import IGNORED, MicroBatch
 
 
 @dataclass(frozen=True)

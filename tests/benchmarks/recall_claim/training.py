@@ -17,7 +17,8 @@ from tests.benchmarks.recall_claim.arms import BRANCHES, DENSE, GISTS, hidden, l
 from tests.benchmarks.recall_claim.task import LookupTask
 from unfold.model.config import GistConfig, ModelConfig
 from unfold.model.layers import BuildContext
-from unfold.model.transformer import IGNORED, Transformer
+from unfold.model.transformer import Transformer
+from unfold.model.visibility import IGNORED
 
 # (n, steps): so many steps on contexts of 1/n of the length, n times as many of them in a batch. Short contexts come first:
 # look-ups are learned far faster there, by every arm.

@@ -1,0 +1,65 @@
+"""What a run reads: tokenizer and shards, opened and checked before anything heavy starts, and the batches made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from unfold.model.visibility import MicroBatch
+from unfold.pretrain.config import RunConfig, with_vocab_size
+from unfold.pretrain.data.samples import BatchBuilder, TokenSource, step_samples
+from unfold.pretrain.data.tokenizer import RunTokenizer, load_tokenizer
+from unfold.pretrain.errors import UserError
+from unfold.pretrain.parallel import Parallel
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything a run reads. The configuration is the one given, with the tokenizer's vocabulary size."""
+
+    config: RunConfig
+    tokenizer: RunTokenizer
+    train: BatchBuilder
+    valid: BatchBuilder | None
+
+    def batches(self, done: int, number: Callable[[int], int], parallel: Parallel) -> Iterator[list[MicroBatch]]:
+        """This rank's micro-batches of every step after ``done`` steps. number: the n-th sample trained on -> which it is."""
+        train = self.config.train
+        for step in range(done, train.steps):
+            indices = step_samples(step, train.global_batch, train.micro_batch, parallel.data_rank, parallel.data_size)
+            numbers = [[number(i) for i in micro_batch] for micro_batch in indices]
+            yield [self.train.build(n, recall=step >= train.recall_after) for n in numbers]
+
+    def valid_batches(self, parallel: Parallel) -> list[MicroBatch]:
+        """The same samples at every validation; ranks take turns, and a rank without one repeats none."""
+        numbers = range(min(self.config.train.valid_samples, self.valid.source.samples_per_epoch))
+        rounds = -(-len(numbers) // parallel.data_size)
+        mine = [i * parallel.data_size + parallel.data_rank for i in range(rounds)]
+        return [self.valid.build([n]) if n in numbers else self.valid.empty() for n in mine]
+
+    def until(self, sample: int) -> dict:
+        """What decided the samples before a global number: a source that joins the blend later changes nothing of it."""
+        return {"tokenizer_hash": self.tokenizer.hash, "data": self.train.source.fingerprint_until(sample)}
+
+
+def open_inputs(config: RunConfig) -> Inputs:
+    """Open tokenizer and shards. Raises UserError for what is missing, damaged or does not belong together."""
+    gist = config.folding
+    tokenizer = load_tokenizer(config.data.tokenizer, gist.levels if gist else 0)
+    config = with_vocab_size(config, tokenizer.vocab_size)
+
+    # Every rank that shares a sequence holds an equal part of it.
+    length_multiple = config.parallel.context * (config.parallel.tensor if config.parallel.sequence else 1)
+
+    def builder(prefixes: tuple[str, ...], setting: str) -> BatchBuilder:
+        source = TokenSource(prefixes, config.data.raw_tokens, config.train.seed, tokenizer, setting, config.data.cache)
+        return BatchBuilder(source, gist, tokenizer, length_multiple)
+
+    train = builder(config.data.train, "data.train")
+    if gist and gist.recall == "suffix" and not train.source.supervised:
+        raise UserError(
+            "gist.recall: suffix, but no shard of data.train says where a suffix begins; make shards with "
+            "`python -m data_prep tokenize-supervised`, or set recall to all or none"
+        )
+    valid = builder(config.data.valid, "data.valid") if config.data.valid else None
+    return Inputs(config, tokenizer, train, valid)
