@@ -1,6 +1,7 @@
 """Who sees whom: what a micro-batch says of it, what each kind of layer does with it, and which layers recall.
 
-The kinds of layers (docs/method.md#which-tokens-and-layers-recall) stand here alone: ``gist`` and ``dense`` are served, each for the whole model.
+The kinds of layers (docs/method.md#which-tokens-and-layers-recall) stand here alone: ``gist`` and ``dense`` are served, each for
+the whole model.
 """
 
 from __future__ import annotations

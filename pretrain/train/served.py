@@ -1,0 +1,42 @@
+"""What the kernels of GPUs do not serve is refused before anything starts, never computed by a slow path unasked."""
+
+from __future__ import annotations
+
+import torch
+
+from unfold.pretrain.config import RunConfig
+from unfold.pretrain.errors import UserError
+
+
+def refuse_unserved(config: RunConfig, device: torch.device) -> None:
+    """UserError, a line per setting that the kernels of compressed attention and recall do not serve on a GPU."""
+    if device.type == "cpu" or config.model.attention != "gist":
+        return
+    errors = unserved(config)
+    if errors:
+        raise UserError("\n".join(errors))
+
+
+def unserved(config: RunConfig) -> list[str]:
+    """What the kernels of GPUs do not serve of a run, each with what would do."""
+    from unfold.kernels.common.launch import HEAD_DIMS
+    from unfold.kernels.unfold.tiles import LARGEST_TILE, LONGEST_CHUNK
+
+    model, gist = config.model, config.gist
+    instead = "or set model.attention: dense"
+    errors = []
+    if model.head_dim not in HEAD_DIMS:
+        served = ", ".join(map(str, HEAD_DIMS))
+        errors.append(f"model.head_dim: {model.head_dim} has no kernels for GPUs; use one of {served}, {instead}")
+    if gist.recall == "none":
+        return errors
+    if gist.top_p is not None:
+        errors.append(f"gist.top_p: {gist.top_p} has no kernels for GPUs, which select by number; set gist.topk, or neither")
+    group = model.heads // model.kv_heads
+    if group > LARGEST_TILE:
+        errors.append(f"model.kv_heads: {group} query heads for each of {model.kv_heads}; recall on GPUs serves {LARGEST_TILE}")
+    longest = gist.chunk_sizes[0] * 3 // 2  # a chunk grows by up to half to where a word starts
+    if longest > LONGEST_CHUNK:
+        size = gist.chunk_sizes[0]
+        errors.append(f"gist.chunk_sizes: a chunk of {size} tokens can grow to {longest}; recall on GPUs serves {LONGEST_CHUNK}")
+    return errors

@@ -1,0 +1,42 @@
+"""On a GPU a run that the kernels do not serve is refused before it starts, in the names of its settings."""
+
+import dataclasses
+import importlib.util
+
+import pytest
+import torch
+
+from unfold.model.config import GistConfig, ModelConfig
+from unfold.pretrain.config import RunConfig
+from unfold.pretrain.config.schema import DataConfig
+from unfold.pretrain.errors import UserError
+from unfold.pretrain.train.served import refuse_unserved
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+def run_config(**changes) -> RunConfig:
+    """A run that GPUs serve, with settings of model and gist changed."""
+    model = ModelConfig(64, layers=2, heads=4, kv_heads=2, hidden_size=256, head_dim=changes.pop("head_dim", 64))
+    model = dataclasses.replace(model, attention=changes.pop("attention", "gist"))
+    gist = GistConfig(**dict(chunk_sizes=(8, 4), recall="all") | changes)
+    return RunConfig(data=DataConfig(train=("shard",), tokenizer="tokenizer"), model=model, gist=gist)
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        (dict(head_dim=72), "model.head_dim: 72 has no kernels"),
+        (dict(top_p=0.5), "gist.top_p: 0.5 has no kernels"),
+        (dict(chunk_sizes=(100,)), "gist.chunk_sizes: a chunk of 100 tokens can grow to 150"),
+    ],
+)
+def test_what_no_kernel_serves_is_named(changes, message):
+    with pytest.raises(UserError, match=message):
+        refuse_unserved(run_config(**changes), torch.device("cuda"))
+    refuse_unserved(run_config(**changes), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("changes", [{}, dict(head_dim=72, attention="dense"), dict(chunk_sizes=(100,), recall="none")])
+def test_what_is_served_passes(changes):
+    refuse_unserved(run_config(**changes), torch.device("cuda"))
