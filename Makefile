@@ -7,6 +7,8 @@ DEMO_DIR ?= demo
 # Files of tests side by side: most of a test is one process that waits for another, or one core of Triton's interpreter.
 TEST_WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
+# Kernels without a GPU: read when they are made, hence a run of its own.
+INTERPRETED := TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(TEST_WORKERS)
 GPU_DIR ?= runs/gpu
 
 .PHONY: env test test-long test-slurm lint demo bench gpu clean
@@ -24,9 +26,11 @@ lint: env
 
 test: env lint
 	$(PYTEST) -m "not long and not slurm" tests
+	$(INTERPRETED) -m "interpreted and not long" tests/kernels
 
 test-long: env
 	$(PYTEST) tests
+	$(INTERPRETED) -m interpreted tests/kernels
 
 # On a SLURM cluster made for it on this machine (root); skipped, with the reason, where none can be had.
 test-slurm: env

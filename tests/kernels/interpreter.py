@@ -5,10 +5,6 @@
 - fp32 -> bf16: a GPU rounds to nearest; the interpreter cuts the lower bits off.
 """
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -18,18 +14,19 @@ from triton.runtime import interpreter
 from unfold.kernels.common.launch import INTERPRETED
 
 GPU = torch.cuda.is_available()
-RUNS = GPU or INTERPRETED
 DEVICE = "cuda" if GPU and not INTERPRETED else "cpu"
-needs_runs = pytest.mark.skipif(not RUNS, reason="no GPU; a test runs it in a process with TRITON_INTERPRET=1")
 
 
-def run_in_interpreter(file: str, marks: str) -> None:
-    """The tests of a file with these marks, on CPU tensors; TRITON_INTERPRET is read when kernels are made, hence a process."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", marks, "-p", "no:cacheprovider", file]
-    environment = dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    print(result.stdout)
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+def needs_runs(test):
+    """A test of kernels: on a GPU where there is one, else in Triton's interpreter, which is chosen when kernels are made."""
+    reason = "no GPU here; `make test` runs it with TRITON_INTERPRET=1, in Triton's interpreter"
+    return pytest.mark.interpreted(pytest.mark.skipif(not (GPU or INTERPRETED), reason=reason)(test))
+
+
+def in_the_interpreter(test):
+    """A test that looks into the interpreter."""
+    reason = "it looks into Triton's interpreter; `make test` runs it with TRITON_INTERPRET=1"
+    return pytest.mark.interpreted(pytest.mark.skipif(not INTERPRETED, reason=reason)(test))
 
 
 def compute_like_a_gpu(monkeypatch) -> None:

@@ -1,4 +1,4 @@
-"""The Triton backend against the reference: on a GPU where there is one, else in Triton's interpreter, in its own process."""
+"""The Triton backend against the reference: on a GPU where there is one, else in Triton's interpreter."""
 
 import importlib.util
 
@@ -9,7 +9,7 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
 from tests.kernels.cases import CASES, make_layout, random_qkv
-from tests.kernels.interpreter import DEVICE, GPU, RUNS, compute_like_a_gpu, needs_runs, run_in_interpreter
+from tests.kernels.interpreter import DEVICE, GPU, compute_like_a_gpu, needs_runs
 from tests.kernels.uniform import gradients, plain_attention, uniform_intervals
 from unfold.kernels.common.launch import HEAD_DIMS
 from unfold.kernels.compressed import compressed_attention, plan
@@ -31,17 +31,6 @@ SOME = [
 def faithful_interpreter(monkeypatch):
     if backend.INTERPRETED:
         compute_like_a_gpu(monkeypatch)
-
-
-@pytest.mark.skipif(RUNS, reason="a GPU, or the interpreter: the tests run here directly")
-def test_in_the_interpreter():
-    run_in_interpreter(__file__, "not long")
-
-
-@pytest.mark.long
-@pytest.mark.skipif(RUNS, reason="a GPU, or the interpreter: the tests run here directly")
-def test_more_in_the_interpreter():
-    run_in_interpreter(__file__, "long")
 
 
 def errors_at_most_twice_plain(attention, qkv, d_out, intervals, scale):

@@ -18,9 +18,9 @@ from unfold.model.decode.step import NewTokens, StepAttention
 
 TRITON = importlib.util.find_spec("triton") is not None
 if TRITON:
-    from tests.kernels.interpreter import DEVICE, INTERPRETED, RUNS, compute_like_a_gpu, needs_runs, run_in_interpreter
+    from tests.kernels.interpreter import DEVICE, INTERPRETED, compute_like_a_gpu, needs_runs
 else:
-    DEVICE, INTERPRETED, RUNS, needs_runs = "cpu", False, True, pytest.mark.skip(reason="triton is not installed")
+    DEVICE, INTERPRETED, needs_runs = "cpu", False, pytest.mark.skip(reason="triton is not installed")
 
 # Configuration of the gists, and (context, suffix) tokens of each sequence of a batch, of uneven lengths.
 CASES = {
@@ -39,17 +39,6 @@ BUDGETS = {"adaptive": dict(ratio=2), "one": dict(topk=1), "three": dict(topk=3)
 def faithful_interpreter(monkeypatch):
     if INTERPRETED:
         compute_like_a_gpu(monkeypatch)
-
-
-@pytest.mark.skipif(RUNS or not TRITON, reason="a GPU, or the interpreter: the tests run here directly")
-def test_in_the_interpreter():
-    run_in_interpreter(__file__, "not long")
-
-
-@pytest.mark.long
-@pytest.mark.skipif(RUNS or not TRITON, reason="a GPU, or the interpreter: the tests run here directly")
-def test_more_in_the_interpreter():
-    run_in_interpreter(__file__, "long")
 
 
 def batch(name, heads, kv_heads, dim, dtype, device="cpu", recalls=True, whole=False):

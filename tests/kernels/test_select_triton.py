@@ -1,4 +1,4 @@
-"""Selection in Triton against the CPU path: on a GPU where there is one, else in Triton's interpreter, in its own process."""
+"""Selection in Triton against the CPU path: on a GPU where there is one, else in Triton's interpreter."""
 
 import dataclasses
 import importlib.util
@@ -10,7 +10,7 @@ import torch
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-from tests.kernels.interpreter import DEVICE, RUNS, compute_like_a_gpu, needs_runs, run_in_interpreter
+from tests.kernels.interpreter import DEVICE, compute_like_a_gpu, needs_runs
 from tests.kernels.recall_cases import CASES, SUFFIX_CASES, make_recall, make_rule, random_qkv, recalling
 from unfold.kernels.select import SelectRule, select_gists
 from unfold.kernels.select import triton as backend
@@ -32,17 +32,6 @@ BY_NUMBER = ["adaptive", "adaptive, small ratio", "fixed", "everything"]
 def faithful_interpreter(monkeypatch):
     if backend.INTERPRETED:
         compute_like_a_gpu(monkeypatch)
-
-
-@pytest.mark.skipif(RUNS, reason="a GPU, or the interpreter: the tests run here directly")
-def test_in_the_interpreter():
-    run_in_interpreter(__file__, "not long")
-
-
-@pytest.mark.long
-@pytest.mark.skipif(RUNS, reason="a GPU, or the interpreter: the tests run here directly")
-def test_more_in_the_interpreter():
-    run_in_interpreter(__file__, "long")
 
 
 def case(name, heads, kv_heads, dim, dtype, whole=True):

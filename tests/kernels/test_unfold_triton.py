@@ -1,4 +1,4 @@
-"""Unfolding in Triton against the reference: on a GPU where there is one, else in Triton's interpreter, in its own process."""
+"""Unfolding in Triton against the reference: on a GPU where there is one, else in Triton's interpreter."""
 
 import importlib.util
 
@@ -8,7 +8,7 @@ import torch
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-from tests.kernels.interpreter import DEVICE, GPU, RUNS, compute_like_a_gpu, needs_runs, run_in_interpreter
+from tests.kernels.interpreter import DEVICE, GPU, compute_like_a_gpu, needs_runs
 from tests.kernels.recall_cases import CASES, SUFFIX_CASES, make_recall, make_rule, random_qkv, recalling
 from unfold.kernels.common.launch import HEAD_DIMS
 from unfold.kernels.common.tiles import Tile
@@ -26,17 +26,6 @@ FP32_ROUNDING = 2e-6
 ALL = [*CASES, *SUFFIX_CASES]
 # One layout of each kind; the others are `long`, fp32 only.
 SOME = ["shorter than a chunk", "suffixes of packed documents", "no gist at all"]
-
-
-@pytest.mark.skipif(RUNS, reason="a GPU, or the interpreter: the tests run here directly")
-def test_in_the_interpreter():
-    run_in_interpreter(__file__, "not long")
-
-
-@pytest.mark.long
-@pytest.mark.skipif(RUNS, reason="a GPU, or the interpreter: the tests run here directly")
-def test_more_in_the_interpreter():
-    run_in_interpreter(__file__, "long")
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import interpreter, jit
 
-from tests.kernels.interpreter import INTERPRETED, compute_like_a_gpu, run_in_interpreter
+from tests.kernels.interpreter import compute_like_a_gpu, in_the_interpreter
 from unfold.kernels.compressed import compressed_attention
 from unfold.kernels.select import SelectRule
 from unfold.kernels.unfold import recall_attention
@@ -29,17 +29,6 @@ SEVERAL = {"score_kernel": 2, "mark_kernel": 2, "list_kernel": 2, "d_key_kernel"
 # Kernels whose results decide sizes, beside those of selection.
 TURNING = ("group_kernel", "sorted_kernel", "part_count_kernel", "part_kernel", "visit_kernel")
 BUCKETS = 4  # of scores that the search of a bound holds, powers of two
-
-
-@pytest.mark.skipif(INTERPRETED, reason="the tests run here directly")
-def test_in_the_interpreter():
-    run_in_interpreter(__file__, "not long")
-
-
-@pytest.mark.long
-@pytest.mark.skipif(INTERPRETED, reason="the tests run here directly")
-def test_more_in_the_interpreter():
-    run_in_interpreter(__file__, "long")
 
 
 class Record:
@@ -101,7 +90,7 @@ def variants(count: int, monkeypatch) -> dict:
     return record.variants
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="launches are recorded in the interpreter: a test runs it in a process of its own")
+@in_the_interpreter
 @pytest.mark.parametrize("count", [6, pytest.param(20, marks=pytest.mark.long)])
 def test_every_kernel_is_compiled_once(count, monkeypatch):
     found = variants(count, monkeypatch)
