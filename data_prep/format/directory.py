@@ -34,6 +34,8 @@ def write_directory(
         DataError: `target` exists and may not be replaced.
     """
     config = {
+        # Without it transformers 4 returns token_type_ids, which generate() refuses.
+        "model_input_names": ["input_ids", "attention_mask"],
         **(extra_config or {}),
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,

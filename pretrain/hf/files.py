@@ -9,11 +9,12 @@ from unfold.model.hf.keys import hf_config, model_family
 from unfold.model.hf.remote import config_entries, remote_code_files
 from unfold.pretrain.checkpoint.load import FoundRun
 from unfold.pretrain.config import RunConfig
-from unfold.pretrain.hf.directory import write_json
+from unfold.pretrain.data.tokenizer import TokenizerInfo
+from unfold.pretrain.hf.directory import read_keys, write_json
 from unfold.pretrain.plan.work import count_parameters
 
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "chat_template.jinja"
+    "tokenizer.json", "special_tokens_map.json", "tokenizer.model", "chat_template.jinja"
 )  # fmt: skip
 
 
@@ -35,9 +36,20 @@ def write_configs(run: FoundRun, directory: Path, dtype: str) -> None:
     if tokenizer.gist_ids:
         generation["suppress_tokens"] = list(tokenizer.gist_ids)  # a gist is never text
     write_json(directory / "generation_config.json", generation)
+    _write_tokenizer(tokenizer, directory)
+
+
+def _write_tokenizer(tokenizer: TokenizerInfo, directory: Path) -> None:
+    """The tokenizer's files. Its configuration says besides what readers would else guess, each one differently."""
     for name in TOKENIZER_FILES:
         if (tokenizer.directory / name).exists():
             shutil.copy(tokenizer.directory / name, directory / name)
+    keys = read_keys(tokenizer.directory, "tokenizer_config.json")
+    defaults: dict = {"model_input_names": ["input_ids", "attention_mask"]}  # else transformers 4 adds token_type_ids
+    begun = tokenizer.tokenizer().encode("a", add_special_tokens=True).ids[:1]
+    if begun != [tokenizer.bos_id]:
+        defaults["add_bos_token"] = False  # else llama.cpp begins every text of a sentencepiece model with one
+    write_json(directory / "tokenizer_config.json", defaults | keys)
 
 
 def write_model_card(run: FoundRun, directory: Path) -> None:

@@ -101,10 +101,15 @@ def check_turns(directory: Path) -> None:
     ids = torch.tensor([list(range(40))])
     how = dict(max_new_tokens=9, do_sample=False, gist_query_start=30, return_dict_in_generate=True)
     first = model.generate(ids, **how)
-    assert first.past_key_values.get_seq_length() == first.sequences.shape[1] - 1
+    name = "cache" if "cache" in first else "past_key_values"  # renamed in transformers 5.24
+    assert first[name].get_seq_length() == first.sequences.shape[1] - 1
     longer = torch.cat([first.sequences, ids[:, 5:12]], 1)
-    second = model.generate(longer, past_key_values=first.past_key_values, **how).sequences
+    second = model.generate(longer, **{name: first[name]}, **how).sequences
     assert torch.equal(second, model.generate(longer, **how).sequences)
+    with torch.no_grad():  # both names, whatever this version calls it
+        caches = [model(ids, gist_query_start=30, use_cache=True)[name] for _ in range(2)]
+        new = [model(ids[:, :3], **{k: c}).logits for k, c in zip(("cache", "past_key_values"), caches)]
+    assert torch.equal(*new)
 
 
 def check_text(directory: Path) -> None:
@@ -114,7 +119,7 @@ def check_text(directory: Path) -> None:
     prompt = "Fellow citizens, whoever reads this."
     for gist in (True, False):
         model = load(path, gist).eval()
-        ids = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        ids = tokenizer(prompt, return_tensors="pt")  # as every model card writes it: generate() takes all that it returns
         out = model.generate(**ids, max_new_tokens=10, do_sample=False)
         text = tokenizer.decode(out[0])
         assert text.startswith(prompt) and len(text) == len(prompt) + 10 and "<gist" not in text
