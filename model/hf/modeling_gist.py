@@ -8,7 +8,10 @@ With any other ``attn_implementation`` the classes are the stock ones. Works wit
 from __future__ import annotations
 
 import inspect
+import json
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -23,6 +26,7 @@ from .gist_sequence import GistSequence, GistSettings
 from .own_kernels import find_kernels
 
 GIST = "gist"
+PREFIX = "Gist"  # of the names of the classes here, before those of the stock ones
 IGNORED = -100
 # What this version of transformers calls the cache in ``forward`` and in its results: it was renamed in 5.24.
 CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
@@ -243,6 +247,27 @@ class GistForCausalLM:
         cache.length += input_ids.shape[1]
         return parts, ids, torch.tensor(columns, dtype=torch.int64, device=input_ids.device)
 
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As the stock class does, this code included; ``architectures`` names the stock class again, as in the export."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            self._name_stock_class(save_directory)
+
+    def _upload_modified_files(self, working_dir, *args, **kwargs):
+        """``save_pretrained(.., push_to_hub=True)`` comes here after its files are written."""
+        self._name_stock_class(working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
+
+    def _name_stock_class(self, directory) -> None:
+        """Transformers writes the name of this class, which nobody but its own code knows."""
+        self.config.architectures = [type(self).__name__.removeprefix(PREFIX)]
+        path = Path(directory, "config.json")
+        keys = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if keys.get("architectures", self.config.architectures) != self.config.architectures:
+            keys["architectures"] = self.config.architectures
+            path.with_suffix(".partial").write_text(json.dumps(keys, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            os.replace(path.with_suffix(".partial"), path)
+
     def _get_logits_processor(self, *args, **kwargs):
         """Gist ids are never generated, whatever the generation configuration says."""
         processors = super()._get_logits_processor(*args, **kwargs)
@@ -303,3 +328,13 @@ class GistMistralForCausalLM(GistForCausalLM, MistralForCausalLM):
 
 class GistSmolLM3ForCausalLM(GistForCausalLM, SmolLM3ForCausalLM):
     """SmolLM3 with gists."""
+
+
+for _kind in (
+    GistLlamaForCausalLM,
+    GistQwen2ForCausalLM,
+    GistQwen3ForCausalLM,
+    GistMistralForCausalLM,
+    GistSmolLM3ForCausalLM,
+):
+    _kind.register_for_auto_class("AutoModelForCausalLM")  # save_pretrained copies these files only of classes that are

@@ -156,7 +156,25 @@ def check_gradients(directory: Path) -> None:
     assert rows.abs().sum(1).min() > 0, "every gist row learns"
 
 
-CHECKS = (check_plain_loading, check_beams, check_turns, check_text, check_gradients)
+def check_saved_again(directory: Path) -> None:
+    """A gist model that is saved brings its code along and keeps the stock architecture's name; it loads in both ways."""
+    model, ids = load(directory / "llama").eval(), torch.tensor([list(range(40))])
+    target = directory / f"saved-{transformers.__version__}"
+    model.save_pretrained(target)
+    keys = json.loads((target / "config.json").read_text())
+    assert keys["architectures"] == model.config.architectures == ["LlamaForCausalLM"]
+    assert keys["auto_map"] == {"AutoModelForCausalLM": "modeling_gist.GistLlamaForCausalLM"}
+    assert {p.name for p in target.glob("*.py")} == {p.name for p in (directory / "llama").glob("*.py")}
+    again, dense = load(target).eval(), load(target, gist=False).eval()
+    assert type(again).__name__ == "GistLlamaForCausalLM" and type(dense).__name__ == "LlamaForCausalLM"
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+        assert torch.equal(dense(ids).logits, load(directory / "llama", gist=False).eval()(ids).logits)
+    again.save_pretrained(target)  # over itself, as a second epoch does
+    assert torch.equal(load(target).lm_head.weight, model.lm_head.weight)
+
+
+CHECKS = (check_plain_loading, check_beams, check_turns, check_text, check_gradients, check_saved_again)
 
 
 def main(directory: Path) -> None:
