@@ -109,7 +109,7 @@ def _from_run(args: Namespace, prompts: list[str]) -> Iterator[tuple[int, str]]:
         raise UserError(f"--recall: {args.run_dir} was trained with dense attention, which has nothing to recall")
     if args.recall:
         gist = dataclasses.replace(gist, recall=args.recall)
-    decoder = Decoder(run.model, gist, info.gist_ids, info.word_starts, grow=args.grow or context is None)
+    decoder = Decoder(run.model, gist, info.reserved_ids, info.word_starts, grow=args.grow or context is None)
     first = decoder.start()
     if context is not None:
         decoder.read_context(first, encode(context))
@@ -120,8 +120,7 @@ def _from_run(args: Namespace, prompts: list[str]) -> Iterator[tuple[int, str]]:
             decoder.read_context(sequence, encode(prompt), close=False)
         else:
             decoder.read_suffix(sequence, encode(prompt))
-    stop_ids = [i for i in (info.eos_id,) if i is not None]
-    yield from stream_text(decoder, sequences, _sampling(args), tokenizer.decode, stop_ids, args.stop)
+    yield from stream_text(decoder, sequences, _sampling(args), tokenizer.decode, info.stop_ids, args.stop)
 
 
 def _from_export(args: Namespace, prompts: list[str]) -> Iterator[tuple[int, str]]:

@@ -1,6 +1,6 @@
 """Loading a tokenizer, whichever of the two kinds it is."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 from unfold.data_prep.errors import DataError
@@ -18,6 +18,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         return _load_file(kind, found)
     info = TokenizerInfo.from_file(found / INFO_FILE)
     tokenizer = _load_file(info.kind, found / (MODEL_FILE if info.kind == "sentencepiece" else JSON_FILE))
+    if not info.link_ids:
+        info = replace(info, link_ids=tokenizer.info.link_ids)
     if tokenizer.info != info:
         differing = [f.name for f in fields(info) if getattr(info, f.name) != getattr(tokenizer.info, f.name)]
         raise DataError(

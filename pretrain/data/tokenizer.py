@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from unfold.data_prep.format.tokenizer import GENERATION_FILE as GENERATION
 from unfold.pretrain.errors import UserError
 
 
@@ -23,6 +24,8 @@ class TokenizerInfo:
         bos_id, eos_id, pad_id: None where the tokenizer has none.
         hash: identifies the tokenizer; shards and checkpoints carry it.
         word_starts: [vocab_size] bool, whether a piece starts a word.
+        link_ids: ids of link tokens, none for most.
+        stop_ids: every id that ends a generated text.
     """
 
     directory: Path
@@ -33,6 +36,13 @@ class TokenizerInfo:
     pad_id: int | None
     hash: str
     word_starts: np.ndarray
+    link_ids: tuple[int, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+
+    @property
+    def reserved_ids(self) -> tuple[int, ...]:
+        """Ids that stand for no text and are never generated, those of gists first."""
+        return (*self.gist_ids, *self.link_ids)
 
     def tokenizer(self) -> Tokenizer:
         """The encoder and decoder."""
@@ -58,6 +68,8 @@ def load_tokenizer(directory: str | Path, gist_levels: int, setting: str = "data
             info["pad_id"],
             info["hash"],
             starts,
+            tuple(info.get("link_ids", ())),
+            _stop_ids(directory, info["eos_id"]),
         )
     except FileNotFoundError as error:
         raise UserError(
@@ -74,3 +86,22 @@ def load_tokenizer(directory: str | Path, gist_levels: int, setting: str = "data
             f"make it with --gist-levels {gist_levels}"
         )
     return result
+
+
+def generation_settings(directory: Path) -> dict:
+    """What an imported model's ``generation_config.json`` said, kept beside its tokenizer; empty where there was none."""
+    path = directory / GENERATION
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if not isinstance(settings, dict):
+        raise ValueError(f"{GENERATION} holds {type(settings).__name__}, expected an object")
+    return settings
+
+
+def ids_of(value: int | list[int] | None) -> list[int]:
+    """Token ids as Hugging Face's files write them: one, several or none."""
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+
+def _stop_ids(directory: Path, eos_id: int | None) -> tuple[int, ...]:
+    """The end-of-document id first, then what else ends a text of an imported model."""
+    return tuple(dict.fromkeys([*ids_of(eos_id), *ids_of(generation_settings(directory).get("eos_token_id"))]))

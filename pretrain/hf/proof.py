@@ -52,7 +52,7 @@ def prove(run: FoundRun, directory: Path, dtype: torch.dtype) -> dict:
     """
     tokenizer, model = run.tokenizer, run.config.model
     _prove_tokenizer(tokenizer, directory)
-    probe = _probe(model.vocab_size, tokenizer.gist_ids)
+    probe = _probe(model.vocab_size, tokenizer.reserved_ids)
     ours = _our_logits(run, dtype, probe)
     _release_memory()
     proof: dict = {"relative_tolerance": TOLERANCE, "probe_tokens": PROBE_TOKENS}
@@ -75,9 +75,9 @@ def prove(run: FoundRun, directory: Path, dtype: torch.dtype) -> dict:
     }
 
 
-def _probe(vocab_size: int, gist_ids: Sequence[int]) -> Tensor:
-    """[PROBE_TOKENS + DECODED_TOKENS] int64 ids, no gists."""
-    raw = np.setdiff1d(np.arange(vocab_size), gist_ids)
+def _probe(vocab_size: int, reserved: Sequence[int]) -> Tensor:
+    """[PROBE_TOKENS + DECODED_TOKENS] int64 ids, no gists or links."""
+    raw = np.setdiff1d(np.arange(vocab_size), reserved)
     return torch.from_numpy(np.random.default_rng(0).choice(raw, PROBE_TOKENS + DECODED_TOKENS))
 
 
@@ -113,7 +113,7 @@ def _our_logits(run: FoundRun, dtype: torch.dtype, probe: Tensor) -> dict[str, T
 
 def _our_gist_logits(model: Transformer, gist: GistConfig, tokenizer: TokenizerInfo, tokens: list[int]) -> Tensor:
     """Of a closed context and what follows it, computed in one pass."""
-    decoder = Decoder(model, gist, tokenizer.gist_ids, tokenizer.word_starts)
+    decoder = Decoder(model, gist, tokenizer.reserved_ids, tokenizer.word_starts)
     sequence = decoder.start()
     decoder.read_context(sequence, tokens[:CONTEXT_TOKENS])
     decoder.read_suffix(sequence, tokens[CONTEXT_TOKENS:])
@@ -207,13 +207,13 @@ def prove_generate(directory: Path, probe: Tensor, tokenizer: TokenizerInfo) -> 
     except (TypeError, ValueError, AttributeError, NotImplementedError, IndexError, RuntimeError) as error:
         raise UserError(f"{directory}: generate() with gists fails ({error}); not finished") from error
     found = torch.cat([greedy, beams.sequences[:, width:]])
-    if torch.isin(found, torch.tensor(tokenizer.gist_ids)).any():
-        raise UserError(f"{directory}: generate() with gists emits a gist id; not finished")
+    if torch.isin(found, torch.tensor(tokenizer.reserved_ids)).any():
+        raise UserError(f"{directory}: generate() with gists emits an id of a gist or link; not finished")
     largest = 0.0
     for i, (prompt, start) in enumerate(zip(prompts, starts.tolist())):
         read = lambda new, prompt=prompt, start=start: _read_again(model, prompt, new, start)
         logits = read(greedy[i])
-        logits[:, list(tokenizer.gist_ids)] = -torch.inf
+        logits[:, list(tokenizer.reserved_ids)] = -torch.inf
         chosen = logits.gather(1, greedy[i][:, None])[:, 0]
         largest = max(largest, _compare("that generate() took ", logits.max(1).values, chosen, directory))
         new = beams.sequences[i, width:]
@@ -250,10 +250,16 @@ def _prove_tokenizer(ours: TokenizerInfo, directory: Path) -> None:
             raise UserError(f"{directory}: the reloaded tokenizer decodes {ids} to {got!r}, expected {expected!r}; not finished")
 
 
+def files_of(directory: Path) -> list[Path]:
+    """Every file of a directory and its folders."""
+    return sorted(path for path in directory.rglob("*") if path.is_file())
+
+
 def file_hashes(directory: Path, known: dict[str, dict]) -> dict[str, str]:
     """SHA-256 of every file of a directory; ``known``: those of weight files, as they were written."""
     result = {name: entry["sha256"] for name, entry in known.items()}
-    for path in sorted(directory.iterdir()):
-        if path.is_file() and path.name not in result and path.stat().st_size:
-            result[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    for path in files_of(directory):
+        name = path.relative_to(directory).as_posix()
+        if name not in result and path.stat().st_size:
+            result[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return dict(sorted(result.items()))
