@@ -94,7 +94,9 @@ def run_stats(args: argparse.Namespace) -> int:
     from unfold.data_prep.format.shards import open_shard
     from unfold.data_prep.report import draw_lengths, length_statistics
 
-    shards = [open_shard(clean_prefix(prefix)) for prefix in args.prefixes]
+    shards = [open_shard(clean_prefix(prefix), may_be_empty=True) for prefix in args.prefixes]
+    if not any(len(shard.lengths) for shard in shards):
+        raise DataError(f"{', '.join(args.prefixes)}: not one document in {len(shards)} shards")
     lengths = np.concatenate([shard.lengths for shard in shards])
     totals = {"shards": len(shards), "documents": len(lengths), "tokens": int(lengths.sum(dtype=np.int64))}
     totals["bytes"] = sum(shard.info.files["bin"]["bytes"] for shard in shards)

@@ -69,7 +69,8 @@ def _map_spans(path: str, documents: int) -> tuple[np.ndarray, np.ndarray, np.nd
 
 
 def open_shards(entries: Sequence[str], tokenizer: TokenizerInfo, setting: str, cache: str | Path = "") -> list[Shard]:
-    """Open all shards that prefixes, globs and URLs name, in this order; each once.
+    """Open all shards that prefixes, globs and URLs name, in this order; each once. Parts of an array without a document are
+    left out.
 
     Args:
         setting: the configuration key that named them, for messages.
@@ -86,7 +87,10 @@ def open_shards(entries: Sequence[str], tokenizer: TokenizerInfo, setting: str, 
         return _open(local, tokenizer, setting)
 
     with ThreadPoolExecutor(16) as pool:  # on a shared file system each open waits for the network
-        return list(pool.map(open_one, prefixes))
+        opened = list(pool.map(open_one, prefixes))
+    if filled := [shard for shard in opened if len(shard.lengths)]:
+        return filled
+    raise UserError(f"{setting}: {', '.join(entries)} holds no document; name other shards, or give the corpus more text")
 
 
 def _find(entry: str, setting: str) -> list[str]:
