@@ -30,6 +30,7 @@ def find_corpus(args: argparse.Namespace) -> list:
         format=args.format,
         where=[parse_condition(text) for text in args.where],
         limit=args.max_document_mb << 20,
+        say=lambda text: print(f"note: {text}", file=sys.stderr),
     )
 
 

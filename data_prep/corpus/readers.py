@@ -138,13 +138,19 @@ def _json_text(source: Source, line: Line, at: Position) -> tuple[str | None, st
         return None, not_utf8(raw, e), True
     if not decoded.strip():
         return None, "", True
+    whole = line.end == line.size and decoded.lstrip().startswith("[")  # the file's first line
+    is_array = "not valid JSON lines: the file is one array; write its entries one a line, as `jq -c '.[]'` does"
     try:
         row = json.loads(decoded)
     except (json.JSONDecodeError, RecursionError) as e:
+        if whole and decoded.lstrip()[1:].lstrip()[:1] in ("", "{"):
+            return None, is_array, True
         reason = e.msg if isinstance(e, json.JSONDecodeError) else "nested too deeply"
         return None, f"not valid JSON: {reason}; jsonl holds one JSON object per line", True
     except ValueError as e:  # an integer of thousands of digits
         return None, f"not valid JSON: {e}", True
+    if whole and row and all(isinstance(entry, dict) for entry in row):
+        return None, is_array, True
     if not isinstance(row, dict):
         return None, f"{type(row).__name__} instead of a JSON object; jsonl holds one object per line", True
     return text_of(row, source)

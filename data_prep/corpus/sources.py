@@ -3,12 +3,13 @@
 import glob
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from unfold.data_prep.corpus.conditions import Condition
 from unfold.data_prep.corpus.fields import SupervisedFields
+from unfold.data_prep.corpus.folders import corpus_files
 from unfold.data_prep.corpus.streams import COMPRESSIONS, count_lines
 from unfold.data_prep.errors import DataError
 
@@ -18,6 +19,7 @@ SUFFIXES = {
     ".md": "txt",
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
+    ".json": "jsonl",  # as C4 and Dolma name theirs
     ".csv": "csv",
     ".parquet": "parquet",
     ".arrow": "arrow",
@@ -78,8 +80,12 @@ def find_sources(
     format: str | None = None,
     where: Sequence[Condition] = (),
     limit: int = MAX_DOCUMENT_BYTES,
+    say: Callable[[str], None] = lambda text: None,
 ) -> list[Source]:
     """Files named by paths, directories (searched through, known suffixes), globs, `hf:` names and `@` lists; each file once.
+
+    Args:
+        say: told what was passed over in directories.
 
     Raises:
         DataError: something names no file, or a file of unknown kind.
@@ -87,7 +93,7 @@ def find_sources(
     paths: dict[str, None] = {}
     for name in _listed(inputs):
         named = name.startswith(HUB) or Path(name).is_file()
-        found = [name] if named else _search(name, every_file=format is not None)
+        found = [name] if named else _search(name, format is not None, say)
         paths.update(dict.fromkeys(found))
     common = {"text_key": text_key, "fields": fields, "separator": separator, "where": tuple(where), "limit": limit}
     sources = []
@@ -140,15 +146,17 @@ def kind_of(path: str, format: str | None = None) -> tuple[str | None, str]:
     return format or SUFFIXES.get(inner.lower()), compression
 
 
-def _search(name: str, every_file: bool) -> list[str]:
+def _search(name: str, every_file: bool, say: Callable[[str], None]) -> list[str]:
     path = Path(name)
     if path.is_dir():
         if saved := _saved_dataset(path):
             return saved
-        files = (p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
-        found = sorted(str(p) for p in files if every_file or kind_of(p.name)[0])
+        found, passed = corpus_files(path, kind_of, every_file)
         if not found:
-            raise DataError(f"{name}: no file in this directory has a known suffix ({', '.join(SUFFIXES)})")
+            others = f"; {passed.text()}" if passed.text() else ""
+            raise DataError(f"{name}: no file in this directory has a known suffix ({', '.join(SUFFIXES)}){others}")
+        if passed.text():
+            say(passed.text())
         return found
     found = sorted(p for p in glob.glob(name, recursive=True) if Path(p).is_file())
     if not found:
