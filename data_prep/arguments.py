@@ -102,7 +102,7 @@ def add_corpus_options(parser: Parser) -> None:
         "--text-key",
         default="text",
         metavar="KEY",
-        help="key or column that holds the text (default: text)",
+        help="key or column that holds the text (default: text); meta.text reaches inside. tokenize: or the messages of a chat",
     )
     parser.add_argument(
         "--document-separator",
@@ -185,6 +185,8 @@ def add_tokenize(commands) -> None:
     )
     add_corpus_options(p)
     add_encoding_options(p)
+    template_help = "Jinja chat template, or 'plain', for rows that are chats (default: the tokenizer's own, else plain)"
+    p.add_argument("--template", metavar="FILE|plain", help=template_help)
     p.add_argument("--min-tokens", type=count, default=0, metavar="N", help="leave shorter documents out, and count them")
     p.add_argument("--max-tokens", type=count, default=0, metavar="N", help="leave longer documents out, and count them")
 

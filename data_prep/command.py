@@ -23,7 +23,7 @@ def find_corpus(args: argparse.Namespace) -> list:
     if args.command == "tokenize-supervised":
         kind = {"fields": SupervisedFields(**{name: getattr(args, f"{name}_key") for name in SUPERVISED_KEYS})}
     else:
-        kind = {"text_key": args.text_key, "separator": args.document_separator}
+        kind = {"text_key": args.text_key, "separator": args.document_separator, "chats": args.command == "tokenize"}
     return find_sources(
         args.input,
         **kind,
@@ -119,7 +119,10 @@ def run_stats(args: argparse.Namespace) -> int:
 
 def run_tokenize(args: argparse.Namespace) -> int:
     """Make shards."""
-    return make_shards(args, min_tokens=args.min_tokens)
+    from unfold.data_prep.templates import find_template
+
+    template = find_template(args.template, args.tokenizer)
+    return make_shards(args, min_tokens=args.min_tokens, template=template)
 
 
 def run_tokenize_supervised(args: argparse.Namespace) -> int:

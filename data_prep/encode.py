@@ -70,6 +70,7 @@ def tokenize_corpus(
     plot: bool = True,
     overwrite: bool = False,
     supervised: SupervisedJob | None = None,
+    template: tuple[str, str] | None = None,
 ) -> Summary:
     """Turn a corpus into one shard, or two (PREFIX_train, PREFIX_valid) if a part is held out.
 
@@ -89,6 +90,7 @@ def tokenize_corpus(
         plot: also draw the histogram of lengths.
         supervised: how rows become documents, where the sources give fields. A document of more than max_tokens then cannot be
             used, unless its context may be cut.
+        template: (source, name) of what writes chats among the texts.
 
     Raises:
         DataError: any bad input; what was finished is kept.
@@ -100,7 +102,7 @@ def tokenize_corpus(
         sources = split_sources(sources, *part)
         prefix = f"{prefix}-{part[0]:05d}-of-{part[1]:05d}"
     append_eos = append_eos and encoder.info.eos_id is not None
-    job = EncodeJob(str(tokenizer), append_eos, valid_fraction, min_tokens, max_tokens, supervised=supervised)
+    job = EncodeJob(str(tokenizer), append_eos, valid_fraction, min_tokens, max_tokens, supervised=supervised, template=template)
     batch_encoder(job, encoder)  # refuses a bad template before anything is opened
     with ExitStack() as stack:
         settings = _settings(sources or corpus, job, encoder.info)
@@ -309,6 +311,7 @@ def _settings(sources: Sequence[Source], job: EncodeJob, info) -> dict:
         "--where": [str(condition) for condition in first.where],
         "--max-document-mb": first.limit,
         "input": first.path if len(sources) == 1 else None,
+        "--template": job.template[0] if job.template and first.chats else None,
         "way to make supervised documents": asdict(job.supervised) if job.supervised else None,
     }
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from unfold.data_prep.batches import EncodedBatch, EncodeJob, Part, SupervisedJob, encode_batch, is_held_out
+from unfold.data_prep.chats import ChatEncoder, check_calls
 from unfold.data_prep.corpus.fields import DOCUMENTS, SupervisedFields
+from unfold.data_prep.corpus.messages import read_messages
 from unfold.data_prep.errors import DataError
 from unfold.data_prep.format.spans import Spans
 from unfold.data_prep.format.tokenizer import Tokenizer
@@ -30,7 +32,8 @@ class TokenDocument:
 def batch_encoder(job: EncodeJob, tokenizer: Tokenizer) -> Callable[[Sequence[str]], EncodedBatch]:
     """What encodes the texts of a batch; for a supervised job each is a row's fields as JSON."""
     if job.supervised is None:
-        return lambda texts: encode_batch(job, tokenizer, texts)
+        chats = ChatEncoder(job.template, tokenizer) if job.template else None
+        return lambda texts: encode_batch(job, tokenizer, texts, chats)
     return SupervisedEncoder(job, job.supervised, tokenizer)
 
 
@@ -79,9 +82,13 @@ class SupervisedEncoder:
             messages[first]["content"] = CONTEXT_END + messages[first]["content"]
         learned = messages if first is None else messages[first:]
         for message in learned:
+            if "tool_calls" in message:
+                raise DataError("calls a tool after its context, where only texts can be learned; plain `tokenize` takes it")
             if message["role"] == "assistant":
                 message["content"] = ANSWER + message["content"] + ANSWER_END
-        return self._control.pieces(self._template.render_marked(messages)), held_out
+        rendered = self._template.render_marked(messages)
+        check_calls(messages, rendered, self._template.name)
+        return self._control.pieces(rendered), held_out
 
     def _encode(self, documents: list[list[Piece]]) -> list[list[np.ndarray] | DataError]:
         """Of each document the ids of its texts, in order."""
@@ -238,15 +245,12 @@ def _turns(row: dict, fields: SupervisedFields) -> list[dict]:
 
 def _messages(value: object, key: str) -> tuple[list[dict], str | None]:
     """The messages without the one that is the context, and that one's content."""
-    if not isinstance(value, list) or not value:
-        raise DataError(f"{key!r} is not a list of messages")
     messages, context = [], None
-    for number, message in enumerate(value):
-        role = message.get("role") if isinstance(message, dict) else None
-        if not isinstance(role, str) or "content" not in message:
-            raise DataError(f"{key!r}: message {number} is not an object with 'role' and 'content'")
+    for number, message in enumerate(read_messages(value, key)):
+        role = message["role"]
         if role not in CONTEXT_ROLES:
-            messages.append({**message, "content": _text(message["content"], f"{key}[{number}].content", role == "system")})
+            may_be_empty = role == "system" or "tool_calls" in message
+            messages.append({**message, "content": _text(message["content"], f"{key}[{number}].content", may_be_empty)})
             continue
         if context is not None or any(m["role"] in ("user", "assistant") for m in messages):
             raise DataError(f"{key!r}: message {number} is a second context, or stands after a question; one comes first")

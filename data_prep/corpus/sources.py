@@ -38,6 +38,7 @@ class Source:
     format: str  # one of FORMATS, or "hub"
     text_key: str = "text"
     fields: SupervisedFields | None = None  # supervised: a document is these fields of a row, as JSON text
+    chats: bool = False  # a row's text may be a list of messages, too
     separator: str | None = None  # txt: what stands between documents; None: the file is one
     compression: str = ""  # "gz" | "zst" | "xz"
     where: tuple[Condition, ...] = ()
@@ -47,7 +48,7 @@ class Source:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The fields of a row that its text is made of; of supervised ones a row need not have all."""
+        """The keys of a row that its text is made of; of supervised ones a row need not have all."""
         return self.fields.columns if self.fields else (self.text_key,)
 
     def place(self, number: int) -> str:
@@ -76,6 +77,7 @@ def find_sources(
     *,
     text_key: str = "text",
     fields: SupervisedFields | None = None,
+    chats: bool = False,
     separator: str | None = None,
     format: str | None = None,
     where: Sequence[Condition] = (),
@@ -85,6 +87,7 @@ def find_sources(
     """Files named by paths, directories (searched through, known suffixes), globs, `hf:` names and `@` lists; each file once.
 
     Args:
+        chats: whether the texts may be lists of messages.
         say: told what was passed over in directories.
 
     Raises:
@@ -95,7 +98,7 @@ def find_sources(
         named = name.startswith(HUB) or Path(name).is_file()
         found = [name] if named else _search(name, format is not None, say)
         paths.update(dict.fromkeys(found))
-    common = {"text_key": text_key, "fields": fields, "separator": separator, "where": tuple(where), "limit": limit}
+    common = dict(text_key=text_key, fields=fields, chats=chats, separator=separator, where=tuple(where), limit=limit)
     sources = []
     for path in paths:
         kind, compression = ("hub", "") if path.startswith(HUB) else kind_of(path, format)
