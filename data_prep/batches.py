@@ -13,6 +13,7 @@ from unfold.data_prep.corpus.items import Document, Position
 from unfold.data_prep.corpus.messages import ChatText
 from unfold.data_prep.errors import DataError
 from unfold.data_prep.format.spans import Spans
+from unfold.data_prep.format.text import encodable
 from unfold.data_prep.format.tokenizer import Tokenizer
 from unfold.data_prep.journal import Counts
 
@@ -135,8 +136,8 @@ def encode_batch(job: EncodeJob, tokenizer: Tokenizer, texts: Sequence[str], cha
             text = ""
         try:
             raw = text.encode("utf-8")
-        except UnicodeEncodeError as e:
-            rejects.append((i, _surrogate(text, e)))
+        except UnicodeEncodeError:
+            rejects.append((i, encodable(text)))
             raw, text = b"", ""
         usable.append(text)
         counts.text_bytes += len(raw)
@@ -208,8 +209,3 @@ def _part(ids: np.ndarray, lengths: np.ndarray, mask: np.ndarray) -> Part:
         return Part(ids, lengths[mask])
     return Part(ids[np.repeat(mask, lengths)], lengths[mask])
 
-
-def _surrogate(text: str, error: UnicodeEncodeError) -> str:
-    return (
-        f"holds half of a surrogate pair (\\u{ord(text[error.start]):04x}), which is not a character; correct the text"
-    )

@@ -12,6 +12,7 @@ from unfold.data_prep.corpus.fields import DOCUMENTS, SupervisedFields
 from unfold.data_prep.corpus.messages import read_messages
 from unfold.data_prep.errors import DataError
 from unfold.data_prep.format.spans import Spans
+from unfold.data_prep.format.text import encodable
 from unfold.data_prep.format.tokenizer import Tokenizer
 from unfold.data_prep.journal import Counts
 from unfold.data_prep.templates import ANSWER, ANSWER_END, CONTEXT_END, ChatTemplate, ControlText, Piece, special_tokens
@@ -51,11 +52,11 @@ class SupervisedEncoder:
         parsed: list[tuple[int, list[Piece], bool]] = []  # index, pieces, whether it is held out
         for i, row in enumerate(rows):
             try:
+                if problem := encodable(row):
+                    raise DataError(problem)
                 raw = row.encode("utf-8")
                 counts.text_bytes += len(raw)
                 parsed.append((i, *self._parse(json.loads(row), raw)))
-            except UnicodeEncodeError as e:
-                rejects.append((i, f"holds half of a surrogate pair (\\u{ord(row[e.start]):04x}); correct the text"))
             except DataError as e:
                 rejects.append((i, str(e)))
         outputs: list[list[TokenDocument]] = [[]] if self._job.valid_fraction is None else [[], []]

@@ -8,6 +8,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from unfold.data_prep.format.text import encodable, read_text
 from unfold.pretrain.errors import UserError
 
 
@@ -64,6 +65,10 @@ def check(args: Namespace) -> None:
     """Raise UserError for settings that are wrong whatever the model; nothing heavy is loaded for it."""
     if args.prompt and not all(args.prompt):
         raise UserError("--prompt: is empty; give at least one character")
+    for flag, texts in (("--prompt", args.prompt), ("--stop", args.stop)):
+        for text in texts or ():
+            if problem := encodable(text):
+                raise UserError(f"{flag} {ascii(text)}: {problem}")
     if args.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {args.max_new_tokens}: is below 1")
     if args.temperature < 0:
@@ -82,7 +87,7 @@ def check(args: Namespace) -> None:
 
 def _read(path: Path, flag: str) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{flag} {path}: cannot be read as text ({error})") from None
 

@@ -124,7 +124,7 @@ def _json_text(source: Source, line: Line, at: Position) -> tuple[str | None, st
     """(text or None, problem, kept); neither text nor problem for a blank line."""
     if line.size > source.limit:
         return None, too_long(line.size, source.limit), True
-    raw = line.raw.removeprefix(BOM) if line.end == line.size else line.raw
+    raw = line.raw.removeprefix(BOM)  # of the file, or of one that was joined to it
     if not (source.where or source.fields):  # where only a text is taken: orjson rounds integers beyond 64 bits
         try:
             row = orjson.loads(raw)

@@ -12,6 +12,7 @@ from unfold.data_prep.corpus.fields import SupervisedFields
 from unfold.data_prep.corpus.folders import corpus_files
 from unfold.data_prep.corpus.streams import COMPRESSIONS, count_lines
 from unfold.data_prep.errors import DataError
+from unfold.data_prep.format.text import no_file, read_text
 
 SUFFIXES = {
     ".txt": "txt",
@@ -129,7 +130,7 @@ def _listed(inputs: Sequence[str]) -> Iterator[str]:
             continue
         path = Path(name[len(LIST) :])
         try:
-            lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+            lines = [line.strip() for line in read_text(path).splitlines()]
         except (OSError, UnicodeDecodeError) as e:
             raise DataError(f"{path}: list of inputs cannot be read ({getattr(e, 'strerror', None) or e})") from None
         named = [(number, line) for number, line in enumerate(lines, 1) if line and not line.startswith("#")]
@@ -163,7 +164,7 @@ def _search(name: str, every_file: bool, say: Callable[[str], None]) -> list[str
         return found
     found = sorted(p for p in glob.glob(name, recursive=True) if Path(p).is_file())
     if not found:
-        raise DataError(f"{name}: no such file" + (" (the pattern matches nothing)" if glob.has_magic(name) else ""))
+        raise DataError(f"{name}: {no_file(name)}" + (" (the pattern matches nothing)" if glob.has_magic(name) else ""))
     return found
 
 

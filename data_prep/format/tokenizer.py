@@ -19,6 +19,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from unfold.data_prep.errors import DataError
+from unfold.data_prep.format.text import read_text
 
 INFO_FILE = "tokenizer_info.json"
 JSON_FILE = "tokenizer.json"
@@ -105,7 +106,7 @@ def read_json(path: Path) -> object:
         DataError: missing, not UTF-8, or not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_text(path))
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except ValueError as e:

@@ -94,9 +94,13 @@ class HuggingFaceTokenizer:
         """Ids of all texts, int32 [sum of lengths], and their lengths, int64 [texts].
 
         Raises:
-            DataError: a control id came out all the same (a model that can spell it from ordinary pieces).
+            DataError: a character for which it has no token, or a control id came out all the same (a model that can spell it
+                from ordinary pieces).
         """
-        encoded = [e.ids for e in self._inner.encode_batch_fast(list(texts), add_special_tokens=False)]
+        try:
+            encoded = [e.ids for e in self._inner.encode_batch_fast(list(texts), add_special_tokens=False)]
+        except Exception as e:  # tokenizers raises bare Exception
+            raise DataError(f"the tokenizer cannot encode it ({str(e).splitlines()[0]}); give it an unknown token") from None
         lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
         ids = np.fromiter(chain.from_iterable(encoded), np.int32, int(lengths.sum()))
         self.refuse_control(ids)
@@ -129,7 +133,7 @@ def parse_tokenizer(raw: bytes, name: str) -> tuple[dict, tokenizers.Tokenizer]:
         DataError: it is none.
     """
     try:
-        return json.loads(raw), tokenizers.Tokenizer.from_str(raw.decode("utf-8"))
+        return json.loads(raw.decode("utf-8-sig")), tokenizers.Tokenizer.from_str(raw.decode("utf-8-sig"))
     except Exception as e:  # tokenizers raises bare Exception
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise DataError(f"{name}: not a Hugging Face tokenizer.json: {reason}") from None

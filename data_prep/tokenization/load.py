@@ -4,6 +4,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from unfold.data_prep.errors import DataError
+from unfold.data_prep.format.text import no_file
 from unfold.data_prep.format.tokenizer import INFO_FILE, JSON_FILE, MODEL_FILE, Tokenizer, TokenizerInfo, locate
 
 
@@ -32,7 +33,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 def _load_file(kind: str, path: Path) -> Tokenizer:
     # Late imports: each backend is loaded only where it is used.
     if not path.is_file():
-        raise DataError(f"{path}: no such file")
+        raise DataError(f"{path}: {no_file(path)}")
     if kind == "sentencepiece":
         from unfold.data_prep.tokenization.sentencepiece import SentencePieceTokenizer
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from unfold.data_prep.format.text import read_text
 from unfold.data_prep.format.tokenizer import GENERATION_FILE as GENERATION
 from unfold.pretrain.errors import UserError
 
@@ -91,7 +92,7 @@ def load_tokenizer(directory: str | Path, gist_levels: int, setting: str = "data
 def generation_settings(directory: Path) -> dict:
     """What an imported model's ``generation_config.json`` said, kept beside its tokenizer; empty where there was none."""
     path = directory / GENERATION
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    settings = json.loads(read_text(path)) if path.exists() else {}
     if not isinstance(settings, dict):
         raise ValueError(f"{GENERATION} holds {type(settings).__name__}, expected an object")
     return settings

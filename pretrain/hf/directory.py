@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from unfold.data_prep.format.text import read_text
 from unfold.model.config import GistConfig
 from unfold.pretrain.checkpoint.manifest import sync_directory
 from unfold.pretrain.errors import UserError
@@ -51,7 +52,7 @@ def read_keys(directory: Path, name: str = "config.json") -> dict:
     if (directory / UNFINISHED).exists():
         raise UserError(f"{directory}: was not written to its end (it holds {UNFINISHED}); export or copy it again")
     try:
-        keys = json.loads((directory / name).read_text())
+        keys = json.loads(read_text(directory / name))
     except (FileNotFoundError, NotADirectoryError):
         if (directory / ADAPTER).exists():
             raise UserError(
