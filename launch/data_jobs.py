@@ -72,7 +72,8 @@ def run_array(args: argparse.Namespace) -> int:
         print(*array_scripts(args, profile, directory), sep="\n", end="")
         return 0
     array, merge = submit_array(args, profile, directory)
-    print(f"job {array.number}: {args.parts} parts of {prefix}; log: {array.log.replace('%a', 'PART')}")
+    log = Path(array.log)
+    print(f"job {array.number}: {args.parts} parts of {prefix}; log: {log.with_name(log.name.replace('%a', 'PART'))}")
     print(f"job {merge.number}: merges them when all are done; log: {merge.log}")
     print(f"scripts: {array.script} {merge.script}")
     return 0

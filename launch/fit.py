@@ -37,9 +37,9 @@ def missing_data(config: RunConfig) -> list[str]:
         missing.append(f"data.tokenizer: {tokenizer} is no directory")
     for setting in ("train", "valid"):
         for entry in getattr(config.data, setting):
-            prefix = entry.partition(" weight=")[0]
-            if "://" not in prefix and not glob.glob(f"{prefix.removesuffix('.bin')}.bin"):
-                missing.append(f"data.{setting}: {prefix}.bin does not exist")
+            names = {text.removesuffix(".bin").removesuffix(".idx") for text in (entry, entry.rpartition(" weight=")[0] or entry)}
+            if "://" not in entry and not any(Path(f"{n}.bin").is_file() or glob.glob(f"{n}.bin", recursive=True) for n in names):
+                missing.append(f"data.{setting}: {min(names, key=len)}.bin does not exist")
     if config.train.init_from and not Path(config.train.init_from).is_dir():
         missing.append(f"train.init_from: {config.train.init_from} is no directory")
     return missing

@@ -29,7 +29,7 @@ def write_new(directory: Path, name: str, suffix: str, text: str) -> Path:
         for number in range(1, 1_000_000):
             path = directory / f"{name}-{number:03d}{suffix}"
             try:
-                with open(path, "x") as file:
+                with open(path, "x", encoding="utf-8") as file:
                     file.write(text)
                 return path
             except FileExistsError:
@@ -58,7 +58,8 @@ def submit(script: Path, kind: str, log: Path) -> Job:
         said = "; ".join(line.removeprefix("sbatch: error: ") for line in done.stderr.splitlines() if line.strip())
         raise UserError(f"sbatch refused {script}: {said or f'exit code {done.returncode}'}")
     number = int(done.stdout.strip().split(";")[0])
-    job = Job(number, script, str(log).replace("%j", str(number)).replace("%A", str(number)))
+    named = log.with_name(log.name.replace("%j", str(number)).replace("%A", str(number)))
+    job = Job(number, script, str(named))
     line = {"job": number, "kind": kind, "script": str(script), "log": job.log, "submitted": datetime.now(UTC).isoformat()}
     with open(script.parent / JOBS, "a") as file:
         file.write(json.dumps(line) + "\n")

@@ -96,13 +96,14 @@ def find_sources(
     """
     paths: dict[str, None] = {}
     for name in _listed(inputs):
-        named = name.startswith(HUB) or Path(name).is_file()
+        named = Path(name).is_file() or (name.startswith(HUB) and not Path(name).exists())
         found = [name] if named else _search(name, format is not None, say)
         paths.update(dict.fromkeys(found))
     common = dict(text_key=text_key, fields=fields, chats=chats, separator=separator, where=tuple(where), limit=limit)
     sources = []
     for path in paths:
-        kind, compression = ("hub", "") if path.startswith(HUB) else kind_of(path, format)
+        hub = path.startswith(HUB) and not Path(path).exists()
+        kind, compression = ("hub", "") if hub else kind_of(path, format)
         if kind is None:
             raise DataError(
                 f"{path}: unknown kind of file; known are {', '.join(SUFFIXES)} (each also with "
@@ -125,7 +126,7 @@ def _listed(inputs: Sequence[str]) -> Iterator[str]:
         DataError: a list cannot be read or names nothing, or a line of it names no file.
     """
     for name in inputs:
-        if not name.startswith(LIST):
+        if not name.startswith(LIST) or Path(name).exists():
             yield name
             continue
         path = Path(name[len(LIST) :])

@@ -225,7 +225,7 @@ def remove_leftovers(run_dir: Path) -> None:
 def write_atomically(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old or the new content, never a part."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w") as file:
+    with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
