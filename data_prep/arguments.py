@@ -3,6 +3,7 @@
 import argparse
 from typing import NoReturn
 
+MOST = 10**15  # no count or size of this program comes near
 # Of supervised data; the names of unfold.data_prep.corpus.fields.SupervisedFields, which is not imported for --help alone.
 SUPERVISED_KEYS = {
     "context": "the context",
@@ -39,6 +40,8 @@ def at_least(text: str, low: int) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
     if value < low:
         raise argparse.ArgumentTypeError(f"{value} is too small; it must be at least {low}")
+    if value > MOST:
+        raise argparse.ArgumentTypeError(f"{value} is beyond any sense; at most {MOST:.0e}")
     return value
 
 

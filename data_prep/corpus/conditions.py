@@ -1,5 +1,6 @@
 """Conditions on a row's fields: `--where lang=en --where score>=0.5`."""
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -54,7 +55,8 @@ def parse_condition(text: str) -> Condition:
     condition = Condition(*found.groups())
     if condition.operator not in ("=", "!="):
         try:
-            float(condition.value)
+            if not math.isfinite(float(condition.value)):
+                raise ValueError("no order")
         except ValueError:
             raise DataError(f"--where {text}: {condition.value!r} is not a number") from None
     return condition

@@ -12,6 +12,7 @@ from unfold.pretrain.config.schema import (
     ScheduleConfig,
     accumulation_steps,
 )
+from unfold.pretrain.config.yaml_text import read_yaml
 
 __all__ = [
     "CHANGEABLE_ON_RESUME",
@@ -28,5 +29,6 @@ __all__ = [
     "flatten",
     "load_config",
     "parse_config",
+    "read_yaml",
     "with_vocab_size",
 ]
