@@ -5,9 +5,7 @@ from __future__ import annotations
 import glob
 from pathlib import Path
 
-import yaml
-
-from unfold.pretrain.config import RunConfig, accumulation_steps, changes_on_resume, parse_config
+from unfold.pretrain.config import RunConfig, accumulation_steps, changes_on_resume, saved_settings
 from unfold.pretrain.errors import UserError
 
 
@@ -61,10 +59,9 @@ def check_resume(config: RunConfig, run_dir: Path) -> None:
     saved = run_dir / "config.yaml"
     if not saved.is_file() or not any((run_dir / "checkpoints").glob("step-*")):
         return
-    try:
-        old = parse_config(yaml.safe_load(saved.read_text()), str(saved)).to_dict()
-    except (yaml.YAMLError, AttributeError, UnicodeDecodeError):
-        raise UserError(f"{saved}: is damaged; restore it from the manifest of a checkpoint") from None
+    old, _ = saved_settings(run_dir)  # what is damaged is told by the run itself
+    if old is None:
+        raise UserError(f"{saved}: is damaged, and no checkpoint tells the run's settings; use a new run directory")
     changes = changes_on_resume(old, config.to_dict())
     if not config.model.vocab_size:
         changes.pop("model.vocab_size", None)  # 0 follows the tokenizer

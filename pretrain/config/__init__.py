@@ -1,6 +1,7 @@
 """The configuration of a run: what it consists of, how it is read and written, and what may change when a run is resumed."""
 
 from unfold.pretrain.config.read import FREE_ON_RESUME, changes_on_resume, flatten, load_config, parse_config, with_vocab_size
+from unfold.pretrain.config.saved import saved_settings
 from unfold.pretrain.config.schema import (
     CHANGEABLE_ON_RESUME,
     CheckpointConfig,
@@ -30,5 +31,6 @@ __all__ = [
     "load_config",
     "parse_config",
     "read_yaml",
+    "saved_settings",
     "with_vocab_size",
 ]

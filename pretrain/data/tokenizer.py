@@ -77,7 +77,7 @@ def load_tokenizer(directory: str | Path, gist_levels: int, setting: str = "data
             f"{setting}: {error.filename} does not exist; give a directory made by `python -m data_prep train-tokenizer` "
             "or `import-tokenizer`"
         ) from None
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, TypeError, EOFError, OSError) as error:
         raise UserError(f"{setting}: {directory} is damaged ({error}); make the tokenizer again") from None
     if starts.shape != (result.vocab_size,):
         raise UserError(f"{setting}: {directory}/word_starts.npy has shape {starts.shape}, expected ({result.vocab_size},)")

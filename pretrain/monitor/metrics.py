@@ -34,7 +34,7 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, step: int):
-        kept = [line for line in read_metrics(path) if line["step"] <= step] if path.exists() else []
+        kept = [line for line in read_metrics(path, told=True) if line["step"] <= step] if path.exists() else []
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._path, self._waiting, self.trouble = path, b"", ""
         self._file = open(path, "ab", buffering=0)
@@ -59,14 +59,22 @@ class MetricsFile:
         self._file.close()
 
 
-def read_metrics(path: Path) -> list[dict]:
-    """The whole lines of a metrics file; a line torn by a kill is left out."""
-    lines = []
-    for text in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
+def read_metrics(path: Path, told: bool = False) -> list[dict]:
+    """The whole lines of a metrics file; lines torn by a kill or a crash are left out, and said if ``told``."""
+    lines, damaged = [], 0
+    for text in path.read_bytes().split(b"\n"):
+        if not text.strip():
             continue
+        try:
+            line = json.loads(text)
+        except ValueError:
+            line = None
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
+        else:
+            damaged += 1
+    if damaged and told:
+        print_line(f"{path}: {damaged} damaged line(s) are left out")
     return lines
 
 
