@@ -3,6 +3,7 @@
 import argparse
 from typing import NoReturn
 
+MOST = 10**15  # no count or size of this program comes near
 # Of supervised data; the names of unfold.data_prep.corpus.fields.SupervisedFields, which is not imported for --help alone.
 SUPERVISED_KEYS = {
     "context": "the context",
@@ -39,6 +40,8 @@ def at_least(text: str, low: int) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
     if value < low:
         raise argparse.ArgumentTypeError(f"{value} is too small; it must be at least {low}")
+    if value > MOST:
+        raise argparse.ArgumentTypeError(f"{value} is beyond any sense; at most {MOST:.0e}")
     return value
 
 
@@ -102,7 +105,7 @@ def add_corpus_options(parser: Parser) -> None:
         "--text-key",
         default="text",
         metavar="KEY",
-        help="key or column that holds the text (default: text)",
+        help="key or column that holds the text (default: text); meta.text reaches inside. tokenize: or the messages of a chat",
     )
     parser.add_argument(
         "--document-separator",
@@ -185,6 +188,8 @@ def add_tokenize(commands) -> None:
     )
     add_corpus_options(p)
     add_encoding_options(p)
+    template_help = "Jinja chat template, or 'plain', for rows that are chats (default: the tokenizer's own, else plain)"
+    p.add_argument("--template", metavar="FILE|plain", help=template_help)
     p.add_argument("--min-tokens", type=count, default=0, metavar="N", help="leave shorter documents out, and count them")
     p.add_argument("--max-tokens", type=count, default=0, metavar="N", help="leave longer documents out, and count them")
 

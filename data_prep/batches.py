@@ -7,10 +7,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from unfold.data_prep.chats import ChatEncoder
 from unfold.data_prep.corpus.fields import SupervisedFields
 from unfold.data_prep.corpus.items import Document, Position
+from unfold.data_prep.corpus.messages import ChatText
 from unfold.data_prep.errors import DataError
 from unfold.data_prep.format.spans import Spans
+from unfold.data_prep.format.text import encodable
 from unfold.data_prep.format.tokenizer import Tokenizer
 from unfold.data_prep.journal import Counts
 
@@ -63,6 +66,7 @@ class EncodeJob:
     max_tokens: int = 0  # a document of more is left out; 0: no bound
     fast: bool = False  # use the fast backend, which the parent has checked
     supervised: SupervisedJob | None = None  # the texts are rows of supervised data
+    template: tuple[str, str] | None = None  # source and name of what writes chats among the texts
 
 
 @dataclass(frozen=True)
@@ -122,8 +126,8 @@ def is_held_out(raw: bytes, fraction: float) -> bool:
     return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "big") < fraction * 2**64
 
 
-def encode_batch(job: EncodeJob, tokenizer: Tokenizer, texts: Sequence[str]) -> EncodedBatch:
-    """Encode one batch; a text that cannot be encoded is told by its index."""
+def encode_batch(job: EncodeJob, tokenizer: Tokenizer, texts: Sequence[str], chats: ChatEncoder | None = None) -> EncodedBatch:
+    """Encode one batch; a text that cannot be encoded is told by its index. chats: of the texts that are chats."""
     counts, rejects = Counts(), []
     usable: list[str] = []
     held_out = np.zeros(len(texts), dtype=bool)
@@ -132,14 +136,17 @@ def encode_batch(job: EncodeJob, tokenizer: Tokenizer, texts: Sequence[str]) -> 
             text = ""
         try:
             raw = text.encode("utf-8")
-        except UnicodeEncodeError as e:
-            rejects.append((i, _surrogate(text, e)))
+        except UnicodeEncodeError:
+            rejects.append((i, encodable(text)))
             raw, text = b"", ""
         usable.append(text)
         counts.text_bytes += len(raw)
         if job.valid_fraction is not None:
             held_out[i] = is_held_out(raw, job.valid_fraction)
-    ids, lengths = _encode(tokenizer, usable, rejects)
+    own = {i: text for i, text in enumerate(usable) if isinstance(text, ChatText)}
+    ids, lengths = _encode(tokenizer, ["" if i in own else text for i, text in enumerate(usable)], rejects)
+    if own:
+        ids, lengths = _with_chats(job, tokenizer, chats, own, ids, lengths, rejects)
     counts.empty = int((lengths == 0).sum()) - len(rejects)
     if job.append_eos:
         ids, lengths = with_end(ids, lengths, tokenizer.info.eos_id)
@@ -165,6 +172,20 @@ def _encode(tokenizer: Tokenizer, texts: list[str], rejects: list[tuple[int, str
     return tokenizer.encode_flat(texts)
 
 
+def _with_chats(job, tokenizer, chats, own: dict[int, str], ids, lengths, rejects) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and lengths of all texts, those of chats put in their places; a chat that cannot be written is added to ``rejects``."""
+    documents = np.split(ids, np.cumsum(lengths)[:-1])
+    for i, text in own.items():
+        try:
+            documents[i] = chats.encode(text)
+        except DataError as e:
+            rejects.append((i, str(e)))
+            continue
+        if job.append_eos and len(documents[i]) and documents[i][-1] == tokenizer.info.eos_id:
+            documents[i] = documents[i][:-1]  # the template has written it already
+    return np.concatenate(documents), np.array([len(document) for document in documents], dtype=np.int64)
+
+
 def with_end(ids: np.ndarray, lengths: np.ndarray, eos: int) -> tuple[np.ndarray, np.ndarray]:
     """The same documents, each that has a token ended by `eos`.
 
@@ -188,8 +209,3 @@ def _part(ids: np.ndarray, lengths: np.ndarray, mask: np.ndarray) -> Part:
         return Part(ids, lengths[mask])
     return Part(ids[np.repeat(mask, lengths)], lengths[mask])
 
-
-def _surrogate(text: str, error: UnicodeEncodeError) -> str:
-    return (
-        f"holds half of a surrogate pair (\\u{ord(text[error.start]):04x}), which is not a character; correct the text"
-    )

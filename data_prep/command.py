@@ -23,13 +23,14 @@ def find_corpus(args: argparse.Namespace) -> list:
     if args.command == "tokenize-supervised":
         kind = {"fields": SupervisedFields(**{name: getattr(args, f"{name}_key") for name in SUPERVISED_KEYS})}
     else:
-        kind = {"text_key": args.text_key, "separator": args.document_separator}
+        kind = {"text_key": args.text_key, "separator": args.document_separator, "chats": args.command == "tokenize"}
     return find_sources(
         args.input,
         **kind,
         format=args.format,
         where=[parse_condition(text) for text in args.where],
         limit=args.max_document_mb << 20,
+        say=lambda text: print(f"note: {text}", file=sys.stderr),
     )
 
 
@@ -94,7 +95,9 @@ def run_stats(args: argparse.Namespace) -> int:
     from unfold.data_prep.format.shards import open_shard
     from unfold.data_prep.report import draw_lengths, length_statistics
 
-    shards = [open_shard(clean_prefix(prefix)) for prefix in args.prefixes]
+    shards = [open_shard(clean_prefix(prefix), may_be_empty=True) for prefix in args.prefixes]
+    if not any(len(shard.lengths) for shard in shards):
+        raise DataError(f"{', '.join(args.prefixes)}: not one document in {len(shards)} shards")
     lengths = np.concatenate([shard.lengths for shard in shards])
     totals = {"shards": len(shards), "documents": len(lengths), "tokens": int(lengths.sum(dtype=np.int64))}
     totals["bytes"] = sum(shard.info.files["bin"]["bytes"] for shard in shards)
@@ -116,7 +119,10 @@ def run_stats(args: argparse.Namespace) -> int:
 
 def run_tokenize(args: argparse.Namespace) -> int:
     """Make shards."""
-    return make_shards(args, min_tokens=args.min_tokens)
+    from unfold.data_prep.templates import find_template
+
+    template = find_template(args.template, args.tokenizer)
+    return make_shards(args, min_tokens=args.min_tokens, template=template)
 
 
 def run_tokenize_supervised(args: argparse.Namespace) -> int:

@@ -70,6 +70,7 @@ def tokenize_corpus(
     plot: bool = True,
     overwrite: bool = False,
     supervised: SupervisedJob | None = None,
+    template: tuple[str, str] | None = None,
 ) -> Summary:
     """Turn a corpus into one shard, or two (PREFIX_train, PREFIX_valid) if a part is held out.
 
@@ -89,20 +90,23 @@ def tokenize_corpus(
         plot: also draw the histogram of lengths.
         supervised: how rows become documents, where the sources give fields. A document of more than max_tokens then cannot be
             used, unless its context may be cut.
+        template: (source, name) of what writes chats among the texts.
 
     Raises:
         DataError: any bad input; what was finished is kept.
     """
     begin = time.monotonic()
     encoder = load_tokenizer(tokenizer)
+    corpus = sources
     if part:
         sources = split_sources(sources, *part)
         prefix = f"{prefix}-{part[0]:05d}-of-{part[1]:05d}"
     append_eos = append_eos and encoder.info.eos_id is not None
-    job = EncodeJob(str(tokenizer), append_eos, valid_fraction, min_tokens, max_tokens, supervised=supervised)
+    job = EncodeJob(str(tokenizer), append_eos, valid_fraction, min_tokens, max_tokens, supervised=supervised, template=template)
     batch_encoder(job, encoder)  # refuses a bad template before anything is opened
     with ExitStack() as stack:
-        run = _Run(stack, sources, str(prefix), job, encoder.info, on_error, overwrite)
+        settings = _settings(sources or corpus, job, encoder.info)
+        run = _Run(stack, sources, str(prefix), job, encoder.info, on_error, overwrite, settings, may_be_empty=part is not None)
         items = read_items(sources, run.position)
         sample, items = _peek(items) if backend != "exact" else ([], items)
         encoder, backend_line = choose_backend(encoder, backend, sample)
@@ -130,10 +134,25 @@ class _Run:
     """Outputs, journal and counts of one run."""
 
     def __init__(
-        self, stack: ExitStack, sources: list[Source], prefix: str, job: EncodeJob, info, on_error: str, overwrite: bool
+        self,
+        stack: ExitStack,
+        sources: list[Source],
+        prefix: str,
+        job: EncodeJob,
+        info,
+        on_error: str,
+        overwrite: bool,
+        settings: dict,
+        may_be_empty: bool,
     ):
-        """Claim the outputs and go to where an earlier run stopped."""
+        """Claim the outputs and go to where an earlier run stopped.
+
+        Args:
+            settings: what decides the bytes of the output.
+            may_be_empty: an output without documents is one of many parts; whoever merges them judges the whole.
+        """
         self.sources, self.prefix, self.job, self.on_error = sources, prefix, job, on_error
+        self._may_be_empty = may_be_empty
         names = [prefix] if job.valid_fraction is None else [f"{prefix}_train", f"{prefix}_valid"]
         self.writers = [
             stack.enter_context(
@@ -151,7 +170,7 @@ class _Run:
             for name in names
         ]
         self.counts, self.position = Counts(), Position()
-        self._journal = Journal(prefix, _settings(sources, job, info), [s.fingerprint() for s in sources])
+        self._journal = Journal(prefix, settings, [s.fingerprint() for s in sources])
         stack.callback(self._journal.close)
         self._rejects = Appended(Path(f"{prefix}.rejects.jsonl"))
         stack.callback(self._rejects.close)
@@ -254,12 +273,13 @@ class _Run:
 
     def finish(self, begin: float, backend: str, plot: bool) -> Summary:
         """Give everything its name."""
-        try:
-            _check_filled(self.writers, self.counts, self.job.valid_fraction)
-        except DataError:
-            self._committed = False  # going on would end here again
-            raise
-        shards = {writer.prefix: writer.finish() for writer in self.writers}
+        if not self._may_be_empty:
+            try:
+                _check_filled(self.writers, self.counts, self.job.valid_fraction)
+            except DataError:
+                self._committed = False  # going on would end here again
+                raise
+        shards = {writer.prefix: writer.finish(may_be_empty=self._may_be_empty) for writer in self.writers}
         self._named = True
         rejects = None
         if self._rejects.size:
@@ -291,6 +311,7 @@ def _settings(sources: Sequence[Source], job: EncodeJob, info) -> dict:
         "--where": [str(condition) for condition in first.where],
         "--max-document-mb": first.limit,
         "input": first.path if len(sources) == 1 else None,
+        "--template": job.template[0] if job.template and first.chats else None,
         "way to make supervised documents": asdict(job.supervised) if job.supervised else None,
     }
 

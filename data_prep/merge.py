@@ -12,15 +12,20 @@ def merge_shards(prefixes: list[str], output: str, *, overwrite: bool = False) -
     """Write the documents of several shards, in the order given, as one.
 
     Raises:
-        DataError: a shard is damaged, they differ in tokenizer, vocabulary, dtype, end-of-document ids or supervision, or
-            `output` exists or is one of them. No output is left then.
+        DataError: a shard is damaged, they differ in tokenizer, vocabulary, dtype, end-of-document ids or supervision, none
+            holds a document, or `output` exists or is one of them. No output is left then.
     """
     if output in prefixes:
         raise DataError(f"{output}: is an input of this merge, too; choose another --output")
-    shards = [open_shard(prefix) for prefix in prefixes]
+    shards = [open_shard(prefix, may_be_empty=True) for prefix in prefixes]
     first = shards[0].info
     for shard in shards[1:]:
         _check_same_kind(shard, shards[0])
+    if not any(len(shard.lengths) for shard in shards):
+        raise DataError(
+            f"{output}: not one document in {len(shards)} shards, from {prefixes[0]} on; give more documents, or, if these are "
+            "the ones held out, a larger --valid-fraction"
+        )
     sources = list(dict.fromkeys(source for shard in shards for source in shard.info.sources))
     with ShardWriter(
         output,

@@ -10,7 +10,9 @@ QUANTILES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 
 
 def length_statistics(lengths: np.ndarray) -> dict:
-    """Figures of document lengths, int [documents]: extremes, mean, quantiles, and counts by powers of two."""
+    """Figures of document lengths, int [documents]: extremes, mean, quantiles, and counts by powers of two; none of none."""
+    if not len(lengths):
+        return {}
     powers = np.floor(np.log2(lengths)).astype(int)
     counts = np.bincount(powers)
     return {
@@ -47,7 +49,7 @@ def write_report(prefix: str, summary, lengths: dict[str, np.ndarray], plot: boo
     path = Path(f"{prefix}.report.json")
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     written = [str(path)]
-    if plot:
+    if plot and any(map(len, lengths.values())):
         written.append(draw_lengths(f"{prefix}.report.png", lengths))
     return written
 
@@ -60,6 +62,7 @@ def draw_lengths(path: str, lengths: dict[str, np.ndarray]) -> str:
     figure = Figure(figsize=(7, 3.6))
     FigureCanvasAgg(figure)
     axes = figure.add_axes((0.11, 0.16, 0.86, 0.8))
+    lengths = {name: values for name, values in lengths.items() if len(values)}
     longest = max(int(x.max()) for x in lengths.values())
     edges = np.geomspace(1, longest + 1, 60)
     for name, values in lengths.items():

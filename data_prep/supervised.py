@@ -7,9 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from unfold.data_prep.batches import EncodedBatch, EncodeJob, Part, SupervisedJob, encode_batch, is_held_out
+from unfold.data_prep.chats import ChatEncoder, check_calls
 from unfold.data_prep.corpus.fields import DOCUMENTS, SupervisedFields
+from unfold.data_prep.corpus.messages import read_messages
 from unfold.data_prep.errors import DataError
 from unfold.data_prep.format.spans import Spans
+from unfold.data_prep.format.text import encodable
 from unfold.data_prep.format.tokenizer import Tokenizer
 from unfold.data_prep.journal import Counts
 from unfold.data_prep.templates import ANSWER, ANSWER_END, CONTEXT_END, ChatTemplate, ControlText, Piece, special_tokens
@@ -30,7 +33,8 @@ class TokenDocument:
 def batch_encoder(job: EncodeJob, tokenizer: Tokenizer) -> Callable[[Sequence[str]], EncodedBatch]:
     """What encodes the texts of a batch; for a supervised job each is a row's fields as JSON."""
     if job.supervised is None:
-        return lambda texts: encode_batch(job, tokenizer, texts)
+        chats = ChatEncoder(job.template, tokenizer) if job.template else None
+        return lambda texts: encode_batch(job, tokenizer, texts, chats)
     return SupervisedEncoder(job, job.supervised, tokenizer)
 
 
@@ -48,11 +52,11 @@ class SupervisedEncoder:
         parsed: list[tuple[int, list[Piece], bool]] = []  # index, pieces, whether it is held out
         for i, row in enumerate(rows):
             try:
+                if problem := encodable(row):
+                    raise DataError(problem)
                 raw = row.encode("utf-8")
                 counts.text_bytes += len(raw)
                 parsed.append((i, *self._parse(json.loads(row), raw)))
-            except UnicodeEncodeError as e:
-                rejects.append((i, f"holds half of a surrogate pair (\\u{ord(row[e.start]):04x}); correct the text"))
             except DataError as e:
                 rejects.append((i, str(e)))
         outputs: list[list[TokenDocument]] = [[]] if self._job.valid_fraction is None else [[], []]
@@ -79,9 +83,13 @@ class SupervisedEncoder:
             messages[first]["content"] = CONTEXT_END + messages[first]["content"]
         learned = messages if first is None else messages[first:]
         for message in learned:
+            if "tool_calls" in message:
+                raise DataError("calls a tool after its context, where only texts can be learned; plain `tokenize` takes it")
             if message["role"] == "assistant":
                 message["content"] = ANSWER + message["content"] + ANSWER_END
-        return self._control.pieces(self._template.render_marked(messages)), held_out
+        rendered = self._template.render_marked(messages)
+        check_calls(messages, rendered, self._template.name)
+        return self._control.pieces(rendered), held_out
 
     def _encode(self, documents: list[list[Piece]]) -> list[list[np.ndarray] | DataError]:
         """Of each document the ids of its texts, in order."""
@@ -238,15 +246,12 @@ def _turns(row: dict, fields: SupervisedFields) -> list[dict]:
 
 def _messages(value: object, key: str) -> tuple[list[dict], str | None]:
     """The messages without the one that is the context, and that one's content."""
-    if not isinstance(value, list) or not value:
-        raise DataError(f"{key!r} is not a list of messages")
     messages, context = [], None
-    for number, message in enumerate(value):
-        role = message.get("role") if isinstance(message, dict) else None
-        if not isinstance(role, str) or "content" not in message:
-            raise DataError(f"{key!r}: message {number} is not an object with 'role' and 'content'")
+    for number, message in enumerate(read_messages(value, key)):
+        role = message["role"]
         if role not in CONTEXT_ROLES:
-            messages.append({**message, "content": _text(message["content"], f"{key}[{number}].content", role == "system")})
+            may_be_empty = role == "system" or "tool_calls" in message
+            messages.append({**message, "content": _text(message["content"], f"{key}[{number}].content", may_be_empty)})
             continue
         if context is not None or any(m["role"] in ("user", "assistant") for m in messages):
             raise DataError(f"{key!r}: message {number} is a second context, or stands after a question; one comes first")

@@ -15,6 +15,7 @@ from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from unfold.data_prep.errors import DataError
+from unfold.data_prep.format.text import read_text
 from unfold.data_prep.format.tokenizer import CHAT_TEMPLATE_FILE, CONFIG_FILE, Tokenizer, locate, read_json
 
 CONTEXT_END, ANSWER, ANSWER_END = "\uf8f1", "\uf8f2", "\uf8f3"
@@ -212,6 +213,6 @@ def find_template(given: str | None, tokenizer: str | Path) -> tuple[str, str]:
 
 def _read(path: Path, name: str) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
     except (OSError, UnicodeDecodeError) as e:
         raise DataError(f"{name}: cannot be read as text ({getattr(e, 'strerror', None) or e})") from None

@@ -30,7 +30,7 @@ def verify_shard(prefix: str, tokenizer: TokenizerInfo | None = None) -> tuple[S
         return None, [f"{e}; the shard is not complete: make it again"]
     defects = check_tokenizer(prefix, info, tokenizer) if tokenizer else []
     try:
-        shard = open_shard(prefix)
+        shard = open_shard(prefix, may_be_empty=True)
     except DataError as e:
         return info, [*defects, str(e)]
     for kind in info.files:
@@ -63,6 +63,8 @@ def file_hash(path: Path) -> str:
 
 def _check_tokens(shard: Shard, tokenizer: TokenizerInfo | None) -> list[str]:
     info, prefix = shard.info, shard.prefix
+    if not len(shard.lengths):
+        return []
     counts = np.zeros(max(info.vocab_size, 1), dtype=np.int64)
     for ids, _ in blocks(shard):
         bad = np.flatnonzero((ids < 0) | (ids >= info.vocab_size))

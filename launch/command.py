@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from unfold.launch.arguments import NAME, build_parser
-from unfold.pretrain.errors import UserError
+from unfold.pretrain.errors import UserError, check_flags
 
 
 def dispatch(args: argparse.Namespace) -> int:
@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None, name: str = NAME) -> int:
     """Run a command; returns the exit status."""
     args = build_parser(name).parse_args(argv)
     try:
+        check_flags(args)
         return dispatch(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

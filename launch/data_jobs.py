@@ -33,8 +33,9 @@ def array_scripts(args: argparse.Namespace, profile: Profile, directory: Path) -
     """The scripts of the array and of the merge; the second's dependency is ``afterok:ARRAY``."""
     words = args.tokenize[1:] if args.tokenize[:1] == ["--"] else args.tokenize
     prefix, suffixes = tokenize_words(words)
-    if args.parts < 1:
-        raise UserError(f"--parts {args.parts}: is below 1")
+    for name, least in (("parts", 1), ("limit", 0)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name} {getattr(args, name)}: is below {least}")
     name = profile.job_name or safe_name(Path(prefix).name)
     log = directory / f"{safe_name(name)}-%A.%a.log"
     options = sbatch_options(profile, name, log, 1, Path.cwd())
@@ -72,7 +73,8 @@ def run_array(args: argparse.Namespace) -> int:
         print(*array_scripts(args, profile, directory), sep="\n", end="")
         return 0
     array, merge = submit_array(args, profile, directory)
-    print(f"job {array.number}: {args.parts} parts of {prefix}; log: {array.log.replace('%a', 'PART')}")
+    log = Path(array.log)
+    print(f"job {array.number}: {args.parts} parts of {prefix}; log: {log.with_name(log.name.replace('%a', 'PART'))}")
     print(f"job {merge.number}: merges them when all are done; log: {merge.log}")
     print(f"scripts: {array.script} {merge.script}")
     return 0

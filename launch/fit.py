@@ -5,9 +5,7 @@ from __future__ import annotations
 import glob
 from pathlib import Path
 
-import yaml
-
-from unfold.pretrain.config import RunConfig, accumulation_steps, changes_on_resume, parse_config
+from unfold.pretrain.config import RunConfig, accumulation_steps, changes_on_resume, saved_settings
 from unfold.pretrain.errors import UserError
 
 
@@ -37,9 +35,9 @@ def missing_data(config: RunConfig) -> list[str]:
         missing.append(f"data.tokenizer: {tokenizer} is no directory")
     for setting in ("train", "valid"):
         for entry in getattr(config.data, setting):
-            prefix = entry.partition(" weight=")[0]
-            if "://" not in prefix and not glob.glob(f"{prefix.removesuffix('.bin')}.bin"):
-                missing.append(f"data.{setting}: {prefix}.bin does not exist")
+            names = {text.removesuffix(".bin").removesuffix(".idx") for text in (entry, entry.rpartition(" weight=")[0] or entry)}
+            if "://" not in entry and not any(Path(f"{n}.bin").is_file() or glob.glob(f"{n}.bin", recursive=True) for n in names):
+                missing.append(f"data.{setting}: {min(names, key=len)}.bin does not exist")
     if config.train.init_from and not Path(config.train.init_from).is_dir():
         missing.append(f"train.init_from: {config.train.init_from} is no directory")
     return missing
@@ -61,10 +59,9 @@ def check_resume(config: RunConfig, run_dir: Path) -> None:
     saved = run_dir / "config.yaml"
     if not saved.is_file() or not any((run_dir / "checkpoints").glob("step-*")):
         return
-    try:
-        old = parse_config(yaml.safe_load(saved.read_text()), str(saved)).to_dict()
-    except (yaml.YAMLError, AttributeError, UnicodeDecodeError):
-        raise UserError(f"{saved}: is damaged; restore it from the manifest of a checkpoint") from None
+    old, _ = saved_settings(run_dir)  # what is damaged is told by the run itself
+    if old is None:
+        raise UserError(f"{saved}: is damaged, and no checkpoint tells the run's settings; use a new run directory")
     changes = changes_on_resume(old, config.to_dict())
     if not config.model.vocab_size:
         changes.pop("model.vocab_size", None)  # 0 follows the tokenizer

@@ -8,10 +8,8 @@ import typing
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from unfold.launch.values import memory, one_line, seconds
-from unfold.pretrain.config import read_settings
+from unfold.pretrain.config import read_settings, read_yaml
 from unfold.pretrain.errors import UserError
 
 
@@ -169,15 +167,8 @@ def _assignment(item: str) -> tuple[str, str]:
 
 
 def _read(path: Path) -> dict:
-    try:
-        # Every value is read as text: YAML would make 14400 of `time: 4:00:00`, which SLURM takes for minutes.
-        tree = yaml.load(path.read_text(), yaml.BaseLoader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--cluster {path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}" if mark else ""
-        raise UserError(f"--cluster {path}:{where} is not valid YAML ({getattr(error, 'problem', error)})") from None
+    # Every value is read as text: YAML would make 14400 of `time: 4:00:00`, which SLURM takes for minutes.
+    tree = read_yaml(path, "--cluster", texts=True)
     if not isinstance(tree, dict):
         raise UserError(f"--cluster {path}: holds {type(tree).__name__}, expected keys such as `partition:`")
     return {key: value for key, value in tree.items() if value not in ("", "null", "~")}

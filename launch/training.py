@@ -129,7 +129,7 @@ def run_local(args: argparse.Namespace) -> int:
         command += ["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", "--shutdown-timeout", "10", "-m"]
     command += ["unfold.pretrain", "train", "--config", str(args.config), "--run-dir", str(args.run_dir)]
     command += [part for item in args.overrides for part in ("--set", item)]
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // ranks))
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // ranks))
     if args.dry_run:
         print(f"OMP_NUM_THREADS={threads} {shlex.join(command)}")
         return 0

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from unfold.pretrain.config import add_overrides
-from unfold.pretrain.errors import UserError
+from unfold.pretrain.errors import UserError, check_flags
 from unfold.pretrain.evaluate.command import add_arguments as add_evaluate_arguments
 from unfold.pretrain.generate import add_arguments as add_generate_arguments
 from unfold.pretrain.monitor.status import EXIT_CODES_TEXT, status_command
@@ -190,6 +190,7 @@ def main(argv: Sequence[str] | None = None, name: str = NAME, programs: Mapping[
     # Notes of libraries to their own developers; none concerns a user of this program.
     warnings.filterwarnings("ignore", module=r"(megatron|torch\.distributed|deepspeed|pydantic)")
     try:
+        check_flags(args)
         for piece in COMMANDS[args.command](args):
             print(piece, end="", flush=True)
     except UserError as error:

@@ -8,6 +8,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from unfold.data_prep.format.text import encodable, read_text
 from unfold.pretrain.errors import UserError
 
 
@@ -64,6 +65,10 @@ def check(args: Namespace) -> None:
     """Raise UserError for settings that are wrong whatever the model; nothing heavy is loaded for it."""
     if args.prompt and not all(args.prompt):
         raise UserError("--prompt: is empty; give at least one character")
+    for flag, texts in (("--prompt", args.prompt), ("--stop", args.stop)):
+        for text in texts or ():
+            if problem := encodable(text):
+                raise UserError(f"{flag} {ascii(text)}: {problem}")
     if args.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {args.max_new_tokens}: is below 1")
     if args.temperature < 0:
@@ -82,7 +87,7 @@ def check(args: Namespace) -> None:
 
 def _read(path: Path, flag: str) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{flag} {path}: cannot be read as text ({error})") from None
 
@@ -109,7 +114,7 @@ def _from_run(args: Namespace, prompts: list[str]) -> Iterator[tuple[int, str]]:
         raise UserError(f"--recall: {args.run_dir} was trained with dense attention, which has nothing to recall")
     if args.recall:
         gist = dataclasses.replace(gist, recall=args.recall)
-    decoder = Decoder(run.model, gist, info.gist_ids, info.word_starts, grow=args.grow or context is None)
+    decoder = Decoder(run.model, gist, info.reserved_ids, info.word_starts, grow=args.grow or context is None)
     first = decoder.start()
     if context is not None:
         decoder.read_context(first, encode(context))
@@ -120,8 +125,7 @@ def _from_run(args: Namespace, prompts: list[str]) -> Iterator[tuple[int, str]]:
             decoder.read_context(sequence, encode(prompt), close=False)
         else:
             decoder.read_suffix(sequence, encode(prompt))
-    stop_ids = [i for i in (info.eos_id,) if i is not None]
-    yield from stream_text(decoder, sequences, _sampling(args), tokenizer.decode, stop_ids, args.stop)
+    yield from stream_text(decoder, sequences, _sampling(args), tokenizer.decode, info.stop_ids, args.stop)
 
 
 def _from_export(args: Namespace, prompts: list[str]) -> Iterator[tuple[int, str]]:

@@ -17,6 +17,7 @@ from unfold.data_prep.corpus.readers import read_items
 from unfold.data_prep.corpus.sources import Source
 from unfold.data_prep.errors import DataError
 from unfold.data_prep.format.files import finish_partial, open_partial, write_all
+from unfold.data_prep.format.text import encodable
 
 WORD = re.compile(r"\w+")
 EMAIL = re.compile(r"\b[\w.+-]+@[\w-]+(?:\.[\w-]+)+\b")
@@ -173,6 +174,7 @@ def _documents(sources: list[Source], on_error: str) -> Iterator[tuple[str, str,
         if item.filtered:
             continue
         place = sources[item.source].place(item.line)
-        if item.problem and on_error == "fail":
-            raise DataError(f"{place}: {item.problem}")
-        yield item.text, place, item.problem
+        problem = item.problem or encodable(item.text)
+        if problem and on_error == "fail":
+            raise DataError(f"{place}: {problem}")
+        yield item.text, place, problem

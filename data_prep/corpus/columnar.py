@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import BinaryIO
 
-from unfold.data_prep.corpus.items import Document, Position, text_of, too_long
+from unfold.data_prep.corpus.fields import column_of
+from unfold.data_prep.corpus.items import CHAT_KEYS, Document, Position, text_of, too_long
 from unfold.data_prep.corpus.sources import HUB, Source
 from unfold.data_prep.corpus.streams import open_seekable
 
@@ -136,13 +137,17 @@ def _lost(source: Source, at: Position, problem: str) -> Document:
 
 
 def _missing(source: Source, names: list[str]) -> str:
-    needed = () if source.fields else source.columns
-    absent = [n for n in (*needed, *(c.column for c in source.where)) if n not in names]
-    return f"no column {absent[0]!r}; name one of {names} by --text-key" if absent else ""
+    needed = () if source.fields or (source.chats and not {*CHAT_KEYS}.isdisjoint(names)) else source.columns
+    keys = (*needed, *(condition.key for condition in source.where))
+    if absent := [key for key in keys if column_of(key, names) not in names]:
+        return f"no column {absent[0]!r}; name one of {names} by --text-key"
+    twice = [name for name in _columns(source, names) if names.count(name) > 1]
+    return f"two columns are called {twice[0]!r}; rename one, nobody can tell which is meant" if twice else ""
 
 
 def _columns(source: Source, names: list[str]) -> list[str]:
-    wanted = {*source.columns, *(condition.column for condition in source.where)}
+    keys = (*source.columns, *(condition.key for condition in source.where), *(CHAT_KEYS if source.chats else ()))
+    wanted = {column_of(key, names) for key in keys}
     return [name for name in names if name in wanted]
 
 

@@ -1,8 +1,10 @@
 """Conditions on a row's fields: `--where lang=en --where score>=0.5`."""
 
+import math
 import re
 from dataclasses import dataclass
 
+from unfold.data_prep.corpus.fields import reach
 from unfold.data_prep.errors import DataError
 
 PATTERN = re.compile(r"^([\w.\-]+)\s*(>=|<=|!=|=|>|<)\s*(.*)$", re.DOTALL)
@@ -19,20 +21,13 @@ class Condition:
     def __str__(self) -> str:
         return f"{self.key}{self.operator}{self.value}"
 
-    @property
-    def column(self) -> str:
-        """The field of the row itself that it needs."""
-        return self.key.split(".")[0]
-
     def holds(self, row: dict) -> bool:
         """Whether a row satisfies it. A field that is missing or null satisfies only '!='.
 
         Raises:
             ValueError: an order is asked for of something that is no number.
         """
-        found: object = row
-        for part in self.key.split("."):
-            found = found.get(part) if isinstance(found, dict) else None
+        found = reach(row, self.key)[1]
         if found is None:
             return self.operator == "!="
         if self.operator in ("=", "!="):
@@ -60,7 +55,8 @@ def parse_condition(text: str) -> Condition:
     condition = Condition(*found.groups())
     if condition.operator not in ("=", "!="):
         try:
-            float(condition.value)
+            if not math.isfinite(float(condition.value)):
+                raise ValueError("no order")
         except ValueError:
             raise DataError(f"--where {text}: {condition.value!r} is not a number") from None
     return condition

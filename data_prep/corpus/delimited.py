@@ -4,6 +4,7 @@ import csv
 import sys
 from collections.abc import Iterator
 
+from unfold.data_prep.corpus.fields import column_of
 from unfold.data_prep.corpus.items import BOM, Document, Position, text_of, too_long
 from unfold.data_prep.corpus.sources import Source
 from unfold.data_prep.corpus.streams import Stream, lines, not_utf8, open_stream
@@ -15,6 +16,9 @@ def read_csv(source: Source, at: Position) -> Iterator[Document]:
     with open_stream(source.path, source.compression) as stream:
         rows = _Rows(stream, Position(at.source), source.limit)
         names, problem = next(rows, ([], ""))
+        twice = [name for name in names if names.count(name) > 1 and name in _keys(source, names)]
+        if twice and not problem:
+            problem = f"two columns are called {twice[0]!r}; rename one, nobody can tell which is meant"
         if problem:
             yield Document("", at.source, 1, Position(at.source + 1), stream.consumed, problem)
             return
@@ -31,6 +35,10 @@ def read_csv(source: Source, at: Position) -> Iterator[Document]:
             if not problem:
                 text, problem, kept = text_of(dict(zip(names, values, strict=True)), source)
             yield Document(text or "", at.source, rows.first, rows.after, stream.consumed, problem, not kept)
+
+
+def _keys(source: Source, names: list[str]) -> set[str]:
+    return {column_of(key, names) for key in (*source.columns, *(condition.key for condition in source.where))}
 
 
 class _BadLine(Exception):

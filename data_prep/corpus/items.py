@@ -1,10 +1,14 @@
 """What reading a corpus yields, and how a row becomes a text."""
 
+import json
 from typing import NamedTuple
 
+from unfold.data_prep.corpus.fields import reach
+from unfold.data_prep.corpus.messages import SHAREGPT_KEY, ChatText, is_chat
 from unfold.data_prep.corpus.sources import Source
 
 BOM = b"\xef\xbb\xbf"
+CHAT_KEYS = ("messages", SHAREGPT_KEY)  # looked at where a row has no text
 
 
 class Position(NamedTuple):
@@ -37,12 +41,18 @@ def text_of(row: dict, source: Source) -> tuple[str | None, str, bool]:
     if source.fields:
         return *source.fields.pick(row), True
     key = source.text_key
-    if key not in row:
+    present, value = reach(row, key)
+    if not present and source.chats:
+        key = next((name for name in CHAT_KEYS if is_chat(row.get(name))), key)
+        present, value = reach(row, key)
+    if not present:
         return None, f"no key {key!r}; name one of {sorted(map(str, row))} by --text-key", True
-    value = row[key]
+    if source.chats and is_chat(value):
+        return ChatText(json.dumps(value, ensure_ascii=False, default=str)), "", True
     if not isinstance(value, str):
         kind = "null" if value is None else type(value).__name__
-        return None, f"{key!r} is {kind}, not text; correct the file, or name another key by --text-key", True
+        what = "neither text nor a chat" if source.chats else "not text"
+        return None, f"{key!r} is {kind}, {what}; correct the file, or name another key by --text-key", True
     return value, "", True
 
 

@@ -124,7 +124,7 @@ def _json_text(source: Source, line: Line, at: Position) -> tuple[str | None, st
     """(text or None, problem, kept); neither text nor problem for a blank line."""
     if line.size > source.limit:
         return None, too_long(line.size, source.limit), True
-    raw = line.raw.removeprefix(BOM) if line.end == line.size else line.raw
+    raw = line.raw.removeprefix(BOM)  # of the file, or of one that was joined to it
     if not (source.where or source.fields):  # where only a text is taken: orjson rounds integers beyond 64 bits
         try:
             row = orjson.loads(raw)
@@ -138,13 +138,19 @@ def _json_text(source: Source, line: Line, at: Position) -> tuple[str | None, st
         return None, not_utf8(raw, e), True
     if not decoded.strip():
         return None, "", True
+    whole = line.end == line.size and decoded.lstrip().startswith("[")  # the file's first line
+    is_array = "not valid JSON lines: the file is one array; write its entries one a line, as `jq -c '.[]'` does"
     try:
         row = json.loads(decoded)
     except (json.JSONDecodeError, RecursionError) as e:
+        if whole and decoded.lstrip()[1:].lstrip()[:1] in ("", "{"):
+            return None, is_array, True
         reason = e.msg if isinstance(e, json.JSONDecodeError) else "nested too deeply"
         return None, f"not valid JSON: {reason}; jsonl holds one JSON object per line", True
     except ValueError as e:  # an integer of thousands of digits
         return None, f"not valid JSON: {e}", True
+    if whole and row and all(isinstance(entry, dict) for entry in row):
+        return None, is_array, True
     if not isinstance(row, dict):
         return None, f"{type(row).__name__} instead of a JSON object; jsonl holds one object per line", True
     return text_of(row, source)

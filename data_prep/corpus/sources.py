@@ -3,14 +3,16 @@
 import glob
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from unfold.data_prep.corpus.conditions import Condition
 from unfold.data_prep.corpus.fields import SupervisedFields
+from unfold.data_prep.corpus.folders import corpus_files
 from unfold.data_prep.corpus.streams import COMPRESSIONS, count_lines
 from unfold.data_prep.errors import DataError
+from unfold.data_prep.format.text import no_file, read_text
 
 SUFFIXES = {
     ".txt": "txt",
@@ -18,6 +20,7 @@ SUFFIXES = {
     ".md": "txt",
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
+    ".json": "jsonl",  # as C4 and Dolma name theirs
     ".csv": "csv",
     ".parquet": "parquet",
     ".arrow": "arrow",
@@ -36,6 +39,7 @@ class Source:
     format: str  # one of FORMATS, or "hub"
     text_key: str = "text"
     fields: SupervisedFields | None = None  # supervised: a document is these fields of a row, as JSON text
+    chats: bool = False  # a row's text may be a list of messages, too
     separator: str | None = None  # txt: what stands between documents; None: the file is one
     compression: str = ""  # "gz" | "zst" | "xz"
     where: tuple[Condition, ...] = ()
@@ -45,7 +49,7 @@ class Source:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The fields of a row that its text is made of; of supervised ones a row need not have all."""
+        """The keys of a row that its text is made of; of supervised ones a row need not have all."""
         return self.fields.columns if self.fields else (self.text_key,)
 
     def place(self, number: int) -> str:
@@ -74,25 +78,32 @@ def find_sources(
     *,
     text_key: str = "text",
     fields: SupervisedFields | None = None,
+    chats: bool = False,
     separator: str | None = None,
     format: str | None = None,
     where: Sequence[Condition] = (),
     limit: int = MAX_DOCUMENT_BYTES,
+    say: Callable[[str], None] = lambda text: None,
 ) -> list[Source]:
     """Files named by paths, directories (searched through, known suffixes), globs, `hf:` names and `@` lists; each file once.
+
+    Args:
+        chats: whether the texts may be lists of messages.
+        say: told what was passed over in directories.
 
     Raises:
         DataError: something names no file, or a file of unknown kind.
     """
     paths: dict[str, None] = {}
     for name in _listed(inputs):
-        named = name.startswith(HUB) or Path(name).is_file()
-        found = [name] if named else _search(name, every_file=format is not None)
+        named = Path(name).is_file() or (name.startswith(HUB) and not Path(name).exists())
+        found = [name] if named else _search(name, format is not None, say)
         paths.update(dict.fromkeys(found))
-    common = {"text_key": text_key, "fields": fields, "separator": separator, "where": tuple(where), "limit": limit}
+    common = dict(text_key=text_key, fields=fields, chats=chats, separator=separator, where=tuple(where), limit=limit)
     sources = []
     for path in paths:
-        kind, compression = ("hub", "") if path.startswith(HUB) else kind_of(path, format)
+        hub = path.startswith(HUB) and not Path(path).exists()
+        kind, compression = ("hub", "") if hub else kind_of(path, format)
         if kind is None:
             raise DataError(
                 f"{path}: unknown kind of file; known are {', '.join(SUFFIXES)} (each also with "
@@ -115,12 +126,12 @@ def _listed(inputs: Sequence[str]) -> Iterator[str]:
         DataError: a list cannot be read or names nothing, or a line of it names no file.
     """
     for name in inputs:
-        if not name.startswith(LIST):
+        if not name.startswith(LIST) or Path(name).exists():
             yield name
             continue
         path = Path(name[len(LIST) :])
         try:
-            lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+            lines = [line.strip() for line in read_text(path).splitlines()]
         except (OSError, UnicodeDecodeError) as e:
             raise DataError(f"{path}: list of inputs cannot be read ({getattr(e, 'strerror', None) or e})") from None
         named = [(number, line) for number, line in enumerate(lines, 1) if line and not line.startswith("#")]
@@ -140,19 +151,21 @@ def kind_of(path: str, format: str | None = None) -> tuple[str | None, str]:
     return format or SUFFIXES.get(inner.lower()), compression
 
 
-def _search(name: str, every_file: bool) -> list[str]:
+def _search(name: str, every_file: bool, say: Callable[[str], None]) -> list[str]:
     path = Path(name)
     if path.is_dir():
         if saved := _saved_dataset(path):
             return saved
-        files = (p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
-        found = sorted(str(p) for p in files if every_file or kind_of(p.name)[0])
+        found, passed = corpus_files(path, kind_of, every_file)
         if not found:
-            raise DataError(f"{name}: no file in this directory has a known suffix ({', '.join(SUFFIXES)})")
+            others = f"; {passed.text()}" if passed.text() else ""
+            raise DataError(f"{name}: no file in this directory has a known suffix ({', '.join(SUFFIXES)}){others}")
+        if passed.text():
+            say(passed.text())
         return found
     found = sorted(p for p in glob.glob(name, recursive=True) if Path(p).is_file())
     if not found:
-        raise DataError(f"{name}: no such file" + (" (the pattern matches nothing)" if glob.has_magic(name) else ""))
+        raise DataError(f"{name}: {no_file(name)}" + (" (the pattern matches nothing)" if glob.has_magic(name) else ""))
     return found
 
 
@@ -176,10 +189,8 @@ def _saved_dataset(path: Path) -> list[str]:
 def split_sources(sources: Sequence[Source], part: int, parts: int) -> list[Source]:
     """What part `part` of `parts` (counted from 1) reads: a run of bytes of the whole list, cut inside plain jsonl files.
 
-    The parts in order are the whole corpus in order; a file that cannot be cut belongs to the part in which it begins.
-
-    Raises:
-        DataError: the part would be empty.
+    The parts in order are the whole corpus in order; a file that cannot be cut belongs to the part in which it begins. Nothing
+    may fall to a part.
     """
     sizes = [max(s.size, 1) for s in sources]
     total = sum(sizes)
@@ -194,9 +205,4 @@ def split_sources(sources: Sequence[Source], part: int, parts: int) -> list[Sour
         elif low <= start < high:
             mine.append(source)
         start = stop
-    if not mine:
-        raise DataError(
-            f"--part {part}/{parts}: nothing falls to this part of {len(sources)} files; only plain jsonl files can be "
-            "cut, so give fewer parts"
-        )
     return mine

@@ -28,12 +28,14 @@ def write_directory(
         model: bytes of tokenizer.model, or None.
         roles: 'bos_token', 'eos_token', 'pad_token', 'unk_token' -> the token, those that there are.
         extra_config: further keys for tokenizer_config.json, such as `padding_side`.
-        extra_files: further files, name -> content, such as a chat template.
+        extra_files: further files, path within it -> content, such as a chat template.
 
     Raises:
         DataError: `target` exists and may not be replaced.
     """
     config = {
+        # Without it transformers 4 returns token_type_ids, which generate() refuses.
+        "model_input_names": ["input_ids", "attention_mask"],
         **(extra_config or {}),
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
@@ -42,7 +44,9 @@ def write_directory(
     with new_directory(target, overwrite, INFO_FILE) as partial:
         (partial / JSON_FILE).write_bytes(tokenizer_json)
         for name, content in {**(extra_files or {}), **({MODEL_FILE: model} if model is not None else {})}.items():
+            (partial / name).parent.mkdir(exist_ok=True)
             (partial / name).write_bytes(content)
         np.save(partial / WORD_STARTS_FILE, tokenizer.word_starts())
-        (partial / CONFIG_FILE).write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(config, indent=1, ensure_ascii=False, sort_keys=True)
+        (partial / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
         (partial / INFO_FILE).write_text(tokenizer.info.to_json(), encoding="utf-8")

@@ -197,13 +197,16 @@ class ShardWriter:
         self._counts += np.bincount(ids, minlength=self._vocab_size)
         self.documents += len(lengths)
 
-    def finish(self) -> ShardInfo:
+    def finish(self, may_be_empty: bool = False) -> ShardInfo:
         """Write index and sidecar and give all files their names, the sidecar last.
+
+        Args:
+            may_be_empty: it is one of many parts, of which some may hold no document.
 
         Raises:
             DataError: no document was written; an empty shard cannot be opened.
         """
-        if not self.documents:
+        if not (self.documents or may_be_empty):
             raise DataError(f"{self.prefix}: not one document to write; an empty shard cannot be opened")
         beside = {"idx": index_bytes(self.lengths, self._dtype)}
         if self._spans:
@@ -214,8 +217,8 @@ class ShardWriter:
             dtype=self._dtype.name,
             documents=self.documents,
             tokens=int(self._counts.sum()),
-            max_id=int(np.flatnonzero(self._counts)[-1]),
-            unigram_entropy_nats=unigram_entropy(self._counts),
+            max_id=int(np.flatnonzero(self._counts)[-1]) if self.documents else -1,
+            unigram_entropy_nats=unigram_entropy(self._counts) if self.documents else 0.0,
             files=files,
             **self._given,
         )
@@ -313,8 +316,11 @@ def _flush(writer: ShardWriter, pending: list[np.ndarray]) -> None:
         pending.clear()
 
 
-def open_shard(prefix: str | Path) -> Shard:
+def open_shard(prefix: str | Path, may_be_empty: bool = False) -> Shard:
     """Open a shard after checking that index, token file and sidecar agree in structure.
+
+    Args:
+        may_be_empty: take a part that holds no document, too.
 
     Raises:
         DataError: something is missing, cut short or contradictory; the message has one line per defect.
@@ -322,6 +328,11 @@ def open_shard(prefix: str | Path) -> Shard:
     prefix = str(prefix)
     info = ShardInfo.from_file(shard_path(prefix, ".json"))
     lengths = read_index(prefix, info)
+    if not len(lengths):
+        if may_be_empty:
+            spans = _read_spans(prefix, info, lengths)
+            return Shard(prefix, info, lengths, np.zeros(0, np.int64), np.zeros(0, info.dtype), spans)
+        raise DataError(f"{prefix}: holds no document; it is a part of a corpus to which none fell")
     starts = np.zeros(len(lengths), dtype=np.int64)
     np.cumsum(lengths[:-1], dtype=np.int64, out=starts[1:])
     tokens = np.memmap(shard_path(prefix, ".bin"), dtype=info.dtype, mode="r")
@@ -351,14 +362,12 @@ def read_index(prefix: str, info: ShardInfo) -> np.ndarray:
             raise DataError(f"{path}: missing; the shard is not complete: make it again")
     raw = idx.read_bytes()
     sequences, borders = check_header(raw, idx, info.dtype)
-    if sequences == 0:
-        raise DataError(f"{idx}: holds no document")
     expected = HEADER.size + 12 * sequences + 8 * borders
     if len(raw) != expected:
         raise DataError(f"{idx}: {len(raw)} bytes, but its header calls for {expected}; cut short or altered")
     lengths = np.frombuffer(raw, dtype="<i4", count=sequences, offset=HEADER.size)
     itemsize = np.dtype(info.dtype).itemsize
-    if raw != index_bytes(lengths, np.dtype(info.dtype)) or lengths.min() < 1:
+    if raw != index_bytes(lengths, np.dtype(info.dtype)) or (lengths < 1).any():
         raise DataError(f"{idx}: its offsets do not follow from its lengths, or a document is empty; altered")
     total = int(lengths.sum(dtype=np.int64))
     if (info.documents, info.tokens) != (sequences, total):

@@ -48,6 +48,7 @@ class Spans:
     @classmethod
     def concatenated(cls, parts: Sequence["Spans"]) -> "Spans":
         """Several, one after the other."""
+        parts = parts or [cls.of([])]
         return cls(*(np.concatenate([getattr(p, name) for p in parts]) for name in ("context", "counts", "ranges")))
 
     @property

@@ -10,14 +10,16 @@ always covers the gists, and a model that is imported without new gists keeps it
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from unfold.data_prep.errors import DataError
+from unfold.data_prep.format.text import read_text
 
 INFO_FILE = "tokenizer_info.json"
 JSON_FILE = "tokenizer.json"
@@ -25,6 +27,8 @@ MODEL_FILE = "tokenizer.model"
 WORD_STARTS_FILE = "word_starts.npy"
 CONFIG_FILE = "tokenizer_config.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
+GENERATION_FILE = "generation_config.json"  # of an imported model: how its texts end and are sampled
+MORE_TEMPLATES = "additional_chat_templates"  # a folder of more
 INFO_FORMAT = 1
 
 
@@ -40,6 +44,7 @@ class TokenizerInfo:
     eos_id: int | None
     pad_id: int | None
     hash: str
+    link_ids: tuple[int, ...] = ()  # directories that were made before there were any do not say
 
     def to_json(self) -> str:
         """Return the text of tokenizer_info.json."""
@@ -55,10 +60,10 @@ class TokenizerInfo:
         values = read_json(path)
         if not isinstance(values, dict) or values.get("format") != INFO_FORMAT:
             raise DataError(f"{path}: not a tokenizer_info.json of format {INFO_FORMAT}")
-        missing = [f.name for f in fields(cls) if f.name not in values]
+        missing = [f.name for f in fields(cls) if f.name not in values and f.default is MISSING]
         if missing:
             raise DataError(f"{path}: misses {', '.join(missing)}; make the directory again")
-        picked = {f.name: values[f.name] for f in fields(cls)}
+        picked = {f.name: values[f.name] for f in fields(cls) if f.name in values}
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in picked.items()})
 
 
@@ -101,24 +106,52 @@ def read_json(path: Path) -> object:
         DataError: missing, not UTF-8, or not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_text(path))
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
     except ValueError as e:
         raise DataError(f"{path}: not valid JSON: {e}") from None
 
 
+# The names of each level's gist: ours, and those of the models that the method's authors published.
+GIST_NAMES = (("<gist0>", "<gist>"), ("<gist1>", "<Gist>"), ("<gist2>", "<MGist>"))
+LINK_NAME = re.compile(r"<link[1-9]\d*>")
+
+
 def find_gists(ids: Mapping[str, int]) -> list[str]:
     """Gist tokens among a tokenizer's control tokens, level 0 first, up to the first level that has none.
 
-    Recognised are `<gistN>` for level N and the names of earlier gist models: `<gist>` and `<Gist>` for level 0,
-    `<MGist>` for level 1.
+    Recognised are `<gistN>` for level N and the names of published gist models: `<gist>`, `<Gist>` and `<MGist>` for the
+    levels 0, 1 and 2.
     """
-    aliases = {0: ("<gist0>", "<gist>", "<Gist>"), 1: ("<gist1>", "<MGist>")}
     found: list[str] = []
-    while name := next((n for n in aliases.get(len(found), (f"<gist{len(found)}>",)) if n in ids), None):
+    while name := next((n for n in gist_names(len(found)) if n in ids), None):
         found.append(name)
     return found
+
+
+def gist_names(level: int) -> tuple[str, ...]:
+    """What a level's gist may be called."""
+    return GIST_NAMES[level] if level < len(GIST_NAMES) else (f"<gist{level}>",)
+
+
+def find_links(ids: Mapping[str, int]) -> list[str]:
+    """Link tokens (`<link1>`, `<link2>`, ..) among a tokenizer's control tokens, in the order of their numbers."""
+    return sorted((n for n in ids if LINK_NAME.fullmatch(n)), key=lambda n: int(n[5:-1]))
+
+
+def check_gists(ids: Mapping[str, int], name: str) -> None:
+    """Raise DataError where a vocabulary's gists cannot be told apart, or one would be passed over without a word."""
+    found = find_gists(ids)
+    levels = [[n for n in gist_names(level) if n in ids] for level in range(max(len(found) + 1, len(GIST_NAMES)))]
+    for level, names in enumerate(levels):
+        if len(names) > 1:
+            raise DataError(f"{name}: {' and '.join(names)} are both names of the gist of level {level}; remove one of them")
+        if names and level > len(found):
+            raise DataError(
+                f"{name}: has {names[0]}, the gist of level {level}, but none of level {len(found)} "
+                f"({' or '.join(gist_names(len(found)))}); add that one, or rename {names[0]}"
+            )
 
 
 def locate(path: Path) -> tuple[str, Path]:

@@ -1,5 +1,6 @@
 """Adopting an existing tokenizer: the same ids, with gist tokens after them."""
 
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken
@@ -10,10 +11,13 @@ from unfold.data_prep.format.files import check_new_directory
 from unfold.data_prep.format.tokenizer import (
     CHAT_TEMPLATE_FILE,
     CONFIG_FILE,
+    GENERATION_FILE,
     INFO_FILE,
     JSON_FILE,
     MODEL_FILE,
+    MORE_TEMPLATES,
     TokenizerInfo,
+    check_gists,
     find_gists,
     locate,
     read_json,
@@ -22,7 +26,11 @@ from unfold.data_prep.tokenization.convert import to_huggingface
 from unfold.data_prep.tokenization.huggingface import HuggingFaceTokenizer, parse_tokenizer
 from unfold.data_prep.tokenization.sentencepiece import SentencePieceTokenizer, parse_model
 
-KEPT_CONFIG = ("chat_template", "model_max_length", "padding_side", "add_bos_token", "add_eos_token")
+# Keys of a tokenizer_config.json that say how its files were loaded, not what the tokenizer does: ours say it themselves.
+LOADING_KEYS = {
+    "add_prefix_space", "added_tokens_decoder", "auto_map", "backend", "is_local", "legacy", "local_files_only", "name_or_path",
+    "processor_class", "sp_model_kwargs", "special_tokens_map_file", "tokenizer_class", "tokenizer_file", "transformers_version",
+}  # fmt: skip
 
 
 def import_tokenizer(
@@ -55,25 +63,31 @@ def import_tokenizer(
                 f"{', '.join('--' + r.replace('_', '-') for r in roles)} out"
             )
         return write_sentencepiece(
-            path.read_bytes(), output, gist_levels=gist_levels, name=str(path), overwrite=overwrite
+            path.read_bytes(), output, gist_levels=gist_levels, name=str(path), beside=path.parent, overwrite=overwrite
         )
     return _write_huggingface(path, output, gist_levels, roles or {}, overwrite)
 
 
 def write_sentencepiece(
-    raw: bytes, output: Path, *, gist_levels: int, name: str, overwrite: bool = False
+    raw: bytes, output: Path, *, gist_levels: int, name: str, beside: Path | None = None, overwrite: bool = False
 ) -> TokenizerInfo:
     """Write the directory of a sentencepiece model, with the gists that it lacks as control pieces at its end.
 
     The ids of the other pieces stay; a model that lacks no gist keeps its bytes.
+
+    Args:
+        beside: directory whose configuration and chat templates go with it.
 
     Raises:
         DataError: not a model, not convertible, or a gist's name is taken by an ordinary piece.
     """
     model = parse_model(raw, name)
     kinds = model.SentencePiece
+    if beside:
+        _check_no_additions(beside / MODEL_FILE, {p.piece for p in model.pieces})
     control = {p.piece: i for i, p in enumerate(model.pieces) if p.type == kinds.CONTROL}
     ordinary = {p.piece for p in model.pieces} - set(control)
+    check_gists(control, name)
     missing = [f"<gist{level}>" for level in range(len(find_gists(control)), gist_levels)]
     for gist in missing:
         if gist in ordinary:
@@ -99,6 +113,7 @@ def write_sentencepiece(
         model=raw,
         roles={role: model.pieces[i].piece for role, i in ids.items() if i is not None},
         overwrite=overwrite,
+        **(_kept(beside, {p.piece for p in model.pieces}, dropped=("add_bos_token", "add_eos_token")) if beside else {}),
     )
     return info
 
@@ -112,6 +127,7 @@ def _write_huggingface(
     if have < gist_levels:
         _, inner = parse_tokenizer(raw, str(path))
         vocab = inner.get_vocab(with_added_tokens=True)
+        check_gists(vocab, str(path))
         # Names that the vocabulary holds without marking them as special keep their ids, and become special.
         known = find_gists(vocab)[have:]
         new = known + [f"<gist{level}>" for level in range(have + len(known), gist_levels)]
@@ -127,9 +143,6 @@ def _write_huggingface(
             )
         raw = inner.to_str(pretty=True).encode("utf-8")
     tokenizer = HuggingFaceTokenizer(raw, before.roles, str(path))
-    config_path = path.parent / CONFIG_FILE
-    config = read_json(config_path) if config_path.exists() else {}
-    template = path.parent / CHAT_TEMPLATE_FILE
     unk = {"unk_token": tokenizer.unk_token} if tokenizer.unk_token else {}
     write_directory(
         output,
@@ -137,8 +150,42 @@ def _write_huggingface(
         tokenizer_json=raw,
         model=None,
         roles=tokenizer.roles | unk,
-        extra_config={k: config[k] for k in KEPT_CONFIG if k in config} if isinstance(config, dict) else {},
-        extra_files={template.name: template.read_bytes()} if template.exists() else {},
         overwrite=overwrite,
+        **_kept(path.parent, parse_tokenizer(raw, str(path))[1].get_vocab(with_added_tokens=True)),
     )
     return tokenizer.info
+
+
+def _kept(source: Path, tokens: Container[str], dropped: Sequence[str] = ()) -> dict:
+    """What goes with a tokenizer besides its vocabulary, as arguments of `write_directory`: its chat templates, and all settings
+    but those that say how it was loaded, and special tokens that it does not have (transformers would append them)."""
+    config: dict = {}
+    for name in ("special_tokens_map.json", CONFIG_FILE):
+        values = read_json(source / name) if (source / name).exists() else {}
+        config |= values if isinstance(values, dict) else {}
+    known = lambda token: (token.get("content") if isinstance(token, dict) else token) in tokens
+    kept = {}
+    for key, value in config.items():
+        if key in LOADING_KEYS or key in dropped:
+            continue
+        if key.endswith("_token") and isinstance(value, str | dict) and not known(value):
+            continue
+        if key.endswith("_special_tokens"):
+            value = {k: v for k, v in value.items() if known(v)} if isinstance(value, dict) else list(filter(known, value or ()))
+        kept[key] = value
+    paths = [source / CHAT_TEMPLATE_FILE, *sorted((source / MORE_TEMPLATES).glob("*.jinja"))]
+    if (source / INFO_FILE).exists():  # a directory of ours: what the import of a model put there
+        paths.append(source / GENERATION_FILE)
+    files = {str(p.relative_to(source)): p.read_bytes() for p in paths if p.is_file()}
+    return {"extra_config": kept, "extra_files": files}
+
+
+def _check_no_additions(path: Path, model_tokens: Container[str]) -> None:
+    """Raise DataError where a file beside a sentencepiece model gives ids to tokens that it does not have."""
+    extra = path.with_name("added_tokens.json")
+    values = read_json(extra) if extra.exists() else {}
+    if missing := [token for token in (values if isinstance(values, dict) else ()) if token not in model_tokens]:
+        raise DataError(
+            f"{extra}: has {missing[0]!r}, which {path.name} does not have; make a tokenizer.json of both with transformers "
+            f"(AutoTokenizer.from_pretrained({str(path.parent)!r}).save_pretrained(NEW)) and import that"
+        )

@@ -9,7 +9,7 @@ import numpy as np
 import tokenizers
 
 from unfold.data_prep.errors import DataError
-from unfold.data_prep.format.tokenizer import CONFIG_FILE, ControlToken, TokenizerInfo, find_gists, read_json, sha256
+from unfold.data_prep.format.tokenizer import CONFIG_FILE, ControlToken, TokenizerInfo, find_gists, find_links, read_json, sha256
 from unfold.data_prep.tokenization.word_starts import huggingface_word_starts
 
 # Tried in this order where no tokenizer_config.json says which tokens these are.
@@ -41,7 +41,13 @@ class HuggingFaceTokenizer:
         self._raw = raw
         spec, self._inner = parse_tokenizer(raw, name)
         vocab = self._inner.get_vocab(with_added_tokens=True)
-        special = {t["content"]: t["id"] for t in spec.get("added_tokens", []) if t["special"]}
+        added = spec.get("added_tokens", [])
+        if wrong := next((t for t in added if vocab.get(t["content"]) != t["id"]), None):
+            raise DataError(
+                f"{name}: its added token {wrong['content']!r} has id {wrong['id']}, but the tokenizers library gives it "
+                f"{vocab.get(wrong['content'])}, the first free one; name the ids between as added tokens, too"
+            )
+        special = {t["content"]: t["id"] for t in added if t["special"]}
         for role, token in roles.items():
             if token not in vocab:
                 raise DataError(
@@ -53,13 +59,14 @@ class HuggingFaceTokenizer:
         }
         self.roles = {role: token for role, token in named.items() if token is not None}
         control = special | {token: vocab[token] for token in self.roles.values()}
-        strips = {t["content"]: (t.get("lstrip", False), t.get("rstrip", False)) for t in spec.get("added_tokens", [])}
+        strips = {t["content"]: (t.get("lstrip", False), t.get("rstrip", False)) for t in added}
         self.control = {token: ControlToken(i, *strips.get(token, ())) for token, i in control.items()}
         gists = find_gists(special)
         self.info = TokenizerInfo(
             kind="huggingface",
             vocab_size=max(vocab.values()) + 1,
             gist_ids=tuple(special[g] for g in gists),
+            link_ids=tuple(special[n] for n in find_links(special)),
             gist_tokens=tuple(gists),
             bos_id=vocab.get(named["bos_token"]),
             eos_id=vocab.get(named["eos_token"]),
@@ -87,9 +94,13 @@ class HuggingFaceTokenizer:
         """Ids of all texts, int32 [sum of lengths], and their lengths, int64 [texts].
 
         Raises:
-            DataError: a control id came out all the same (a model that can spell it from ordinary pieces).
+            DataError: a character for which it has no token, or a control id came out all the same (a model that can spell it
+                from ordinary pieces).
         """
-        encoded = [e.ids for e in self._inner.encode_batch_fast(list(texts), add_special_tokens=False)]
+        try:
+            encoded = [e.ids for e in self._inner.encode_batch_fast(list(texts), add_special_tokens=False)]
+        except Exception as e:  # tokenizers raises bare Exception
+            raise DataError(f"the tokenizer cannot encode it ({str(e).splitlines()[0]}); give it an unknown token") from None
         lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
         ids = np.fromiter(chain.from_iterable(encoded), np.int32, int(lengths.sum()))
         self.refuse_control(ids)
@@ -122,7 +133,7 @@ def parse_tokenizer(raw: bytes, name: str) -> tuple[dict, tokenizers.Tokenizer]:
         DataError: it is none.
     """
     try:
-        return json.loads(raw), tokenizers.Tokenizer.from_str(raw.decode("utf-8"))
+        return json.loads(raw.decode("utf-8-sig")), tokenizers.Tokenizer.from_str(raw.decode("utf-8-sig"))
     except Exception as e:  # tokenizers raises bare Exception
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise DataError(f"{name}: not a Hugging Face tokenizer.json: {reason}") from None

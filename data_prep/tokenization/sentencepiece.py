@@ -7,7 +7,7 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from unfold.data_prep.errors import DataError
-from unfold.data_prep.format.tokenizer import ControlToken, TokenizerInfo, find_gists, sha256
+from unfold.data_prep.format.tokenizer import ControlToken, TokenizerInfo, find_gists, find_links, sha256
 from unfold.data_prep.tokenization.word_starts import sentencepiece_word_starts
 
 MANY = 1000  # characters: as a long line of prose, over which float32 sums were never seen to matter
@@ -51,6 +51,7 @@ class SentencePieceTokenizer:
             kind="sentencepiece",
             vocab_size=len(self._model.pieces),
             gist_ids=tuple(control[g] for g in gists),
+            link_ids=tuple(control[n] for n in find_links(control)),
             gist_tokens=tuple(gists),
             bos_id=_id_or_none(p.bos_id()),
             eos_id=_id_or_none(p.eos_id()),

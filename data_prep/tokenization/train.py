@@ -11,6 +11,7 @@ from unfold.data_prep.corpus.readers import read_documents
 from unfold.data_prep.corpus.sources import Source
 from unfold.data_prep.errors import DataError
 from unfold.data_prep.format.files import check_new_directory
+from unfold.data_prep.format.text import encodable
 from unfold.data_prep.format.tokenizer import INFO_FILE, TokenizerInfo
 from unfold.data_prep.tokenization.adopt import write_sentencepiece
 
@@ -53,9 +54,10 @@ def train_tokenizer(
         raise DataError(f"--vocab-size {vocab_size}: too small; bytes, specials, gists and symbols alone need {least}")
     controls = "".join(gists) + "<unk><s></s><pad><0x0123456789ABCDEF>"
     raw = io.BytesIO()
+    stopped: list[DataError] = []  # sentencepiece makes an error of its own of what ends its input
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=training_lines(document.text for document in read_documents(sources)),
+            sentence_iterator=training_lines(_texts(sources, stopped)),
             model_writer=raw,
             model_type=model_type,
             vocab_size=vocab_size,
@@ -77,8 +79,23 @@ def train_tokenizer(
             minloglevel=2,
         )
     except RuntimeError as e:
+        if stopped:
+            raise stopped[0] from None
         raise _explained(e, vocab_size) from None
     return write_sentencepiece(raw.getvalue(), output, gist_levels=gist_levels, name=str(output), overwrite=overwrite)
+
+
+def _texts(sources: list[Source], stopped: list[DataError]) -> Iterator[str]:
+    """All texts. Of one that cannot be read, or is not all characters, the error (with file and line) is put into ``stopped``
+    and raised."""
+    try:
+        for document in read_documents(sources):
+            if problem := encodable(document.text):
+                raise DataError(f"{sources[document.source].place(document.line)}: {problem}")
+            yield document.text
+    except DataError as error:
+        stopped.append(error)
+        raise
 
 
 def training_lines(texts: Iterable[str]) -> Iterator[str]:

@@ -21,7 +21,7 @@ class GistSettings:
     Attributes:
         chunk_sizes: raw tokens per level-0 gist, level-0 gists per level-1 gist, ..
         token_ids: vocabulary id of each gist level.
-        reserved_ids: every gist id of the vocabulary; none of them is ever generated.
+        reserved_ids: every id of the vocabulary of a gist or link; none of them is ever generated.
         word_starts: for each vocabulary id whether it starts a word: base64 of the zlib-compressed bitmap, lowest bit first.
         sink: first raw tokens that all later tokens see.
         n_prev: closed neighbour groups that stay visible at every level.

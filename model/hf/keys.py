@@ -50,9 +50,12 @@ def model_family(config: ModelConfig) -> Family:
     return family
 
 
-def hf_config(config: ModelConfig, dtype: str, bos: int | None, eos: int | None, pad: int | None) -> dict[str, Any]:
-    """``config.json``. Keys of both generations are written (rope_parameters / rope_theta, dtype / torch_dtype): a reader
-    that misses its own would silently fall back to defaults."""
+def hf_config(config: ModelConfig, dtype: str, bos: int | None, eos: int | list[int] | None, pad: int | None) -> dict[str, Any]:
+    """``config.json``; eos is a list where several ids end a text.
+
+    Keys of both generations are written (rope_parameters / rope_theta, dtype / torch_dtype): a reader that misses its own would
+    silently fall back to defaults.
+    """
     rope = _rope_parameters(config)
     is_scaled = rope["rope_type"] != "default"
     family = model_family(config)
@@ -99,13 +102,14 @@ def _family_keys(family: Family, config: ModelConfig) -> dict[str, Any]:
 
 def find_architecture(keys: dict[str, Any]) -> Family:
     """The family of a ``config.json``. Raises ValueError naming key, value and what is supported."""
-    named = keys.get("architectures") or []
+    # Models saved with their gists, ours and published ones, are called by the class that put them in.
+    named = [str(name).removeprefix("Gist") for name in keys.get("architectures") or []]
     by_class = {family.architecture: family for family in FAMILIES.values()}
     known = ", ".join(by_class)
     if len(named) == 1 and named[0] in by_class:
         return by_class[named[0]]
     if named:
-        raise ValueError(f"architectures: {named} is not supported; supported are {known}")
+        raise ValueError(f"architectures: {keys['architectures']} is not supported; supported are {known}")
     model_type = keys.get("model_type")
     if model_type not in FAMILIES:
         near = difflib.get_close_matches(str(model_type), FAMILIES, 1)

@@ -7,7 +7,11 @@ With any other ``attn_implementation`` the classes are the stock ones. Works wit
 
 from __future__ import annotations
 
+import inspect
+import json
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -25,7 +29,10 @@ from .gist_sequence import GistSequence, GistSettings
 from .own_kernels import find_kernels
 
 GIST = "gist"
+PREFIX = "Gist"  # of the names of the classes here, before those of the stock ones
 IGNORED = -100
+# What this version of transformers calls the cache in ``forward`` and in its results: it was renamed in 5.24.
+CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 
 
 class GistCache(Cache):
@@ -48,7 +55,9 @@ class GistCache(Cache):
         return -1
 
     get_max_length = get_max_cache_shape
-    is_croppable = False
+    # Said here, because the base class says what holds of all of its layers, and this one has none.
+    is_croppable = is_compileable = False
+    is_linear = is_sliding = is_dummy = (False,)
 
     @property
     def is_initialized(self) -> bool:
@@ -116,16 +125,17 @@ class GistForCausalLM:
         logits_to_keep: int | Tensor = 0,
         gist_query_start: int | Tensor | None = None,
         gist_grow: bool | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ):
         """The stock forward pass, with gists.
 
         Args:
-            input_ids: [B, n] raw tokens that follow those in ``past_key_values``.
+            input_ids: [B, n] raw tokens that follow those in the cache.
             attention_mask: [B, n] or [B, cached + n], 0 at padding, on either side; gists never see it.
             position_ids: positions are those of the raw tokens without padding. Where these begin again from 0 in a row of a
                 first call, a document of its own begins, as in packed training data; nothing can be read after such rows.
-            past_key_values: what a former call returned; its sequences go on.
+            past_key_values, cache: what a former call returned, under either name; its sequences go on.
             labels: [B, n]; the loss is that of training: next raw token at raw tokens, none for padding.
             logits_to_keep: as in the stock classes.
             gist_query_start: how many raw tokens of each sequence, from its start and without padding, are context: they
@@ -133,6 +143,9 @@ class GistForCausalLM:
                 Without it a prompt is folded as it is, and what is read after it recalls.
             gist_grow: whether what follows a closed context gets gists as its chunks close. By default it does not.
         """
+        if past_key_values is not None and cache is not None:
+            raise ValueError("past_key_values, cache: are two names of the same thing; give one of them")
+        before = past_key_values if cache is None else cache
         if self.config._attn_implementation != GIST:
             if gist_query_start is not None or gist_grow is not None:
                 raise ValueError('gist_query_start, gist_grow: need attn_implementation="gist"')
@@ -140,11 +153,11 @@ class GistForCausalLM:
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 inputs_embeds=inputs_embeds,
                 labels=labels,
                 use_cache=use_cache,
                 logits_to_keep=logits_to_keep,
+                **{CACHE: before},
                 **kwargs,
             )
         if input_ids is None or inputs_embeds is not None:
@@ -152,7 +165,7 @@ class GistForCausalLM:
         if kwargs.pop("output_attentions", None) or getattr(self.config, "output_attentions", False):
             raise ValueError("output_attentions: gist attention keeps no weights; load with attn_implementation='eager' for them")
         real = _real_tokens(input_ids, attention_mask)
-        cache = self._gist_cache(past_key_values, input_ids)
+        cache = self._gist_cache(before, input_ids)
         first = _first_tokens(real, None if cache.length else position_ids)
         packed = bool((first.sum(1) > 1).any())
         if packed and gist_query_start is not None:
@@ -182,8 +195,8 @@ class GistForCausalLM:
         result = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=cache if use_cache else None,
             hidden_states=None if states is None else tuple(raw(x) for x in states),
+            **{CACHE: cache if use_cache else None},
         )
         return result.to_tuple() if return_dict is False else result
 
@@ -191,11 +204,11 @@ class GistForCausalLM:
         """The cache to go on with; an empty stock cache, such as generate() makes, stands for a new one."""
         if isinstance(cache, GistCache) and cache.sequences:
             if len(cache.sequences) != len(input_ids):
-                raise ValueError(f"past_key_values: holds {len(cache.sequences)} sequences, input_ids {len(input_ids)}")
+                raise ValueError(f"{CACHE}: holds {len(cache.sequences)} sequences, input_ids {len(input_ids)}")
             return cache
         if cache is not None and (not isinstance(cache, (GistCache, DynamicCache)) or cache.get_seq_length()):
             raise ValueError(
-                f"past_key_values: a {type(cache).__name__}; gists need the cache of their own that forward and generate return"
+                f"{CACHE}: a {type(cache).__name__}; gists need the cache of their own that forward and generate return"
             )
         settings = GistSettings.of(self.config)
         return GistCache([GistSequence(settings, input_ids.device) for _ in input_ids])
@@ -238,6 +251,27 @@ class GistForCausalLM:
             raise ValueError("input_ids: no token; attention_mask hides all of them")
         cache.length += input_ids.shape[1]
         return parts, ids, torch.tensor(columns, dtype=torch.int64, device=input_ids.device)
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As the stock class does, this code included; ``architectures`` names the stock class again, as in the export."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            self._name_stock_class(save_directory)
+
+    def _upload_modified_files(self, working_dir, *args, **kwargs):
+        """``save_pretrained(.., push_to_hub=True)`` comes here after its files are written."""
+        self._name_stock_class(working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
+
+    def _name_stock_class(self, directory) -> None:
+        """Transformers writes the name of this class, which nobody but its own code knows."""
+        self.config.architectures = [type(self).__name__.removeprefix(PREFIX)]
+        path = Path(directory, "config.json")
+        keys = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if keys.get("architectures", self.config.architectures) != self.config.architectures:
+            keys["architectures"] = self.config.architectures
+            path.with_suffix(".partial").write_text(json.dumps(keys, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            os.replace(path.with_suffix(".partial"), path)
 
     def _get_logits_processor(self, *args, **kwargs):
         """Gist ids are never generated, whatever the generation configuration says."""
@@ -299,3 +333,13 @@ class GistMistralForCausalLM(GistForCausalLM, MistralForCausalLM):
 
 class GistSmolLM3ForCausalLM(GistForCausalLM, SmolLM3ForCausalLM):
     """SmolLM3 with gists."""
+
+
+for _kind in (
+    GistLlamaForCausalLM,
+    GistQwen2ForCausalLM,
+    GistQwen3ForCausalLM,
+    GistMistralForCausalLM,
+    GistSmolLM3ForCausalLM,
+):
+    _kind.register_for_auto_class("AutoModelForCausalLM")  # save_pretrained copies these files only of classes that are

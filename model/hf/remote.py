@@ -34,7 +34,7 @@ def config_entries(
         architecture: the stock class, such as 'LlamaForCausalLM'.
         gist: how tokens are folded and recalled.
         gist_ids: one id per level.
-        reserved_ids: every gist id of the vocabulary; never generated.
+        reserved_ids: every id of the vocabulary that stands for no text, gists and links; never generated.
         word_starts: [vocab] bool.
     """
     known = {field.name for field in dataclasses.fields(GistSettings)}

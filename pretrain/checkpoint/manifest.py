@@ -62,6 +62,10 @@ class Manifest:
     format: int = FORMAT
 
 
+_KINDS = {name: {"int": int, "str": str, "dict": dict, "list": list}[kind.partition("[")[0]]
+          for name, kind in Manifest.__annotations__.items()}  # fmt: skip
+
+
 def checkpoint_directories(run_dir: Path) -> list[Path]:
     """Checkpoint directories of a run, newest first, whole or not."""
     return sorted((run_dir / "checkpoints").glob("step-*"), reverse=True)
@@ -88,6 +92,8 @@ def peek_manifest(directory: Path) -> Manifest:
         tree = json.loads(path.read_text())
         written = tree["format"]
         manifest = Manifest(**tree) if written == FORMAT else None
+        if manifest and (wrong := [name for name, kind in _KINDS.items() if not isinstance(getattr(manifest, name), kind)]):
+            raise ValueError(f"{', '.join(wrong)} of another type")
         sizes = {name: expected["bytes"] for name, expected in tree["files"].items()}
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{directory}: has no {MANIFEST}, it was not finished") from None
@@ -225,7 +231,7 @@ def remove_leftovers(run_dir: Path) -> None:
 def write_atomically(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old or the new content, never a part."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w") as file:
+    with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

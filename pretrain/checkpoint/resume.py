@@ -7,6 +7,7 @@ import fcntl
 import os
 import shutil
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,6 @@ from pathlib import Path
 import deepspeed
 import torch
 import torch.distributed as dist
-import yaml
 
 from unfold.model.config import ModelConfig
 from unfold.pretrain.checkpoint.manifest import (
@@ -29,8 +29,8 @@ from unfold.pretrain.checkpoint.manifest import (
 )
 from unfold.pretrain.checkpoint.state import load_state
 from unfold.pretrain.checkpoint.tensors import TensorDirectory
-from unfold.pretrain.config import RunConfig, changes_on_resume, parse_config
-from unfold.pretrain.data.tokenizer import RunTokenizer
+from unfold.pretrain.config import RunConfig, changes_on_resume, parse_config, saved_settings
+from unfold.pretrain.data.tokenizer import RunTokenizer, load_tokenizer
 from unfold.pretrain.errors import UserError
 from unfold.pretrain.parallel import Parallel
 from unfold.pretrain.safety.alive import HEARTBEATS, LOCK
@@ -52,13 +52,16 @@ def check_run_dir(run_dir: Path, config: RunConfig) -> list[str]:
         if run_dir.is_dir() and any(path.name not in ours for path in run_dir.iterdir()):
             raise UserError(f"--run-dir {run_dir}: is not empty and holds no run (no config.yaml); name another directory")
         return []
-    try:
-        tree = yaml.safe_load(saved.read_text())
-        old = parse_config(tree, str(saved)).to_dict()  # settings that are newer than the run get their defaults
-    except (yaml.YAMLError, AttributeError, UnicodeDecodeError):
-        raise UserError(f"{saved}: is damaged; restore it from the manifest of a checkpoint") from None
+    old, notes = saved_settings(run_dir)
+    if os.environ.get("RANK", "0") == "0":
+        for note in notes:
+            print(note, file=sys.stderr, flush=True)
+    if not checkpoint_directories(run_dir):
+        return []
+    if old is None:
+        raise UserError(f"{saved}: is damaged, and no checkpoint tells the run's settings; use a new run directory")
     changes = changes_on_resume(old, config.to_dict())
-    if not changes or not checkpoint_directories(run_dir):
+    if not changes:
         return []
     allowed = tuple(config.train.allow_changes)
     refused = [line for key, line in changes.items() if not any(key == a or key.startswith(f"{a}.") for a in allowed)]
@@ -78,7 +81,7 @@ def only_writer(run_dir: Path) -> Iterator[None]:
         UserError: another process holds it, also after a few seconds (ranks outlive a killed launcher by moments).
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    with open(run_dir / LOCK, "a+") as file:
+    with open(run_dir / LOCK, "a+", encoding="utf-8", errors="replace") as file:
         deadline = time.monotonic() + LOCK_SECONDS
         while True:
             try:
@@ -121,12 +124,22 @@ def prepare_run_dir(run_dir: Path, config: RunConfig, tokenizer: RunTokenizer) -
     remove_leftovers(run_dir)
     write_atomically(run_dir / "config.yaml", config.to_yaml())
     target = run_dir / "tokenizer"  # carried along: export and generation need no other directory
-    if target.exists() or target.resolve() == tokenizer.directory.resolve():
+    if target.resolve() == tokenizer.directory.resolve() or _is_whole(target):
         return
+    shutil.rmtree(target, ignore_errors=True)  # torn by a crash, or of a version that this one cannot read
     partial = target.with_name(".tokenizer.partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(tokenizer.directory, partial)
     partial.rename(target)
+
+
+def _is_whole(tokenizer: Path) -> bool:
+    """Whether a run's copy of its tokenizer is there and can be read; whether it is the run's is asked elsewhere."""
+    try:
+        load_tokenizer(tokenizer, 0).tokenizer()
+    except Exception:  # UserError, and what the tokenizers library raises
+        return False
+    return True
 
 
 def load_newest(

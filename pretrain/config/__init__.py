@@ -10,6 +10,7 @@ from unfold.pretrain.config.read import (
     read_settings,
     with_vocab_size,
 )
+from unfold.pretrain.config.saved import saved_settings
 from unfold.pretrain.config.schema import (
     CHANGEABLE_ON_RESUME,
     CheckpointConfig,
@@ -21,6 +22,7 @@ from unfold.pretrain.config.schema import (
     ScheduleConfig,
     accumulation_steps,
 )
+from unfold.pretrain.config.yaml_text import read_yaml
 
 __all__ = [
     "CHANGEABLE_ON_RESUME",
@@ -39,5 +41,7 @@ __all__ = [
     "load_config",
     "parse_config",
     "read_settings",
+    "read_yaml",
+    "saved_settings",
     "with_vocab_size",
 ]

@@ -11,7 +11,9 @@ from typing import TypeVar, get_origin, get_type_hints
 import yaml
 
 from unfold.model.settings import SettingsError, choice_text
+from unfold.pretrain.config.numbers import setting_errors
 from unfold.pretrain.config.schema import RunConfig
+from unfold.pretrain.config.yaml_text import parse_value, read_yaml
 from unfold.pretrain.errors import UserError
 
 Kind = TypeVar("Kind")
@@ -41,14 +43,7 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:
     Raises:
         UserError: the file cannot be read, or keys or values are wrong; one message lists all of them.
     """
-    try:
-        tree = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}" if mark else ""
-        raise UserError(f"--config {path}:{where} is not valid YAML ({getattr(error, 'problem', error)})") from None
+    tree = read_yaml(path, "--config")
     if not isinstance(tree, dict):
         raise UserError(f"--config {path}: holds {type(tree).__name__}, expected sections such as `model:` and `data:`")
     for item in overrides:
@@ -66,7 +61,7 @@ def _override(tree: dict, item: str) -> None:
         if not isinstance(tree, dict):
             raise UserError(f"--set {item}: {section} is a value, not a section")
     try:
-        tree[last] = yaml.safe_load(value)
+        tree[last] = parse_value(value)
     except yaml.YAMLError:
         raise UserError(f"--set {item}: {value!r} is not a YAML value; quote it") from None
 
@@ -82,6 +77,7 @@ def read_settings(kind: type[Kind], tree: dict, source: str) -> Kind:
 
     errors: list[str] = []
     known = _known(tree, kind, "", errors)
+    errors += setting_errors(known, kind)
     try:
         settings = TypeAdapter(kind).validate_python(known)
     except ValidationError as invalid:

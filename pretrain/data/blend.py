@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from unfold.pretrain.data.shards import is_shard
 from unfold.pretrain.errors import UserError
 
 SCALE = 1 << 32  # weights become whole numbers, so that every machine computes the same
@@ -99,7 +100,7 @@ def parse_entry(text: str, setting: str) -> SourceEntry:
         UserError: the weights cannot be read.
     """
     pattern, mark, given = text.rpartition(" weight=")
-    if not mark:
+    if not mark or is_shard(text):  # a name may hold what would be a weight elsewhere
         return SourceEntry(text, None)
     pairs = []
     for part in given.split(","):

@@ -16,7 +16,8 @@ from unfold.pretrain.errors import UserError
 
 
 def open_shards(entries: Sequence[str], tokenizer: RunTokenizer, setting: str, cache: str | Path = "") -> list[LazyShard]:
-    """Open all shards that prefixes, globs and URLs name, in this order; each once.
+    """Open all shards that prefixes, globs and URLs name, in this order; each once. Parts of an array without a document are
+    left out.
 
     Args:
         setting: the configuration key that named them, for messages.
@@ -33,21 +34,33 @@ def open_shards(entries: Sequence[str], tokenizer: RunTokenizer, setting: str, c
         return _open(local, tokenizer, setting)
 
     with ThreadPoolExecutor(16) as pool:  # on a shared file system each open waits for the network
-        return list(pool.map(open_one, prefixes))
+        opened = list(pool.map(open_one, prefixes))
+    if filled := [shard for shard in opened if len(shard.lengths)]:
+        return filled
+    raise UserError(f"{setting}: {', '.join(entries)} holds no document; name other shards, or give the corpus more text")
 
 
 def _find(entry: str, setting: str) -> list[str]:
-    if not glob.has_magic(entry):
-        return [entry.removesuffix(".bin").removesuffix(".idx")]
-    pattern = entry.removesuffix(".bin").removesuffix(".idx") + ".idx"
+    """Prefixes that an entry names: itself, or, where there is no such shard, what it matches as a pattern."""
+    prefix = entry.removesuffix(".bin").removesuffix(".idx")
+    if not glob.has_magic(entry) or ("://" not in entry and is_shard(prefix)):
+        return [prefix]
+    pattern = f"{prefix}.idx"
     if "://" in entry:
         fs, path = _file_system(entry, setting)
+        if fs.exists(pattern.partition("://")[2]):
+            return [prefix]
         found = [fs.unstrip_protocol(p) for p in fs.glob(pattern.partition("://")[2])]
     else:
         found = glob.glob(pattern, recursive=True)
     if not found:
         raise UserError(f"{setting}: {entry} matches no shard (no {pattern})")
     return sorted(path.removesuffix(".idx") for path in found)
+
+
+def is_shard(prefix: str) -> bool:
+    """Whether a file of a shard of this very name is there."""
+    return any(os.path.isfile(prefix + suffix) for suffix in (".idx", ".bin", ".json"))
 
 
 def _open(prefix: str, tokenizer: RunTokenizer, setting: str) -> LazyShard:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from unfold.data_prep.format.tokenizer import INFO_FILE, JSON_FILE, WORD_STARTS_FILE, TokenizerInfo
+from unfold.data_prep.format.text import read_text
+from unfold.data_prep.format.tokenizer import GENERATION_FILE, INFO_FILE, JSON_FILE, WORD_STARTS_FILE, TokenizerInfo
 from unfold.pretrain.errors import UserError
 
 
@@ -19,10 +21,17 @@ class RunTokenizer(TokenizerInfo):
     Attributes:
         directory: where it lies.
         word_starts: [vocab_size] bool, whether a piece starts a word.
+        stop_ids: every id that ends a generated text.
     """
 
     directory: Path
     word_starts: np.ndarray
+    stop_ids: tuple[int, ...] = ()
+
+    @property
+    def reserved_ids(self) -> tuple[int, ...]:
+        """Ids that stand for no text and are never generated, those of gists first."""
+        return (*self.gist_ids, *self.link_ids)
 
     def tokenizer(self) -> Tokenizer:
         """The encoder and decoder."""
@@ -45,7 +54,8 @@ def load_tokenizer(directory: str | Path, gist_levels: int, setting: str = "data
     try:
         info = TokenizerInfo.from_file(directory / INFO_FILE)
         starts = np.load(directory / WORD_STARTS_FILE, allow_pickle=False)
-    except (ValueError, OSError) as error:
+        stop_ids = _stop_ids(directory, info.eos_id)
+    except (ValueError, OSError, EOFError) as error:
         raise UserError(f"{setting}: {directory} is damaged ({error}); make the tokenizer again") from None
     if starts.shape != (info.vocab_size,):
         raise UserError(f"{setting}: {directory}/{WORD_STARTS_FILE} has shape {starts.shape}, expected ({info.vocab_size},)")
@@ -54,4 +64,23 @@ def load_tokenizer(directory: str | Path, gist_levels: int, setting: str = "data
             f"gist.chunk_sizes: {gist_levels} levels, but the tokenizer {directory} has {len(info.gist_ids)} gist ids; "
             f"make it with --gist-levels {gist_levels}"
         )
-    return RunTokenizer(**vars(info), directory=directory, word_starts=starts)
+    return RunTokenizer(**vars(info), directory=directory, word_starts=starts, stop_ids=stop_ids)
+
+
+def generation_settings(directory: Path) -> dict:
+    """What an imported model's ``generation_config.json`` said, kept beside its tokenizer; empty where there was none."""
+    path = directory / GENERATION_FILE
+    settings = json.loads(read_text(path)) if path.exists() else {}
+    if not isinstance(settings, dict):
+        raise ValueError(f"{GENERATION_FILE} holds {type(settings).__name__}, expected an object")
+    return settings
+
+
+def ids_of(value: int | list[int] | None) -> list[int]:
+    """Token ids as Hugging Face's files write them: one, several or none."""
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+
+def _stop_ids(directory: Path, eos_id: int | None) -> tuple[int, ...]:
+    """The end-of-document id first, then what else ends a text of an imported model."""
+    return tuple(dict.fromkeys([*ids_of(eos_id), *ids_of(generation_settings(directory).get("eos_token_id"))]))

@@ -34,8 +34,7 @@ class Reader:
         """The likeliest continuation, until the end of text; the sequence is left as it was."""
         from unfold.model.decode.generation import Sampling
 
-        end = self._subject.tokenizer.eos_id
-        stops = [] if end is None else [end]
+        stops = self._subject.tokenizer.stop_ids
         written = self.decoder.stream([copy.deepcopy(sequence)], Sampling(max_new_tokens), stops)
         return self._subject.decode([token for _, token in written])
 

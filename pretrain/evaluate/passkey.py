@@ -104,6 +104,9 @@ def _check(args: Namespace) -> None:
             raise UserError(f"--{name} {getattr(args, name)}: is below {least}")
     if args.candidates > 9 * 10 ** (args.digits - 1):
         raise UserError(f"--candidates {args.candidates}: there are not so many keys of {args.digits} digits; raise --digits")
+    for length in args.lengths or ():
+        if length < 1:
+            raise UserError(f"--lengths {length}: is below 1")
     for depth in args.depths:
         if not 0 <= depth <= 1:
             raise UserError(f"--depths {depth}: is not between 0 and 1")

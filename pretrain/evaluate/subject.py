@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 import tempfile
 from argparse import ArgumentParser, Namespace
@@ -101,7 +100,7 @@ class Subject:
         """Reads contexts, which are folded, and suffixes, which recall if the variant does."""
         from unfold.model.decode.generation import Decoder
 
-        return Decoder(self.model, variant.recalling("suffix"), self.tokenizer.gist_ids, self.tokenizer.word_starts)
+        return Decoder(self.model, variant.recalling("suffix"), self.tokenizer.reserved_ids, self.tokenizer.word_starts)
 
     def check_length(self, length: int, flag: str) -> None:
         """Raises UserError when a sequence of so many raw tokens is longer than the model is meant for."""
@@ -157,13 +156,14 @@ def load_subject(args: Namespace) -> Subject:
     if args.run_dir and args.tokenizer:
         raise UserError("--tokenizer: needs --model; a run has its own")
     from unfold.pretrain.checkpoint.load import find_run
+    from unfold.pretrain.hf.directory import read_gists, read_keys
 
     if args.run_dir:
         found = find_run(args.run_dir, args.step)
         own = found.config.folding
         variants = make_variants(args, own, len(found.tokenizer.gist_ids), str(args.run_dir))
         return _loaded(f"{args.run_dir} step {found.manifest.step}", found, variants, args.dtype)
-    own = _gists_of(args.model)
+    own = read_gists(args.model, read_keys(args.model))
     wanted = [_sizes(text) for text in args.chunk_sizes or []] + [own.chunk_sizes if own else NO_GISTS]
     with tempfile.TemporaryDirectory(prefix="unfold-evaluate-") as scratch:
         # Imported as for training: any family that import knows, its tokenizer, and gist rows where it has none.
@@ -219,20 +219,6 @@ def _sizes(text: str) -> tuple[int, ...]:
         return tuple(int(size) for size in text.split(","))
     except ValueError:
         raise UserError(f"--chunk-sizes {text}: expected numbers such as 8,4") from None
-
-
-def _gists_of(directory: Path) -> GistConfig | None:
-    """What an export says of its gists; None where it says nothing."""
-    from unfold.pretrain.hf.directory import read_keys
-
-    entry = read_keys(directory).get("gist")
-    if entry is None:
-        return None
-    try:
-        known = {field.name for field in dataclasses.fields(GistConfig)}
-        return GistConfig(**{name: value for name, value in entry.items() if name in known})
-    except (AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"{directory}/config.json: gist {json.dumps(entry)} is no gist setting ({error})") from None
 
 
 def _import(args: Namespace, output: Path, levels: int) -> Path:

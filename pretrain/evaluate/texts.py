@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from unfold.data_prep.format import text as text_files
 from unfold.pretrain.errors import UserError
 from unfold.pretrain.evaluate.subject import Subject
 
@@ -15,7 +16,7 @@ from unfold.pretrain.evaluate.subject import Subject
 def read_text(path: Path, flag: str) -> str:
     """A file's text. Raises UserError naming flag and file."""
     try:
-        return path.read_text(encoding="utf-8")
+        return text_files.read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{flag} {path}: cannot be read as text ({error})") from None
 
@@ -36,6 +37,8 @@ def read_rows(path: Path, flag: str) -> Iterator[tuple[str, dict]]:
             raise UserError(f"{place}: is not JSON ({error}); expected one object per line") from None
         if not isinstance(row, dict):
             raise UserError(f"{place}: holds {type(row).__name__}, expected an object")
+        if problem := text_files.encodable(json.dumps(row, ensure_ascii=False)):
+            raise UserError(f"{place}: {problem}")
         yield place, row
 
 
@@ -52,7 +55,7 @@ def documents(entries: list[str], field: str, subject: Subject) -> Iterator[np.n
     """
     for entry in entries:
         path = Path(entry)
-        if not path.is_file() or path.suffix in (".bin", ".idx"):
+        if not path.exists() or path.is_dir() or path.suffix in (".bin", ".idx"):
             yield from _shard_documents(entry, subject)
         elif path.suffix == ".jsonl":
             for place, row in read_rows(path, "--data"):

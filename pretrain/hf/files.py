@@ -9,12 +9,13 @@ from unfold.model.hf.keys import hf_config, model_family
 from unfold.model.hf.remote import config_entries, remote_code_files
 from unfold.pretrain.checkpoint.load import FoundRun
 from unfold.pretrain.config import RunConfig
-from unfold.pretrain.hf.directory import write_json
+from unfold.pretrain.data.tokenizer import GENERATION_FILE, RunTokenizer
+from unfold.pretrain.hf.directory import read_keys, write_json
+from unfold.pretrain.hf.generation import eos_of, exported_generation
 from unfold.pretrain.plan.work import count_parameters
 
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "chat_template.jinja"
-)  # fmt: skip
+# Of a tokenizer directory: what only this program reads, and what is written anew.
+NOT_EXPORTED = ("tokenizer_info.json", "word_starts.npy", "tokenizer_config.json", GENERATION_FILE)
 
 
 def write_configs(run: FoundRun, directory: Path, dtype: str) -> None:
@@ -23,21 +24,26 @@ def write_configs(run: FoundRun, directory: Path, dtype: str) -> None:
     dtype: 'float32', 'bfloat16' or 'float16'.
     """
     tokenizer, model, gist = run.tokenizer, run.config.model, run.config.gist
-    special = tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id
-    keys = hf_config(model, dtype, *special)
+    keys = hf_config(model, dtype, tokenizer.bos_id, eos_of(tokenizer), tokenizer.pad_id)
     if model.attention == "gist":
         architecture, ids = model_family(model).architecture, tokenizer.gist_ids
-        keys |= config_entries(architecture, gist, ids[: gist.levels], ids, tokenizer.word_starts)
+        keys |= config_entries(architecture, gist, ids[: gist.levels], tokenizer.reserved_ids, tokenizer.word_starts)
         for name, text in remote_code_files().items():
             (directory / name).write_text(text)
     write_json(directory / "config.json", keys)
-    generation = dict(zip(("bos_token_id", "eos_token_id", "pad_token_id"), special))
-    if tokenizer.gist_ids:
-        generation["suppress_tokens"] = list(tokenizer.gist_ids)  # a gist is never text
-    write_json(directory / "generation_config.json", generation)
-    for name in TOKENIZER_FILES:
-        if (tokenizer.directory / name).exists():
-            shutil.copy(tokenizer.directory / name, directory / name)
+    write_json(directory / GENERATION_FILE, exported_generation(tokenizer))
+    _write_tokenizer(tokenizer, directory)
+
+
+def _write_tokenizer(tokenizer: RunTokenizer, directory: Path) -> None:
+    """The tokenizer's files. Its configuration says besides what readers would else guess, each one differently."""
+    shutil.copytree(tokenizer.directory, directory, ignore=shutil.ignore_patterns(*NOT_EXPORTED), dirs_exist_ok=True)
+    keys = read_keys(tokenizer.directory, "tokenizer_config.json")
+    defaults: dict = {"model_input_names": ["input_ids", "attention_mask"]}  # else transformers 4 adds token_type_ids
+    begun = tokenizer.tokenizer().encode("a", add_special_tokens=True).ids[:1]
+    if begun != [tokenizer.bos_id]:
+        defaults["add_bos_token"] = False  # else llama.cpp begins every text of a sentencepiece model with one
+    write_json(directory / "tokenizer_config.json", defaults | keys)
 
 
 def write_model_card(run: FoundRun, directory: Path) -> None:

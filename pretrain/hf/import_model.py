@@ -14,13 +14,14 @@ from pathlib import Path
 import torch
 import yaml
 
-from unfold.model.config import ModelConfig
+from unfold.model.config import GistConfig, ModelConfig
 from unfold.model.hf.keys import model_config
 from unfold.pretrain.checkpoint.manifest import MANIFEST, Manifest, checkpoint_name, sync_directory, write_atomically
 from unfold.pretrain.config import RunConfig, parse_config
 from unfold.pretrain.data.tokenizer import RunTokenizer, load_tokenizer
 from unfold.pretrain.errors import UserError
-from unfold.pretrain.hf.directory import new_directory, read_keys
+from unfold.pretrain.hf.directory import new_directory, read_gists, read_keys
+from unfold.pretrain.hf.generation import write_generation
 from unfold.pretrain.hf.import_weights import WeightFiles, write_checkpoint_weights
 from unfold.pretrain.hf.vocabulary import adopt_tokenizer, match_vocabulary
 
@@ -41,8 +42,8 @@ def import_model(args: argparse.Namespace) -> Path:
         UserError: something of the source is missing, damaged or not supported; or the output exists.
     """
     say = lambda text: print(text, file=sys.stderr, flush=True)
-    levels, sizes = _gists(args)
     keys = read_keys(args.input)
+    levels, gist = _gists(args, read_gists(args.input, keys))
     try:
         model = model_config(keys)
     except ValueError as error:
@@ -56,11 +57,14 @@ def import_model(args: argparse.Namespace) -> Path:
         else:
             adopt_tokenizer(args.input, partial / "tokenizer", levels)
             tokenizer = load_tokenizer(partial / "tokenizer", levels)
+        if gist:
+            _check_gist_ids(args.input, keys, gist, tokenizer)
         rows, notes = match_vocabulary(weights, tokenizer, args.gist_rows)
+        write_generation(args.input, keys, tokenizer, partial / "tokenizer")
         for note in notes:
             say(note)
-        model = dataclasses.replace(model, vocab_size=rows.size, attention="gist" if sizes else "dense")
-        config = _configuration(model, sizes, args.output)
+        model = dataclasses.replace(model, vocab_size=rows.size, attention="gist" if gist else "dense")
+        config = _configuration(model, gist, args.output)
         checkpoint = partial / "checkpoints" / checkpoint_name(0)
         checkpoint.mkdir(parents=True)
         files = write_checkpoint_weights(weights, model, rows, DTYPES.get(args.dtype), checkpoint, FILE_BYTES, say)
@@ -71,30 +75,54 @@ def import_model(args: argparse.Namespace) -> Path:
     return args.output
 
 
-def _gists(args: argparse.Namespace) -> tuple[int, tuple[int, ...]]:
-    """Gist ids wanted, and chunk sizes (none: a dense model)."""
+def _gists(args: argparse.Namespace, own: GistConfig | None) -> tuple[int, GistConfig | None]:
+    """Gist ids wanted, and how the model folds (None: it is dense). own: what the source says of its gists."""
     try:
         sizes = tuple(int(size) for size in args.chunk_sizes.split(",")) if args.chunk_sizes else None
     except ValueError:
         raise UserError(f"--chunk-sizes {args.chunk_sizes}: expected numbers such as 8,4") from None
     if args.gist_levels is not None and args.gist_levels < 0:
         raise UserError(f"--gist-levels {args.gist_levels}: is below 0")
-    levels = max(4, len(sizes or ())) if args.gist_levels is None else args.gist_levels
+    fewest = len(sizes) if sizes else own.levels if own else 0
+    levels = max(4, fewest) if args.gist_levels is None else args.gist_levels
     if sizes is None:
-        sizes = (8, 4)[:levels]
+        if own and 0 < levels < own.levels:
+            raise UserError(
+                f"--gist-levels {levels}: {args.input} has gists of {own.levels} levels, chunk sizes {_text(own)}; give "
+                "--chunk-sizes as well"
+            )
+        sizes = own.chunk_sizes if own and levels else (8, 4)[:levels]
     if len(sizes) > levels:
         raise UserError(f"--chunk-sizes {args.chunk_sizes}: {len(sizes)} levels, but --gist-levels is {levels}")
-    return levels, sizes
+    try:
+        return levels, dataclasses.replace(own or GistConfig(), chunk_sizes=sizes) if sizes else None
+    except ValueError as error:
+        raise UserError(f"--chunk-sizes {args.chunk_sizes}: {error}") from None
 
 
-def _configuration(model: ModelConfig, chunk_sizes: tuple[int, ...], output: Path) -> RunConfig:
+def _text(gist: GistConfig) -> str:
+    return ",".join(map(str, gist.chunk_sizes))
+
+
+def _check_gist_ids(source: Path, keys: dict, gist: GistConfig, tokenizer: RunTokenizer) -> None:
+    """The ids that an export folds with are those that its tokenizer's tokens have."""
+    said = (keys.get("gist") or {}).get("token_ids")
+    count = min(len(said), gist.levels) if isinstance(said, list) else 0
+    if count and said[:count] != list(tokenizer.gist_ids[:count]):
+        raise UserError(
+            f"{source}/config.json: gist.token_ids is {said}, but the tokenizer's gists are {list(tokenizer.gist_ids)}; "
+            "they belong to different models"
+        )
+
+
+def _configuration(model: ModelConfig, gist: GistConfig | None, output: Path) -> RunConfig:
     """A whole run's configuration, with the paper's recipe of continued pretraining and no shards yet."""
     plain = lambda x: [plain(v) for v in x] if isinstance(x, tuple) else x
     shape = dataclasses.asdict(model, dict_factory=lambda items: {k: plain(v) for k, v in items})
     tree = {
         "precision": "bf16",
         "model": shape,
-        **({"gist": {"chunk_sizes": list(chunk_sizes)}} if chunk_sizes else {}),
+        **({"gist": dataclasses.asdict(gist, dict_factory=lambda items: {k: plain(v) for k, v in items})} if gist else {}),
         "data": {
             "train": ["data/train"],
             "tokenizer": str(output / "tokenizer"),

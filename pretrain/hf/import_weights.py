@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from unfold.data_prep.format.text import read_text
 from unfold.model.config import ModelConfig
 from unfold.model.hf.names import Entry, entries
 from unfold.pretrain.checkpoint.tensors import DTYPES, Chunk, write_tensor_file
@@ -49,7 +50,7 @@ class WeightFiles:
         directory = self.directory
         if (directory / INDEX).exists():
             try:
-                places = dict(json.loads((directory / INDEX).read_text())["weight_map"])
+                places = dict(json.loads(read_text(directory / INDEX))["weight_map"])
             except (ValueError, KeyError, TypeError, OSError) as error:
                 raise UserError(f"{directory / INDEX}: is damaged ({error!r})") from None
             missing = sorted({file for file in places.values() if not (directory / file).is_file()})

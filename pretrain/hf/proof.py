@@ -29,6 +29,9 @@ SMALLEST_SCALE = 10.0  # of logits, in that share: rounding grows with them, but
 PROBE_TOKENS = 256
 CONTEXT_TOKENS = 192  # of them closed before the others, where the model has gists
 DECODED_TOKENS = 16
+GENERATED_TOKENS = 12  # by generate(), of each of two prompts
+PROMPTS = (96, 57)  # raw tokens of those; the shorter one is padded on the left
+BEAMS = 3
 ROWS = 4096  # of a matrix that are rounded at a time
 TEXTS = (
     "The state of the Union.", "  two  spaces\n\ttab", "na\u00efve caf\u00e9 \u4e16\u754c \U0001f30d", "1789, 2,026",
@@ -49,7 +52,7 @@ def prove(run: FoundRun, directory: Path, dtype: torch.dtype) -> dict:
     """
     tokenizer, model = run.tokenizer, run.config.model
     _prove_tokenizer(tokenizer, directory)
-    probe = _probe(model.vocab_size, tokenizer.gist_ids)
+    probe = _probe(model.vocab_size, tokenizer.reserved_ids)
     ours = _our_logits(run, dtype, probe)
     _release_memory()
     proof: dict = {"relative_tolerance": TOLERANCE, "probe_tokens": PROBE_TOKENS}
@@ -61,6 +64,7 @@ def prove(run: FoundRun, directory: Path, dtype: torch.dtype) -> dict:
         if ours:
             proof["gist"] = {"context_tokens": CONTEXT_TOKENS, "decoded_tokens": DECODED_TOKENS, "recall": sorted(ours)}
             proof["gist"] |= _compare_gists(directory, probe, ours)
+            proof["generate"] = prove_generate(directory, probe, tokenizer)
     import transformers
 
     return proof | {
@@ -71,9 +75,9 @@ def prove(run: FoundRun, directory: Path, dtype: torch.dtype) -> dict:
     }
 
 
-def _probe(vocab_size: int, gist_ids: Sequence[int]) -> Tensor:
-    """[PROBE_TOKENS + DECODED_TOKENS] int64 ids, no gists."""
-    raw = np.setdiff1d(np.arange(vocab_size), gist_ids)
+def _probe(vocab_size: int, reserved: Sequence[int]) -> Tensor:
+    """[PROBE_TOKENS + DECODED_TOKENS] int64 ids, no gists or links."""
+    raw = np.setdiff1d(np.arange(vocab_size), reserved)
     return torch.from_numpy(np.random.default_rng(0).choice(raw, PROBE_TOKENS + DECODED_TOKENS))
 
 
@@ -109,7 +113,7 @@ def _our_logits(run: FoundRun, dtype: torch.dtype, probe: Tensor) -> dict[str, T
 
 def _our_gist_logits(model: Transformer, gist: GistConfig, tokenizer: RunTokenizer, tokens: list[int]) -> Tensor:
     """Of a closed context and what follows it, computed in one pass."""
-    decoder = Decoder(model, gist, tokenizer.gist_ids, tokenizer.word_starts)
+    decoder = Decoder(model, gist, tokenizer.reserved_ids, tokenizer.word_starts)
     sequence = decoder.start()
     decoder.read_context(sequence, tokens[:CONTEXT_TOKENS])
     decoder.read_suffix(sequence, tokens[CONTEXT_TOKENS:])
@@ -163,9 +167,66 @@ def _compare_gists(directory: Path, probe: Tensor, ours: dict[str, Tensor]) -> d
         out = model(probe[None, :PROBE_TOKENS], gist_query_start=CONTEXT_TOKENS, use_cache=True)
         compare("prefill", out.logits[0], 0)
         for i in range(PROBE_TOKENS, len(probe)):
-            out = model(probe[None, i : i + 1], past_key_values=out.past_key_values, use_cache=True)
+            out = model(probe[None, i : i + 1], use_cache=True, **cache_of(out))
             compare("decoded", out.logits[0], i)
     return {f"largest_logit_difference_{part}": value for part, value in largest.items()}
+
+
+def cache_of(output) -> dict:
+    """The cache of a forward pass, as an argument of the next one: transformers 5.24 renamed it."""
+    name = "cache" if "cache" in output else "past_key_values"
+    return {name: output[name]}
+
+
+@torch.no_grad()
+def prove_generate(directory: Path, probe: Tensor, tokenizer: RunTokenizer) -> dict:
+    """generate() of the reloaded model with gists, as users call it: a batch of two with padding on the left, greedily and by
+    beams, and what a tokenizer returns. Each token must be one that the model itself, reading without a cache, would take.
+
+    Raises:
+        UserError: it fails, emits a gist, or gives other tokens.
+    """
+    from transformers import AutoTokenizer, GenerationConfig
+
+    model = _load(directory, trust_remote_code=True, attn_implementation="gist")
+    # Its own defaults (sampling, penalties) are another matter; padding is told by the mask, so its id says nothing.
+    model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0, max_new_tokens=GENERATED_TOKENS)
+    prompts = [probe[:n] for n in PROMPTS]
+    width = max(PROMPTS)
+    batch = {"input_ids": torch.zeros(2, width, dtype=torch.int64), "attention_mask": torch.zeros(2, width, dtype=torch.int64)}
+    for i, prompt in enumerate(prompts):
+        batch["input_ids"][i, width - len(prompt) :], batch["attention_mask"][i, width - len(prompt) :] = prompt, 1
+    starts = torch.tensor([2 * n // 3 for n in PROMPTS])
+    batch["gist_query_start"] = starts
+    how = {"return_dict_in_generate": True, "output_scores": True}
+    try:
+        greedy = model.generate(**batch, **how).sequences[:, width:]
+        beams = model.generate(**batch, **how, num_beams=BEAMS)
+        plain = AutoTokenizer.from_pretrained(directory)(TEXTS[0], return_tensors="pt")
+        model.generate(**plain, max_new_tokens=2)
+    except (TypeError, ValueError, AttributeError, NotImplementedError, IndexError, RuntimeError) as error:
+        raise UserError(f"{directory}: generate() with gists fails ({error}); not finished") from error
+    found = torch.cat([greedy, beams.sequences[:, width:]])
+    if torch.isin(found, torch.tensor(tokenizer.reserved_ids)).any():
+        raise UserError(f"{directory}: generate() with gists emits an id of a gist or link; not finished")
+    largest = 0.0
+    for i, (prompt, start) in enumerate(zip(prompts, starts.tolist())):
+        read = lambda new, prompt=prompt, start=start: _read_again(model, prompt, new, start)
+        logits = read(greedy[i])
+        logits[:, list(tokenizer.reserved_ids)] = -torch.inf
+        chosen = logits.gather(1, greedy[i][:, None])[:, 0]
+        largest = max(largest, _compare("that generate() took ", logits.max(1).values, chosen, directory))
+        new = beams.sequences[i, width:]
+        total = read(new).log_softmax(1).gather(1, new[:, None]).sum()
+        score = beams.sequences_scores[i] * GENERATED_TOKENS
+        largest = max(largest, _compare("of generate()'s beams, summed, ", total, score, directory))
+    return {"prompts": list(PROMPTS), "tokens": GENERATED_TOKENS, "beams": BEAMS, "largest_difference": largest}
+
+
+def _read_again(model, prompt: Tensor, new: Tensor, start: int) -> Tensor:
+    """[n, vocab] logits of new tokens [n] after a prompt, in one pass without a cache."""
+    out = model(torch.cat([prompt, new[:-1]])[None], gist_query_start=start, use_cache=False)
+    return out.logits[0, len(prompt) - 1 :].float()
 
 
 def _prove_tokenizer(ours: RunTokenizer, directory: Path) -> None:
@@ -189,10 +250,16 @@ def _prove_tokenizer(ours: RunTokenizer, directory: Path) -> None:
             raise UserError(f"{directory}: the reloaded tokenizer decodes {ids} to {got!r}, expected {expected!r}; not finished")
 
 
+def files_of(directory: Path) -> list[Path]:
+    """Every file of a directory and its folders."""
+    return sorted(path for path in directory.rglob("*") if path.is_file())
+
+
 def file_hashes(directory: Path, known: dict[str, dict]) -> dict[str, str]:
     """SHA-256 of every file of a directory; ``known``: those of weight files, as they were written."""
     result = {name: entry["sha256"] for name, entry in known.items()}
-    for path in sorted(directory.iterdir()):
-        if path.is_file() and path.name not in result and path.stat().st_size:
-            result[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    for path in files_of(directory):
+        name = path.relative_to(directory).as_posix()
+        if name not in result and path.stat().st_size:
+            result[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return dict(sorted(result.items()))

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import netrc
 import os
+import re
 import secrets
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from unfold.pretrain.checkpoint.manifest import write_atomically
 from unfold.pretrain.config import MonitorConfig, RunConfig, flatten
 
+WANDB_SECONDS = 30.0  # until W&B counts as out of reach, unless WANDB_INIT_TIMEOUT says otherwise
 SECONDS_BETWEEN_LINES = 10.0  # progress lines when stderr is not a terminal
 
 
@@ -29,7 +34,7 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, step: int):
-        kept = [line for line in read_metrics(path) if line["step"] <= step] if path.exists() else []
+        kept = [line for line in read_metrics(path, told=True) if line["step"] <= step] if path.exists() else []
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._path, self._waiting, self.trouble = path, b"", ""
         self._file = open(path, "ab", buffering=0)
@@ -54,14 +59,22 @@ class MetricsFile:
         self._file.close()
 
 
-def read_metrics(path: Path) -> list[dict]:
-    """The whole lines of a metrics file; a line torn by a kill is left out."""
-    lines = []
-    for text in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
+def read_metrics(path: Path, told: bool = False) -> list[dict]:
+    """The whole lines of a metrics file; lines torn by a kill or a crash are left out, and said if ``told``."""
+    lines, damaged = [], 0
+    for text in path.read_bytes().split(b"\n"):
+        if not text.strip():
             continue
+        try:
+            line = json.loads(text)
+        except ValueError:
+            line = None
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
+        else:
+            damaged += 1
+    if damaged and told:
+        print_line(f"{path}: {damaged} damaged line(s) are left out")
     return lines
 
 
@@ -111,35 +124,71 @@ def _clock(seconds: float) -> str:
 class WandbLog:
     """Weights & Biases: online with an API key, else offline into the run directory. A resumed run continues its W&B run.
 
+    No trouble of W&B ends a run: out of reach it is said, and logged offline; what fails later is said once, and left.
+
     Curves are drawn over our own ``step``, not over W&B's counter of calls: that never goes back, so W&B would drop the
     steps that a resume or a rollback does again.
     """
 
     def __init__(self, config: MonitorConfig, run_config: dict, run_dir: Path):
-        import wandb  # takes a second; only the rank that logs needs it
-
-        identity = run_dir / "wandb_id"
-        if not identity.exists():
-            write_atomically(identity, secrets.token_hex(4))
+        identity = _identity(run_dir / "wandb_id")
         mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
-        self._run = wandb.init(
-            project=config.project,
-            name=config.name or run_dir.name,
-            id=identity.read_text(),
-            resume="allow" if mode == "online" else None,
-            dir=str(run_dir),
-            config=run_config,
-            mode=mode,
-            settings=wandb.Settings(silent=True),
-        )
-        self._run.define_metric("step", hidden=True)
-        self._run.define_metric("*", step_metric="step")
+        given = dict(project=config.project, name=config.name or run_dir.name, config=run_config, dir=str(run_dir), id=identity)
+        self._run = self._begin(given, mode, run_dir)
+
+    @staticmethod
+    def _begin(given: dict, mode: str, run_dir: Path):
+        """The W&B run; None where there can be none."""
+        how = {"mode": mode, "resume": "allow" if mode == "online" else None}
+        try:
+            import wandb  # takes a second; only the rank that logs needs it
+        except Exception as error:
+            print_line(f"error: the package wandb cannot be loaded ({error}); the run goes on without it")
+            return None
+        try:
+            settings = wandb.Settings(silent=True, init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT") or WANDB_SECONDS))
+            run = wandb.init(**given, **how, settings=settings)
+            run.define_metric("step", hidden=True)
+            run.define_metric("*", step_metric="step")
+            return run
+        except Exception as error:  # its own classes, requests' and the operating system's
+            reason = f"Weights & Biases ({mode}) cannot be used: {str(error).splitlines()[0] if str(error) else error!r}"
+            if mode != "online":
+                print_line(f"error: {reason}; the run goes on without it, its figures are in {run_dir / 'metrics.jsonl'}")
+                return None
+            print_line(
+                f"error: {reason}; the run goes on, offline: send its figures later, `wandb sync {run_dir}/wandb/offline-run-*`"
+            )
+        with contextlib.suppress(Exception):
+            wandb.teardown()  # its process still holds the run that could not begin
+        return WandbLog._begin(given, "offline", run_dir)
 
     def write(self, metrics: dict) -> None:
-        self._run.log(flatten(metrics))
+        self._guarded(lambda run: run.log(flatten(metrics)))
 
     def close(self) -> None:
-        self._run.finish()
+        self._guarded(lambda run: run.finish())
+
+    def _guarded(self, call: Callable[[Any], object]) -> None:
+        if self._run is None:
+            return
+        try:
+            call(self._run)
+        except Exception as error:  # its process has died, for instance
+            print_line(f"error: Weights & Biases takes no more figures ({error}); the run goes on without it")
+            self._run = None
+
+
+def _identity(path: Path) -> str:
+    """The run's id in W&B, made once; a file without one (torn by a crash) gets a new one."""
+    found = path.read_text(encoding="utf-8", errors="replace").strip() if path.exists() else ""
+    if re.fullmatch(r"[\w-]{1,64}", found, re.ASCII):
+        return found
+    if path.exists():
+        print_line(f"{path}: holds no W&B id ({found[:20]!r}); the run gets a new one, and a new W&B run")
+    found = secrets.token_hex(4)
+    write_atomically(path, found)
+    return found
 
 
 def _has_wandb_key() -> bool:

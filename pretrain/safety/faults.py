@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import statistics
+import sys
 from collections import deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from unfold.pretrain.checkpoint.manifest import Manifest, write_atomically
+from unfold.pretrain.checkpoint.manifest import Manifest, checkpoint_directories, peek_manifest, write_atomically
 from unfold.pretrain.errors import UserError
 
 if TYPE_CHECKING:  # looking at a run needs no configuration machinery
@@ -77,18 +79,36 @@ class Quarantine:
 
 
 def read_quarantine(run_dir: Path) -> Quarantine:
-    """The run's quarantine list. Raises UserError when it is damaged."""
+    """The run's quarantine list. A damaged one is told; what checkpoints hold of it remains, and each resume adds theirs."""
     path = run_dir / QUARANTINE
     if not path.exists():
         return Quarantine([])
     try:
-        rollbacks = [Rollback(**r) for r in json.loads(path.read_text())["rollbacks"]]
-        if all(0 <= r.first < r.stop for r in rollbacks):
-            return Quarantine(rollbacks)
-        reason = "a range of samples is empty"
+        return Quarantine(_rollbacks(json.loads(path.read_text(encoding="utf-8"))["rollbacks"]))
     except (OSError, ValueError, TypeError, KeyError) as error:
         reason = str(error)
-    raise UserError(f"{path}: is damaged ({reason}); restore it from `quarantine` in the manifest of the newest checkpoint")
+    for directory in checkpoint_directories(run_dir):
+        try:
+            found = _rollbacks(peek_manifest(directory).quarantine)
+        except (UserError, ValueError, TypeError):
+            continue
+        _tell(f"{path}: is damaged ({reason}); taken from {directory.name}: {len(found)} rollback(s); later ones are lost")
+        return Quarantine(found)
+    _tell(f"{path}: is damaged ({reason}), and no checkpoint holds it; the run goes on without it")
+    return Quarantine([])
+
+
+def _rollbacks(entries: list[dict]) -> list[Rollback]:
+    """Raises ValueError or TypeError for what are none."""
+    found = [Rollback(**entry) for entry in entries]
+    if not all(0 <= r.first < r.stop for r in found):
+        raise ValueError("a range of samples is empty")
+    return found
+
+
+def _tell(text: str) -> None:
+    if os.environ.get("RANK", "0") == "0":  # all ranks read it; one tells
+        print(text, file=sys.stderr, flush=True)
 
 
 def write_quarantine(run_dir: Path, quarantine: Quarantine) -> None:

@@ -114,8 +114,9 @@ class Watchdog:
         states = []
         for rank in range(self._world):
             try:
-                states.append(json.loads(self._file(rank).read_text()))
-            except (OSError, ValueError):
+                beat = json.loads(self._file(rank).read_text())
+                states.append({name: beat[name] for name in ("rank", "host", "pid", "step", "phase", "alive")})
+            except (OSError, ValueError, KeyError, TypeError):  # being replaced, or of another version
                 continue
         furthest = max((s["step"] for s in states), default=0)
         lines = []

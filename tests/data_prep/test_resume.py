@@ -131,8 +131,6 @@ def test_parts_merge_to_the_whole(bpe, tmp_path, run, fails, whole):
     assert run("merge", "--input", *names, "--output", tmp_path / "merged")[0] == 0
     assert contents(tmp_path / "merged") == contents(tmp_path / "all")
     fails("tokenize", *both, "--output", tmp_path / "p", "--part", "6/5", status=2, words=("6/5",))
-    only = ("tokenize", "--input", tmp_path / "d.txt", "--tokenizer", bpe, "--output", tmp_path / "q")
-    fails(*only, "--part", "2/2", words=("--part 2/2", "fewer parts"))
 
 
 def test_lines_in_parts_are_counted_from_the_file(bpe, tmp_path, fails):

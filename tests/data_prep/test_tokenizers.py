@@ -140,7 +140,7 @@ def test_gists_are_appended_to_a_huggingface_tokenizer(byte_level, tmp_path, loa
 
 @pytest.mark.parametrize(
     ("names", "expected"),
-    [(["<Gist>", "<MGist>"], ["<Gist>", "<MGist>", "<gist2>"]), (["<gist>"], ["<gist>", "<gist1>", "<gist2>"])],
+    [(["<gist>", "<Gist>"], ["<gist>", "<Gist>", "<gist2>"]), (["<gist>"], ["<gist>", "<gist1>", "<gist2>"])],
 )
 @pytest.mark.parametrize("special", [True, False])
 def test_gist_names_of_other_projects_are_recognised(byte_level, tmp_path, load, names, expected, special):

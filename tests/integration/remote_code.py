@@ -101,10 +101,15 @@ def check_turns(directory: Path) -> None:
     ids = torch.tensor([list(range(40))])
     how = dict(max_new_tokens=9, do_sample=False, gist_query_start=30, return_dict_in_generate=True)
     first = model.generate(ids, **how)
-    assert first.past_key_values.get_seq_length() == first.sequences.shape[1] - 1
+    name = "cache" if "cache" in first else "past_key_values"  # renamed in transformers 5.24
+    assert first[name].get_seq_length() == first.sequences.shape[1] - 1
     longer = torch.cat([first.sequences, ids[:, 5:12]], 1)
-    second = model.generate(longer, past_key_values=first.past_key_values, **how).sequences
+    second = model.generate(longer, **{name: first[name]}, **how).sequences
     assert torch.equal(second, model.generate(longer, **how).sequences)
+    with torch.no_grad():  # both names, whatever this version calls it
+        caches = [model(ids, gist_query_start=30, use_cache=True)[name] for _ in range(2)]
+        new = [model(ids[:, :3], **{k: c}).logits for k, c in zip(("cache", "past_key_values"), caches)]
+    assert torch.equal(*new)
 
 
 def check_text(directory: Path) -> None:
@@ -114,7 +119,7 @@ def check_text(directory: Path) -> None:
     prompt = "Fellow citizens, whoever reads this."
     for gist in (True, False):
         model = load(path, gist).eval()
-        ids = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        ids = tokenizer(prompt, return_tensors="pt")  # as every model card writes it: generate() takes all that it returns
         out = model.generate(**ids, max_new_tokens=10, do_sample=False)
         text = tokenizer.decode(out[0])
         assert text.startswith(prompt) and len(text) == len(prompt) + 10 and "<gist" not in text
@@ -151,7 +156,25 @@ def check_gradients(directory: Path) -> None:
     assert rows.abs().sum(1).min() > 0, "every gist row learns"
 
 
-CHECKS = (check_plain_loading, check_beams, check_turns, check_text, check_gradients)
+def check_saved_again(directory: Path) -> None:
+    """A gist model that is saved brings its code along and keeps the stock architecture's name; it loads in both ways."""
+    model, ids = load(directory / "llama").eval(), torch.tensor([list(range(40))])
+    target = directory / f"saved-{transformers.__version__}"
+    model.save_pretrained(target)
+    keys = json.loads((target / "config.json").read_text())
+    assert keys["architectures"] == model.config.architectures == ["LlamaForCausalLM"]
+    assert keys["auto_map"] == {"AutoModelForCausalLM": "modeling_gist.GistLlamaForCausalLM"}
+    assert {p.name for p in target.glob("*.py")} == {p.name for p in (directory / "llama").glob("*.py")}
+    again, dense = load(target).eval(), load(target, gist=False).eval()
+    assert type(again).__name__ == "GistLlamaForCausalLM" and type(dense).__name__ == "LlamaForCausalLM"
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+        assert torch.equal(dense(ids).logits, load(directory / "llama", gist=False).eval()(ids).logits)
+    again.save_pretrained(target)  # over itself, as a second epoch does
+    assert torch.equal(load(target).lm_head.weight, model.lm_head.weight)
+
+
+CHECKS = (check_plain_loading, check_beams, check_turns, check_text, check_gradients, check_saved_again)
 
 
 def main(directory: Path) -> None:

@@ -59,6 +59,8 @@ def test_what_an_export_holds(exported):
     gist = proof["gist"]
     assert max(gist["largest_logit_difference_prefill"], gist["largest_logit_difference_decoded"]) <= 1e-4
     assert gist["decoded_tokens"] == 16 and not proof["warnings"]
+    assert proof["generate"]["prompts"] == [96, 57] and proof["generate"]["beams"] == 3
+    assert proof["generate"]["largest_difference"] <= 1e-3
     for name, digest in proof["files"].items():
         assert hashlib.sha256((exported / name).read_bytes()).hexdigest() == digest
     assert {p.name for p in exported.iterdir()} == {*proof["files"], "export_proof.json"}
@@ -71,6 +73,9 @@ def test_what_an_export_holds(exported):
     front = yaml.safe_load(card.split("---")[1])
     assert front["pipeline_tag"] == "text-generation" and "gist" in front["tags"]
     assert "| Raw tokens | 3,072 in 6 steps of 4 samples of 128 |" in card and "chunk sizes [4, 2]" in card
+    settings = json.loads((exported / "tokenizer_config.json").read_text())
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"], "transformers 4 would add token_type_ids"
+    assert settings["add_bos_token"] is False, "training saw no BOS; llama.cpp would add one"
     pieces = SentencePieceProcessor(model_file=str(exported / "tokenizer.model"))
     tokenizer = AutoTokenizer.from_pretrained(exported)
     assert pieces.encode(PROMPT) == tokenizer.encode(PROMPT, add_special_tokens=False)
@@ -120,6 +125,15 @@ def _edited(name: str, change):
     return write
 
 
+def _a_cache_that_mixes_rows(run, directory, dtype) -> None:
+    """Every forward pass is right; what only generate() asks of the cache is not."""
+    write_configs(run, directory, dtype)
+    path = directory / "modeling_gist.py"
+    text = path.read_text()
+    assert text.count("self.sequences = chosen\n") == 1
+    path.write_text(text.replace("self.sequences = chosen\n", "self.sequences = chosen[::-1]\n"))
+
+
 def _swap_two_ids(tree) -> None:
     vocab = tree["model"]["vocab"]
     vocab["e"], vocab["a"] = vocab["a"], vocab["e"]
@@ -130,6 +144,7 @@ SPOILED = {
     "missing weight": ("write_weights", _a_weight_less, "transformers reports {'missing_keys': ['model.norm.weight']}"),
     "positions": ("write_configs", _edited("config.json", lambda t: t["rope_parameters"].update(rope_theta=5e4)), "differ by"),
     "gists": ("write_configs", _edited("config.json", lambda t: t["gist"].update(chunk_sizes=[5, 2])), "with gists (prefill)"),
+    "generate": ("write_configs", _a_cache_that_mixes_rows, "generate()"),
     "tokenizer": ("write_configs", _edited("tokenizer.json", _swap_two_ids), "the reloaded tokenizer gives"),
 }
 

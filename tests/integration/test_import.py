@@ -118,7 +118,7 @@ def test_given_rows_of_gists(four_gists, tmp_path, capsys):
 
 def test_gists_of_published_models_are_used(tmp_path, capsys):
     """The vocabulary holds trained gists under the names of earlier models; the tokenizer is adopted on the way."""
-    theirs = write_directory(tmp_path / "hf", "llama", gists=("<Gist>", "<MGist>"))
+    theirs = write_directory(tmp_path / "hf", "llama", gists=("<gist>", "<Gist>"))
     run_dir = import_model(tmp_path / "hf", tmp_path / "run", "--gist-levels", 2)
     size = theirs.config.vocab_size
     assert f"gist ids {size - 2}, {size - 1} are in the vocabulary already; their rows are used" in capsys.readouterr().err

@@ -61,6 +61,7 @@ def write_export(directory: Path, model: Transformer, gist: GistConfig) -> Path:
     tokenizer.decoder = decoders.Fuse()
     tokenizer.save(str(directory / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": f"<gist{PAD - WORDS}>", "model_max_length": 10**9}
+    settings["model_input_names"] = ["input_ids", "attention_mask"]
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
     return directory
 

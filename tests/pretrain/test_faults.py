@@ -1,5 +1,6 @@
 """Quarantine, fault judgement, watchdog, stragglers, metrics on a full disk."""
 
+import json
 import math
 import os
 import random
@@ -12,8 +13,8 @@ from types import SimpleNamespace
 import pytest
 
 from tests.conftest import ROOT
+from unfold.pretrain.checkpoint.manifest import FORMAT
 from unfold.pretrain.config import FaultConfig
-from unfold.pretrain.errors import UserError
 from unfold.pretrain.monitor.metrics import MetricsFile, read_metrics
 from unfold.pretrain.safety.faults import (
     SPIKE,
@@ -44,9 +45,23 @@ def test_quarantine_file(tmp_path):
     assert not read_quarantine(tmp_path).rollbacks
     write_quarantine(tmp_path, quarantine((4, 8)))
     assert read_quarantine(tmp_path).ranges == [(4, 8)]
-    (tmp_path / "quarantine.json").write_text('{"rollbacks": [{"step"')
-    with pytest.raises(UserError, match="quarantine.json: is damaged"):
-        read_quarantine(tmp_path)
+
+
+DAMAGED = ["", '{"rollbacks": [{"step"', "[]", '{"rollbacks": [{"step": 1, "first": 9, "stop": 3, "reason": ""}]}']
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_a_damaged_quarantine_is_told_and_taken_from_a_checkpoint(tmp_path, capsys, content):
+    (tmp_path / "quarantine.json").write_text(content)
+    assert not read_quarantine(tmp_path).rollbacks
+    assert "quarantine.json: is damaged" in capsys.readouterr().err
+    checkpoint = tmp_path / "checkpoints" / "step-00000004"
+    checkpoint.mkdir(parents=True)
+    held = dict(step=4, samples=16, next_sample=20, raw_tokens=1, config={}, tokenizer_hash="", data=[], versions={}, world=1)
+    held |= dict(skipped=[], recent_losses=[], quarantine=quarantine((4, 8)).to_list(), files={}, format=FORMAT)
+    (checkpoint / "manifest.json").write_text(json.dumps(held))
+    assert read_quarantine(tmp_path).ranges == [(4, 8)]
+    assert "taken from step-00000004: 1 rollback(s); later ones are lost" in capsys.readouterr().err
 
 
 def test_checkpoints_that_learned_from_quarantined_samples_do_not_fit():

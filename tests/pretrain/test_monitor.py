@@ -12,9 +12,9 @@ from torch.profiler import record_function
 
 from unfold.model.config import GistConfig
 from unfold.model.gist import Recall, build_layout, interleave
-from unfold.pretrain.config import parse_config
+from unfold.pretrain.config import MonitorConfig, parse_config
 from unfold.pretrain.errors import UserError
-from unfold.pretrain.monitor.metrics import Outputs
+from unfold.pretrain.monitor.metrics import Outputs, WandbLog, read_metrics
 from unfold.pretrain.monitor.profiler import StepProfiler
 from unfold.pretrain.monitor.throughput import RankUsage, Usage, known_peak
 
@@ -107,6 +107,41 @@ def test_wandb_offline_continues_the_same_run(tmp_path, monkeypatch):
     assert ids == {(tmp_path / "wandb_id").read_text()}
     assert found == [(1, 6.0, 0.75), (2, 6.0, 0.75), (3, 6.0, 0.75), (3, 5.0, 0.75), (4, 5.0, 0.75)]
     assert ("*", "step") in steps_of
+
+
+def test_wandb_out_of_reach_is_said_and_logged_offline(tmp_path, monkeypatch, capfd):
+    """A key is set and nothing answers: the figures go on, to a file that can be sent later."""
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # refused at once
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "5")
+    write(configuration(monitor={"wandb": True}), tmp_path, 0, (1, 2), 6.0)
+    said = capfd.readouterr().err
+    assert "error: Weights & Biases (online) cannot be used: " in said and f"`wandb sync {tmp_path}/wandb/offline-run-*`" in said
+    assert len(list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))) == 1
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_a_dead_wandb_ends_no_run(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    log = WandbLog(MonitorConfig(), {}, tmp_path)
+
+    def broken(*arguments):
+        raise BrokenPipeError("the service has died")
+
+    log._run = SimpleNamespace(log=broken, finish=broken)
+    for step in (1, 2):
+        log.write({"step": step})
+    log.close()
+    assert capfd.readouterr().err.count("takes no more figures (the service has died)") == 1
+
+
+@pytest.mark.parametrize("content", ["", "\0\0\0", "not an id", "x" * 200])
+def test_a_torn_wandb_id_is_made_anew(tmp_path, monkeypatch, content):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    (tmp_path / "wandb_id").write_text(content)
+    WandbLog(MonitorConfig(), {}, tmp_path).close()
+    assert len((tmp_path / "wandb_id").read_text()) == 8
 
 
 ALONE = SimpleNamespace(rank=0, world=1, data_size=1, device=torch.device("cpu"))

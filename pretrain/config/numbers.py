@@ -1,0 +1,61 @@
+"""Numbers that cannot be meant: infinite ones, truth values, and those beyond any use. Of flags: unfold.pretrain.errors."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+
+from unfold.pretrain.errors import MOST
+
+# What is finite and still out of any sense, by the end of a setting's name: (highest, in words).
+HIGHEST = (
+    ("_minutes", 10 * 365 * 24 * 60, "ten years"),
+    ("optimizer.lr", 10, "10"),
+    ("optimizer.muon_lr", 10, "10"),
+    ("optimizer.weight_decay", 100, "100"),
+    ("optimizer.eps", 1, "1"),
+)
+
+
+def setting_errors(tree: dict, kind: type, prefix: str = "") -> list[str]:
+    """What is wrong with the numbers of a configuration's tree, before it becomes ``kind``; one readable line each."""
+    errors = []
+    for name, hint in typing.get_type_hints(kind).items():
+        if name not in tree:
+            continue
+        value, key = tree[name], f"{prefix}{name}"
+        if dataclasses.is_dataclass(hint):
+            errors += setting_errors(value, hint, f"{key}.") if isinstance(value, dict) else []
+            continue
+        wanted = _types(hint)
+        if not wanted & {int, float}:
+            continue
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if problem := _problem(number, key, bool in wanted):
+                errors.append(f"{key}: {problem}")
+    return errors
+
+
+def _problem(value: object, key: str, may_be_bool: bool) -> str:
+    if isinstance(value, bool):
+        return "" if may_be_bool else f"{str(value).lower()} is no number"
+    if isinstance(value, str):  # which pydantic would make a number of
+        try:
+            value = float(value)
+        except ValueError:
+            return ""
+    if not isinstance(value, int | float):
+        return ""
+    if not math.isfinite(value):
+        return f"{value} is not a finite number"
+    highest, words = next(((high, text) for end, high, text in HIGHEST if key.endswith(end)), (MOST, f"{MOST:.0e}"))
+    return f"{value} is beyond any sense (at most {words})" if abs(value) > highest else ""
+
+
+def _types(hint: object) -> set[type]:
+    """The plain types in a type hint."""
+    if typing.get_origin(hint) in (tuple, list, typing.Union, types.UnionType):
+        return set().union(*(_types(argument) for argument in typing.get_args(hint)))
+    return {hint} if isinstance(hint, type) else set()
