@@ -87,6 +87,11 @@ def read_settings(kind: type[Kind], tree: dict, source: str) -> Kind:
     return settings
 
 
+def known_settings(tree: dict) -> dict:
+    """The settings of a run's plain dicts that this version knows."""
+    return _known(tree, RunConfig, "", [])
+
+
 def _known(tree: dict, kind: type, prefix: str, errors: list[str]) -> dict:
     """The known keys of a section, as they are meant: an item where a list belongs is a list of one. Adds to the errors."""
     hints = get_type_hints(kind)

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from unfold.pretrain.config.read import _without_unknown, flatten, parse_config
-from unfold.pretrain.config.schema import RunConfig
+from unfold.pretrain.config.read import flatten, known_settings, parse_config
 from unfold.pretrain.errors import UserError
 
 
@@ -27,7 +26,7 @@ def saved_settings(run_dir: Path) -> tuple[dict | None, list[str]]:
             tree = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)["config"]
             if not isinstance(tree, dict):
                 raise ValueError("it holds no sections")
-            known = _without_unknown(tree, RunConfig)
+            known = known_settings(tree)
             config = parse_config(known, str(path)).to_dict()
         except (yaml.YAMLError, OSError, ValueError, KeyError, TypeError, AttributeError, UserError) as error:
             reason = getattr(error, "problem", None) or str(error).splitlines()[0]
