@@ -28,7 +28,7 @@ class RowStore(Protocol):
 
 
 class Borders(Protocol):
-    """Which items lie behind which gist of a growing document; model.gist.outline.Outline."""
+    """Which items lie behind which gist of a growing document; model.gist.growing.Outline."""
 
     levels: int
     sink: int
@@ -42,7 +42,7 @@ class Borders(Protocol):
 
 @dataclass(frozen=True)
 class Step:
-    """N new tokens; item numbers are those of their sequences' segments (model.gist.outline.Sight), tensors int64 on the CPU.
+    """N new tokens; item numbers are those of their sequences' segments (model.gist.growing.Sight), tensors int64 on the CPU.
 
     Attributes:
         borders: [N], of each token's sequence.

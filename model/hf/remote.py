@@ -13,6 +13,8 @@ from unfold.model.config import GistConfig
 from unfold.model.gist import growing
 from unfold.model.hf.gist_sequence import GistSettings, pack_word_starts
 
+TOKENIZER_FILE = "exported_tokenizer.py"
+TOKENIZER_MAP = {"AutoTokenizer": [None, "exported_tokenizer.PreTrainedTokenizerFast"]}
 FILES = ("modeling_gist.py", "gist_attention.py", "own_kernels.py", "gist_sequence.py")
 
 
@@ -21,6 +23,18 @@ def remote_code_files() -> dict[str, str]:
     files = {name: Path(__file__).with_name(name).read_text() for name in FILES}
     files["growing.py"] = Path(growing.__file__).read_text()
     return {name: text.replace(f"from {growing.__name__} import", "from .growing import") for name, text in files.items()}
+
+
+def tokenizer_code() -> dict[str, str]:
+    """File name -> content of the code that goes with :data:`TOKENIZER_MAP`."""
+    return {TOKENIZER_FILE: Path(__file__).with_name(TOKENIZER_FILE).read_text()}
+
+
+def unknown_settings(gist: GistConfig) -> list[str]:
+    """Settings that are no defaults and that the shipped code would not follow."""
+    known = {field.name for field in dataclasses.fields(GistSettings)}
+    fields = (field for field in dataclasses.fields(gist) if field.name not in known)
+    return [field.name for field in fields if getattr(gist, field.name) != field.default]
 
 
 def config_entries(
@@ -37,6 +51,8 @@ def config_entries(
         reserved_ids: every id of the vocabulary that stands for no text, gists and links; never generated.
         word_starts: [vocab] bool.
     """
+    if strange := unknown_settings(gist):
+        raise ValueError(f"gist.{strange[0]}: {getattr(gist, strange[0])!r}; the code that exports ship does not know it")
     known = {field.name for field in dataclasses.fields(GistSettings)}
     entry = {name: value for name, value in dataclasses.asdict(gist).items() if name in known}
     entry |= {"chunk_sizes": list(gist.chunk_sizes), "token_ids": list(gist_ids), "reserved_ids": list(reserved_ids)}

@@ -120,6 +120,11 @@ def locked_on_all(run_dir: Path, parallel: Parallel) -> Iterator[None]:
 
 def prepare_run_dir(run_dir: Path, config: RunConfig, tokenizer: RunTokenizer) -> None:
     """What the main rank writes before training."""
+    if not (run_dir / "config.yaml").exists():  # a new run
+        from unfold.pretrain.hf.exportable import export_objections  # loads transformers, which going on needs not
+
+        for objection in export_objections(config.model, config.gist, tokenizer):
+            print(f"note: this run could not be exported: {objection}", file=sys.stderr, flush=True)
     (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
     remove_leftovers(run_dir)
     write_atomically(run_dir / "config.yaml", config.to_yaml())

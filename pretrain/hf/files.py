@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
+from unfold.model.config import GistConfig, ModelConfig
 from unfold.model.hf.keys import hf_config, model_family
-from unfold.model.hf.remote import config_entries, remote_code_files
+from unfold.model.hf.remote import TOKENIZER_MAP, config_entries, remote_code_files, tokenizer_code
 from unfold.pretrain.checkpoint.load import FoundRun
 from unfold.pretrain.config import RunConfig
 from unfold.pretrain.data.tokenizer import GENERATION_FILE, RunTokenizer
+from unfold.pretrain.errors import UserError
 from unfold.pretrain.hf.directory import read_keys, write_json
 from unfold.pretrain.hf.generation import eos_of, exported_generation
 from unfold.pretrain.plan.work import count_parameters
@@ -24,26 +27,50 @@ def write_configs(run: FoundRun, directory: Path, dtype: str) -> None:
     dtype: 'float32', 'bfloat16' or 'float16'.
     """
     tokenizer, model, gist = run.tokenizer, run.config.model, run.config.gist
+    write_model_keys(model, gist, tokenizer, directory, dtype)
+    if model.attention == "gist":
+        for name, text in remote_code_files().items():
+            (directory / name).write_text(text)
+    write_json(directory / GENERATION_FILE, exported_generation(tokenizer))
+    write_tokenizer(tokenizer, directory)
+
+
+def write_model_keys(model: ModelConfig, gist: GistConfig, tokenizer: RunTokenizer, directory: Path, dtype: str) -> None:
+    """config.json. Raises UserError for a setting that exports cannot have."""
     keys = hf_config(model, dtype, tokenizer.bos_id, eos_of(tokenizer), tokenizer.pad_id)
     if model.attention == "gist":
         architecture, ids = model_family(model).architecture, tokenizer.gist_ids
-        keys |= config_entries(architecture, gist, ids[: gist.levels], tokenizer.reserved_ids, tokenizer.word_starts)
-        for name, text in remote_code_files().items():
-            (directory / name).write_text(text)
+        try:
+            keys |= config_entries(architecture, gist, ids[: gist.levels], tokenizer.reserved_ids, tokenizer.word_starts)
+        except ValueError as error:
+            raise UserError(str(error)) from None
     write_json(directory / "config.json", keys)
-    write_json(directory / GENERATION_FILE, exported_generation(tokenizer))
-    _write_tokenizer(tokenizer, directory)
 
 
-def _write_tokenizer(tokenizer: RunTokenizer, directory: Path) -> None:
-    """The tokenizer's files. Its configuration says besides what readers would else guess, each one differently."""
+def write_tokenizer(tokenizer: RunTokenizer, directory: Path) -> None:
+    """The tokenizer's files, beside config.json. Its configuration says what readers would else guess, each one differently."""
     shutil.copytree(tokenizer.directory, directory, ignore=shutil.ignore_patterns(*NOT_EXPORTED), dirs_exist_ok=True)
     keys = read_keys(tokenizer.directory, "tokenizer_config.json")
     defaults: dict = {"model_input_names": ["input_ids", "attention_mask"]}  # else transformers 4 adds token_type_ids
     begun = tokenizer.tokenizer().encode("a", add_special_tokens=True).ids[:1]
     if begun != [tokenizer.bos_id]:
         defaults["add_bos_token"] = False  # else llama.cpp begins every text of a sentencepiece model with one
+    # Where a class of the model's family reads it, its own defaults would be appended to the vocabulary.
+    defaults |= {f"{role}_token": None for role in ("bos", "eos", "pad", "unk")}
     write_json(directory / "tokenizer_config.json", defaults | keys)
+    if not _reads_as_written(tokenizer, directory):
+        write_json(directory / "tokenizer_config.json", defaults | keys | {"auto_map": TOKENIZER_MAP})
+        for name, text in tokenizer_code().items():
+            (directory / name).write_text(text)
+
+
+def _reads_as_written(tokenizer: RunTokenizer, directory: Path) -> bool:
+    """Whether transformers treats texts as tokenizer.json says; for some families it puts parts of its own in their place."""
+    from transformers import AutoTokenizer
+
+    theirs = json.loads(AutoTokenizer.from_pretrained(directory).backend_tokenizer.to_str())
+    ours = json.loads(tokenizer.tokenizer().to_str())
+    return all(theirs[part] == ours[part] for part in ("normalizer", "pre_tokenizer", "decoder"))
 
 
 def write_model_card(run: FoundRun, directory: Path) -> None:

@@ -35,7 +35,7 @@ BEAMS = 3
 ROWS = 4096  # of a matrix that are rounded at a time
 TEXTS = (
     "The state of the Union.", "  two  spaces\n\ttab", "na\u00efve caf\u00e9 \u4e16\u754c \U0001f30d", "1789, 2,026",
-    "def f(x):\n        return x  # code\n", " a\u00a0b \u200b\r\n", "", "https://example.org/?q=1&r=%20",
+    "e\u0301 \ufb01 A\u030a don't DON'T", "def f(x):\n        return x  # code\n", " a\u00a0b \u200b\r\n", "", "https://example.org/?q=1&r=%20",
 )  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def prove(run: FoundRun, directory: Path, dtype: torch.dtype) -> dict:
         UserError: on any difference.
     """
     tokenizer, model = run.tokenizer, run.config.model
-    _prove_tokenizer(tokenizer, directory)
+    prove_tokenizer(tokenizer, directory)
     probe = _probe(model.vocab_size, tokenizer.reserved_ids)
     ours = _our_logits(run, dtype, probe)
     _release_memory()
@@ -229,7 +229,7 @@ def _read_again(model, prompt: Tensor, new: Tensor, start: int) -> Tensor:
     return out.logits[0, len(prompt) - 1 :].float()
 
 
-def _prove_tokenizer(ours: RunTokenizer, directory: Path) -> None:
+def prove_tokenizer(ours: RunTokenizer, directory: Path) -> None:
     """The reloaded tokenizer gives the ids of ours, with and without the tokens that it adds, and text from them again."""
     from transformers import AutoTokenizer
 

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from tests.integration.hugging_face import TEXT, write_directory
+from tests.integration.hugging_face import TEXT, write_directory, write_model
 from tests.integration.test_export import generated
+from tests.versions import NEWEST, OLDEST, environment_of
 from unfold.model.decode.generation import Decoder, Sampling
+from unfold.model.hf import remote
 from unfold.pretrain.checkpoint.load import find_run, load_run
+from unfold.pretrain.checkpoint.resume import prepare_run_dir
 from unfold.pretrain.command import main
+from unfold.pretrain.hf.exportable import export_objections
 
 ENDS = ("<|endoftext|>", "<|eom|>", "<|eot|>")
 SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.05}
@@ -170,6 +178,73 @@ def test_saved_again_by_transformers(save, exported, tmp_path, capsys):
     what = ("--data", tmp_path / "text.jsonl", "--length", 64, "--mode", "forget", "--output", tmp_path / "out")
     command("evaluate", "perplexity", "--model", tuned, *what)
     assert "forget 4,2" in capsys.readouterr().out
+
+
+# What a family's own tokenizer class would alter: composed characters, its way to split numbers and words.
+AWKWARD = ("e\u0301 \ufb01", "it's 1234", "don't DON'T", "  two\n\n x")
+READ = """
+import json, sys
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+ours, texts = Tokenizer.from_file(sys.argv[1] + "/tokenizer.json"), json.loads(sys.argv[2])
+want = [ours.encode(text, add_special_tokens=False).ids for text in texts]
+for trust in (False, True):
+    theirs = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=trust)
+    assert len(theirs) == ours.get_vocab_size(), len(theirs)
+    assert [theirs.encode(text, add_special_tokens=False) for text in texts] == want
+"""
+
+
+@pytest.fixture(scope="module")
+def bytes_as_qwen(tmp_path_factory) -> Path:
+    """An export as Qwen2 whose tokenizer is byte-level, has no unknown token, and is not Qwen's."""
+    root = tmp_path_factory.mktemp("bytes")
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken("<|end|>", special=True)])
+    write_model(root / "hf", "qwen 2", tokenizer.get_vocab_size())
+    tokenizer.save(str(root / "hf" / "tokenizer.json"))
+    edit(root / "hf", "tokenizer_config.json", eos_token="<|end|>")
+    command("import", "--input", root / "hf", "--output", root / "run", "--chunk-sizes", "4,2")
+    command("export", "--run-dir", root / "run", "--output", root / "out")
+    return root / "out"
+
+
+@pytest.mark.parametrize("version", ["pinned", OLDEST, NEWEST])
+def test_a_tokenizer_is_read_as_it_was_written(bytes_as_qwen, version, tmp_path):
+    assert json_of(bytes_as_qwen, "config.json")["architectures"] == ["Qwen2ForCausalLM"]
+    environment = os.environ | {"HF_HOME": str(tmp_path)} if version == "pinned" else environment_of(version)
+    command = [sys.executable, "-c", READ, str(bytes_as_qwen), json.dumps(AWKWARD)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_what_would_make_an_export_impossible_is_told_before_training(exported, tmp_path, capsys):
+    run = find_run(exported.parent / "run", None)
+    config, info = run.config, run.tokenizer
+    assert export_objections(config.model, config.gist, info) == []
+    shutil.copytree(info.directory, tmp_path / "tok")
+    edit(tmp_path / "tok", "tokenizer_config.json", extra_special_tokens=["<|of another vocabulary|>"])
+    info = dataclasses.replace(info, directory=tmp_path / "tok")
+    prepare_run_dir(tmp_path / "new", config, info)
+    said = capsys.readouterr().err
+    assert f"note: this run could not be exported: the reloaded tokenizer has {info.vocab_size + 1} ids" in said
+    prepare_run_dir(tmp_path / "new", config, info)
+    assert "exported" not in capsys.readouterr().err, "once is enough"
+
+
+def test_gist_settings_that_exports_do_not_know_are_not_left_out(monkeypatch, exported):
+    """A setting that this version trains with and the shipped code would not follow."""
+    run = find_run(exported.parent / "run", None)
+    old = dataclasses.make_dataclass("Old", ["chunk_sizes", "n_prev", "recall", "topk", "share"])
+    monkeypatch.setattr(remote, "GistSettings", old)
+    assert remote.unknown_settings(run.config.gist) == ["sink"]
+    said = export_objections(run.config.model, run.config.gist, run.tokenizer)
+    assert said == ["gist.sink: the code that exports ship does not know it"]
+    with pytest.raises(ValueError, match="gist.sink: 5; the code that exports ship does not know it"):
+        remote.config_entries("LlamaForCausalLM", run.config.gist, (1, 2), (1, 2), run.tokenizer.word_starts)
 
 
 def test_an_adapter_alone_is_named(exported, tmp_path, capsys):
