@@ -1,4 +1,4 @@
-"""The sanitizer catches what small kernels do wrong."""
+"""The sanitizer catches what small kernels do wrong, and all kernels of the project pass it."""
 
 import importlib.util
 import inspect
@@ -13,8 +13,16 @@ if importlib.util.find_spec("triton") is None:
 import triton
 import triton.language as tl
 
+from tests.kernels.cases import make_layout, random_qkv
 from tests.kernels.interpreter import compute_like_a_gpu, in_the_interpreter
-from tests.kernels.sanitizer import SanitizerError, sanitized
+from tests.kernels.recall_cases import make_recall, make_rule
+from tests.kernels.sanitizer import ROOT, SanitizerError, sanitized
+from tests.kernels.test_decode import batch, few_or_many_splits, rule_of, run_kernels
+from tests.kernels.uniform import gradients
+from unfold.kernels.compressed import compressed_attention
+from unfold.kernels.compressed import plan as compressed_plan
+from unfold.kernels.unfold import plan as unfold_plan
+from unfold.kernels.unfold import recall_attention, turn
 
 
 @pytest.fixture(autouse=True)
@@ -257,3 +265,94 @@ def test_places_of_a_gather():
 def test_misaligned_addresses():
     with sanitized(), refused("misaligned: misaligned_kernel, .* stores p_x"):
         misaligned_kernel[1,](torch.zeros(4, dtype=torch.int32))
+
+
+# The project's kernels. A case takes the sanitizer, or None for the plain run that it is compared with.
+
+
+def compressed(name, heads, kv_heads, dtype):
+    def case(_):
+        layout, _config = make_layout(name)
+        *qkv, d_out = random_qkv(layout, heads, kv_heads, 64, dtype)
+        return gradients(lambda *x: compressed_attention(*x, layout.intervals, backend="triton"), qkv, d_out)
+
+    return case
+
+
+def recall(name, heads, kv_heads, dtype, rule_name, share="head"):
+    """A whole layer of which some tokens recall: selection, unfolding and the rest, forward and backward."""
+
+    def case(_):
+        layout, config, tree = make_recall(name)
+        *qkv, d_out = random_qkv(layout, heads, kv_heads, 64, dtype)
+        rule = make_rule(rule_name, config, share)
+        return gradients(lambda *x: recall_attention(*x, tree, rule, backend="triton")[0], qkv, d_out)
+
+    return case
+
+
+def decode(name, budget, share="head", recalls=True, splits="some"):
+    def case(sanitizer):
+        q, caches, step = batch(name, 4, 2, 64, torch.float32, recalls=recalls)
+        if sanitizer:  # rows and their ends are reached from one address each
+            sanitizer.reach("p_anchor", [rows.memory for layer in caches for rows in layer])
+            sanitizer.reach("p_ends", [end for borders in step.borders for end in borders.ends_on(q.device)[0]])
+        return (run_kernels(q, caches, step, rule_of(budget, share), tiles=few_or_many_splits()[splits]),)
+
+    return case
+
+
+COMPRESSED = {"forward_kernel", "d_query_kernel", "d_key_kernel", "sum_parts_kernel"}
+SELECT = {"span_kernel", "score_kernel", "bound_kernel", "mark_kernel", "list_kernel"}
+TURN = {"group_kernel", "sorted_kernel", "part_count_kernel", "part_kernel", "visit_kernel"}
+UNFOLD = {
+    "place_kernel", "unfold_kernel", "unfold_d_query_kernel", "list_queries_kernel", "chunk_d_key_kernel", "upper_d_key_kernel",
+    "add_parts_kernel",
+}  # fmt: skip
+RECALL = COMPRESSED | SELECT | TURN | UNFOLD
+ATTEND = {"attend_kernel", "combine_kernel"}
+DECODE = {"score_top_kernel", "score_below_kernel", "select_kernel"} | ATTEND
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+# name: (case, the kernels that it reaches)
+CASES = {
+    "compressed, packed documents": (compressed("packed documents", 1, 1, FP32), COMPRESSED),
+    "recall, packed documents": (recall("short suffixes of two samples", 2, 1, FP32, "fixed"), RECALL - {"add_parts_kernel"}),
+    "recall, summed scores": (recall("suffix", 4, 1, BF16, "everything", "group"), RECALL),
+    "decode": (decode("two levels", "adaptive"), DECODE),
+    "decode, summed scores, many splits": (decode("two levels", "adaptive", "group", splits="a tile each"), DECODE),
+    "decode, nothing recalls": (decode("long suffix", "three", recalls=False), ATTEND),
+}
+LONG = {
+    "compressed, three levels": (compressed("closed context", 2, 1, BF16), COMPRESSED),
+    "compressed, 16 bits": (compressed("packed documents", 4, 2, FP16), COMPRESSED),
+    "recall, three levels": (recall("suffixes of packed documents", 2, 1, FP32, "everything"), RECALL),
+    "recall, every token": (recall("shorter than a chunk", 2, 2, FP32, "adaptive"), COMPRESSED | SELECT),
+    "decode, four levels": (decode("four levels", "adaptive", splits="one program"), DECODE),
+    "decode, everything": (decode("two levels", "everything", splits="a tile each"), DECODE),
+    "decode, no sink": (decode("no sink", "one", "group"), DECODE),
+}
+
+
+@in_the_interpreter
+@pytest.mark.parametrize(
+    "name,seed", [*((n, 0) for n in CASES), *(pytest.param(n, 1, marks=pytest.mark.long) for n in CASES | LONG)]
+)
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value", "ignore:divide by zero")
+def test_kernels_of_the_project(name, seed, monkeypatch):
+    """No fault, and whatever the order of programs the same bits. Lists are cut into parts as in far longer sequences."""
+    for owner in (compressed_plan, unfold_plan):
+        monkeypatch.setattr(owner, "SHORTEST_SPLIT", 24)
+    monkeypatch.setattr(turn, "SHORTEST_PART", 1)
+    monkeypatch.setattr(turn, "SHORTEST_LIST", 5)
+    case, kernels = (CASES | LONG)[name]
+    with sanitized(seed) as sanitizer:
+        shuffled = [x.clone() for x in case(sanitizer)]  # reads all of it
+    assert sanitizer.launched == kernels
+    assert all(torch.equal(a, b) for a, b in zip(shuffled, case(None)))
+
+
+def test_every_kernel_is_reached():
+    sources = (path.read_text() for path in ROOT.glob("kernels/**/*.py"))
+    kernels = {name for source in sources for name in re.findall(r"^@kernel\ndef (\w+)", source, re.M)}
+    assert kernels == set().union(*(reached for _, reached in CASES.values()))
