@@ -18,6 +18,7 @@ SUFFIX_CASES = {
     "suffix without context": ((4, 2), 3, 1, [[(0, 9), (0, 30), (20, 5)]]),
     "context shorter than a chunk": ((8, 2), 3, 1, [[(2, 9), (7, 4)]]),
     "context shorter than the sink": ((4, 2), 3, 0, [[(1, 12), (2, 1)]]),
+    "short suffixes of two samples": ((3, 2), 2, 1, [[(20, 4), (9, 3)], [(14, 5)]]),
     "no suffix": ((4, 2), 3, 1, [[(30, 0), (20, 0)], [(51, 3)]]),
 }
 
