@@ -120,4 +120,4 @@ def test_every_function_can_be_read_at_once():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):
                 lines = node.end_lineno - node.lineno + 1
-                assert lines <= 85, f"{path.relative_to(ROOT)}: {node.name} has {lines} lines"
+                assert lines <= 90, f"{path.relative_to(ROOT)}: {node.name} has {lines} lines"

@@ -237,6 +237,6 @@ def test_scores_of_a_passkey():
     ],
 )
 def test_wrong_passkey_settings(flags, message):
-    args = Namespace(**{"trials": 1, "digits": 5, "candidates": 3, "depths": [0.0], **flags})
+    args = Namespace(**{"trials": 1, "digits": 5, "candidates": 3, "depths": [0.0], "lengths": None, **flags})
     with pytest.raises(UserError, match=message):
         next(passkey.passkey(args))
