@@ -327,7 +327,10 @@ LONG = {
     "compressed, three levels": (compressed("closed context", 2, 1, BF16), COMPRESSED),
     "compressed, 16 bits": (compressed("packed documents", 4, 2, FP16), COMPRESSED),
     "recall, three levels": (recall("suffixes of packed documents", 2, 1, FP32, "everything"), RECALL),
-    "recall, every token": (recall("shorter than a chunk", 2, 2, FP32, "adaptive"), COMPRESSED | SELECT),
+    "recall, every token, nothing to select": (
+        recall("shorter than a chunk", 2, 2, FP32, "adaptive"),
+        RECALL - {"list_queries_kernel", "chunk_d_key_kernel", "upper_d_key_kernel", "add_parts_kernel"},
+    ),
     "decode, four levels": (decode("four levels", "adaptive", splits="one program"), DECODE),
     "decode, everything": (decode("two levels", "everything", splits="a tile each"), DECODE),
     "decode, no sink": (decode("no sink", "one", "group"), DECODE),
