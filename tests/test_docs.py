@@ -21,6 +21,7 @@ SKIPPED = {".venv", ".git", "demo", "runs", "build"}
 # Named in the pages, and rightly not here.
 EXCEPTIONS = {
     "preprocess_data.py": "Megatron's",
+    "convert_hf_to_gguf.py": "llama.cpp's",
 }
 
 

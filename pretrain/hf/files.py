@@ -6,6 +6,8 @@ import json
 import shutil
 from pathlib import Path
 
+from sentencepiece import sentencepiece_model_pb2
+
 from unfold.model.config import GistConfig, ModelConfig
 from unfold.model.hf.keys import hf_config, model_family
 from unfold.model.hf.remote import TOKENIZER_MAP, config_entries, remote_code_files, tokenizer_code
@@ -55,6 +57,10 @@ def write_tokenizer(tokenizer: RunTokenizer, directory: Path) -> None:
     begun = tokenizer.tokenizer().encode("a", add_special_tokens=True).ids[:1]
     if begun != [tokenizer.bos_id]:
         defaults["add_bos_token"] = False  # else llama.cpp begins every text of a sentencepiece model with one
+    model = tokenizer.directory / "tokenizer.model"
+    if model.exists():
+        if not sentencepiece_model_pb2.ModelProto.FromString(model.read_bytes()).normalizer_spec.add_dummy_prefix:
+            defaults["add_prefix_space"] = False  # else llama.cpp puts a space before every text
     # Where a class of the model's family reads it, its own defaults would be appended to the vocabulary.
     defaults |= {f"{role}_token": None for role in ("bos", "eos", "pad", "unk")}
     write_json(directory / "tokenizer_config.json", defaults | keys)

@@ -49,7 +49,13 @@ params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
 params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
 params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
 server, result = xllamacpp.Server(params), []
-for ids in json.loads(sys.argv[3]):
+reserved = json.loads(sys.argv[6])
+for ids, text in zip(json.loads(sys.argv[3]), json.loads(sys.argv[5])):
+    # Its own tokenizer adds neither a space nor a BOS, and what is reserved is never sampled where that is said.
+    asked = {"prompt": text, "max_tokens": 8, "temperature": 2.0, "logprobs": 1, "logit_bias": [[i, False] for i in reserved]}
+    answer = server.handle_completions(asked)
+    assert answer["usage"]["prompt_tokens"] == len(ids), answer
+    assert not set(reserved) & {token["id"] for token in answer["choices"][0]["logprobs"]["content"]}, answer
     asked = {"prompt": ids, "max_tokens": 1, "temperature": 0.0, "logprobs": int(sys.argv[4]), "cache_prompt": False}
     answer = server.handle_completions(asked)
     assert answer["usage"]["prompt_tokens"] == len(ids), answer
@@ -129,6 +135,8 @@ def gguf_difference(model: Path, file: Path, site: Path) -> float:
     tokenizer = AutoTokenizer.from_pretrained(model)
     prompts = [tokenizer.encode(row["question"]) for row in ROWS]
     command = [sys.executable, "-c", RUN_GGUF, site, file, json.dumps(prompts), LIKELIEST]
+    reserved = json.loads((model / "generation_config.json").read_text()).get("suppress_tokens", [])
+    command += [json.dumps([row["question"] for row in ROWS]), json.dumps(reserved)]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"llama.cpp ended with {done.returncode}: {done.stderr[-2000:]}")

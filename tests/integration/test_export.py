@@ -76,6 +76,7 @@ def test_what_an_export_holds(exported):
     settings = json.loads((exported / "tokenizer_config.json").read_text())
     assert settings["model_input_names"] == ["input_ids", "attention_mask"], "transformers 4 would add token_type_ids"
     assert settings["add_bos_token"] is False, "training saw no BOS; llama.cpp would add one"
+    assert settings["add_prefix_space"] is False, "nor a space before every text"
     pieces = SentencePieceProcessor(model_file=str(exported / "tokenizer.model"))
     tokenizer = AutoTokenizer.from_pretrained(exported)
     assert pieces.encode(PROMPT) == tokenizer.encode(PROMPT, add_special_tokens=False)

@@ -15,10 +15,11 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from tests.conftest import ROOT, module, run
+from tests.conftest import module, run
 from tests.integration.hugging_face import TEXT, write_directory, write_model, write_tokenizer
 from tests.integration.runs import command, train
 from tests.model.families import MODELS
+from tests.versions import NEWEST, OLDEST, environment_of
 from unfold.model.config import GistConfig
 from unfold.model.gist import build_layout
 from unfold.model.visibility import MicroBatchAttention
@@ -286,8 +287,6 @@ def test_tokenizers_that_do_not_fit_are_refused(sound, four_gists, tiny, tmp_pat
     assert "out: exists; name a new directory" in refused()
 
 
-OTHER = "TRANSFORMERS_4_57"  # a directory made by pip install --target: transformers==4.57.6, with tokenizers and hub to it
-
 READ = """
 import json, sys
 import numpy as np, torch, transformers
@@ -307,11 +306,10 @@ for name, directory in json.loads(sys.argv[1]).items():
 
 
 @pytest.mark.long
-def test_transformers_4_57_gives_the_same(four_gists, tmp_path):
-    """Every family, exported here, is read by the older generation: the same ids and logits, dense and with gists."""
-    site = os.environ.get(OTHER)
-    if not site:
-        pytest.skip(f"{OTHER} names no directory with transformers 4.57 (pip install --target DIR transformers==4.57.6 ..)")
+@pytest.mark.parametrize("version", [OLDEST, NEWEST])
+def test_other_versions_of_transformers_give_the_same(version, four_gists, tmp_path):
+    """Every family, exported here, is read by others than the pinned one: the same ids and logits, dense and with gists."""
+    other = environment_of(version)
     exports = {}
     for i, name in enumerate(MODELS):
         write_directory(tmp_path / f"hf{i}", name)
@@ -321,13 +319,13 @@ def test_transformers_4_57_gives_the_same(four_gists, tmp_path):
     tokens = np.random.default_rng(1).integers(0, 270, 60).tolist()
     arguments = [json.dumps(exports), json.dumps([TEXT, tokens])]
     results = {}
-    for version, path in (("4.57", f"{site}{os.pathsep}{ROOT}"), ("5.", str(ROOT))):
-        done = run(sys.executable, "-c", READ, *arguments, check=False, env={**os.environ, "PYTHONPATH": path})
+    for who, environment in (("other", other), ("pinned", os.environ)):
+        done = run(sys.executable, "-c", READ, *arguments, check=False, env=environment)
         assert done.returncode == 0, done.stderr[-3000:]
-        results[version] = {name: dict(np.load(f"{directory}.npz")) for name, directory in exports.items()}
-        assert all(str(r["version"]).startswith(version) for r in results[version].values())
+        results[who] = {name: dict(np.load(f"{directory}.npz")) for name, directory in exports.items()}
+    assert {str(r["version"]) for r in results["other"].values()} != {str(r["version"]) for r in results["pinned"].values()}
     for name in exports:
-        old, new = results["4.57"][name], results["5."][name]
+        old, new = results["other"][name], results["pinned"][name]
         assert old["kind"] == new["kind"] and old["ids"].tolist() == new["ids"].tolist()
         for what in ("dense", "gist"):
             assert np.abs(old[what] - new[what]).max() <= 1e-5, (name, what)
