@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from unfold.model.families import find_family
-from unfold.model.settings import Bounds, Count, Natural, NotNegative, Positive, Settings, field_errors, option, raise_together
+from unfold.model.settings import Bounds, Count, Natural, NotNegative, Part, Positive, Settings, field_errors, option, raise_together
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,16 @@ class GistConfig(Settings):
     share: Literal["head", "group"] = option(
         "head", "KV group of heads: head (each query head selects, all read the union) | group (one selection by summed scores)"
     )
+    unfold_all: bool = option(False, "recalling tokens unfold everything before them in their document, whatever the budget")
+    unfold_share: Part = option(0.0, "training: part of the samples, drawn by their numbers, that unfold everything")
+    forget_share: Part = option(0.0, "training: part of the samples, drawn by their numbers, in which nothing recalls")
+    route_loss: NotNegative = option(
+        0.0, "training: weight of the routing loss, which teaches gists to be found by what a layer's attention looks for; 0: none"
+    )
+    route_queries: Count = option(256, "recalling tokens per sample, drawn by its number, for which the routing loss is taken")
+    route_far: bool = option(
+        False, "the routing loss leaves out chunks that are in a query's window anyway; for recall: all"
+    )
 
     def __post_init__(self):
         object.__setattr__(self, "chunk_sizes", tuple(self.chunk_sizes))
@@ -44,6 +54,8 @@ class GistConfig(Settings):
         budgets = [name for name in ("topk", "top_p", "budget_ratio") if getattr(self, name) is not None]
         if len(budgets) > 1:
             errors.append(f"{', '.join(budgets)}: set at most one of them, each is a budget of its own")
+        if self.unfold_share + self.forget_share > 1:
+            errors.append(f"unfold_share: {self.unfold_share} and forget_share ({self.forget_share}) together exceed 1")
         return errors
 
     @property

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unfold.kernels.compressed import compressed_attention
+from unfold.kernels.route import routing_loss
 from unfold.kernels.unfold import recall_attention
 from unfold.model.gist import Layout, Recall, recalls_in
 from unfold.model.parallel.context import ContextAttention, ContextParallel
@@ -87,8 +88,13 @@ class MicroBatchAttention:
         recall = self.recall_in(index)
         if recall is None:
             return compressed_attention(q, k, v, self.layout.intervals)
-        out, recall.stats[index] = recall_attention(q, k, v, recall.tree, recall.rule)
-        return out
+        out, read = recall_attention(q, k, v, recall.tree, recall.rule)
+        recall.note(index, read)
+        routing = recall.routing
+        if routing is None or not torch.is_grad_enabled():
+            return out
+        asking = q.detach().flatten(0, 1).index_select(0, routing.routed.tree.tokens)
+        return routing.take(index, routing_loss(asking, k, routing.routed, far=routing.far), out)
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:

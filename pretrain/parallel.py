@@ -66,6 +66,14 @@ class Parallel:
         """Sum of a number over the data- and context-parallel ranks; as :meth:`sum_over_data`."""
         return self._sum(value, self.replica_group)
 
+    def sum_over_layers(self, value: float) -> float:
+        """Sum over the replicas and the pipeline's stages of a number that tensor-parallel ranks have alike."""
+        return self.sum_over_parts(value) / self.tensor_group.size()
+
+    def sum_over_parts(self, value: float) -> float:
+        """Sum of a number over all ranks, each of which holds a part of it."""
+        return self._sum(value, dist.group.WORLD)
+
     def _sum(self, value: float, group: ProcessGroup) -> float:
         total = torch.tensor(value, dtype=torch.float64, device=self.device)
         dist.all_reduce(total, group=group)

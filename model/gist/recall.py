@@ -6,11 +6,13 @@ items, wherever the token sees the segment. Built only when something recalls; f
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from unfold.kernels.intervals import Intervals
+from unfold.kernels.route import Routed
 from unfold.kernels.select import SelectRule
 from unfold.kernels.tree import GistTree
 from unfold.kernels.unfold import RecallStats
@@ -18,18 +20,30 @@ from unfold.model.config import GistConfig
 from unfold.model.gist.layout import Layout
 
 
+# What a raw token does beyond forgetting, as bits: it unfolds what it selects; it unfolds everything in place of that; its layers'
+# routing loss is taken.
+RECALLS, UNFOLDS_ALL, ROUTES = 1, 2, 4
+
+
 @dataclass(frozen=True)
 class Recall:
     """What the layers need to unfold chunks in a micro-batch.
 
     Attributes:
-        tree: what lies behind each gist, and the recalling queries.
+        tree: what lies behind each gist, and the recalling queries; those that unfold everything are not among them, they see
+            it as rows of ``tree.others``.
         rule: budget and sharing of the selection.
+        flags: int32 [B, T], RECALLS, UNFOLDS_ALL and ROUTES of every recalling token, 0 of others; None where nobody will ask.
+        wide: how many tokens unfold everything, and what they read in each layer; None where none does.
+        routing: whose queries are to find what their layer's dense attention looks at; None where no loss is taken.
         stats: what each layer read, by its index; filled by the forward pass.
     """
 
     tree: GistTree
     rule: SelectRule
+    flags: Tensor | None = None
+    wide: tuple[int, RecallStats] | None = None
+    routing: Routing | None = None
     stats: dict[int, RecallStats] = field(default_factory=dict, compare=False)
 
     @classmethod
@@ -38,13 +52,94 @@ class Recall:
         if config.recall == "none":
             return None
         recalls = recalling_tokens(layout, config, suffix)
+        return cls.from_flags(layout, config, recalls.int() * (RECALLS | UNFOLDS_ALL * config.unfold_all))
+
+    @classmethod
+    def from_flags(cls, layout: Layout, config: GistConfig, flags: Tensor, route_scale: float = 0.0) -> Recall | None:
+        """For a micro-batch of which every token says what it does; None when no token recalls.
+
+        Args:
+            layout: of the micro-batch.
+            config: its chunk sizes, sink, budget and sharing.
+            flags: int [B, T]; those of gists and padding are passed over.
+            route_scale: see :class:`Routing`.
+        """
+        recalls = (flags & RECALLS > 0) & (layout.level < 0) & (layout.doc >= 0)
         if not recalls.any():
             return None
-        return cls(build_recall(layout, config, recalls), select_rule(config))
+        wide, routed = recalls & (flags & UNFOLDS_ALL > 0), recalls & (flags & ROUTES > 0)
+        tree = build_recall(layout, config, recalls & ~wide)
+        unfolding = None
+        if wide.any():
+            unfolding = int(wide.sum()), _read_by(layout, wide)
+            tree = replace(tree, others=_widened(layout, tree.others, wide))
+        routing = None
+        if routed.any():
+            first = _first_rows(layout)[:, -1].flatten()
+            queries = build_recall(layout, config, routed)
+            routing = Routing(Routed(queries, first[queries.tokens].int()), config.route_far, route_scale)
+        return cls(tree, select_rule(config), flags.int() * recalls, unfolding, routing)
+
+    def weighing(self, route_scale: float) -> Recall:
+        """The same, whose routing losses weigh so much."""
+        return replace(self, routing=self.routing and replace(self.routing, scale=route_scale))
+
+    def note(self, index: int, read: RecallStats) -> None:
+        """Keep what a layer's selecting queries read, together with those that unfold everything."""
+        if self.wide is not None:
+            wide, everything = self.wide
+            part = wide / (wide + self.tree.queries)
+            mix = lambda a, b: a + part * (b.to(a.device) - a)
+            read = RecallStats(mix(read.unfolded, everything.unfolded), mix(read.selected, everything.selected))
+        self.stats[index] = read
 
     def to(self, device: torch.device | str) -> Recall:
         """The same on another device."""
-        return Recall(self.tree.to(device), self.rule)
+        routing = self.routing and self.routing.to(device)
+        flags = self.flags if self.flags is None else self.flags.to(device, non_blocking=True)
+        return Recall(self.tree.to(device), self.rule, flags, self.wide, routing)
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Whose routing loss is taken, and how (docs/method.md#training-the-routing).
+
+    Attributes:
+        routed: the sampled queries.
+        far: chunks in a query's window are left out of its teacher.
+        scale: what a unit of one layer's loss, a sum over queries and heads, weighs in what backward starts from.
+        losses: each layer's sum, by its index; filled by the forward pass.
+    """
+
+    routed: Routed
+    far: bool
+    scale: float
+    losses: dict[int, Tensor] = field(default_factory=dict, compare=False)
+
+    def to(self, device: torch.device | str) -> Routing:
+        """The same on another device."""
+        return Routing(self.routed.to(device), self.far, self.scale)
+
+    def take(self, index: int, loss: Tensor, out: Tensor) -> Tensor:
+        """Keep a layer's loss; returns its attention's output, whose backward brings the loss its gradient."""
+        self.losses[index] = loss.detach()
+        return _WithLoss.apply(out, loss, self.scale)
+
+
+class _WithLoss(torch.autograd.Function):
+    """A layer's own loss on the way through it: so it reaches backward in a pipeline too, whose last stage has the loss.
+
+    As megatron-core's MoEAuxLossAutoScaler does it, but without a scale that is shared by everything.
+    """
+
+    @staticmethod
+    def forward(ctx, out: Tensor, loss: Tensor, scale: float) -> Tensor:
+        ctx.scale, ctx.like = scale, loss
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad, torch.full_like(ctx.like, ctx.scale), None
 
 
 def recalling_tokens(layout: Layout, config: GistConfig, suffix: Tensor | None = None) -> Tensor:
@@ -98,26 +193,54 @@ def build_recall(layout: Layout, config: GistConfig, recalls: Tensor) -> GistTre
             f"recalls: {recalls.dtype} {tuple(recalls.shape)}, expected torch.bool {tuple(layout.level.shape)} like the layout"
         )
     intervals, levels = layout.intervals, config.levels
-    batch, tokens = recalls.shape
+    tokens = recalls.shape[1]
     recalls = recalls & (layout.level < 0) & (layout.doc >= 0)
-    start = _document_starts(layout.doc)  # [B, T]
-    # A document's first token is raw and stands before all of the document's gists: the ends of its ranges are
-    # the document's first rows, but for the raw segment, whose range holds the token itself.
-    ends = intervals.hi[:, : levels + 1]  # [B, L+1, T]
-    first = ends.gather(2, start[:, None].expand(-1, levels + 1, -1))
-    first[:, levels] -= 1
-    child_lo, child_hi, parent = _families(layout, ends, first, config.sink)
+    first = _first_rows(layout)
+    families = intervals.memo("families", lambda: _families(layout, intervals.hi[:, : levels + 1], first, config.sink))
+    child_lo, child_hi, parent = families
 
     query = recalls.flatten().nonzero()[:, 0]  # [N]
     at = lambda x: x.transpose(0, 1).flatten(1).index_select(1, query)  # [B, S, T] -> [S, N]
     lo, hi = at(intervals.lo), at(intervals.hi)
     lo[:levels] = at(first[:, :levels])
     tail = _open_tails(lo, hi, child_hi, query // tokens, levels)
-    span = torch.arange(tokens, device=query.device) - start + 1
+    span = torch.arange(tokens, device=query.device) - _document_starts(layout.doc) + 1
     splits = torch.nn.functional.pad(recalls.sum(1).cumsum(0), (1, 0)).tolist()
     others = intervals.without(recalls)
     span = span.flatten().index_select(0, query).int()
     return GistTree(others, child_lo, child_hi, parent, query, tuple(splits), lo, hi, tail, span)
+
+
+def _first_rows(layout: Layout) -> Tensor:
+    """The first row of each token's document in every segment but the sinks': int32 [B, L + 1, T]."""
+    return layout.intervals.memo("first rows", lambda: _find_first_rows(layout))
+
+
+def _find_first_rows(layout: Layout) -> Tensor:
+    start = _document_starts(layout.doc)
+    # A document's first token is raw and stands before all of the document's gists: the ends of its ranges are
+    # the document's first rows, but for the raw segment, whose range holds the token itself.
+    ends = layout.intervals.hi[:, :-1]
+    first = ends.gather(2, start[:, None].expand(-1, ends.shape[1], -1))
+    first[:, -1] -= 1
+    return first
+
+
+def _read_by(layout: Layout, wide: Tensor) -> RecallStats:
+    """What tokens read, in the mean, that unfold everything: beyond their window and the sinks, and gists."""
+    lo, hi = layout.intervals.lo, layout.intervals.hi
+    before = lo[:, -2] - _first_rows(layout)[:, -1] - (hi[:, -1] - lo[:, -1])  # raw tokens that are in neither
+    gists = hi[:, :-2] - _first_rows(layout)[:, :-1]
+    mean = lambda x: x[wide].float().mean()
+    return RecallStats(mean(before), torch.stack([mean(x) for x in gists.flip(1).unbind(1)]))
+
+
+def _widened(layout: Layout, others: Intervals, wide: Tensor) -> Intervals:
+    """What the tokens of ``others`` see where those of ``wide``, bool [B, T], see all gists and raw tokens of their document."""
+    lo, hi = others.lo.clone(), others.hi.clone()
+    lo[:, :-1] = torch.where(wide[:, None], _first_rows(layout), lo[:, :-1])
+    lo[:, -1] = torch.where(wide, hi[:, -1], lo[:, -1])  # sinks are among the raw tokens
+    return replace(others, lo=lo, hi=hi, plans={})
 
 
 def _document_starts(doc: Tensor) -> Tensor:

@@ -117,7 +117,8 @@ class ContextAttention:
         context, recall = self.context, self.recall
         plan = context.recall_plan(recall.tree)
         pool = context.gather(keys_values, plan.exports)
-        out, recall.stats[index], sent = recall_over_ranks(plan, recall.rule, q, pool, context.group)
+        out, read, sent = recall_over_ranks(plan, recall.rule, q, pool, context.group)
+        recall.note(index, read)
         context.traffic.sent += sent
         return out
 

@@ -25,22 +25,37 @@ TIED = "embedding"  # key of the weight that the first and the last stage share
 
 
 class StageAttention:
-    """What the layers of one stage share: rotary factors and who sees whom, remade for each micro-batch."""
+    """What the layers of one stage share: rotary factors and who sees whom, remade for each micro-batch.
+
+    Attributes:
+        gist: how tokens recall in the step at hand.
+        route_scale: what the routing losses of the step at hand weigh (see :class:`unfold.model.gist.recall.Routing`).
+        recalls: of the micro-batches since they were last taken: what the stage's layers read, and their routing losses.
+    """
 
     def __init__(self, config: ModelConfig, gist: GistConfig | None, build: BuildContext):
-        self._config, self._gist, self._build = config, gist, build
+        self._config, self._build = config, build
+        self.gist, self.route_scale = gist, 0.0
+        self.recalls: list[Recall] = []
         self._last: tuple[Tensor, Rotary, Attend] | None = None
 
     def for_micro_batch(self, structure: Tensor) -> tuple[Rotary, Attend]:
-        """structure: [3, B, T] int32, level, document and whether it recalls (see :func:`stage_inputs`)."""
+        """structure: [3, B, T] int32, level, document and flags of recall (see :func:`stage_inputs`)."""
         if self._last is None or self._last[0] is not structure:
             self._last = (structure, *self._make(structure))
         return self._last[1:]
 
+    def take_recalls(self) -> list[Recall]:
+        """Those of the micro-batches so far; it begins again without any."""
+        taken, self.recalls = self.recalls, []
+        return taken
+
     def _make(self, structure: Tensor) -> tuple[Rotary, Attend]:
-        level, doc, recalling = structure
-        layout = build_layout(level, doc, self._gist)
-        recall = Recall.of(layout, self._gist, recalling > 0) if recalling.any() else None
+        level, doc, flags = structure
+        layout = build_layout(level, doc, self.gist)
+        recall = Recall.from_flags(layout, self.gist, flags, self.route_scale) if flags.any() else None
+        if recall is not None:
+            self.recalls.append(recall)
         context = self._build.context
         position = context.part(layout.position, 1) if context else layout.position
         return Rotary.of(position, self._config), attention_for(self._config.attention, layout, recall, context)
@@ -89,9 +104,8 @@ def _tied_head(embedding: EmbeddingStage, x: Tensor) -> tuple[Tensor, Tensor]:
     return x, embedding.weight
 
 
-def layer_specs(config: ModelConfig, gist: GistConfig | None, build: BuildContext) -> list[LayerSpec]:
+def layer_specs(config: ModelConfig, build: BuildContext, shared: StageAttention) -> list[LayerSpec]:
     """The model's layers, to be spread over stages by the type :class:`LayerStage`."""
-    shared = StageAttention(config, gist, build)
     layers = [LayerSpec(LayerStage, config, build, i, shared) for i in range(config.layers)]
     norm = LayerSpec(FinalNormStage, config.hidden_size, config.norm_eps, build)
     if not config.tied_embeddings:
@@ -112,10 +126,8 @@ def stage_loss(build: BuildContext, outputs: tuple[Tensor, Tensor], targets: tup
 def stage_inputs(batch: MicroBatch, factor: float) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """A micro-batch as DeepSpeed's pipeline takes it: ((ids, structure), (labels, factor of the loss))."""
     level, doc = batch.layout.level.to(torch.int32), batch.layout.doc.to(torch.int32)
-    recalling = torch.zeros_like(level)
-    if batch.recall:
-        recalling.view(-1)[batch.recall.tree.tokens] = 1
-    return (batch.ids, torch.stack([level, doc, recalling])), (batch.labels, torch.tensor(factor))
+    flags = batch.recall.flags if batch.recall else torch.zeros_like(level)
+    return (batch.ids, torch.stack([level, doc, flags])), (batch.labels, torch.tensor(factor))
 
 
 def canonical_name(layers: int) -> Callable[[str], str]:

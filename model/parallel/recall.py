@@ -68,7 +68,7 @@ def make_recall_plan(tree: GistTree, rank: int, size: int) -> RecallPlan:
     closed_by = tree.parent.gather(1, intervals.row_of).long()  # [B, T] by token
     is_raw = intervals.row_of >= last
     chunk = torch.where(is_raw & (closed_by >= 0), closed_by - first, -1)
-    share = size * mine.queries / tree.queries
+    share = size * mine.queries / max(1, tree.queries)  # none where all unfold everything
     return RecallPlan(exports, kept, mine, kept.tree(mine), queries, share, chunk, int((last - first).max()))
 
 

@@ -21,7 +21,9 @@ from unfold.pretrain.config.schema import (
     RunConfig,
     ScheduleConfig,
     accumulation_steps,
+    gist_at,
 )
+from unfold.pretrain.config.stages import StageConfig
 from unfold.pretrain.config.yaml_text import read_yaml
 
 __all__ = [
@@ -34,10 +36,12 @@ __all__ = [
     "ParallelConfig",
     "RunConfig",
     "ScheduleConfig",
+    "StageConfig",
     "accumulation_steps",
     "add_overrides",
     "changes_on_resume",
     "flatten",
+    "gist_at",
     "load_config",
     "parse_config",
     "read_settings",

@@ -29,6 +29,10 @@ def setting_errors(tree: dict, kind: type, prefix: str = "") -> list[str]:
         if dataclasses.is_dataclass(hint):
             errors += setting_errors(value, hint, f"{key}.") if isinstance(value, dict) else []
             continue
+        if dataclasses.is_dataclass(item := listed(hint)):
+            for i, one in enumerate(value if isinstance(value, list | tuple) else []):
+                errors += setting_errors(one, item, f"{key}.{i}.") if isinstance(one, dict) else []
+            continue
         wanted = _types(hint)
         if not wanted & {int, float}:
             continue
@@ -36,6 +40,12 @@ def setting_errors(tree: dict, kind: type, prefix: str = "") -> list[str]:
             if problem := _problem(number, key, bool in wanted):
                 errors.append(f"{key}: {problem}")
     return errors
+
+
+def listed(hint: object) -> object:
+    """What a list of any length is of; None where the hint is another."""
+    arguments = typing.get_args(hint)
+    return arguments[0] if typing.get_origin(hint) is tuple and arguments[-1] is Ellipsis else None
 
 
 def _problem(value: object, key: str, may_be_bool: bool) -> str:

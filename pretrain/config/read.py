@@ -11,7 +11,7 @@ from typing import TypeVar, get_origin, get_type_hints
 import yaml
 
 from unfold.model.settings import SettingsError, choice_text
-from unfold.pretrain.config.numbers import setting_errors
+from unfold.pretrain.config.numbers import listed, setting_errors
 from unfold.pretrain.config.schema import RunConfig
 from unfold.pretrain.config.yaml_text import parse_value, read_yaml
 from unfold.pretrain.errors import UserError
@@ -71,6 +71,10 @@ def parse_config(tree: dict, source: str = "configuration") -> RunConfig:
     return read_settings(RunConfig, tree, source)
 
 
+# Settings of earlier versions: what says the same now.
+REPLACED = {"train.recall_after": "write train.stages: [{until: STEPS, recall: none}]"}
+
+
 def read_settings(kind: type[Kind], tree: dict, source: str) -> Kind:
     """Plain dicts -> a configuration dataclass. Raises UserError with every error. source: where the dicts come from."""
     from pydantic import TypeAdapter, ValidationError  # late: commands that read no configuration start without it
@@ -101,9 +105,15 @@ def _known(tree: dict, kind: type, prefix: str, errors: list[str]) -> dict:
         if hint is None:
             near = difflib.get_close_matches(str(key), hints, 1, 0.5)
             told = f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(hints)}"
-            errors.append(f"{prefix}{key}: unknown key; {told}")
+            errors.append(f"{prefix}{key}: unknown key; {REPLACED.get(prefix + str(key), told)}")
         elif dataclasses.is_dataclass(hint) and isinstance(value, dict):
             known[key] = _known(value, hint, f"{prefix}{key}.", errors)
+        elif dataclasses.is_dataclass(item := listed(hint)):
+            items = [value] if isinstance(value, dict) else value
+            if isinstance(items, list):
+                named = enumerate(items)
+                items = [_known(x, item, f"{prefix}{key}.{i}.", errors) if isinstance(x, dict) else x for i, x in named]
+            known[key] = items
         else:
             known[key] = [value] if get_origin(hint) is tuple and isinstance(value, (str, int)) else value
             if isinstance(value, bool) and hint is not bool:  # which pydantic takes for 0 or 1
@@ -136,7 +146,7 @@ def with_vocab_size(config: RunConfig, vocab_size: int) -> RunConfig:
 
 
 def flatten(tree: dict, prefix: str = "") -> dict:
-    """Nested dicts -> {dotted key: value}."""
+    """Nested dicts -> {dotted key: value}; lists stay values."""
     flat = {}
     for key, value in tree.items():
         flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})

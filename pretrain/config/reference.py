@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
+from unfold.pretrain.config.numbers import listed
 from unfold.pretrain.config.read import FREE_ON_RESUME
 from unfold.pretrain.config.schema import CHANGEABLE_ON_RESUME, RunConfig
 
@@ -69,6 +70,8 @@ def sections(kind: type = RunConfig, prefix: str = "", instance: Any = None) -> 
         else:
             doc = f.metadata.get("doc", "")
             own.append(Setting(prefix + f.name, type_words(hints[f.name]), _plain(default), _plain(resolved), doc))
+            if dataclasses.is_dataclass(item := listed(hints[f.name])):
+                inner.append((item, f"{prefix}{f.name}[].", None))
     if own:
         yield prefix, kind, own
     for section in inner:
@@ -86,6 +89,8 @@ def type_words(hint: Any) -> str:
         return " or ".join("null" if a is type(None) else type_words(a) for a in arguments)
     if typing.get_origin(hint) is typing.Literal:
         return " or ".join(map(str, arguments))
+    if dataclasses.is_dataclass(listed(hint)):
+        return "list of sections"
     if typing.get_origin(hint) in (tuple, list):
         items = [type_words(a) for a in arguments if a is not Ellipsis]
         return f"list of {items[0]}" if len(set(items)) == 1 else f"[{', '.join(items)}]"

@@ -26,6 +26,7 @@ def saved_settings(run_dir: Path) -> tuple[dict | None, list[str]]:
             tree = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)["config"]
             if not isinstance(tree, dict):
                 raise ValueError("it holds no sections")
+            tree = _as_now(tree)
             known = known_settings(tree)
             config = parse_config(known, str(path)).to_dict()
         except (yaml.YAMLError, OSError, ValueError, KeyError, TypeError, AttributeError, UserError) as error:
@@ -36,3 +37,15 @@ def saved_settings(run_dir: Path) -> tuple[dict | None, list[str]]:
             notes.append(f"{path}: this version does not know {', '.join(strange)}; left out")
         return config, notes
     return None, notes
+
+
+def _as_now(tree: dict) -> dict:
+    """Settings of earlier versions as this one says them."""
+    train = tree.get("train")
+    if not isinstance(train, dict) or "recall_after" not in train:
+        return tree
+    train = dict(train)
+    forgetting = train.pop("recall_after")
+    if forgetting:
+        train["stages"] = [{"until": min(forgetting, train.get("steps", forgetting)), "recall": "none"}]
+    return tree | {"train": train}

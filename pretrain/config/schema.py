@@ -21,6 +21,7 @@ from unfold.model.settings import (
     option,
 )
 from unfold.pretrain.config.monitor import MonitorConfig
+from unfold.pretrain.config.stages import StageConfig, stage_at, stage_errors
 from unfold.pretrain.errors import UserError
 
 
@@ -63,7 +64,9 @@ class TrainConfig(Settings):
     micro_batch: Count = option(1, "samples per forward pass of one rank")
     clip: NotNegative = option(1.0, "largest gradient norm; 0 clips nothing")
     activation_checkpointing: bool = option(False, "recompute layers in backward instead of keeping their activations")
-    recall_after: Natural = option(0, "steps of pure forgetting before gist.recall begins")
+    stages: tuple[StageConfig, ...] = option(
+        (), "parts of the run with settings of their own, e.g. [{until: 300, recall: none}]; see `train.stages`"
+    )
     valid_every: Natural = option(100, "steps between validations; 0: only after the last step")
     valid_samples: Count = option(16, "samples of one validation")
     init_from: str = option("", "run or checkpoint directory whose weights (nothing else) a new run starts from")
@@ -189,7 +192,7 @@ class RunConfig(Settings):
     )
 
     def misfits(self) -> list[str]:
-        errors = self._layout_errors() + self._muon_errors()
+        errors = self._layout_errors() + self._muon_errors() + stage_errors(self.train.stages, self.gist, self.train.steps)
         if self.data.raw_tokens > self.model.max_position:
             errors.append(f"data.raw_tokens: {self.data.raw_tokens} exceeds model.max_position ({self.model.max_position})")
         if profiled := self.monitor.profile_steps:
@@ -251,6 +254,12 @@ class RunConfig(Settings):
     def to_yaml(self) -> str:
         """The resolved configuration as YAML."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+def gist_at(config: RunConfig, step: int) -> GistConfig | None:
+    """How the model folds and recalls in a step (counted from 1), by the run's stages; None where it is dense."""
+    stage = stage_at(config.train.stages, step)
+    return config.folding if stage is None or config.folding is None else stage.over(config.folding)
 
 
 def accumulation_steps(config: RunConfig, data_size: int) -> int:

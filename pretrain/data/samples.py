@@ -21,6 +21,7 @@ from unfold.model.config import GistConfig
 from unfold.model.gist import Recall, build_layout, interleave, max_interleaved_length
 from unfold.model.visibility import IGNORED, MicroBatch
 from unfold.pretrain.data.blend import make_blend, parse_entry
+from unfold.pretrain.data.flags import plain_flags, sample_flags
 from unfold.pretrain.data.packing import CutWindows, PackedWindows, Segment
 from unfold.pretrain.data.shards import open_shards
 from unfold.pretrain.data.tokenizer import RunTokenizer
@@ -151,25 +152,26 @@ class BatchBuilder:
     """Turns global sample numbers into micro-batches of one fixed shape."""
 
     def __init__(
-        self, source: TokenSource, gist: GistConfig | None, tokenizer: RunTokenizer, length_multiple: int = 1
+        self, source: TokenSource, gist: GistConfig | None, tokenizer: RunTokenizer, length_multiple: int = 1, seed: int = 0
     ):
-        """gist: None for dense attention (no gists). length_multiple: the padded length is a multiple of it."""
-        self.source, self.tokenizer, self.gist = source, tokenizer, gist
+        """gist: None for dense attention (no gists). length_multiple: the padded length is a multiple of it. seed: of what
+        training draws for every sample."""
+        self.source, self.tokenizer, self.gist, self.seed = source, tokenizer, gist, seed
         longest = source.raw_tokens
         if gist is not None:
             longest = max_interleaved_length(longest, gist.chunk_sizes, source.closed)
         self.length = -(-longest // length_multiple) * length_multiple
 
-    def build(self, samples: Sequence[int], recall: bool = True) -> MicroBatch:
+    def build(self, samples: Sequence[int], stage: GistConfig | None = None) -> MicroBatch:
         """The micro-batch of these global sample numbers, on CPU: ids, labels and layout [len(samples), length].
 
-        recall: False leaves recall out whatever the configuration says (the forgetting stage of a run).
+        stage: how a stage of training recalls; None for recall as the settings have it, without what training draws.
         """
         shape = (len(samples), self.length)
         ids = np.zeros(shape, np.int64)
         labels = np.full(shape, IGNORED, np.int64)
         level, doc = np.full(shape, -1, np.int32), np.full(shape, -1, np.int32)
-        suffix = np.zeros(shape, bool)
+        flags = np.zeros(shape, np.int32)
         for row, sample in enumerate(samples):
             pieces = self.source.segments(sample)
             raw, spans = self.source.read(pieces), self.source.spans(pieces)
@@ -187,23 +189,32 @@ class BatchBuilder:
             ids[row, :used], level[row, :used], doc[row, :used] = made.ids, made.level, made.doc
             labels[row, :used][made.level < 0] = targets
             context = contexts[made.doc]
-            suffix[row, :used] = (made.level < 0) & (context >= 0) & (made.position >= context)
-        return self._micro_batch(ids, labels, level, doc, suffix if recall else None)
+            suffix = (made.level < 0) & (context >= 0) & (made.position >= context)
+            flags[row, :used] = (
+                plain_flags(made, suffix, self.gist) if stage is None else sample_flags(made, suffix, stage, self.seed, sample)
+            )
+        return self._micro_batch(ids, labels, level, doc, flags, stage or self.gist)
 
     def empty(self) -> MicroBatch:
         """One sample of padding without any target, for a rank that has nothing to do but must take part."""
         shape = (1, self.length)
         nowhere = np.full(shape, -1, np.int32)
-        return self._micro_batch(np.zeros(shape, np.int64), np.full(shape, IGNORED, np.int64), nowhere, nowhere, None)
+        labels, flags = np.full(shape, IGNORED, np.int64), np.zeros(shape, np.int32)
+        return self._micro_batch(np.zeros(shape, np.int64), labels, nowhere, nowhere, flags, self.gist)
 
     def _micro_batch(
-        self, ids: np.ndarray, labels: np.ndarray, level: np.ndarray, doc: np.ndarray, suffix: np.ndarray | None
+        self,
+        ids: np.ndarray,
+        labels: np.ndarray,
+        level: np.ndarray,
+        doc: np.ndarray,
+        flags: np.ndarray,
+        gist: GistConfig | None,
     ) -> MicroBatch:
-        """suffix: bool [B, T], the raw tokens after closed contexts; None: nothing recalls."""
+        """flags: of every token, see `unfold.pretrain.data.flags`; gist: how those recall that do."""
         layout = build_layout(torch.from_numpy(level), torch.from_numpy(doc), self.gist)
-        recalls = self.gist is not None and suffix is not None
-        recalled = Recall.of(layout, self.gist, torch.from_numpy(suffix)) if recalls else None
-        return MicroBatch(torch.from_numpy(ids), torch.from_numpy(labels), layout, recalled)
+        recall = Recall.from_flags(layout, gist, torch.from_numpy(flags)) if flags.any() else None
+        return MicroBatch(torch.from_numpy(ids), torch.from_numpy(labels), layout, recall)
 
 
 def step_samples(step: int, global_batch: int, micro_batch: int, data_rank: int, data_size: int) -> list[list[int]]:

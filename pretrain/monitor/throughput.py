@@ -72,8 +72,6 @@ class Usage:
             raw = int((there & (batch.layout.level < 0)).sum())
             pairs = visible_pairs(batch, self._config.model.attention)
             if batch.recall is not None:
-                if result.unfolded is None:  # a pipeline does not tell what was read
-                    return 0.0
                 pairs += _recalled_more(batch, result) * sum(map(recalls_in, range(model.layers))) / model.layers
             sample = dataclasses.replace(self._shape, raw=raw, tokens=int(there.sum()), keys=pairs)
             total += count_flops(model, sample, 1).total
@@ -98,6 +96,6 @@ def visible_pairs(batch: MicroBatch, attention: str) -> int:
 
 def _recalled_more(batch: MicroBatch, result: StepResult) -> float:
     """Pairs that a recalling layer computes beyond those of forgetting: other gists, fewer of them, and unfolded tokens."""
-    tree, intervals = batch.recall.tree, batch.layout.intervals
-    gists = (intervals.hi - intervals.lo)[:, : tree.levels].sum(1, dtype=torch.int64).flatten()[tree.tokens].sum()
-    return tree.queries * (result.unfolded + result.selected) - float(gists)
+    recalls, intervals = batch.recall.flags > 0, batch.layout.intervals
+    gists = (intervals.hi - intervals.lo)[:, :-2].sum(1, dtype=torch.int64)[recalls].sum()
+    return int(recalls.sum()) * (result.unfolded + result.selected) - float(gists)

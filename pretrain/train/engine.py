@@ -13,7 +13,7 @@ from torch import nn
 
 from unfold.model.layers import BuildContext
 from unfold.model.parallel.context import ContextParallel
-from unfold.model.parallel.pipeline import canonical_name, layer_specs, stage_loss
+from unfold.model.parallel.pipeline import StageAttention, canonical_name, layer_specs, stage_loss
 from unfold.model.transformer import Transformer
 from unfold.pretrain.checkpoint.state import allocate_optimizer_state
 from unfold.pretrain.config import OptimizerConfig, RunConfig, ScheduleConfig, accumulation_steps
@@ -122,8 +122,9 @@ def _pipeline(config: RunConfig, build: BuildContext, parallel: Parallel) -> Pip
     topology = PipeModelDataParallelTopology(
         num_pp=parallel.stages, num_mp=parallel.tensor_group.size(), num_dp=parallel.replica_group.size()
     )
+    shared = StageAttention(config.model, config.folding, build)
     model = PipelineModule(
-        layer_specs(config.model, config.folding, build),
+        layer_specs(config.model, build, shared),
         topology=topology,
         loss_fn=partial(stage_loss, build),
         partition_method="type:LayerStage",
@@ -131,6 +132,7 @@ def _pipeline(config: RunConfig, build: BuildContext, parallel: Parallel) -> Pip
         seed_layers=False,
     )
     model.canonical_name = canonical_name(config.model.layers)
+    model.stage_attention = shared  # what the step at hand asks for is told there
     return model
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from unfold.model.visibility import MicroBatch
-from unfold.pretrain.config import RunConfig, with_vocab_size
+from unfold.pretrain.config import RunConfig, gist_at, with_vocab_size
 from unfold.pretrain.data.samples import BatchBuilder, TokenSource, step_samples
 from unfold.pretrain.data.tokenizer import RunTokenizer, load_tokenizer
 from unfold.pretrain.errors import UserError
@@ -28,7 +28,8 @@ class Inputs:
         for step in range(done, train.steps):
             indices = step_samples(step, train.global_batch, train.micro_batch, parallel.data_rank, parallel.data_size)
             numbers = [[number(i) for i in micro_batch] for micro_batch in indices]
-            yield [self.train.build(n, recall=step >= train.recall_after) for n in numbers]
+            stage = gist_at(self.config, step + 1)
+            yield [self.train.build(n, stage) for n in numbers]
 
     def valid_batches(self, parallel: Parallel) -> list[MicroBatch]:
         """The same samples at every validation; ranks take turns, and a rank without one repeats none."""
@@ -53,7 +54,7 @@ def open_inputs(config: RunConfig) -> Inputs:
 
     def builder(prefixes: tuple[str, ...], setting: str) -> BatchBuilder:
         source = TokenSource(prefixes, config.data.raw_tokens, config.train.seed, tokenizer, setting, config.data.cache)
-        return BatchBuilder(source, gist, tokenizer, length_multiple)
+        return BatchBuilder(source, gist, tokenizer, length_multiple, config.train.seed)
 
     train = builder(config.data.train, "data.train")
     if gist and gist.recall == "suffix" and not train.source.supervised:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import deepspeed
 import torch
 
+from unfold.model.config import GistConfig, ModelConfig
+from unfold.model.gist import Recall, recalls_in
 from unfold.model.parallel.pipeline import stage_inputs
 from unfold.model.visibility import IGNORED, MicroBatch
 from unfold.pretrain.parallel import Parallel
@@ -26,6 +28,7 @@ class StepResult:
         unfolded: raw tokens that a recalling query unfolded, a mean over the layers and micro-batches (of all ranks) that
             recall; None without recall.
         selected: gists of all levels that it selected, a mean alike.
+        route_loss: routing loss in nats, a mean over sampled queries, heads and layers; None where no query was sampled.
         context: bytes that a rank sent to those it shares sequences with, and would have sent for gathering all keys and
             values: means over ranks, layers (in a pipeline of the first stage) and micro-batches; None without such ranks.
         skipped: loss or gradient were not finite, and neither weights nor optimizer were touched.
@@ -37,24 +40,40 @@ class StepResult:
     loss_tokens: int
     unfolded: float | None
     selected: float | None
+    route_loss: float | None
     context: tuple[float, float] | None
     skipped: bool
     busy_s: float
 
 
-def train_step(engine: deepspeed.DeepSpeedEngine, batches: Sequence[MicroBatch], parallel: Parallel) -> StepResult:
+def train_step(
+    engine: deepspeed.DeepSpeedEngine,
+    batches: Sequence[MicroBatch],
+    parallel: Parallel,
+    model: ModelConfig,
+    gist: GistConfig | None,
+) -> StepResult:
     """Forward and backward over this rank's micro-batches, then the update.
 
     Every loss token of the global batch weighs the same, however they are spread over ranks and micro-batches: DeepSpeed
-    averages over both, so each micro-batch's sum is scaled by (ranks x micro-batches / tokens of the global batch).
+    averages over both, so each micro-batch's sum is scaled by (ranks x micro-batches / tokens of the global batch). So does
+    every sampled query of the routing loss.
+
+    gist: how the model recalls in this step; None where it is dense.
     """
     tokens = parallel.sum_over_data(sum(int((b.labels != IGNORED).sum()) for b in batches))
     factor = parallel.replica_group.size() * len(batches) / tokens
+    terms = _routing_terms(batches, parallel, model, gist)
+    # It does not pass through DeepSpeed's mean over micro-batches.
+    scale = gist.route_loss * parallel.replica_group.size() / terms if terms else 0.0
     if parallel.stages > 1:
-        return _pipeline_step(engine, batches, parallel, factor, int(tokens))
-    began, local_sum, stats = time.monotonic(), 0.0, []
+        return _pipeline_step(engine, batches, parallel, factor, int(tokens), gist, scale, terms)
+    began, local_sum, recalls = time.monotonic(), 0.0, []
     for index, batch in enumerate(batches):
         batch = batch.to(parallel.device)
+        if batch.recall:
+            batch = replace(batch, recall=batch.recall.weighing(scale))
+            recalls.append(batch.recall)
         loss = engine(batch)
         local_sum += loss.item()
         if index + 1 == len(batches):
@@ -64,24 +83,56 @@ def train_step(engine: deepspeed.DeepSpeedEngine, batches: Sequence[MicroBatch],
                 # DeepSpeed skips a step whose gradient is not finite. This makes it so wherever the bad loss arose.
                 factor = math.nan
         engine.backward(loss * factor)
-        if batch.recall:
-            stats += [torch.stack([s.unfolded, s.selected.sum()]).tolist() for s in batch.recall.stats.values()]
         engine.step()
-    recalled = parallel.sum_over_replicas(len(stats))  # a rank without a suffix in its samples takes part all the same
-    read = [parallel.sum_over_replicas(sum(s[i] for s in stats)) / recalled for i in (0, 1)] if recalled else [None, None]
+    read = _what_was_read(recalls, parallel, terms)
     skipped, sent = bool(engine.optimizer.overflow), _context_bytes(engine, parallel)
     return StepResult(mean, float(engine.get_global_grad_norm()), int(tokens), *read, sent, skipped, busy)
 
 
 def _pipeline_step(
-    engine: deepspeed.PipelineEngine, batches: Sequence[MicroBatch], parallel: Parallel, factor: float, tokens: int
+    engine: deepspeed.PipelineEngine,
+    batches: Sequence[MicroBatch],
+    parallel: Parallel,
+    factor: float,
+    tokens: int,
+    gist: GistConfig | None,
+    scale: float,
+    terms: float,
 ) -> StepResult:
     """The same through DeepSpeed's pipeline, which averages the scaled losses over micro-batches and ranks itself."""
-    began = time.monotonic()
+    began, shared = time.monotonic(), engine.module.stage_attention
+    shared.gist, shared.route_scale = gist, scale
     loss = engine.train_batch(iter([stage_inputs(batch, factor) for batch in batches])).item()
     skipped, sent = bool(engine.optimizer.overflow), _context_bytes(engine, parallel)
     norm, busy = float(engine.get_global_grad_norm()), time.monotonic() - began
-    return StepResult(loss, norm, tokens, None, None, sent, skipped, busy)
+    read = _what_was_read(shared.take_recalls(), parallel, terms)
+    return StepResult(loss, norm, tokens, *read, sent, skipped, busy)
+
+
+def _routing_terms(
+    batches: Sequence[MicroBatch], parallel: Parallel, model: ModelConfig, gist: GistConfig | None
+) -> float:
+    """Sampled queries of the global batch x heads x layers that recall: what the routing loss is a mean over; 0 without it."""
+    if gist is None or gist.route_loss == 0:
+        return 0.0
+    sampled = [b.recall.routing.routed.tree.queries for b in batches if b.recall and b.recall.routing]
+    layers = sum(recalls_in(layer, gist.recall_from) for layer in range(model.layers))
+    return parallel.sum_over_data(sum(sampled)) * model.heads * layers
+
+
+def _what_was_read(
+    recalls: Sequence[Recall], parallel: Parallel, terms: float
+) -> tuple[float | None, float | None, float | None]:
+    """``unfolded``, ``selected`` and ``route_loss`` of a step's result, from what this rank's layers left behind."""
+    stats = [torch.stack([s.unfolded, s.selected.sum()]).tolist() for recall in recalls for s in recall.stats.values()]
+    # A rank without a suffix in its samples takes part all the same.
+    count = parallel.sum_over_layers(len(stats))
+    means = [parallel.sum_over_layers(sum(s[i] for s in stats)) / count for i in (0, 1)] if count else [None, None]
+    if not terms:
+        return *means, None
+    routed = [recall.routing for recall in recalls if recall.routing]
+    mine = sum(float(loss) for routing in routed for loss in routing.losses.values())
+    return *means, parallel.sum_over_parts(mine) / terms
 
 
 def _context_bytes(engine: deepspeed.DeepSpeedEngine, parallel: Parallel) -> tuple[float, float] | None:
@@ -95,9 +146,13 @@ def _context_bytes(engine: deepspeed.DeepSpeedEngine, parallel: Parallel) -> tup
 
 
 @torch.no_grad()
-def validation_loss(engine: deepspeed.DeepSpeedEngine, batches: Sequence[MicroBatch], parallel: Parallel) -> float:
-    """Mean cross-entropy in nats over all loss tokens of the ranks' batches."""
+def validation_loss(
+    engine: deepspeed.DeepSpeedEngine, batches: Sequence[MicroBatch], parallel: Parallel, gist: GistConfig | None
+) -> float:
+    """Mean cross-entropy in nats over all loss tokens of the ranks' batches. gist: how the model recalls in them."""
     engine.eval()
+    if parallel.stages > 1:
+        engine.module.stage_attention.gist = gist
     tokens = parallel.sum_over_data(sum(int((b.labels != IGNORED).sum()) for b in batches))
     if parallel.stages > 1:
         factor = parallel.replica_group.size() * len(batches) / tokens
@@ -105,6 +160,7 @@ def validation_loss(engine: deepspeed.DeepSpeedEngine, batches: Sequence[MicroBa
         engine.reset_activation_shape()  # a validation batch is one sample, whatever train.micro_batch is
         mean = engine.eval_batch(inputs, num_micro_batches=len(batches)).item()
         engine.reset_activation_shape()
+        engine.module.stage_attention.take_recalls()  # a validation's are not a step's
     else:
         total = sum(engine(batch.to(parallel.device)).item() for batch in batches)
         mean = parallel.sum_over_replicas(total) / tokens

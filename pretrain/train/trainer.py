@@ -12,7 +12,7 @@ import deepspeed
 from unfold.model.visibility import MicroBatch
 from unfold.pretrain import parallel as parallel_groups
 from unfold.pretrain.checkpoint.resume import check_run_dir, locked_on_all, prepare_run_dir, warm_start
-from unfold.pretrain.config import RunConfig, accumulation_steps
+from unfold.pretrain.config import RunConfig, accumulation_steps, gist_at
 from unfold.pretrain.monitor.attention_mass import AttentionMass
 from unfold.pretrain.monitor.metrics import print_line
 from unfold.pretrain.monitor.throughput import RankUsage
@@ -135,7 +135,8 @@ class Trainer:
         """One step of the optimizer; and the learning rate that it took."""
         rate = learning_rate(step - 1, self.config.train.steps, self.config.optimizer.lr, self.config.schedule)
         set_learning_rate(self.engine, rate)
-        return train_step(self.engine, micro_batches, self.parallel), rate
+        gist = gist_at(self.config, step)
+        return train_step(self.engine, micro_batches, self.parallel, self.config.model, gist), rate
 
     def _agree(self, step: int, result: StepResult, busy: float, usage: RankUsage) -> Boundary:
         """Exchange wishes and faults with the other ranks; raises FaultyStep when a fault calls for it."""
@@ -173,6 +174,8 @@ class Trainer:
             metrics["source_samples"] = by_source
         if result.unfolded is not None:
             metrics |= {"unfolded_tokens": result.unfolded, "selected_gists": result.selected}
+        if result.route_loss is not None:
+            metrics["route_loss"] = result.route_loss
         if result.context is not None:
             sent, whole = result.context
             metrics |= {"context_bytes": sent, "context_bytes_dense": whole, "context_ratio": whole / sent}
@@ -188,7 +191,7 @@ class Trainer:
         mass = AttentionMass(self.config.gist.levels)
         measures = self.config.monitor.attention_mass and self.config.folding is not None
         with mass.hooked(self.engine.module) if measures else contextlib.nullcontext():
-            loss = validation_loss(self.engine, self.inputs.valid_batches(self.parallel), self.parallel)
+            loss = validation_loss(self.engine, self.inputs.valid_batches(self.parallel), self.parallel, self.config.folding)
         self.records.say(f"step {step}: validation loss {loss:.4f}")
         shares = mass.shares(self.parallel) if measures else None
         return {"valid_loss": loss} | ({"attention_mass": shares} if shares else {})

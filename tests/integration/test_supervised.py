@@ -66,7 +66,7 @@ def test_a_killed_run_writes_the_same_losses(config, alone, tmp_path):
 @pytest.mark.long
 def test_recall_may_begin_later(config, alone, tmp_path):
     forgetting = train(config, tmp_path / "none", 1, "gist.recall=none", STEPS)
-    later = train(config, tmp_path / "later", 1, "train.recall_after=4", STEPS)
+    later = train(config, tmp_path / "later", 1, "train.stages=[{until: 4, recall: none}]", STEPS)
     assert series(later[:4], "loss") == series(forgetting[:4], "loss")
     assert [("unfolded_tokens" in m) for m in later] == [False] * 4 + [True] * 4
     assert later[4]["loss"] != forgetting[4]["loss"]
