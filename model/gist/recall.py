@@ -25,11 +25,13 @@ class Recall:
     Attributes:
         tree: what lies behind each gist, and the recalling queries.
         rule: budget and sharing of the selection.
+        first_layer: the first layer in which they recall, ``recall_from`` of the configuration.
         stats: what each layer read, by its index; filled by the forward pass.
     """
 
     tree: GistTree
     rule: SelectRule
+    first_layer: int = 1
     stats: dict[int, RecallStats] = field(default_factory=dict, compare=False)
 
     @classmethod
@@ -40,11 +42,11 @@ class Recall:
         recalls = recalling_tokens(layout, config, suffix)
         if not recalls.any():
             return None
-        return cls(build_recall(layout, config, recalls), select_rule(config))
+        return cls(build_recall(layout, config, recalls), select_rule(config), config.recall_from)
 
     def to(self, device: torch.device | str) -> Recall:
         """The same on another device."""
-        return Recall(self.tree.to(device), self.rule)
+        return Recall(self.tree.to(device), self.rule, self.first_layer)
 
 
 def recalling_tokens(layout: Layout, config: GistConfig, suffix: Tensor | None = None) -> Tensor:
@@ -76,6 +78,7 @@ def select_rule(config: GistConfig) -> SelectRule:
         topk=config.topk,
         top_p=config.top_p,
         share=config.share,
+        everything=config.unfold_all,
     )
 
 

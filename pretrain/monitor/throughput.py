@@ -74,7 +74,8 @@ class Usage:
             if batch.recall is not None:
                 if result.unfolded is None:  # a pipeline does not tell what was read
                     return 0.0
-                pairs += _recalled_more(batch, result) * sum(map(recalls_in, range(model.layers))) / model.layers
+                recalling = sum(recalls_in(layer, batch.recall.first_layer) for layer in range(model.layers))
+                pairs += _recalled_more(batch, result) * recalling / model.layers
             sample = dataclasses.replace(self._shape, raw=raw, tokens=int(there.sum()), keys=pairs)
             total += count_flops(model, sample, 1).total
         return total
