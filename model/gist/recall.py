@@ -20,9 +20,8 @@ from unfold.model.config import GistConfig
 from unfold.model.gist.layout import Layout
 from unfold.model.gist.routing import Routing
 
-
-# What a raw token does beyond forgetting, as bits: it unfolds what it selects; it unfolds everything in place of that; its layers'
-# routing loss is taken.
+# What a raw token does beyond forgetting, as bits: it unfolds what it selects; in place of that, everything; it is taken for the
+# routing loss.
 RECALLS, UNFOLDS_ALL, ROUTES = 1, 2, 4
 
 
@@ -83,6 +82,11 @@ class Recall:
             routing = Routing(Routed(queries, first[queries.tokens].int()), config.route_far, route_scale)
         return cls(tree, select_rule(config), config.recall_from, flags.int() * recalls, unfolding, routing)
 
+    @property
+    def queries(self) -> int:
+        """Tokens that recall."""
+        return self.tree.queries + (self.wide[0] if self.wide else 0)
+
     def weighing(self, route_scale: float) -> Recall:
         """The same, whose routing losses weigh so much."""
         return replace(self, routing=self.routing and replace(self.routing, scale=route_scale))
@@ -91,7 +95,7 @@ class Recall:
         """Keep what a layer's selecting queries read, together with those that unfold everything."""
         if self.wide is not None:
             wide, everything = self.wide
-            part = wide / (wide + self.tree.queries)
+            part = wide / self.queries
             mix = lambda a, b: a + part * (b.to(a.device) - a)
             read = RecallStats(mix(read.unfolded, everything.unfolded), mix(read.selected, everything.selected))
         self.stats[index] = read

@@ -34,7 +34,8 @@ def _written(config, tmp_path):
 
 def test_stages_may_stand_on_the_command_line(tiny, tmp_path):
     config = config_of(tiny, tmp_path, "train.steps=9", "train.stages=[{until: 3, unfold_all: true}, {until: 6}]")
-    assert [s.until for s in config.train.stages] == [3, 6] and gist_at(config, 3).unfold_all and not gist_at(config, 4).unfold_all
+    assert [s.until for s in config.train.stages] == [3, 6]
+    assert gist_at(config, 3).unfold_all and not gist_at(config, 4).unfold_all
 
 
 @pytest.mark.parametrize(
