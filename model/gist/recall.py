@@ -77,7 +77,7 @@ class Recall:
             tree = replace(tree, others=_widened(layout, tree.others, wide))
         routing = None
         if routed.any():
-            first = _first_rows(layout)[:, -1].flatten()
+            first = first_rows(layout)[:, -1].flatten()
             queries = build_recall(layout, config, routed)
             routing = Routing(Routed(queries, first[queries.tokens].int()), config.route_far, route_scale)
         return cls(tree, select_rule(config), config.recall_from, flags.int() * recalls, unfolding, routing)
@@ -161,7 +161,7 @@ def build_recall(layout: Layout, config: GistConfig, recalls: Tensor) -> GistTre
     intervals, levels = layout.intervals, config.levels
     tokens = recalls.shape[1]
     recalls = recalls & (layout.level < 0) & (layout.doc >= 0)
-    first = _first_rows(layout)
+    first = first_rows(layout)
     families = intervals.memo("families", lambda: _families(layout, intervals.hi[:, : levels + 1], first, config.sink))
     child_lo, child_hi, parent = families
 
@@ -177,7 +177,7 @@ def build_recall(layout: Layout, config: GistConfig, recalls: Tensor) -> GistTre
     return GistTree(others, child_lo, child_hi, parent, query, tuple(splits), lo, hi, tail, span)
 
 
-def _first_rows(layout: Layout) -> Tensor:
+def first_rows(layout: Layout) -> Tensor:
     """The first row of each token's document in every segment but the sinks': int32 [B, L + 1, T]."""
     return layout.intervals.memo("first rows", lambda: _find_first_rows(layout))
 
@@ -195,8 +195,8 @@ def _find_first_rows(layout: Layout) -> Tensor:
 def _read_by(layout: Layout, wide: Tensor) -> RecallStats:
     """What tokens read, in the mean, that unfold everything: beyond their window and the sinks, and gists."""
     lo, hi = layout.intervals.lo, layout.intervals.hi
-    before = lo[:, -2] - _first_rows(layout)[:, -1] - (hi[:, -1] - lo[:, -1])  # raw tokens that are in neither
-    gists = hi[:, :-2] - _first_rows(layout)[:, :-1]
+    before = lo[:, -2] - first_rows(layout)[:, -1] - (hi[:, -1] - lo[:, -1])  # raw tokens that are in neither
+    gists = hi[:, :-2] - first_rows(layout)[:, :-1]
     mean = lambda x: x[wide].float().mean()
     return RecallStats(mean(before), torch.stack([mean(x) for x in gists.flip(1).unbind(1)]))
 
@@ -204,7 +204,7 @@ def _read_by(layout: Layout, wide: Tensor) -> RecallStats:
 def _widened(layout: Layout, others: Intervals, wide: Tensor) -> Intervals:
     """What the tokens of ``others`` see where those of ``wide``, bool [B, T], see all gists and raw tokens of their document."""
     lo, hi = others.lo.clone(), others.hi.clone()
-    lo[:, :-1] = torch.where(wide[:, None], _first_rows(layout), lo[:, :-1])
+    lo[:, :-1] = torch.where(wide[:, None], first_rows(layout), lo[:, :-1])
     lo[:, -1] = torch.where(wide, hi[:, -1], lo[:, -1])  # sinks are among the raw tokens
     return replace(others, lo=lo, hi=hi, plans={})
 
