@@ -21,6 +21,10 @@ from unfold.model.settings import (
 )
 
 
+# Settings of gists that training alone follows: a model that is trained is read the same whatever they were.
+TRAINING_ONLY = ("unfold_share", "forget_share", "route_loss", "route_queries", "route_far")
+
+
 @dataclass(frozen=True)
 class GistConfig(Settings):
     """How tokens are folded into gists, and how much of what was folded is recalled."""

@@ -117,7 +117,7 @@ class RoutingMeasure:
         for column, which in enumerate((chosen, best)):
             weight = (near.mass[-1] * which).sum(1, dtype=torch.float64)
             self.by_distance[index, :, column].index_add_(0, bucket.flatten().cpu(), weight.flatten().cpu())
-        pairs = tree.tokens[at].diff() == 1
+        pairs = tree.tokens[at].diff() <= tree.levels + 1  # a gist of every level may stand between two raw tokens
         a, b = chosen[:-1][pairs], chosen[1:][pairs]
         union = (a | b).sum(-1)
         apart = 1 - (a & b).sum(-1) / union.clamp(min=1)
@@ -187,7 +187,7 @@ def chosen_of(selection: Selection, segment: int, block: ChunkMass, heads: int) 
 
 def best_ones(mass: Tensor, count: Tensor) -> Tensor:
     """The ``count`` [queries, H] largest of every row of mass [queries, H, width]: bool alike."""
-    order = mass.argsort(-1, descending=True, stable=True)
+    order = mass.argsort(dim=-1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(-1, order, torch.arange(mass.shape[-1], device=mass.device).expand_as(order))
     return rank < count[..., None]
 
