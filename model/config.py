@@ -20,7 +20,6 @@ from unfold.model.settings import (
     raise_together,
 )
 
-
 # Settings of gists that training alone follows: a model that is trained is read the same whatever they were.
 TRAINING_ONLY = ("unfold_share", "forget_share", "route_loss", "route_queries", "route_far")
 
