@@ -9,7 +9,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from tests.benchmarks.recall_claim.command import CHUNK_SIZES, recall_claim
+from tests.benchmarks.recall_claim.arms import MAIN, PARTS, WAYS
+from tests.benchmarks.recall_claim.command import CHUNK_SIZES, LONGER, recall_claim
 from unfold.pretrain.errors import UserError
 
 
@@ -17,15 +18,22 @@ def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where results are kept; what is there stays")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one set of models each (default: 0 1 2)")
+    sizes = " ".join(",".join(map(str, s)) for s in CHUNK_SIZES)
     parser.add_argument(
-        "--ratios", type=int, nargs="+", default=[8, 16, 32], choices=[8, 16, 32], help="compression ratios"
+        "--chunk-sizes", type=_sizes, nargs="+", default=CHUNK_SIZES, metavar="C,..", help=f"of gists (default: {sizes})"
     )
-    kinds = list(CHUNK_SIZES)
-    parser.add_argument("--gists", nargs="+", default=kinds, choices=kinds, help="levels of gists: one, two (default: both)")
+    ways = f"ways of training (default: {' '.join(MAIN)}; one part less each, and bounds: {' '.join(PARTS)})"
+    parser.add_argument("--ways", nargs="+", default=MAIN, choices=list(WAYS), metavar="WAY", help=ways)
+    words = "raw tokens of a context (default 256); longer ones have no more facts, and are learned in further steps"
+    parser.add_argument("--context", type=int, default=256, choices=list(LONGER), help=words)
     parser.add_argument("--report-only", action="store_true", help="train nothing, write the report of what is there")
     words = "so many times the steps of every stage: 0.02 to try the command out, 3 to see what more training brings (default: 1)"
     parser.add_argument("--train-steps", type=float, default=1.0, metavar="FACTOR", help=words)
     return parser.parse_args()
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    return tuple(int(size) for size in text.split(","))
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
-"""What is compared: dense attention, gists alone, recall, and recall that unfolds the wrong chunks at the same budget."""
+"""What is compared: dense attention, and ways of training a model with gists to look up, each the recipe or one part less."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,53 +11,143 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unfold.kernels.route import Routed, chunk_mass, routing_loss
 from unfold.kernels.select import select_gists
 from unfold.kernels.select.selection import Selection
 from unfold.kernels.tree import GistTree
 from unfold.kernels.unfold.op import recall_stats
-from unfold.model.transformer import Transformer, token_loss_sum
+from unfold.model.config import GistConfig
+from unfold.model.gist import recalls_in
+from unfold.model.transformer import Transformer
 from unfold.model.visibility import MicroBatch, MicroBatchAttention
-
-DENSE, GISTS, RECALL, RANDOM, RECENT = "dense", "gists", "recall", "random", "recent"
-BRANCHES = (GISTS, RECALL, RANDOM, RECENT)  # what a model that has learned to forget goes on with
 
 
 @dataclass(frozen=True)
-class GistArm:
-    """Attention of an arm with gists in one micro-batch, an :data:`unfold.model.attention.Attend`.
-
-    The contexts are a few hundred tokens long: masks over all keys are many times faster there than the kernels' plans, and say
-    the same (a test holds them against recall as it is trained). The questions that recall end every sample.
+class Way:
+    """One way of training with gists, and what the trained model selects.
 
     Attributes:
-        arm: one of BRANCHES.
+        label: in tables.
+        recalls: whether questions recall at all.
+        selects: the gists that a question unfolds: 'own' (those that score best, as the method has it), 'random', 'recent',
+            'mass' (those with the largest mass of the layer's own dense attention: what routing could reach).
+        from_start: recalls while it learns to forget, too.
+        wide: everything is unfolded in contexts shorter than the whole one.
+        always_wide: everything is unfolded, at the end too.
+        route: weight of the routing loss.
+        own_group: gists see their own group alone, where there are several levels.
+        late: recall begins at the layer that is the number of levels.
+        forget_every: every so many steps nothing recalls; 0: none.
+    """
+
+    label: str
+    recalls: bool = True
+    selects: str = "own"
+    from_start: bool = False
+    wide: bool = False
+    always_wide: bool = False
+    route: float = 0.0
+    own_group: bool = False
+    late: bool = False
+    forget_every: int = 0
+
+    def gist(self, chunk_sizes: tuple[int, ...]) -> GistConfig:
+        """Its settings for these chunk sizes."""
+        levels = len(chunk_sizes)
+        return GistConfig(
+            chunk_sizes,
+            recall="suffix",
+            own_group=self.own_group and levels > 1,
+            recall_from=levels if self.late else 1,
+            unfold_all=self.always_wide,
+            route_loss=self.route,
+        )
+
+
+DENSE = "dense"
+RECIPE = Way("recall, taught to route", from_start=True, wide=True, route=1.0, own_group=True, late=True)
+less = dataclasses.replace
+WAYS = {
+    "gists": Way("gists only", recalls=False),
+    "recall": Way("recall, the paper's way"),
+    "taught": RECIPE,
+    "mixed": less(RECIPE, label="taught, every fourth step gists only", forget_every=4),
+    "random": Way("random chunks", selects="random"),
+    "recent": Way("the most recent chunks", selects="recent"),
+    "no-loss": less(RECIPE, label="taught, without the loss", route=0.0),
+    "no-start": less(RECIPE, label="taught, forgetting first", from_start=False, wide=False),
+    "no-wide": less(RECIPE, label="taught, nothing unfolded whole", wide=False),
+    "no-own-group": less(RECIPE, label="taught, without own_group", own_group=False),
+    "no-late": less(RECIPE, label="taught, recall from layer 1", late=False),
+    "mass": less(RECIPE, label="chosen by dense attention (bound)", selects="mass", route=0.0),
+    "everything": less(RECIPE, label="everything unfolded (bound)", always_wide=True, route=0.0),
+}
+MAIN = ("gists", "recall", "taught", "mixed", "random", "recent")
+PARTS = ("no-loss", "no-start", "no-wide", "no-own-group", "no-late", "mass", "everything")
+
+
+@dataclass
+class GistArm:
+    """Attention of a way in one micro-batch, an :data:`unfold.model.visibility.Attend`.
+
+    The contexts are short: masks over all keys are many times faster there than the kernels' plans, and say the same (a test
+    holds them against recall as it is trained). The questions that recall end every sample.
+
+    Attributes:
+        way, gist: how it attends.
         batch: what it attends in.
         scored: queries [N, H, W] and keys [B, T, Hkv, W] whose products are the scores of the selection, in all layers;
             None: the layer's own. Budget, levels and what a chunk costs stay those of recall.
         made: masks and selections that all layers share.
+        routed: sums of the layers' routing losses, over queries and heads.
     """
 
-    arm: str
+    way: Way
+    gist: GistConfig
     batch: MicroBatch
     scored: tuple[Tensor, Tensor] | None = None
     made: dict[str, Any] = field(default_factory=dict, repr=False)
+    routed: list[Tensor] = field(default_factory=list, repr=False)
 
     def __call__(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, T, D]
-        forgets = self._once("mask", self.batch.layout.intervals.dense_mask)[:, None]  # [B, 1, T, T]
-        if index == 0 or self.arm == GISTS:
-            return masked_attention(q, k, v, forgets).transpose(1, 2)
-        asked = q.shape[2] - self.batch.recall.tree.queries // len(q)
-        selection = self._select(q[:, :, asked:].transpose(1, 2).flatten(0, 1), k.transpose(1, 2))
-        self.batch.recall.stats[index] = recall_stats(self.batch.recall.tree, selection)
-        unfolds = unfolded_mask(self.batch.recall.tree, selection)  # [N, Hkv, T]
-        unfolds = unfolds.unflatten(0, (len(q), -1)).transpose(1, 2).repeat_interleave(q.shape[1] // k.shape[1], 1)
-        parts = (q[:, :, :asked], forgets[:, :, :asked]), (q[:, :, asked:], unfolds)
-        return torch.cat([masked_attention(part, k, v, mask) for part, mask in parts], 2).transpose(1, 2)
+        recall = self.batch.recall
+        if recall is None or not recalls_in(index, self.gist.recall_from):
+            return self._masked("forgetting", self.batch.layout.intervals, q, k, v)
+        routing = recall.routing
+        if routing is not None and torch.is_grad_enabled():
+            asking = q.detach().flatten(0, 1)[routing.routed.tree.tokens]
+            self.routed.append(routing_loss(asking, k, routing.routed, far=routing.far))
+        if not recall.tree.queries:  # all questions unfold everything
+            return self._masked("wide", recall.tree.others, q, k, v)
+        asked = q.shape[1] - recall.tree.queries // len(q)
+        recalling = q[:, asked:].flatten(0, 1)
+        selection = self._select(recalling, k)
+        recall.note(index, recall_stats(recall.tree, selection))
+        unfolds = unfolded_mask(recall.tree, selection)  # [N, Hkv, T]
+        unfolds = unfolds.unflatten(0, (len(q), -1)).transpose(1, 2).repeat_interleave(q.shape[2] // k.shape[2], 1)
+        forgets = self._mask("forgetting", self.batch.layout.intervals)[:, :, :asked]
+        parts = (q[:, :asked], forgets), (q[:, asked:], unfolds)
+        return torch.cat([masked_attention(part, k, v, mask) for part, mask in parts], 1)
+
+    def _masked(self, name: str, intervals, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return masked_attention(q, k, v, self._mask(name, intervals))
+
+    def _mask(self, name: str, intervals) -> Tensor:
+        """[B, 1, T, T]"""
+        return self._once(name, intervals.dense_mask)[:, None]
 
     def _select(self, recalling: Tensor, k: Tensor) -> Selection:
-        select = lambda q, k: select_gists(q, k, self.batch.recall.tree, self.batch.recall.rule)
-        return select(recalling, k) if self.scored is None else self._once("selection", lambda: select(*self.scored))
+        tree, rule = self.batch.recall.tree, self.batch.recall.rule
+        if self.way.selects == "mass":
+            return select_gists(*mass_scores(recalling.detach(), k.detach(), self._routed()), tree, rule)
+        if self.scored is None:
+            return select_gists(recalling, k, tree, rule)
+        return self._once("selection", lambda: select_gists(*self.scored, tree, rule))
+
+    def _routed(self) -> Routed:
+        tree, layout = self.batch.recall.tree, self.batch.layout
+        first = torch.zeros_like(tree.span) + layout.intervals.segment_start[0, tree.levels]  # one document per sample
+        return self._once("routed", lambda: Routed(tree, first.int()))
 
     def _once(self, name: str, make: Callable[[], Any]) -> Any:
         if name not in self.made:
@@ -65,8 +156,9 @@ class GistArm:
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """[B, H, queries, D] of softmax attention where ``mask``, bool [B, 1 or H, queries, T], allows it."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+    """q [B, n, H, D], k, v [B, T, Hkv, D] -> [B, n, H, D] of softmax attention where mask, bool [B, 1 or H, n, T], allows it."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
 
 
 def unfolded_mask(tree: GistTree, selection: Selection) -> Tensor:
@@ -88,30 +180,41 @@ def unfolded_mask(tree: GistTree, selection: Selection) -> Tensor:
     return (seen > 0).unflatten(0, (-1, heads))
 
 
-def gist_arm(arm: str, batch: MicroBatch, heads: int, kv_heads: int, draw: torch.Generator) -> GistArm:
-    """The attention of an arm. RANDOM: each query draws a score for every gist, once for all heads and layers, so that the
-    chunks that it reads are as few as its budget says; RECENT: later gists score higher."""
-    if arm not in (RANDOM, RECENT):
-        return GistArm(arm, batch)
+def mass_scores(q: Tensor, k: Tensor, routed: Routed) -> tuple[Tensor, Tensor]:
+    """Queries [N, H, G] and keys [B, T, Hkv, G] whose products are the mass of dense attention behind each of the G gists."""
+    tree = routed.tree
+    gists = int(tree.others.segment_start[:, tree.levels].max())
+    scores = q.new_zeros(len(q), q.shape[1], gists)
+    for block in chunk_mass(q, k, routed):
+        for first, mass in zip(block.first, block.mass):
+            scores[block.queries, :, first : first + mass.shape[2]] = mass.to(q.dtype)
+    one_hot = torch.zeros(*k.shape[:2], 1, gists, dtype=q.dtype)
+    row = tree.others.row_of
+    samples, tokens = (row < gists).nonzero(as_tuple=True)
+    one_hot[samples, tokens, 0, row[samples, tokens]] = 1
+    return scores, one_hot.expand(-1, -1, k.shape[2], -1).contiguous()
+
+
+def gist_arm(way: Way, gist: GistConfig, batch: MicroBatch, heads: int, kv_heads: int, draw: torch.Generator) -> GistArm:
+    """The attention of a way. Random: each query draws a score for every gist, once for all heads and layers, so that the
+    chunks that it reads are as few as its budget says; recent: later gists score higher."""
+    if way.selects not in ("random", "recent") or batch.recall is None:
+        return GistArm(way, gist, batch)
     samples, tokens = batch.ids.shape
     queries = batch.recall.tree.queries
-    if arm == RANDOM:
+    if way.selects == "random":
         # Products of wide draws are as good as independent: no gist is the favourite of many queries.
         q, k = (torch.randn(*shape, 1, 32, generator=draw) for shape in ((queries,), (samples, tokens)))
     else:
         q, k = torch.ones(queries, 1, 1), torch.arange(tokens, dtype=torch.float32).expand(samples, tokens)[..., None, None]
-    return GistArm(arm, batch, (q.repeat(1, heads, 1), k.repeat(1, 1, kv_heads, 1)))
+    return GistArm(way, gist, batch, (q.repeat(1, heads, 1), k.repeat(1, 1, kv_heads, 1)))
 
 
-def hidden(model: Transformer, arm: str, batch: MicroBatch, draw: torch.Generator) -> Tensor:
-    """[T, B, hidden] after the final norm, as the arm attends."""
-    if arm == DENSE:
-        attend = MicroBatchAttention(DENSE, batch.layout)
-    else:
-        attend = gist_arm(arm, batch, model.config.heads, model.config.kv_heads, draw)
+def dense_arm(batch: MicroBatch) -> MicroBatchAttention:
+    """Dense attention over raw tokens."""
+    return MicroBatchAttention(DENSE, batch.layout)
+
+
+def states(model: Transformer, attend, batch: MicroBatch) -> Tensor:
+    """[T, B, hidden] after the final norm."""
     return model.run_layers(batch.ids, batch.layout.position, attend)
-
-
-def loss_sum(model: Transformer, arm: str, batch: MicroBatch, draw: torch.Generator) -> Tensor:
-    """Sum of the answers' cross-entropies, scalar."""
-    return token_loss_sum(hidden(model, arm, batch, draw), batch.labels, model.head_weight, model.build)

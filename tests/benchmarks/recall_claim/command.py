@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
+from tests.benchmarks.recall_claim.arms import DENSE
 from tests.benchmarks.recall_claim.report import write_report
 from tests.benchmarks.recall_claim.training import Outcome, Plan, base_model, dense_outcome, gist_outcomes
 from unfold.model.layers import BuildContext
@@ -18,10 +19,9 @@ from unfold.pretrain import parallel
 from unfold.pretrain.config import ParallelConfig
 from unfold.pretrain.errors import UserError
 
-CHUNK_SIZES = {  # by levels of gists and compression ratio
-    "flat": {8: (8,), 16: (16,), 32: (32,)},
-    "hierarchical": {8: (4, 2), 16: (4, 4), 32: (8, 4)},
-}
+CHUNK_SIZES = ((8,), (4, 2), (16,), (4, 4), (32,), (8, 4), (8, 2, 2))
+# Steps on contexts longer than the task's, which follow all others, by their length.
+LONGER = {256: (), 1024: ((1024, 100),), 4096: ((1024, 100), (4096, 60))}
 
 
 def recall_claim(args: Namespace) -> Iterator[str]:
@@ -32,13 +32,13 @@ def recall_claim(args: Namespace) -> Iterator[str]:
     """
     if not 0 < args.train_steps < float("inf"):
         raise UserError(f"--train-steps {args.train_steps}: is no factor above 0, such as 0.1 or 3")
-    plan = scaled(Plan(), args.train_steps)
+    plan = made_longer(scaled(Plan(), args.train_steps), args.context)
     results = Results(args.output, plan)
     if not args.report_only:
         groups = parallel.initialize(ParallelConfig())
         for seed in args.seeds:
             build = BuildContext(groups.tensor_group, seed)
-            yield from _run_seed(results, plan, build, [CHUNK_SIZES[kind][ratio] for kind in args.gists for ratio in args.ratios])
+            yield from _run_seed(results, plan, build, args.chunk_sizes, args.ways)
     outcomes = results.read()
     if not outcomes:
         raise UserError(f"--output {args.output}: holds no results; run without --report-only")
@@ -51,20 +51,30 @@ def scaled(plan: Plan, factor: float) -> Plan:
     return dataclasses.replace(plan, base=scale(plan.base), forget=scale(plan.forget), branch=scale(plan.branch))
 
 
-def _run_seed(results: Results, plan: Plan, build: BuildContext, sizes: list[tuple[int, ...]]) -> Iterator[str]:
-    """The dense arm and these structures, of one seed."""
-    if results.has(build.seed, ()) and all(results.has(build.seed, size) for size in sizes):
+def made_longer(plan: Plan, context: int) -> Plan:
+    """A plan that goes on with longer contexts, and measures on these."""
+    more = LONGER[context]
+    evaluated = plan.evaluated * 256 // context if context > 256 else plan.evaluated
+    return dataclasses.replace(plan, branch=(*plan.branch, *more), context=context, evaluated=max(32, evaluated))
+
+
+def _run_seed(
+    results: Results, plan: Plan, build: BuildContext, structures: Sequence[tuple[int, ...]], ways: Sequence[str]
+) -> Iterator[str]:
+    """The dense arm and these structures and ways, of one seed."""
+    wanted = {sizes: [way for way in ways if not results.has(build.seed, sizes, way)] for sizes in structures}
+    if results.has(build.seed, (), DENSE) and not any(wanted.values()):
         return
     base = results.base(plan, build)
-    if not results.has(build.seed, ()):
-        yield from results.add([dense_outcome(base, plan)])
-    for size in sizes:
-        if not results.has(build.seed, size):
-            yield from results.add(gist_outcomes(base, plan, size))
+    if not results.has(build.seed, (), DENSE):
+        yield results.add(dense_outcome(base, plan))
+    for sizes, missing in wanted.items():
+        for outcome in gist_outcomes(base, plan, sizes, missing):
+            yield results.add(outcome)
 
 
 class Results:
-    """One file per seed and chunk sizes, with the settings that they were made with."""
+    """One file per seed, chunk sizes and arm, with the settings that they were made with."""
 
     def __init__(self, directory: Path, plan: Plan):
         self._runs = directory / "runs"
@@ -74,12 +84,13 @@ class Results:
             if json.loads(path.read_text())["plan"] != self._plan:
                 raise UserError(f"{path}: was made with other settings; take another --output, or the same --train-steps")
 
-    def _path(self, seed: int, chunk_sizes: tuple[int, ...]) -> Path:
-        return self._runs / f"seed{seed}-{'x'.join(map(str, chunk_sizes)) or 'dense'}.json"
+    def _path(self, seed: int, chunk_sizes: tuple[int, ...], arm: str) -> Path:
+        structure = f"{'x'.join(map(str, chunk_sizes))}-" if chunk_sizes else ""
+        return self._runs / f"seed{seed}-{structure}{arm}.json"
 
-    def has(self, seed: int, chunk_sizes: tuple[int, ...]) -> bool:
-        """Whether these arms were run."""
-        return self._path(seed, chunk_sizes).exists()
+    def has(self, seed: int, chunk_sizes: tuple[int, ...], arm: str) -> bool:
+        """Whether an arm was run."""
+        return self._path(seed, chunk_sizes, arm).exists()
 
     def base(self, plan: Plan, build: BuildContext) -> Transformer:
         """The dense model that a seed's arms start from; trained once and kept."""
@@ -93,23 +104,22 @@ class Results:
         torch.save(weights, path)
         return model
 
-    def add(self, outcomes: list[Outcome]) -> Iterator[str]:
-        """Keep the outcomes of one structure; yields a line for each."""
-        first = outcomes[0]
-        path = self._path(first.seed, first.chunk_sizes)
+    def add(self, outcome: Outcome) -> str:
+        """Keep an outcome; returns a line on it."""
+        o = outcome
+        path = self._path(o.seed, o.chunk_sizes, o.arm)
         part = path.with_suffix(".part")
-        part.write_text(json.dumps({"plan": self._plan, "outcomes": [o.to_dict() for o in outcomes]}, indent=1) + "\n")
+        part.write_text(json.dumps({"plan": self._plan, "outcome": o.to_dict()}, indent=1) + "\n")
         part.rename(path)
-        for o in outcomes:
-            yield (
-                f"seed {o.seed} chunks {list(o.chunk_sizes) or '-'} {o.arm:6} one hop {o.one_hop:.3f} two hops {o.two_hop:.3f} "
-                f"unfolded {o.unfolded:.0f} ({o.train_s:.0f} s)"
-            )
+        return (
+            f"seed {o.seed} chunks {list(o.chunk_sizes) or '-'} {o.arm:12} one hop {o.one_hop:.3f} two hops {o.two_hop:.3f} "
+            f"alone {o.alone:.3f} unfolded {o.unfolded:.0f} ({o.train_s:.0f} s)"
+        )
 
     def read(self) -> list[Outcome]:
         """All outcomes that there are."""
         found = []
         for path in sorted(self._runs.glob("*.json")):
-            for entry in json.loads(path.read_text())["outcomes"]:
-                found.append(Outcome(**{**entry, "chunk_sizes": tuple(entry["chunk_sizes"])}))
+            entry = json.loads(path.read_text())["outcome"]
+            found.append(Outcome(**{**entry, "chunk_sizes": tuple(entry["chunk_sizes"])}))
         return found

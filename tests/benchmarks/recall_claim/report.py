@@ -8,17 +8,20 @@ from math import prod
 from pathlib import Path
 from statistics import mean
 
-from tests.benchmarks.recall_claim.arms import BRANCHES, DENSE, GISTS, RANDOM, RECALL, RECENT
+from tests.benchmarks.recall_claim.arms import DENSE, WAYS
 from tests.benchmarks.recall_claim.training import Outcome, Plan
 
-NAMES = {
-    DENSE: "dense attention",
-    RECALL: "gists + recall",
-    GISTS: "gists only",
-    RANDOM: "recall of random chunks",
-    RECENT: "recall of the most recent chunks",
+NAMES = {DENSE: "dense attention"} | {name: way.label for name, way in WAYS.items()}
+# Those that are drawn, by colours that the colour-blind tell apart.
+COLOURS = {
+    DENSE: "#444444",
+    "taught": "#1b7837",
+    "mixed": "#7fbf7b",
+    "recall": "#762a83",
+    "gists": "#2166ac",
+    "random": "#d6604d",
+    "recent": "#b2abd2",
 }
-COLOURS = {DENSE: "#444444", RECALL: "#1b7837", GISTS: "#2166ac", RANDOM: "#d6604d", RECENT: "#b2abd2"}
 
 
 def write_report(directory: Path, outcomes: list[Outcome], plan: Plan) -> Iterator[str]:
@@ -33,16 +36,17 @@ def write_report(directory: Path, outcomes: list[Outcome], plan: Plan) -> Iterat
 def table(outcomes: list[Outcome]) -> list[str]:
     """Markdown: per structure and arm the mean accuracy over seeds, with the lowest and highest seed."""
     lines = [
-        "| ratio | chunk sizes | arm | one hop | two hops | raw tokens unfolded | seeds |",
-        "|---|---|---|---|---|---|---|",
+        "| ratio | chunk sizes | arm | one hop | two hops | one hop, gists alone | raw tokens unfolded | seeds |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for sizes in sorted({o.chunk_sizes for o in outcomes}, key=lambda s: (prod(s), len(s))):
-        for arm in (DENSE, *BRANCHES):
+        for arm in NAMES:
             same = [o for o in outcomes if o.chunk_sizes == sizes and o.arm == arm]
             if same:
-                unfolded = f"{mean(o.unfolded for o in same):.0f}" if arm not in (DENSE, GISTS) else "-"
+                unfolded = f"{mean(o.unfolded for o in same):.0f}" if any(o.unfolded for o in same) else "-"
                 chunks = ", ".join(map(str, sizes)) or "-"
-                cells = [str(prod(sizes)), chunks, NAMES[arm], _spread(same, "one_hop"), _spread(same, "two_hop"), unfolded]
+                figures = [_spread(same, name) for name in ("one_hop", "two_hop", "alone")]
+                cells = [str(prod(sizes)), chunks, NAMES[arm], *figures, unfolded]
                 lines.append(f"| {' | '.join(cells)} | {len(same)} |")
     return lines
 
@@ -67,7 +71,7 @@ def plot(path: Path, outcomes: list[Outcome], plan: Plan) -> None:
         for column, kind in enumerate(kinds):
             axis = axes[row][column]
             _dense_line(axis, [o for o in outcomes if o.arm == DENSE], field, ratios)
-            for arm in BRANCHES:
+            for arm in list(COLOURS)[1:]:
                 _arm_line(axis, [o for o in outcomes if o.arm == arm and _kind(o) == kind], field, arm)
             axis.set_title(f"{hops}, {kind} gists", fontsize=10)
             axis.set_xscale("log", base=2)
@@ -80,7 +84,7 @@ def plot(path: Path, outcomes: list[Outcome], plan: Plan) -> None:
         axis.set_ylabel("questions answered rightly")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    holds = f"{plan.task.facts} facts and {plan.task.links} links in {plan.task.context} tokens"
+    holds = f"{plan.task.facts} facts and {plan.task.links} links in {plan.context} tokens"
     figure.suptitle(f"{holds}; mean, lowest and highest seed", fontsize=11)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
@@ -98,6 +102,7 @@ def _dense_line(axis, same: list[Outcome], field: str, ratios: list[int]) -> Non
 
 
 def _arm_line(axis, same: list[Outcome], field: str, arm: str) -> None:
+    same = [o for o in same if len(o.chunk_sizes) < 3]  # of a ratio one structure a panel
     ratios = sorted({prod(o.chunk_sizes) for o in same})
     groups = [[getattr(o, field) for o in same if prod(o.chunk_sizes) == ratio] for ratio in ratios]
     if groups:

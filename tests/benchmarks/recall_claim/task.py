@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from unfold.model.gist import GistConfig, Recall, build_layout, interleave
+from unfold.model.gist.recall import RECALLS, ROUTES, UNFOLDS_ALL
 from unfold.model.visibility import IGNORED, MicroBatch
 
 
@@ -80,8 +81,8 @@ class LookupTask:
         return self.singles + 2 * self.links
 
     def scaled(self, context: int) -> LookupTask:
-        """The same task in a context of another length, with as many facts to the token."""
-        part = lambda n: max(1, n * context // self.context)
+        """The same task in a context of another length: a shorter one has as many facts to the token, a longer one no more."""
+        part = lambda n: max(1, n * min(context, self.context) // self.context)
         return LookupTask(context, part(self.facts), part(self.links), part(self.singles), *self._vocabulary)
 
     @property
@@ -110,7 +111,7 @@ class LookupTask:
     def batch(self, draw: np.random.Generator, size: int, gist: GistConfig | None) -> MicroBatch:
         """``size`` samples, each one document: the context closed with gists (none for ``gist`` None), then the questions.
 
-        With ``gist.recall`` 'suffix' the questions recall.
+        With ``gist.recall`` 'suffix' the questions recall; all of them are taken for the routing loss, if there is one.
         """
         rows = []
         for _ in range(size):
@@ -124,9 +125,11 @@ class LookupTask:
             rows.append((ids, levels, np.append(np.full(len(context), IGNORED), answers)))
         ids, level, labels = (torch.from_numpy(np.stack(part)) for part in zip(*rows))
         layout = build_layout(level, torch.zeros_like(level), gist or GistConfig((self.context,)))
-        suffix = torch.zeros_like(level, dtype=torch.bool)
-        suffix[:, -self.questions :] = True
-        return MicroBatch(ids, labels, layout, None if gist is None else Recall.of(layout, gist, suffix))
+        if gist is None or gist.recall == "none":
+            return MicroBatch(ids, labels, layout)
+        flags = torch.zeros_like(level)
+        flags[:, -self.questions :] = RECALLS | UNFOLDS_ALL * gist.unfold_all | ROUTES * (gist.route_loss > 0)
+        return MicroBatch(ids, labels, layout, Recall.from_flags(layout, gist, flags))
 
     def score(self, batch: MicroBatch, answers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Which questions were answered rightly: bool [one-hop questions], bool [two-hop questions].
