@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from unfold.kernels.route.gradient import gists_of, wants_gradient, with_gradient
 from unfold.kernels.route.queries import Routed
 from unfold.kernels.route.rows import RoutedBlock, SampleRows, sample_rows, sum_bags
 
@@ -148,50 +148,28 @@ def sample_masses(
             yield block, h, columns, [x[h] for x in keys], hidden, masses(chunks.div_(total), block, hidden)
 
 
-def routing_loss_cpu(q: Tensor, k: Tensor, routed: Routed, far: bool, scale: float) -> Tensor:
-    """As :func:`kernels.route.reference.routing_loss_reference`, vectorised; memory linear in T."""
-    return _RoutingLoss.apply(q.detach(), k, routed, far, scale)
-
-
-class _RoutingLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, routed: Routed, far: bool, scale: float) -> Tensor:
-        wide = torch.promote_types(q.dtype, torch.float32)
-        loss = torch.zeros((), dtype=wide, device=q.device)
-        plan = rows_of(routed, q.shape[1] // k.shape[2])
-        d_gists = gist_gradients(k, plan)
-        for rows in plan:
-            for block, h, columns, keys, hidden, mass in sample_masses(q, k, rows, routed, far, scale):
-                for s, (first, last) in enumerate(block.spans):
-                    if last == first:
-                        continue
-                    scores, top, summed = student_scores(columns, keys[s][first:last], hidden.gists[s])
-                    part, d_scores = student_loss(scores, mass[s], top + summed.log(), mass[s].sum(0))
-                    loss += part
+@torch.no_grad()
+def _loss_and_gradient(q: Tensor, k: Tensor, routed: Routed, far: bool, scale: float, wanted: bool) -> tuple[Tensor, Tensor]:
+    """The loss, and its gradient with respect to the level-sorted gists: [B, Hkv, gists, D], at least fp32, if wanted."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    plan = rows_of(routed, q.shape[1] // k.shape[2])
+    loss = torch.zeros((), dtype=wide, device=q.device)
+    d_gists = torch.zeros(k.shape[0], k.shape[2], gists_of(routed), k.shape[3], dtype=wide, device=k.device)
+    for rows in plan:
+        for block, h, columns, keys, hidden, mass in sample_masses(q, k, rows, routed, far, scale):
+            for s, (first, last) in enumerate(block.spans):
+                if last == first:
+                    continue
+                scores, top, summed = student_scores(columns, keys[s][first:last], hidden.gists[s])
+                part, d_scores = student_loss(scores, mass[s], top + summed.log(), mass[s].sum(0))
+                loss += part
+                if wanted:
                     at = slice(rows.rows[s][0] + first, rows.rows[s][0] + last)
                     d_gists[rows.sample, h, at].addmm_(d_scores, columns)  # the columns hold the scale
-        ctx.save_for_backward(d_gists)
-        ctx.routed, ctx.like = routed, (k.shape, k.dtype)
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_loss: Tensor):
-        (d_gists,) = ctx.saved_tensors
-        shape, dtype = ctx.like
-        tokens = ctx.routed.tree.others.rows[:, : d_gists.shape[2]]
-        return None, spread_gists(d_gists.transpose(1, 2) * d_loss, tokens, shape, dtype), None, None, None
+    return loss, d_gists
 
 
-def gist_gradients(k: Tensor, plan: list[SampleRows]) -> Tensor:
-    """Zeros [B, Hkv, gists of the sample that has most, D], at least fp32, for the gradients of level-sorted gists."""
-    most = max(rows.rows[-2][1] for rows in plan)
-    return k.new_zeros(len(plan), k.shape[2], most, k.shape[3], dtype=torch.promote_types(k.dtype, torch.float32))
-
-
-def spread_gists(d_gists: Tensor, tokens: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """d_gists [B, n, Hkv, D] to where ``tokens`` [B, n], all different, says; [B, T, Hkv, D], zero elsewhere."""
-    d_k = torch.zeros(shape, dtype=dtype, device=d_gists.device)
-    sample = torch.arange(shape[0], device=d_k.device)[:, None]
-    d_k[sample, tokens] = d_gists.to(dtype)
-    return d_k
+def routing_loss_cpu(q: Tensor, k: Tensor, routed: Routed, far: bool, scale: float) -> Tensor:
+    """As :func:`kernels.route.reference.routing_loss_reference`, vectorised; memory linear in T."""
+    loss, d_gists = _loss_and_gradient(q, k, routed, far, scale, wants_gradient(k))
+    return with_gradient(k, loss, d_gists.transpose(1, 2), routed.tree.others.rows[:, : d_gists.shape[2]])
