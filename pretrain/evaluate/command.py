@@ -5,9 +5,9 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 
-from unfold.pretrain.evaluate import passkey, perplexity, tasks
+from unfold.pretrain.evaluate import passkey, perplexity, routing, tasks
 
-MODEL_COMMANDS = {"perplexity": perplexity.perplexity, "passkey": passkey.passkey, "tasks": tasks.tasks}
+MODEL_COMMANDS = {"perplexity": perplexity.perplexity, "passkey": passkey.passkey, "tasks": tasks.tasks, "routing": routing.routing}
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -17,6 +17,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     perplexity.add_arguments(text)
     keys = kinds.add_parser("passkey", help="a key hidden in a long text: found, by length and depth")
     passkey.add_arguments(keys)
+    found = kinds.add_parser("routing", help="how much of what attention looks for recall selects, by layer and distance")
+    routing.add_arguments(found)
     questions = kinds.add_parser("tasks", help="questions on long contexts: LongBench, RULER, retrieved documents")
     tasks.add_arguments(questions)
 

@@ -8,12 +8,18 @@ import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from unfold.pretrain.errors import UserError
 from unfold.pretrain.evaluate.output import line_chart, make_output, table, write_json
 from unfold.pretrain.evaluate.subject import Subject, Variant, add_subject_arguments, load_subject
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from unfold.model.visibility import MicroBatchAttention
 
 PACKED = 8192  # raw tokens that the model reads at a time, or one window where that is longer
 HEAD_ROWS = 512  # positions whose logits are in memory at a time
@@ -38,6 +44,11 @@ class Losses:
 def add_arguments(parser: ArgumentParser) -> None:
     """The sub-command's flags."""
     add_subject_arguments(parser)
+    add_text_arguments(parser)
+
+
+def add_text_arguments(parser: ArgumentParser) -> None:
+    """Flags of the text that a model reads, and of its windows."""
     parser.add_argument(
         "--data",
         nargs="+",
@@ -58,18 +69,7 @@ def perplexity(args: Namespace) -> Iterator[str]:
     Raises:
         UserError: the model, the data or a length cannot be used.
     """
-    for name in ("length", "max_tokens"):
-        if getattr(args, name) is not None and getattr(args, name) < 2:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: is below 2; the first token is not predicted")
-    make_output(args.output)
-    subject = load_subject(args)
-    length = args.length or min(subject.raw_tokens, subject.max_position)
-    subject.check_length(length, f"--length {length}")
-    from unfold.pretrain.evaluate.texts import documents
-
-    windows = list(take_windows(documents(args.data, args.text_field, subject), length, args.max_tokens))
-    if not windows:
-        raise UserError(f"--data {' '.join(args.data)}: has no document of two tokens or more")
+    subject, length, windows = read_windows(args)
     counts = positions(windows, length)
     losses = {variant.name: measure(subject, variant, windows, length) for variant in subject.variants}
     edges = bucket_edges(length)
@@ -84,6 +84,23 @@ def perplexity(args: Namespace) -> Iterator[str]:
     yield from table(*rows(results))
     yield ""
     yield f"{args.output}/perplexity.json, perplexity.png"
+
+
+def read_windows(args: Namespace) -> tuple[Subject, int, list[np.ndarray]]:
+    """The model, the longest window and the windows of the command line. Raises UserError."""
+    for name in ("length", "max_tokens"):
+        if getattr(args, name) is not None and getattr(args, name) < 2:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: is below 2; the first token is not predicted")
+    make_output(args.output)
+    subject = load_subject(args)
+    length = args.length or min(subject.raw_tokens, subject.max_position)
+    subject.check_length(length, f"--length {length}")
+    from unfold.pretrain.evaluate.texts import documents
+
+    windows = list(take_windows(documents(args.data, args.text_field, subject), length, args.max_tokens))
+    if not windows:
+        raise UserError(f"--data {' '.join(args.data)}: has no document of two tokens or more")
+    return subject, length, windows
 
 
 def take_windows(texts: Iterable[np.ndarray], length: int, most: int) -> Iterator[np.ndarray]:
@@ -142,10 +159,9 @@ def measure(subject: Subject, variant: Variant, windows: list[np.ndarray], lengt
     return Losses(nats, float(np.mean(unfolded)) if unfolded else 0.0, time.monotonic() - began)
 
 
-def pack_losses(subject: Subject, variant: Variant, group: list[np.ndarray]) -> tuple[np.ndarray, list[float]]:
-    """(losses of every token but the first of each window, fp64 [sum of lengths - windows]; raw tokens unfolded, by layer)."""
+def run_pack(subject: Subject, variant: Variant, group: list[np.ndarray]) -> tuple[Tensor, MicroBatchAttention, np.ndarray]:
+    """Windows through the model: (hidden states [T, hidden], who attended to whom, levels [T])."""
     import torch
-    import torch.nn.functional as F
 
     from unfold.model.gist import Recall, build_layout, interleave
     from unfold.model.visibility import MicroBatchAttention
@@ -162,15 +178,26 @@ def pack_losses(subject: Subject, variant: Variant, group: list[np.ndarray]) -> 
     recall = None if gist is None else Recall.of(layout, gist)
     attend = MicroBatchAttention("gist" if gist else "dense", layout.to(device), recall and recall.to(device))
     with torch.no_grad():
-        hidden = subject.model.run_layers(row(ids).to(device), attend.layout.position, attend)[:, 0]  # [T, hidden]
-        first = np.cumsum([0, *lengths[:-1]])
-        target = np.delete(np.arange(len(raw)), first)
-        places = np.flatnonzero(level < 0)[target - 1]  # of the raw token before each target
-        lost = []
+        hidden = subject.model.run_layers(row(ids).to(device), attend.layout.position, attend)[:, 0]
+    return hidden, attend, level
+
+
+def pack_losses(subject: Subject, variant: Variant, group: list[np.ndarray]) -> tuple[np.ndarray, list[float]]:
+    """(losses of every token but the first of each window, fp64 [sum of lengths - windows]; raw tokens unfolded, by layer)."""
+    import torch
+    import torch.nn.functional as F
+
+    hidden, attend, level = run_pack(subject, variant, group)
+    raw, lengths = np.concatenate(group), [len(window) for window in group]
+    first = np.cumsum([0, *lengths[:-1]])
+    target = np.delete(np.arange(len(raw)), first)
+    places = np.flatnonzero(level < 0)[target - 1]  # of the raw token before each target
+    lost = []
+    with torch.no_grad():
         for begin in range(0, len(target), HEAD_ROWS):
             part = slice(begin, begin + HEAD_ROWS)
-            logits = subject.model.head_logits(hidden[torch.from_numpy(places[part]).to(device)]).float()
-            wanted = torch.from_numpy(raw[target[part]]).to(device)
+            logits = subject.model.head_logits(hidden[torch.from_numpy(places[part]).to(hidden.device)]).float()
+            wanted = torch.from_numpy(raw[target[part]]).to(hidden.device)
             lost.append(F.cross_entropy(logits, wanted, reduction="none").double().cpu().numpy())
     read = [stats.unfolded.item() for stats in attend.recall.stats.values()] if attend.recall else []
     return np.concatenate(lost), read

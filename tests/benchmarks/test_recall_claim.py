@@ -1,22 +1,27 @@
-"""The experiment's parts: the task says what it means, arms differ in nothing but the selection, results are kept."""
+"""The experiment's parts: the task says what it means, ways differ in nothing but what they say, results are kept."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 import torch
 
-from tests.benchmarks.recall_claim.arms import BRANCHES, GISTS, RANDOM, RECALL, RECENT, gist_arm
-from tests.benchmarks.recall_claim.command import Results, _run_seed
+from tests.benchmarks.recall_claim.arms import WAYS, gist_arm
+from tests.benchmarks.recall_claim.command import Results, _run_seed, made_longer
 from tests.benchmarks.recall_claim.report import table, write_report
 from tests.benchmarks.recall_claim.task import LookupTask
-from tests.benchmarks.recall_claim.training import Outcome, Plan
+from tests.benchmarks.recall_claim.training import Outcome, Plan, base_model, loss_of, train_stage
 from unfold.model.gist import GistConfig
+from unfold.model.gist.recall import Recall
 from unfold.model.visibility import IGNORED, MicroBatchAttention
 from unfold.pretrain.errors import UserError
 
 TASK = LookupTask(context=64, facts=10, links=3, singles=5)
-SMALL = Plan(base=((2, 2),), forget=((2, 1),), branch=((1, 2),), batch=2, evaluated=4, layers=2, hidden_size=32, task=TASK)
+SMALL = Plan(
+    base=((32, 2),), forget=((32, 1), (64, 1)), branch=((64, 2),), batch=2, evaluated=4, layers=3, hidden_size=32, task=TASK,
+    context=64,
+)  # fmt: skip
 
 
 def test_every_answer_stands_in_the_context():
@@ -61,51 +66,114 @@ def test_contexts_are_closed_and_questions_recall():
 
 @pytest.fixture
 def queries():
-    config = GistConfig((4, 2), recall="suffix")
+    config = WAYS["taught"].gist((4, 2))
     batch = TASK.batch(np.random.default_rng(1), 2, config)
     draw = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, batch.ids.shape[1], 2, 16, generator=draw) for _ in range(3))
-    return batch, q, k, v
+    return config, batch, q, k, v
 
 
-def attend(arm, batch):
-    return gist_arm(arm, batch, heads=2, kv_heads=2, draw=torch.Generator().manual_seed(1))
+def attend(way, config, batch):
+    return gist_arm(WAYS[way], config, batch, heads=2, kv_heads=2, draw=torch.Generator().manual_seed(1))
 
 
-def test_recall_is_the_recall_of_training(queries):
-    batch, q, k, v = queries
-    ours = attend(RECALL, batch)(1, q, k, v)
-    stats = batch.recall.stats.pop(1)
-    torch.testing.assert_close(ours, MicroBatchAttention("gist", batch.layout, batch.recall)(1, q, k, v), rtol=0, atol=2e-6)
-    assert stats.unfolded == batch.recall.stats[1].unfolded
+@pytest.mark.parametrize("wide", [False, True])
+def test_recall_is_the_recall_of_training(queries, wide):
+    config, batch, q, k, v = queries
+    if wide:
+        config = dataclasses.replace(config, unfold_all=True)
+        batch = TASK.batch(np.random.default_rng(1), 2, config)
+    batch = dataclasses.replace(batch, recall=batch.recall.weighing(0.5))
+    for layer in range(3):
+        results = []
+        for arm in (attend("taught", config, batch), MicroBatchAttention("gist", batch.layout, batch.recall)):
+            leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+            out = arm(layer, *leaves)
+            loss = sum(arm.routed) if getattr(arm, "routed", None) else 0.0
+            (out.square().sum() + 0.5 * loss).backward()
+            results.append((out, *(x.grad for x in leaves)))
+        for ours, theirs in zip(*results):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
 
 
-def test_blind_arms_have_the_budget_of_recall_and_look_elsewhere(queries):
-    batch, q, k, v = queries
+def test_blind_ways_have_the_budget_of_recall_and_look_elsewhere(queries):
+    _, _, q, k, v = queries
+    config = WAYS["recall"].gist((4, 2))
+    batch = TASK.batch(np.random.default_rng(1), 2, config)
     outs, selected = {}, {}
-    for arm in (RECALL, RANDOM, RECENT):
-        outs[arm] = attend(arm, batch)(1, q, k, v)
-        selected[arm] = batch.recall.stats.pop(1).selected.tolist()
-    assert selected[RANDOM] == pytest.approx(selected[RECALL]) and selected[RECENT] == pytest.approx(selected[RECALL])
-    assert not torch.allclose(outs[RANDOM], outs[RECALL]) and not torch.allclose(outs[RECENT], outs[RECALL])
+    for way in ("recall", "random", "recent"):
+        outs[way] = attend(way, config, batch)(1, q, k, v)
+        selected[way] = batch.recall.stats.pop(1).selected.tolist()
+    assert selected["random"] == pytest.approx(selected["recall"]) and selected["recent"] == pytest.approx(selected["recall"])
+    assert not torch.allclose(outs["random"], outs["recall"]) and not torch.allclose(outs["recent"], outs["recall"])
     # The most recent chunks stand at the context's end: keys before them do not matter, but for the sinks and their gists.
     far = k.clone()
     far[:, 8:24] += (batch.layout.level[:, 8:24] < 0)[..., None, None] * 5.0
-    again = attend(RECENT, batch)(1, q, far, v)
+    again = attend("recent", config, batch)(1, q, far, v)
     asked = slice(-TASK.questions, None)
-    torch.testing.assert_close(again[:, asked], outs[RECENT][:, asked], rtol=0, atol=0)
-    assert not torch.allclose(attend(RECALL, batch)(1, q, far, v)[:, asked], outs[RECALL][:, asked])
+    torch.testing.assert_close(again[:, asked], outs["recent"][:, asked], rtol=0, atol=0)
+    assert not torch.allclose(attend("recall", config, batch)(1, q, far, v)[:, asked], outs["recall"][:, asked])
+
+
+def test_dense_mass_chooses_the_chunk_that_is_looked_at(queries):
+    """Where a question's key stands in one place alone, the chunk of that place is selected at every level."""
+    config = WAYS["mass"].gist((4, 2))
+    batch = TASK.batch(np.random.default_rng(1), 1, config)
+    tree = batch.recall.tree
+    tokens = batch.ids.shape[1]
+    q, k, v = torch.zeros(1, tokens, 1, 8), torch.zeros(1, tokens, 1, 8), torch.zeros(1, tokens, 1, 8)
+    raw = (batch.layout.level[0] < 0).nonzero()[:, 0]
+    place = int(raw[20])
+    k[0, place, 0, 0], q[0, -TASK.questions :, 0, 0], v[0, place, 0, 1] = 9.0, 9.0, 1.0
+    out = gist_arm(WAYS["mass"], config, batch, 1, 1, torch.Generator())(2, q, k, v)
+    assert (out[0, -TASK.questions :, 0, 1] > 0.99).all()
+    assert int(tree.lo[tree.levels].min()) > int(tree.others.row_of[0, place]), "it is in nobody's window"
+
+
+def test_the_loss_is_that_of_training(build):
+    """Weights and means of the experiment's loss: cross-entropy per answer, routing per question, head and layer."""
+    model = base_model(SMALL, build)
+    config = WAYS["taught"].gist((4, 2))
+    batch = TASK.batch(np.random.default_rng(3), 2, config)
+    ours = loss_of(model, WAYS["taught"], config, batch, torch.Generator())
+    queries = batch.recall.routing.routed.tree.queries
+    weighed = dataclasses.replace(batch, recall=batch.recall.weighing(1.0))
+    answers = (batch.labels != IGNORED).sum()
+    cross_entropy = model(weighed) / answers
+    routing = sum(weighed.recall.routing.losses.values()) / queries
+    assert len(weighed.recall.routing.losses) == 1, "recall from the layer that is the number of levels"
+    torch.testing.assert_close(ours, cross_entropy + routing, rtol=2e-5, atol=0)
+    assert isinstance(batch.recall, Recall)
+
+
+def test_every_so_many_steps_only_forget(build, monkeypatch):
+    seen = []
+    batch = LookupTask.batch
+    monkeypatch.setattr(LookupTask, "batch", lambda task, draw, size, gist: seen.append(gist) or batch(task, draw, size, gist))
+    train_stage(base_model(SMALL, build), WAYS["mixed"], SMALL, WAYS["mixed"].gist((4, 2)), ((32, 5), (64, 4)), [1, 2])
+    stage = seen[-9:]
+    assert [g.recall for g in stage] == ["none", *["suffix"] * 3] * 2 + ["none"]
+    assert [g.unfold_all for g in stage if g.recall != "none"] == [True] * 3 + [False] * 3
+
+
+def test_longer_contexts_ask_no_more():
+    plan = made_longer(Plan(), 1024)
+    assert plan.context == 1024 and plan.branch[-1][0] == 1024
+    task = plan.task.scaled(1024)
+    assert (task.context, task.facts, task.questions) == (1024, plan.task.facts, plan.task.questions)
 
 
 def test_results_are_kept_and_belong_to_their_settings(build, tmp_path):
     results = Results(tmp_path, SMALL)
-    lines = list(_run_seed(results, SMALL, build, [(8,)]))
-    assert len(lines) == 1 + len(BRANCHES)
+    ways = ["gists", "taught", "recent"]
+    lines = list(_run_seed(results, SMALL, build, [(8,)], ways))
+    assert len(lines) == 1 + len(ways)
     kept = Results(tmp_path, SMALL)
-    assert list(_run_seed(kept, SMALL, build, [(8,)])) == []
+    assert list(_run_seed(kept, SMALL, build, [(8,)], ways)) == []
+    assert len(list(_run_seed(kept, SMALL, build, [(8,)], ["gists", "random"]))) == 1
     outcomes = kept.read()
-    assert [o.arm for o in outcomes if o.chunk_sizes] == list(BRANCHES) and all(np.isfinite(o.loss) for o in outcomes)
-    assert "seed 1 chunks [8] recall" in lines[2]
+    assert {o.arm for o in outcomes if o.chunk_sizes} == {*ways, "random"} and all(np.isfinite(o.loss) for o in outcomes)
+    assert "seed 1 chunks [8] taught" in lines[2]
     with pytest.raises(UserError, match="made with other settings"):
         Results(tmp_path, Plan())
     list(write_report(tmp_path, outcomes, SMALL))
@@ -114,6 +182,6 @@ def test_results_are_kept_and_belong_to_their_settings(build, tmp_path):
 
 
 def test_the_table_gives_mean_and_spread_of_the_seeds():
-    make = lambda seed, one: Outcome(seed, GISTS, (8, 4), one, 0.25, 1.0, 0.0, 1.0)
+    make = lambda seed, one: Outcome(seed, "gists", (8, 4), one, 0.25, 1.0, one, 0.0, 1.0)
     line = table([make(0, 0.5), make(1, 0.7)])[-1]
-    assert line == "| 32 | 8, 4 | gists only | 0.60 (0.50 - 0.70) | 0.25 (0.25 - 0.25) | - | 2 |"
+    assert line == "| 32 | 8, 4 | gists only | 0.60 (0.50 - 0.70) | 0.25 (0.25 - 0.25) | 0.60 (0.50 - 0.70) | - | 2 |"
