@@ -7,7 +7,12 @@ from collections.abc import Iterator
 
 from unfold.pretrain.evaluate import passkey, perplexity, routing, tasks
 
-MODEL_COMMANDS = {"perplexity": perplexity.perplexity, "passkey": passkey.passkey, "tasks": tasks.tasks, "routing": routing.routing}
+MODEL_COMMANDS = {
+    "perplexity": perplexity.perplexity,
+    "passkey": passkey.passkey,
+    "tasks": tasks.tasks,
+    "routing": routing.routing,
+}
 
 
 def add_arguments(parser: ArgumentParser) -> None:

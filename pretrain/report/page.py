@@ -29,11 +29,17 @@ TITLES = {
     "tflops": "Useful FLOP/s of a device",
     "unfolded_tokens": "Raw tokens unfolded by a recalling query",
     "selected_gists": "Gists selected by a recalling query",
+    "route_loss": "Routing loss",
     "checkpoint_pause_s": "Pause for a checkpoint",
     "checkpoint_s": "Time of a save",
 }
-OWN_UNITS = {"mfu": "part of the peak", "tflops": "TFLOP/s", "unfolded_tokens": "tokens", "selected_gists": "gists"}
-MASS = "attention_mass."  # its parts are drawn together
+OWN_UNITS = {"mfu": "part of the peak", "tflops": "TFLOP/s", "unfolded_tokens": "tokens", "selected_gists": "gists",
+             "route_loss": "nats"}  # fmt: skip
+# Metrics with parts: those of one are drawn together; (title for one run, before a part's name for several, unit).
+PARTED = {
+    "attention_mass.": ("Where attention goes", "Attention to", "share of softmax mass"),
+    "routing.": ("What recall finds", "Recall:", "share"),
+}
 KNOWN = ("step", "loss", "valid_loss", "lr", "grad_norm", "raw_tokens_per_s", "raw_tokens", "samples", "loss_tokens")
 
 
@@ -141,11 +147,12 @@ def charts(runs: list[Run]) -> tuple[list[Chart], int]:
     """All charts of the page, and how many metrics were left out because there are too many."""
     axes = axis_names(runs)
     there = {key: None for run in runs for key in run.metrics if len(run.finite(key))}
-    masses = [key for key in there if key.startswith(MASS)]
-    # Numbers of ranks are no curve.
-    others = [key for key in there if key not in (*KNOWN, *masses) and not key.startswith("stragglers.")]
+    parted = {prefix: [key for key in there if key.startswith(prefix)] for prefix in PARTED}
+    parts = [key for keys in parted.values() for key in keys]
+    # Numbers of ranks are no curve, nor are lists by layer.
+    others = [key for key in there if key not in (*KNOWN, *parts) and not key.startswith(("stragglers.", "routing_by_layer"))]
     shown = others[:MOST_OTHERS]
-    total = len(runs) * (len(shown) + len(masses) + 5)
+    total = len(runs) * (len(shown) + len(parts) + 5)
     # One bucket takes about 35 bytes per axis in the pictures and 45 in the script's data.
     buckets = int(min(max(CURVE_BYTES / (total * (35 * len(axes) + 45)), 30), 400))
     x = [_axes(run, axes) for run in runs]
@@ -161,20 +168,22 @@ def charts(runs: list[Run]) -> tuple[list[Chart], int]:
     result.append(Chart("Learning rate", "learning rate", curves("lr", False), from_zero=True))
     result.append(Chart("Gradient norm", "norm, before clipping", curves("grad_norm", True)))
     result.append(Chart("Throughput", "raw tokens/s", curves("raw_tokens_per_s", True), from_zero=True))
-    result += _mass_charts(runs, masses, curves)
+    for prefix, keys in parted.items():
+        result += _parted_charts(runs, prefix, keys, curves)
     for key in shown:
         unit = _unit(key)
         result.append(Chart(TITLES.get(key, key), unit, curves(key, True), from_zero=bool(unit)))
     return [chart for chart in result if chart.curves], len(others) - len(shown)
 
 
-def _mass_charts(runs: list[Run], keys: list[str], curves) -> list[Chart]:
-    """Shares of attention: for one run all kinds in one picture, for several a picture per kind."""
-    unit, names = "share of softmax mass", {key: key.removeprefix(MASS).replace("_", " ") for key in keys}
+def _parted_charts(runs: list[Run], prefix: str, keys: list[str], curves) -> list[Chart]:
+    """A metric's parts: for one run all in one picture, for several a picture per part."""
+    title, before, unit = PARTED[prefix]
+    names = {key: key.removeprefix(prefix).replace("_", " ") for key in keys}
     if len(runs) > 1:
-        return [Chart(f"Attention to {names[key]}", unit, curves(key, False), from_zero=True) for key in keys]
+        return [Chart(f"{before} {names[key]}", unit, curves(key, False), from_zero=True) for key in keys]
     together = [replace(c, style=style(i)) for i, key in enumerate(keys) for c in curves(key, False, names[key])]
-    return [Chart("Where attention goes", unit, together, from_zero=True)]
+    return [Chart(title, unit, together, from_zero=True)]
 
 
 def _loss_charts(runs: list[Run], curves) -> list[Chart]:

@@ -14,9 +14,11 @@ def test_the_committed_page_is_the_generated_one():
 
 def test_every_key_of_a_resolved_configuration_is_there_with_its_default_and_a_meaning():
     resolved = flatten(parse_config({"data": {"train": ["shard"], "tokenizer": "there"}}).to_dict())
-    assert list(sorted(SETTINGS)) == sorted(resolved)
+    always = {key: setting for key, setting in SETTINGS.items() if "[]" not in key}  # sections of a list that is empty
+    assert list(sorted(always)) == sorted(resolved)
     given = ("data.train", "data.tokenizer")
-    assert {k: s.resolved for k, s in SETTINGS.items() if k not in given} == {k: v for k, v in resolved.items() if k not in given}
+    assert {k: s.resolved for k, s in always.items() if k not in given} == {k: v for k, v in resolved.items() if k not in given}
+    assert SETTINGS["train.stages[].until"].kind == "int" and SETTINGS["train.stages[].recall"].kind == "none or suffix or all or null"
     assert all(s.doc for s in SETTINGS.values())
 
 

@@ -213,6 +213,22 @@ def test_tasks_command(run_dir, tmp_path, capsys):
     assert (tmp_path / "a" / "tasks.png").stat().st_size > 5000
 
 
+def test_routing_of_a_run(run_dir, tiny, tmp_path, capsys):
+    flags = ("--data", tiny.valid, "--length", 200, "--max-tokens", 2000, "--chunk-sizes", "4,2", "8", "--output", tmp_path)
+    status, out, _ = evaluate(capsys, "routing", "--run-dir", run_dir, *flags)
+    assert status == 0 and "| recall 4,2: layer |" in out and (tmp_path / "routing.png").stat().st_size > 10_000
+    two, one = json.loads((tmp_path / "routing.json").read_text())["results"]
+    assert [entry["layer"] for entry in two["layers"]] == [1] and len(two["layers"][0]["coverage"]) == 2
+    for result in (one, two):
+        assert all(0 < result["overall"][f"{name}_0"] <= 1 for name in ("coverage", "far_coverage"))
+        assert all(0 <= d["coverage"] for d in result["distances"]) and result["distances"][-1]["to"] <= 256
+    # As many gists as there are cover everything.
+    flags = ("--data", tiny.valid, "--length", 200, "--max-tokens", 1000, "--topk", 1000, "--output", tmp_path / "all")
+    assert evaluate(capsys, "routing", "--run-dir", run_dir, *flags)[0] == 0
+    whole = json.loads((tmp_path / "all" / "routing.json").read_text())["results"][0]["overall"]
+    assert whole["coverage_0"] == pytest.approx(1) and whole["hit_0"] == 1 and whole["neighbour_distance"] < 0.1
+
+
 def test_tasks_fold_the_context_and_close_it(subject, tmp_path):
     from unfold.pretrain.evaluate.items import read_items
 
@@ -244,6 +260,8 @@ def test_tasks_fold_the_context_and_close_it(subject, tmp_path):
         ("perplexity", ["--data", "{valid}", "--chunk-sizes", "2,2,2,2,2,2,2,2,2"], "9 levels, but"),
         ("perplexity", ["--data", "{valid}", "--mode", "dense", "--chunk-sizes", "8"], "add --mode forget"),
         ("perplexity", ["--data", "{valid}", "--mode", "forget", "--topk", 3], "--topk: sets what recall selects"),
+        ("routing", ["--data", "{valid}", "--mode", "dense"], "--mode dense: only recall selects anything"),
+        ("routing", ["--data", "{valid}", "--length", 4], "--length 4: in windows of so few tokens no gist stands before any"),
         ("passkey", ["--lengths", 20], "--lengths 20: key, question and answer take"),
         ("passkey", ["--lengths", 1000], "--lengths 1000: 1000 raw tokens, but"),
         ("passkey", ["--haystack", "nowhere.txt"], "--haystack nowhere.txt: cannot be read"),

@@ -154,15 +154,20 @@ def test_attention_mass_and_use_of_the_devices(tmp_path):
     rows = [metric(step) | {"mfu": 0.4, "tflops": 395.0, "memory_gib": 60.0, "stragglers": [3]} for step in range(1, 9)]
     for row, share in ((rows[3], 0.25), (rows[7], 0.5)):
         row["attention_mass"] = {"gist_1": share, "raw": 1 - share}
+        row["routing"] = {"coverage_0": share, "far_coverage_0": share / 2}
+        row["routing_by_layer"] = [{"layer": 1, "coverage": [share]}]
     run = make_run(tmp_path / "run", rows)
     page = Page(write_report([run]))
     drawn = {c["name"]: (c["first"], c["y"]) for c in page.data["curves"]}
     assert drawn["gist 1"] == ([4, 8], [0.25, 0.5]) and drawn["raw"] == ([4, 8], [0.75, 0.5])
-    for title in ("Where attention goes", "MFU", "Useful FLOP/s of a device", "Memory, the most of any rank"):
+    assert drawn["far coverage 0"] == ([4, 8], [0.125, 0.25]) and not any("by_layer" in text for text in page.texts)
+    titles = ("Where attention goes", "What recall finds", "MFU", "Useful FLOP/s of a device", "Memory, the most of any rank")
+    for title in titles:
         assert page.texts.count(title) == 1, title
     assert "part of the peak" in page.texts and not any("stragglers" in text for text in page.texts)
     both = Page(write_report([run, make_run(tmp_path / "other", rows[:4])]))
-    assert {"Attention to gist 1", "Attention to raw"} <= set(both.texts) and "Where attention goes" not in both.texts
+    assert {"Attention to gist 1", "Attention to raw", "Recall: coverage 0"} <= set(both.texts)
+    assert not {"Where attention goes", "What recall finds"} & set(both.texts)
 
 
 def test_nothing_is_fetched(run):
