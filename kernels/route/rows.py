@@ -120,7 +120,7 @@ def sample_rows(routed: Routed, queries: int, raw_rows: int, part: tuple[int, in
 
 def _sample(routed: Routed, sample: int, queries: int, raw_rows: int, part: tuple[int, int] | None) -> SampleRows:
     tree, levels = routed.tree, routed.tree.levels
-    rows, slots = _rows_here(tree, sample, part)
+    rows, slots = rows_here(tree, sample, part)
     bases = [first for first, _ in rows]
     bags, child_lo = [], None
     for s in range(levels):
@@ -145,7 +145,7 @@ def _sample(routed: Routed, sample: int, queries: int, raw_rows: int, part: tupl
     return SampleRows(sample, rows, slots, tuple(blocks))
 
 
-def _rows_here(tree: GistTree, sample: int, part: tuple[int, int] | None) -> tuple[tuple[tuple[int, int], ...], tuple[int, ...]]:
+def rows_here(tree: GistTree, sample: int, part: tuple[int, int] | None) -> tuple[tuple[tuple[int, int], ...], tuple[int, ...]]:
     """``rows`` and ``slots`` of :class:`SampleRows`: within a segment rows stand in the order of their tokens."""
     edges = tree.others.segment_start[sample, : tree.levels + 2].tolist()
     rows, slots = [], []
