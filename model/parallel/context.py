@@ -19,6 +19,7 @@ from torch.distributed import ProcessGroup
 from unfold.kernels.tree import GistTree
 from unfold.model.gist import Layout, Recall, recalls_in
 from unfold.model.parallel.recall import RecallPlan, make_recall_plan, recall_over_ranks
+from unfold.model.parallel.route import own_queries, routing_loss_over_ranks
 from unfold.model.parallel.rows import Exports, Kept, seen_by_part, take
 from unfold.model.parallel.tensor import gather_sequence
 
@@ -120,7 +121,12 @@ class ContextAttention:
         out, read, sent = recall_over_ranks(plan, recall.rule, q, pool, context.group)
         recall.note(index, read)
         context.traffic.sent += sent
-        return out
+        routing = recall.routing
+        if routing is None or not torch.is_grad_enabled():
+            return out
+        mine = own_queries(routing.routed, context.group.rank(), context.group.size())
+        asking, k = q.detach().flatten(0, 1).index_select(0, mine), keys_values[:, :, : keys_values.shape[2] // 2]
+        return routing.take(index, routing_loss_over_ranks(asking, k, routing.routed, context.group, far=routing.far), out)
 
 
 @dataclass(frozen=True)

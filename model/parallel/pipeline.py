@@ -44,7 +44,8 @@ class StageAttention:
     def for_micro_batch(self, structure: Tensor) -> tuple[Rotary, Attend]:
         """structure: [3, B, T] int32, level, document and flags of recall (see :func:`stage_inputs`)."""
         for known, rotary, attend in self._made:
-            if known is structure:
+            # Recomputation hands in a detached view. What is kept stays alive, so the same memory is the same micro-batch.
+            if known.data_ptr() == structure.data_ptr():
                 return rotary, attend
         self._made.append((structure, *self._make(structure)))
         return self._made[-1][1:]

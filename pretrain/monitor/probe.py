@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -17,12 +17,12 @@ Look = Callable[[MicroBatchAttention, int, Tensor, Tensor], None]
 
 
 @contextlib.contextmanager
-def looking(model: nn.Module, look: Look) -> Iterator[None]:
-    """While it lasts, ``look`` is called by every attention layer of the model, before it attends.
+def looking(model: nn.Module, *looks: Look) -> Iterator[None]:
+    """While it lasts, ``looks`` are called by every attention layer of the model, before it attends.
 
     Only not by layers that recall over context ranks which exchange gists: there no rank has what a query reads.
     """
-    hook = lambda module, arguments: (*arguments[:2], _probe(arguments[2], look))
+    hook = lambda module, arguments: (*arguments[:2], _probe(arguments[2], looks))
     handles = [m.register_forward_pre_hook(hook) for m in model.modules() if isinstance(m, Attention)]
     try:
         yield
@@ -31,14 +31,15 @@ def looking(model: nn.Module, look: Look) -> Iterator[None]:
             handle.remove()
 
 
-def _probe(attend: Attend, look: Look) -> Attend:
+def _probe(attend: Attend, looks: Sequence[Look]) -> Attend:
     if isinstance(attend, ContextAttention):  # looked at where whole rows of attention are
         if attend.recall is not None and attend.context.method == "gists":
             return attend
-        return replace(attend, make=lambda layout, recall: _probe(attend.make(layout, recall), look))
+        return replace(attend, make=lambda layout, recall: _probe(attend.make(layout, recall), looks))
 
     def probed(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        look(attend, index, q, k)
+        for look in looks:
+            look(attend, index, q, k)
         return attend(index, q, k, v)
 
     return probed

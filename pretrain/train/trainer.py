@@ -193,10 +193,7 @@ class Trainer:
         gist, monitor = self.config.folding, self.config.monitor
         mass = AttentionMass(gist.levels) if gist and monitor.attention_mass else None
         routing = RoutingMeasure(gist, self.config.model.layers) if gist and gist.recall != "none" and monitor.routing else None
-        with contextlib.ExitStack() as looks:
-            for measure in (mass, routing):
-                if measure:
-                    looks.enter_context(looking(self.engine.module, measure.look))
+        with looking(self.engine.module, *(measure.look for measure in (mass, routing) if measure)):
             loss = validation_loss(self.engine, self.inputs.valid_batches(self.parallel), self.parallel, gist)
         self.records.say(f"step {step}: validation loss {loss:.4f}")
         found = {"valid_loss": loss}

@@ -43,9 +43,9 @@ def assert_same(metrics: list[dict], alone: list[dict]) -> None:
         assert abs(got["loss"] - want["loss"]) <= 2e-6 * want["loss"]
         assert abs(got["grad_norm"] - want["grad_norm"]) <= 1e-5 * want["grad_norm"]
         assert got["route_loss"] == pytest.approx(want["route_loss"], rel=2e-6)
-        # Of two gists that score all but the same, sums in another order may prefer the other: their chunks differ in length.
-        assert got["unfolded_tokens"] == pytest.approx(want["unfolded_tokens"], rel=2e-4)
-        assert got["selected_gists"] == pytest.approx(want["selected_gists"], rel=1e-5)
+        # Of two gists that score all but the same, sums in another order may prefer the other: in one query of hundreds.
+        assert got["unfolded_tokens"] == pytest.approx(want["unfolded_tokens"], rel=5e-4)
+        assert got["selected_gists"] == pytest.approx(want["selected_gists"], rel=5e-4)
         assert got.get("valid_loss") == pytest.approx(want.get("valid_loss"), abs=1e-5)
 
 

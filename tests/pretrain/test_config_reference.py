@@ -18,7 +18,8 @@ def test_every_key_of_a_resolved_configuration_is_there_with_its_default_and_a_m
     assert list(sorted(always)) == sorted(resolved)
     given = ("data.train", "data.tokenizer")
     assert {k: s.resolved for k, s in always.items() if k not in given} == {k: v for k, v in resolved.items() if k not in given}
-    assert SETTINGS["train.stages[].until"].kind == "int" and SETTINGS["train.stages[].recall"].kind == "none or suffix or all or null"
+    assert SETTINGS["train.stages[].until"].kind == "int"
+    assert SETTINGS["train.stages[].recall"].kind == "none or suffix or all or null"
     assert all(s.doc for s in SETTINGS.values())
 
 
