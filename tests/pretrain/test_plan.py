@@ -35,6 +35,12 @@ from unfold.pretrain.plan.traffic import plan_traffic
 from unfold.pretrain.plan.work import count_flops, count_parameters, measure_sample
 
 CONFIGS = ROOT / "launch" / "configs"
+# Those of real size; the second stages (-recall) have the layout of the first ones.
+SHIPPED = [
+    str(p.relative_to(CONFIGS).with_suffix(""))
+    for p in sorted(CONFIGS.rglob("*.yaml"))
+    if p.stem != "tiny" and not p.stem.endswith("-recall")
+]
 TOLERANCE = 0.02  # of every formula that is compared with a measurement; "about 10 %" would hide a forgotten term
 BATCH = 2
 
@@ -217,7 +223,7 @@ def header_command(path: Path) -> list[str]:
     return re.search(r"python -m pretrain (plan .*)", path.read_text())[1].split()
 
 
-@pytest.mark.parametrize("name", [p.stem for p in sorted(CONFIGS.glob("*.yaml")) if p.stem != "tiny"])
+@pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_layouts_fit_their_clusters(name, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert main(header_command(CONFIGS / f"{name}.yaml")) == 0
@@ -227,7 +233,7 @@ def test_shipped_layouts_fit_their_clusters(name, capsys, monkeypatch):
 
 
 # Of the released checkpoints, by their model cards, in billions; four gist rows are within the rounding.
-SIZES = {"llama-3.2-1b": 1.24, "qwen2-7b": 7.62, "llama-3.1-8b": 8.03, "llama-3.1-70b": 70.6}
+SIZES = {"paper/llama-3.2-1b": 1.24, "routed/qwen2-7b": 7.62, "llama-3.1-8b": 8.03, "llama-3.1-70b": 70.6}
 
 
 @pytest.mark.parametrize("name,billions", SIZES.items())
@@ -241,7 +247,7 @@ def planner(gpus=8, gpu="A100-40GB", memory=None) -> Planner:
 
 @pytest.mark.parametrize("overrides", [[], ["train.micro_batch=16"], ["parallel.zero=1", "data.raw_tokens=16384"]])
 def test_what_does_not_fit_is_refused_with_settings_that_would_do(overrides):
-    path = CONFIGS / "llama-3.2-1b.yaml"
+    path = CONFIGS / "paper" / "llama-3.2-1b.yaml"
     small = planner(memory=24)
     with pytest.raises(UserError) as error:
         small.check_fits(small.plan(load_config(path, overrides)))
@@ -280,7 +286,7 @@ def test_memory_falls_with_every_setting_that_saves_it():
     ],
 )
 def test_wrong_calls_end_in_one_line(arguments, message, capsys):
-    assert main(["plan", "--config", str(CONFIGS / "llama-3.2-1b.yaml"), *arguments]) == 1
+    assert main(["plan", "--config", str(CONFIGS / "paper" / "llama-3.2-1b.yaml"), *arguments]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and message in error
 
@@ -290,3 +296,13 @@ def test_a_gpu_of_which_only_the_memory_is_known(capsys):
     assert main(["plan", "--config", str(CONFIGS / "tiny.yaml"), "--set", "model.vocab_size=4096", *cluster]) == 0
     text = capsys.readouterr().out
     assert "the GPU's peak is not known" in text and f"of {16:.1f}" in text and find_gpu(None, 16).memory == 16 * GIB
+
+
+@pytest.mark.parametrize("path", [p for p in sorted(CONFIGS.rglob("*.yaml"))], ids=lambda p: p.stem)
+def test_shipped_configurations_are_right(path):
+    """Every one is read without a complaint, and a second stage has the model of the first."""
+    config = load_config(path, ["model.vocab_size=4096"] if path.stem == "tiny" else [])
+    if path.stem.endswith("-recall"):
+        first = load_config(path.with_name(path.name.replace("-recall", "")))
+        assert config.model == first.model and config.gist.chunk_sizes == first.gist.chunk_sizes
+        assert (config.gist.recall, config.optimizer.lr) == ("suffix", first.optimizer.lr / 2)
