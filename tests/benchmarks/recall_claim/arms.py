@@ -14,7 +14,8 @@ from unfold.kernels.select import select_gists
 from unfold.kernels.select.selection import Selection
 from unfold.kernels.tree import GistTree
 from unfold.kernels.unfold.op import recall_stats
-from unfold.model.transformer import Transformer, token_loss_sum
+from unfold.model.loss import token_loss_sum
+from unfold.model.transformer import Transformer
 from unfold.model.visibility import MicroBatch, MicroBatchAttention
 
 DENSE, GISTS, RECALL, RANDOM, RECENT = "dense", "gists", "recall", "random", "recent"

@@ -1,0 +1,44 @@
+"""Learning from dense attention, and a loss of the log-partition: under every layout the same as in one process."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.integration.runs import train
+from tests.parallel.test_layouts import LAYOUTS
+
+STEPS = "train.steps=5"
+DISTILL = {"logits": 0.5, "hidden": 2.0, "every": 3}  # of the four samples of a step one or two
+SHORT = ("dp2 zero2 micro_batch 2", "dp2 zero3", "tp2 sequence", "cp2")
+LONG = ("micro_batch 4", "activation checkpointing", "dp2 zero3 offload", "tp2", "tp2 dp2 zero3", "cp2 tp2 sequence", "ulysses2")
+NAMES = ("z_loss", "distill_logits", "distill_hidden")
+
+
+def config_of(tiny, path, **sections):
+    wide = {"hidden_size": 64, "layers": 2, "heads": 4, "kv_heads": 2, "ffn_size": 96, "tied_embeddings": False}
+    return tiny.config(path / "c.yaml", distill=DISTILL, model=wide, **sections)
+
+
+@pytest.fixture(scope="module")
+def config(tiny, tmp_path_factory):
+    return config_of(tiny, tmp_path_factory.mktemp("distill"), train={"steps": 5, "z_loss": 1e-2})
+
+
+@pytest.fixture(scope="module")
+def alone(config, tmp_path_factory):
+    return train(config, tmp_path_factory.mktemp("alone") / "run", 1, "train.activation_checkpointing=true")
+
+
+def assert_same(metrics: list[dict], alone: list[dict], names=NAMES) -> None:
+    for got, want in zip(metrics, alone, strict=True):
+        assert abs(got["loss"] - want["loss"]) <= 2e-6 * want["loss"]
+        assert abs(got["grad_norm"] - want["grad_norm"]) <= 1e-5 * want["grad_norm"]
+        assert got.get("valid_loss") == pytest.approx(want.get("valid_loss"), abs=1e-5)
+        for name in names:
+            assert got[name] == pytest.approx(want[name], rel=2e-5), name
+
+
+@pytest.mark.parametrize("name", [*SHORT, *(pytest.param(n, marks=pytest.mark.long) for n in LONG)])
+def test_a_layout_gives_the_losses_of_one_process(name, config, alone, tmp_path):
+    ranks, settings = LAYOUTS[name]
+    assert_same(train(config, tmp_path / "run", ranks, *settings), alone)
