@@ -20,6 +20,13 @@ class GistConfig(Settings):
     recall: Literal["none", "suffix", "all"] = option(
         "none", "which raw tokens unfold chunks: none | suffix (those after the closed context) | all"
     )
+    own_group: bool = option(
+        False, "of the level below it a gist sees its own group alone, and n_prev holds for raw tokens and among gists of a level"
+    )
+    recall_from: Count = option(1, "first layer, counted from 0, in which tokens recall; gists of n levels route from layer n on")
+    unfold_all: bool = option(
+        False, "recalling tokens unfold everything: all gists and raw tokens before them; topk, top_p, budget_ratio do not count"
+    )
     topk: Count | None = option(None, "gists selected per level and query head; none: the adaptive budget, see budget_ratio")
     top_p: Annotated[float, Bounds(gt=0, lt=1)] | None = option(
         None, "instead of a number of gists: the fewest whose softmax reaches this; between 0 and 1"

@@ -108,7 +108,9 @@ class MicroBatchAttention:
 
     def recall_in(self, index: int) -> Recall | None:
         """Who unfolds what in one layer."""
-        return self.recall if self.kind == "gist" and recalls_in(index) else None
+        if self.kind != "gist" or self.recall is None or not recalls_in(index, self.recall.first_layer):
+            return None
+        return self.recall
 
     def __call__(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.kind == "dense":

@@ -31,8 +31,10 @@ class Document:
         return {j for j in self.raw() if j > before}
 
 
-def budget(document, l, group, topk=None, ratio=None):
+def budget(document, l, group, topk=None, ratio=None, everything=False):
     """How many gists of level l one query selects."""
+    if everything:
+        return len(document.gists(l))
     if topk is not None:
         return topk
     ratio = ratio or math.prod(document.chunk_sizes)
@@ -40,7 +42,7 @@ def budget(document, l, group, topk=None, ratio=None):
     return min(k, max(1, len(document.gists(l)) // 4))
 
 
-def select(document, score, group, topk=None, top_p=None, ratio=None):
+def select(document, score, group, topk=None, top_p=None, ratio=None, everything=False):
     """One descent with one score per token. Returns {level: set of tokens}."""
     chosen = {}
     for l in reversed(range(document.levels)):
@@ -49,7 +51,7 @@ def select(document, score, group, topk=None, top_p=None, ratio=None):
             gists = [j for j in gists if document.parent(j) is None or document.parent(j) in chosen[l + 1]]
         gists.sort(key=lambda j: (-score[j], j))
         if top_p is None:
-            chosen[l] = set(gists[: budget(document, l, group, topk, ratio)])
+            chosen[l] = set(gists[: budget(document, l, group, topk, ratio, everything)])
             continue
         largest = max((score[j] for j in gists), default=0.0)
         weights = [math.exp(score[j] - largest) for j in gists]

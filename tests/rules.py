@@ -47,7 +47,7 @@ def _closes(tokens, seen, chunk_start, size, word_starts):
     return seen == (places[0] if places else due)
 
 
-def visible(level, doc, levels, sink, n_prev):
+def visible(level, doc, levels, sink, n_prev, own_group=False):
     """docs/method.md#who-sees-whom, pair by pair. level, doc: lists of T. Returns bool [T, T]."""
     T = len(level)
     top = levels - 1
@@ -66,5 +66,6 @@ def visible(level, doc, levels, sink, n_prev):
             if l == -1 and raw_index[j] < sink or l == top:
                 mask[i, j] = True
             elif level[i] - 1 <= l < top:
-                mask[i, j] |= group[l + 1][j] >= group[l + 1][i] - n_prev
+                before = 0 if own_group and l < level[i] else n_prev  # of the levels below it a gist sees its own group alone
+                mask[i, j] |= group[l + 1][j] >= group[l + 1][i] - before
     return mask

@@ -22,6 +22,8 @@ class SelectRule:
         top_p: the fewest candidates of a level whose softmax reaches this share, or None. The softmax is that of the
             scaled scores, so that the share is one of attention; summed scores (``share='group'``) are scaled alike.
         share: 'head': every query head selects, and the group reads the union; 'group': one selection by the summed scores.
+        everything: every gist of every level is selected. It wins over all budgets, and heads share one selection, since all of
+            them would make the same. Lists of what is selected then have the size of dense attention.
     """
 
     ratio: int
@@ -29,8 +31,12 @@ class SelectRule:
     topk: int | None = None
     top_p: float | None = None
     share: str = "head"
+    everything: bool = False
 
     def __post_init__(self):
+        if self.everything:
+            for name, value in (("topk", None), ("top_p", None), ("share", "group")):
+                object.__setattr__(self, name, value)
         if self.share not in ("head", "group"):
             raise ValueError(f"share: {self.share!r} is not one of head, group")
         if self.topk is not None and self.top_p is not None:
@@ -47,6 +53,8 @@ class SelectRule:
         Returns:
             Same shape and dtype as ``span``, at least 1.
         """
+        if self.everything:
+            return gists.clamp(min=1).to(span.dtype)
         if self.topk is not None:
             return torch.full_like(span, self.topk)
         adaptive = span // (self.ratio * group * self.chunk) + 1

@@ -90,6 +90,7 @@ class Decoder:
         self.model, self.gist, self.gist_ids = model, gist, list(gist_ids)
         self.word_starts, self.grow = word_starts, grow
         self.rule = select_rule(gist) if gist and gist.recall != "none" else None
+        self.first = gist.recall_from if gist else 1  # layer that recalls
         weight = model.head_weight
         self.device, self.dtype = weight.device, weight.dtype
 
@@ -166,7 +167,7 @@ class Decoder:
             ids += feed.ids
             last.append(len(ids) - 1)
         position = torch.cat([new.sight.position for new in batch])
-        hidden = self._run(ids, position, StepAttention(batch, self.rule))
+        hidden = self._run(ids, position, StepAttention(batch, self.rule, self.first))
         for sequence, logits in zip(sequences, self.model.head_logits(hidden[last])):
             sequence.logits = logits
 
@@ -183,7 +184,7 @@ class Decoder:
         for start in range(places.start, places.stop, PREFILL):
             run = slice(start, min(start + PREFILL, places.stop))
             sight = sequence.cache.outline.append(sequence.level[run], sequence.recalls[run])
-            attend = PrefillAttention(sequence.cache, sight, self.rule, self.device)
+            attend = PrefillAttention(sequence.cache, sight, self.rule, self.first, self.device)
             hidden = self._run(sequence.ids[run], sight.position, attend)
             raw = sight.members[-1]
             if len(raw):

@@ -31,10 +31,11 @@ class PrefillAttention:
         cache: the sequence's; its outline holds the tokens already, its layers not yet.
         sight: of the n tokens.
         rule: how gists are selected; None where nothing recalls.
+        first: the first layer that recalls.
     """
 
-    def __init__(self, cache: SequenceCache, sight: Sight, rule: SelectRule | None, device: torch.device):
-        self.cache, self.sight, self.rule = cache, sight, rule
+    def __init__(self, cache: SequenceCache, sight: Sight, rule: SelectRule | None, first: int, device: torch.device):
+        self.cache, self.sight, self.rule, self.first = cache, sight, rule, first
         if not cache.outline.levels:
             return
         self.spans, self.own, intervals = short_sample(sight)
@@ -53,7 +54,7 @@ class PrefillAttention:
         self.cache.append(index, self.sight.segment, k[0], v[0])
         if not self.cache.outline.levels:
             return self._dense(index, q)
-        recall = self.tree is not None and recalls_in(index)
+        recall = self.tree is not None and recalls_in(index, self.first)
         queries = q.new_zeros(1, self.intervals.tokens, *q.shape[2:])
         queries[0, self.own] = q[0]
         near = self._rows(index, self.spans)

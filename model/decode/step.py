@@ -33,10 +33,11 @@ class StepAttention:
     Args:
         batch: the sequences; their tokens stand one after another in the row.
         rule: how gists are selected; None where nothing recalls.
+        first: the first layer that recalls.
     """
 
-    def __init__(self, batch: Sequence[NewTokens], rule: SelectRule | None):
-        self.batch, self.rule = batch, rule
+    def __init__(self, batch: Sequence[NewTokens], rule: SelectRule | None, first: int):
+        self.batch, self.rule, self.first = batch, rule, first
         join = lambda name: torch.cat([getattr(new.sight, name) for new in batch], -1)
         self.caches = [new.cache for new in batch for _ in new.sight.recalls]
         ranges = (join(name) for name in ("lo", "hi", "sinks", "hi", "tail", "span", "recalls"))
@@ -49,5 +50,5 @@ class StepAttention:
             after = at + len(new.sight.recalls)
             new.cache.append(index, new.sight.segment, k[0, at:after], v[0, at:after])
             at = after
-        step = self.step if recalls_in(index) else self.step.forgetting()
+        step = self.step if recalls_in(index, self.first) else self.step.forgetting()
         return decode_attention(q[0], [cache.layers[index] for cache in self.caches], step, self.rule)[None]

@@ -18,9 +18,12 @@ import torch
 from torch import Tensor
 
 
-def recalls_in(layer: int) -> bool:
-    """Whether tokens recall in a layer, counted from 0: not in the first one, where gists hold nothing of their own yet."""
-    return layer > 0
+def recalls_in(layer: int, first: int) -> bool:
+    """Whether tokens recall in a layer, counted from 0. first: ``recall_from``, at least 1.
+
+    Not in the very first one, where gists hold nothing of their own yet; a gist of level l does from layer l + 1 on.
+    """
+    return layer >= first
 
 
 class Folding(Protocol):
@@ -29,6 +32,7 @@ class Folding(Protocol):
     chunk_sizes: tuple[int, ...]
     sink: int
     n_prev: int
+    own_group: bool
     levels: int
 
 
@@ -297,8 +301,10 @@ class Outline:
         number = before.gather(0, segment[None])[0]
         first, tail = torch.zeros_like(hi), torch.zeros_like(hi[:-1])
         for s in range(self.levels):
-            # The window below begins where the group ended that lies n_prev groups before the token's own.
-            first[s + 1] = self._end_of(s, before[s] - self.folding.n_prev - 1)
+            # The window below begins where the group ended that lies n_prev groups before the token's own. Where a gist has its
+            # own group alone, none lies before it of the level below.
+            reach = self.folding.n_prev * ~(member[s] & self.folding.own_group)
+            first[s + 1] = self._end_of(s, before[s] - reach - 1)
             if s + 1 < self.levels:
                 tail[s + 1] = self._end_of(s, before[s] - 1)
         lo = torch.where(segments <= self.levels - level, first, hi)  # a token of level q sees segments 0 .. L - q

@@ -96,7 +96,10 @@ def build_layout(level: Tensor, doc: Tensor, config: GistConfig | None) -> Layou
     # Multiplying by the flag is several times faster on CPU than torch.where with a broadcast condition.
     shown = torch.arange(levels + 1, dtype=torch.int32, device=device)[:, None] <= (levels - level)[:, None]
     shown &= ~padding[:, None]
-    width = (high - _window_starts(upto, before, before_doc, rows, segment_start, config.n_prev)).mul_(shown)
+    n_prev = config.n_prev
+    if config.own_group:  # a gist's group of the level below is that which it closes: no group before it counts
+        n_prev = (~member[:, :-1]).int().mul_(n_prev)
+    width = (high - _window_starts(upto, before, before_doc, rows, segment_start, n_prev)).mul_(shown)
     width[:, levels] += padding.int()  # padding sees itself: some position of a softmax must be finite
     # Sinks that the raw window does not hold already: those before it, or all so far for a gist that sees no raw token.
     sinks = high[:, levels] - width[:, levels] - before_doc[:, levels]
@@ -144,12 +147,13 @@ def document_starts(doc: Tensor) -> Tensor:
 
 
 def _window_starts(
-    upto: Tensor, before: Tensor, before_doc: Tensor, rows: Tensor, segment_start: Tensor, n_prev: int
+    upto: Tensor, before: Tensor, before_doc: Tensor, rows: Tensor, segment_start: Tensor, n_prev: int | Tensor
 ) -> Tensor:
     """First item of each segment that a token may see, counted within the segment: [B, L+1, T].
 
     At the top level that is the document's first gist. Below, it is the first item of the group that lies ``n_prev``
-    groups before the token's own; groups are closed by the gists one level (one segment) up.
+    groups before the token's own; groups are closed by the gists one level (one segment) up. n_prev: one number, or [B, L, T],
+    one by segment of those gists and token.
     """
     closed = before[:, :-1]  # parents strictly before: the token's own group is the one after them
     # The parent that closed the group before the window; its own count is where the window starts.

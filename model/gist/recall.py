@@ -18,6 +18,7 @@ from unfold.kernels.tree import GistTree
 from unfold.kernels.unfold import RecallStats
 from unfold.model.config import GistConfig
 from unfold.model.gist.layout import Layout, document_starts
+from unfold.model.gist.routing import Routing
 
 
 # What a raw token does beyond forgetting, as bits: it unfolds what it selects; it unfolds everything in place of that; its layers'
@@ -33,6 +34,7 @@ class Recall:
         tree: what lies behind each gist, and the recalling queries; those that unfold everything are not among them, they see
             it as rows of ``tree.others``.
         rule: budget and sharing of the selection.
+        first_layer: the first layer in which they recall, ``recall_from`` of the configuration.
         flags: int32 [B, T], RECALLS, UNFOLDS_ALL and ROUTES of every recalling token, 0 of others; None where nobody will ask.
         wide: how many tokens unfold everything, and what they read in each layer; None where none does.
         routing: whose queries are to find what their layer's dense attention looks at; None where no loss is taken.
@@ -41,6 +43,7 @@ class Recall:
 
     tree: GistTree
     rule: SelectRule
+    first_layer: int = 1
     flags: Tensor | None = None
     wide: tuple[int, RecallStats] | None = None
     routing: Routing | None = None
@@ -78,7 +81,7 @@ class Recall:
             first = _first_rows(layout)[:, -1].flatten()
             queries = build_recall(layout, config, routed)
             routing = Routing(Routed(queries, first[queries.tokens].int()), config.route_far, route_scale)
-        return cls(tree, select_rule(config), flags.int() * recalls, unfolding, routing)
+        return cls(tree, select_rule(config), config.recall_from, flags.int() * recalls, unfolding, routing)
 
     def weighing(self, route_scale: float) -> Recall:
         """The same, whose routing losses weigh so much."""
@@ -97,49 +100,7 @@ class Recall:
         """The same on another device."""
         routing = self.routing and self.routing.to(device)
         flags = self.flags if self.flags is None else self.flags.to(device, non_blocking=True)
-        return Recall(self.tree.to(device), self.rule, flags, self.wide, routing)
-
-
-@dataclass(frozen=True)
-class Routing:
-    """Whose routing loss is taken, and how (docs/method.md#training-the-routing).
-
-    Attributes:
-        routed: the sampled queries.
-        far: chunks in a query's window are left out of its teacher.
-        scale: what a unit of one layer's loss, a sum over queries and heads, weighs in what backward starts from.
-        losses: each layer's sum, by its index; filled by the forward pass.
-    """
-
-    routed: Routed
-    far: bool
-    scale: float
-    losses: dict[int, Tensor] = field(default_factory=dict, compare=False)
-
-    def to(self, device: torch.device | str) -> Routing:
-        """The same on another device."""
-        return Routing(self.routed.to(device), self.far, self.scale)
-
-    def take(self, index: int, loss: Tensor, out: Tensor) -> Tensor:
-        """Keep a layer's loss; returns its attention's output, whose backward brings the loss its gradient."""
-        self.losses[index] = loss.detach()
-        return _WithLoss.apply(out, loss, self.scale)
-
-
-class _WithLoss(torch.autograd.Function):
-    """A layer's own loss on the way through it: so it reaches backward in a pipeline too, whose last stage has the loss.
-
-    As megatron-core's MoEAuxLossAutoScaler does it, but without a scale that is shared by everything.
-    """
-
-    @staticmethod
-    def forward(ctx, out: Tensor, loss: Tensor, scale: float) -> Tensor:
-        ctx.scale, ctx.like = scale, loss
-        return out.view_as(out)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return grad, torch.full_like(ctx.like, ctx.scale), None
+        return Recall(self.tree.to(device), self.rule, self.first_layer, flags, self.wide, routing)
 
 
 def recalling_tokens(layout: Layout, config: GistConfig, suffix: Tensor | None = None) -> Tensor:
@@ -171,6 +132,7 @@ def select_rule(config: GistConfig) -> SelectRule:
         topk=config.topk,
         top_p=config.top_p,
         share=config.share,
+        everything=config.unfold_all,
     )
 
 

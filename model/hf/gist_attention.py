@@ -54,10 +54,11 @@ class GistPass:
 
     def attend(self, index: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """Attention of layer ``index``. q [H, N, D], k, v [Hkv, N, D], rotary applied -> [H, N, D]"""
-        out, at, recall = [], 0, recalls_in(index)
+        out, at = [], 0
         for (sequence, sight), sample in zip(self.parts, self.samples):
             new = slice(at, at := at + len(sight.recalls))
             own = [x[:, new] for x in (q, k, v)]
+            recall = recalls_in(index, sequence.settings.recall_from)
             by_kernels = sample is not None and sight.lo.device == q.device
             if self.keep or not by_kernels:
                 keep_rows(sequence.layer(index), sight, *own[1:])

@@ -28,6 +28,9 @@ class GistSettings:
         recall: which raw tokens unfold chunks: none | suffix | all.
         topk, top_p, budget_ratio: gists selected per level and head; the adaptive budget where the first two are None.
         share: head (each query head selects, its KV group reads the union) | group (one selection by summed scores).
+        own_group: whether of the level below it a gist sees its own group alone.
+        recall_from: first layer in which tokens recall.
+        unfold_all: whether they unfold everything before them, whatever the budget is.
     """
 
     chunk_sizes: tuple[int, ...]
@@ -41,6 +44,14 @@ class GistSettings:
     top_p: float | None = None
     budget_ratio: int | None = None
     share: str = "head"
+    own_group: bool = False
+    recall_from: int = 1
+    unfold_all: bool = False
+
+    def __post_init__(self):
+        if self.unfold_all:  # no budget counts, and one selection serves all heads: they would make the same
+            for name, value in (("topk", None), ("top_p", None), ("share", "group")):
+                object.__setattr__(self, name, value)
 
     @classmethod
     def of(cls, config) -> GistSettings:
@@ -66,6 +77,8 @@ class GistSettings:
 
     def budget(self, span: Tensor, gists: Tensor, group: int) -> Tensor:
         """[n] gists to select. span, gists: [n] tokens up to the query, the level's gists before it; group: heads per KV head."""
+        if self.unfold_all:
+            return gists
         if self.topk is not None:
             return torch.full_like(span, self.topk)
         ratio = self.budget_ratio or prod(self.chunk_sizes)

@@ -20,6 +20,7 @@ from .gist_sequence import GistSettings
 
 # What this file fills in: other fields are another interface.
 INTERVALS = ("rows", "row_of", "lo", "hi", "segment_start", "plans")
+RULE = ("ratio", "chunk", "topk", "top_p", "share", "everything")
 TREE = ("others", "child_lo", "child_hi", "parent", "tokens", "splits", "lo", "hi", "tail", "span")
 
 
@@ -33,7 +34,7 @@ def find_kernels() -> SimpleNamespace | None:
         from unfold.kernels.unfold import unfold_attention
     except ImportError:
         return None
-    for kind, names in ((Intervals, INTERVALS), (GistTree, TREE)):
+    for kind, names in ((Intervals, INTERVALS), (GistTree, TREE), (SelectRule, RULE)):
         if tuple(field.name for field in dataclasses.fields(kind)) != names:
             return None
     return SimpleNamespace(
@@ -74,7 +75,8 @@ class WholeSequence:
         if len(self.recalling):
             self.tree = self._tree(sight, start, lo, hi)
             ratio = settings.budget_ratio or prod(settings.chunk_sizes)
-            self.rule = kernels.SelectRule(ratio, settings.chunk_sizes[0], settings.topk, settings.top_p, settings.share)
+            how = (settings.topk, settings.top_p, settings.share, settings.unfold_all)
+            self.rule = kernels.SelectRule(ratio, settings.chunk_sizes[0], *how)
 
     def _tree(self, sight: Sight, start: Tensor, lo: Tensor, hi: Tensor):
         """What lies behind each gist, and the recalling queries."""

@@ -103,7 +103,7 @@ class ContextAttention:
             whole = self.make(self.layout, self.recall)
             return DistributedAttention(lambda *qkv: whole(index, *qkv), self.context.group)(q, k, v, 0)
         keys_values = torch.cat([k, v], 2)  # [B, T / n, 2 Hkv, D]
-        if self.recall is not None and recalls_in(index):
+        if self.recall is not None and recalls_in(index, self.recall.first_layer):
             return self._with_recall(index, q, keys_values)
         plan = self.context.plan(self.layout)
         pool = self.context.gather(keys_values, plan.exports)

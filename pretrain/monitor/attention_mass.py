@@ -91,7 +91,7 @@ class AttentionMass:
     def _probe(self, attend: Attend) -> Attend:
         if isinstance(attend, ContextAttention):  # looked at where whole rows of attention are
             if attend.recall is not None and attend.context.method == "gists":
-                return attend  # its layers but the first read what no rank has as a whole
+                return attend  # its recalling layers read what no rank has as a whole
             return replace(attend, make=lambda layout, recall: self._probe(attend.make(layout, recall)))
         return lambda index, q, k, v: self._measured(attend, index, q, k, v)
 

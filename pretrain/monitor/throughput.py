@@ -72,7 +72,8 @@ class Usage:
             raw = int((there & (batch.layout.level < 0)).sum())
             pairs = visible_pairs(batch, self._config.model.attention)
             if batch.recall is not None:
-                pairs += _recalled_more(batch, result) * sum(map(recalls_in, range(model.layers))) / model.layers
+                recalling = sum(recalls_in(layer, batch.recall.first_layer) for layer in range(model.layers))
+                pairs += _recalled_more(batch, result) * recalling / model.layers
             sample = dataclasses.replace(self._shape, raw=raw, tokens=int(there.sum()), keys=pairs)
             total += count_flops(model, sample, 1).total
         return total

@@ -54,7 +54,7 @@ def keys_read(decoder: Decoder, sequence: LiveSequence, layer: int) -> float:
     """Keys that one new token reads in one layer, per KV head, counted by the cache."""
     config, cache = decoder.model.config, sequence.cache
     recalls = [decoder.rule is not None]
-    attend = StepAttention([NewTokens(cache, cache.outline.append([-1], recalls))], decoder.rule)
+    attend = StepAttention([NewTokens(cache, cache.outline.append([-1], recalls))], decoder.rule, decoder.first)
     before = cache.reads.keys
     draw = torch.Generator().manual_seed(layer)
     widths = (config.heads, config.kv_heads, config.kv_heads)

@@ -7,7 +7,7 @@ import torch
 
 from unfold.model.gist import GistConfig, Layout, build_layout, interleave
 
-# name: (chunk sizes, sink, n_prev, document lengths of each sample, fraction of pieces that start a word, close)
+# name: (chunk sizes, sink, n_prev, document lengths of each sample, fraction of pieces that start a word, close), then own_group
 CASES = {
     "one level": ((8,), 3, 1, [[97]], 1.0, False),
     "two levels": ((4, 3), 3, 1, [[131]], 1.0, False),
@@ -24,13 +24,15 @@ CASES = {
     "closed context": ((4, 3, 2), 3, 1, [[61, 5, 2], [37, 20]], 0.7, True),
     "chunk of one": ((1, 2), 1, 1, [[40]], 1.0, False),
     "single token": ((4, 2), 3, 1, [[1]], 1.0, False),
+    "own group, one level": ((6,), 3, 2, [[80, 19]], 0.7, False, True),
+    "own group, closed context": ((4, 3, 2), 5, 1, [[75, 4, 9], [37, 20]], 0.7, True, True),
 }
 
 
 def make_layout(name: str, seed: int = 0) -> tuple[Layout, GistConfig]:
     """The layout of a case; shorter samples are padded (document -1) to the longest, plus three."""
-    chunk_sizes, sink, n_prev, samples, start_fraction, close = CASES[name]
-    config = GistConfig(chunk_sizes, sink=sink, n_prev=n_prev)
+    chunk_sizes, sink, n_prev, samples, start_fraction, close, *own_group = CASES[name]
+    config = GistConfig(chunk_sizes, sink=sink, n_prev=n_prev, own_group=own_group == [True])
     rng = np.random.default_rng(seed)
     vocab = 50
     word_starts = rng.random(vocab) < start_fraction

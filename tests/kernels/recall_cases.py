@@ -28,6 +28,7 @@ RULES = {
     "fixed": dict(topk=2),
     "everything": dict(topk=10**6),
     "top-p": dict(top_p=0.6),
+    "unfold all": dict(topk=1, everything=True),
 }
 
 

@@ -31,8 +31,19 @@ CASES = {
     "long suffix": (dict(chunk_sizes=(4, 2)), [(40, 70)]),
 }
 # What the interpreter runs by default; the other combinations are `long`.
-SOME = [("two levels", "adaptive", "head"), ("two levels", "three", "group"), ("no sink", "everything", "head")]
-BUDGETS = {"adaptive": dict(ratio=2), "one": dict(topk=1), "three": dict(topk=3), "everything": dict(topk=10**6)}
+SOME = [
+    ("two levels", "adaptive", "head"),
+    ("two levels", "three", "group"),
+    ("no sink", "everything", "head"),
+    ("two levels", "unfold all", "head"),
+]
+BUDGETS = {
+    "adaptive": dict(ratio=2),
+    "one": dict(topk=1),
+    "three": dict(topk=3),
+    "everything": dict(topk=10**6),
+    "unfold all": dict(topk=1, everything=True),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +73,7 @@ def batch(name, heads, kv_heads, dim, dtype, device="cpu", recalls=True, whole=F
             rows.append(*(draw(count, kv_heads, dim).to(device, dtype) for _ in range(2)))
         new.append(NewTokens(cache, sight))
         caches.append(cache.layers[0])
-    return draw(len(new), heads, dim).to(device, dtype), caches, StepAttention(new, None).step
+    return draw(len(new), heads, dim).to(device, dtype), caches, StepAttention(new, None, 1).step
 
 
 def rule_of(name, share="head"):

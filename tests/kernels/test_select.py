@@ -34,7 +34,7 @@ def test_reference_follows_the_rules(name, rule_name, share):
     rule = make_rule(rule_name, config, share)
     q, k, *_ = random_qkv(layout, 4, 2, 6, torch.float64)
     selection = select_gists(recalling(q, tree), k, tree, rule, backend="reference")
-    how = dict(topk=rule.topk, top_p=rule.top_p, ratio=rule.ratio)
+    how = dict(topk=rule.topk, top_p=rule.top_p, ratio=rule.ratio, everything=rule.everything)
     for n in range(0, tree.queries, 3):
         sample, document = document_of(tree, layout, config, n)
         for h in range(2):
@@ -122,6 +122,10 @@ def test_rule_of_a_configuration():
     assert select_rule(GistConfig((8, 4))) == SelectRule(32, 8)
     assert select_rule(GistConfig((4,), budget_ratio=7, share="group")) == SelectRule(7, 4, share="group")
     assert select_rule(GistConfig((4, 4), topk=5)).topk == 5
+    everything = select_rule(GistConfig((4, 4), top_p=0.5, unfold_all=True))
+    assert everything == SelectRule(16, 4, everything=True) and everything.top_p is None
+    span, gists = torch.tensor([5, 90]), torch.tensor([0, 17])
+    assert everything.budget(span, gists, 2).tolist() == [1, 17]
 
 
 def test_configuration_names_what_is_wrong():

@@ -23,9 +23,10 @@ SOME = [
     ("suffixes of packed documents", "adaptive, small ratio", "head"),
     ("context shorter than the sink", "everything", "head"),
     ("suffix", "fixed", "group"),
+    ("suffix", "unfold all", "head"),
 ]
 LARGE = pytest.param(40, 1, 64, torch.float32, marks=pytest.mark.long)
-BY_NUMBER = ["adaptive", "adaptive, small ratio", "fixed", "everything"]
+BY_NUMBER = ["adaptive", "adaptive, small ratio", "fixed", "everything", "unfold all"]
 
 
 @pytest.fixture(autouse=True)

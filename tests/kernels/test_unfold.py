@@ -50,12 +50,13 @@ def test_cpu_equals_reference(name, heads, kv_heads, share, rule_name):
     assert torch.equal(got_stats.unfolded, want_stats.unfolded) and torch.equal(got_stats.selected, want_stats.selected)
 
 
+@pytest.mark.parametrize("rule", [SelectRule(1, 1, topk=10**6), SelectRule(1, 1, everything=True)], ids=["topk", "everything"])
 @pytest.mark.parametrize("name", ALL)
-def test_with_everything_selected_recall_is_attention_over_the_document(name):
+def test_with_everything_selected_recall_is_attention_over_the_document(name, rule):
     """Against a dense softmax over all that stands before a query in its document, raw tokens and gists."""
     layout, config, tree = make_recall(name)
     *qkv, d_out = random_qkv(layout, 4, 2, 6, torch.float64)
-    (got, *grads), _ = run("cpu", qkv, d_out, tree, SelectRule(1, 1, topk=layout.level.shape[1]))
+    (got, *grads), _ = run("cpu", qkv, d_out, tree, rule)
 
     same = layout.doc[:, :, None] == layout.doc[:, None]
     causal = torch.ones(layout.level.shape[1:] * 2, dtype=torch.bool).tril()

@@ -225,11 +225,18 @@ def test_all_dimensions_on_a_gpu(name, dim, dtype):
 
 
 @needs_runs
-@pytest.mark.parametrize("share", ["head", pytest.param("group", marks=pytest.mark.long)])
-def test_a_whole_layer(share):
+@pytest.mark.parametrize(
+    "rule_name,share",
+    [
+        ("adaptive, small ratio", "head"),
+        pytest.param("adaptive, small ratio", "group", marks=pytest.mark.long),
+        ("unfold all", "head"),
+    ],
+)
+def test_a_whole_layer(rule_name, share):
     """Selection's lists handed on as they are: output, gradients and what is reported, against the CPU path."""
     layout, config, tree = make_recall("suffixes of packed documents")
-    rule = make_rule("adaptive, small ratio", config, share)
+    rule = make_rule(rule_name, config, share)
     *qkv, d_out = random_qkv(layout, 2, 1, 64, torch.float32)
     stats = {}
 

@@ -48,9 +48,10 @@ def document(config: GistConfig, raw: int, suffix: int) -> torch.Tensor:
 
 
 CONFIGS = [GistConfig((4,)), GistConfig((3, 2)), GistConfig((2, 2, 2), sink=0, n_prev=0), GistConfig((5, 3, 2), sink=9, n_prev=2)]
+CONFIGS += [GistConfig((5,), n_prev=2, own_group=True), GistConfig((4, 3, 2), own_group=True)]
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: str(c.chunk_sizes))
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.chunk_sizes}{c.own_group}")
 @pytest.mark.parametrize("raw,suffix", [(83, 12), (7, 4), (1, 1), (0, 6), (40, 0)])
 def test_outline_is_the_layout_of_the_whole(config, raw, suffix):
     level = document(config, raw, suffix)
@@ -79,7 +80,7 @@ def test_outline_is_the_layout_of_the_whole(config, raw, suffix):
         assert torch.equal((tree.hi - tree.lo)[-1], (expected.hi - expected.lo)[-1])
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: str(c.chunk_sizes))
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.chunk_sizes}{c.own_group}")
 def test_short_sample_shows_what_the_layout_shows(config):
     level = document(config, 83, 5)
     layout = build_layout(level[None], torch.zeros_like(level)[None], config)

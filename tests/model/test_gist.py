@@ -1,5 +1,7 @@
 """Insertion and layout against the rules of docs/method.md restated literally (tests/rules.py)."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -20,6 +22,11 @@ def test_example_of_the_specification():
     assert row(18) == "1100010001111111111"
     assert row(19) == "11000100011000100011"
     assert sample.position.tolist() == [0, 1, 2, 3, 4, 4, 5, 6, 7, 7, 7, 8, 9, 10, 10, 11, 12, 13, 13, 13, 14, 15, 16, 16]
+    own = dataclasses.replace(config, own_group=True)
+    mask = build_layout(layout.level, layout.doc, own).intervals.dense_mask()[0].int().tolist()
+    assert row(16) == "11000100011111111"
+    assert row(18) == "1100010001100011111"  # sinks, its own chunk; gists as before
+    assert row(19) == "11000000001000100011"  # sinks, the gists of its own section; its own level as before
 
 
 @pytest.mark.parametrize("close", [False, True])
@@ -47,7 +54,7 @@ def test_visible_sets_follow_the_rules(name):
     got = layout.intervals.dense_mask().numpy()
     for b in range(len(got)):
         level, doc = layout.level[b].tolist(), layout.doc[b].tolist()
-        want = rules.visible(level, doc, config.levels, config.sink, config.n_prev)
+        want = rules.visible(level, doc, config.levels, config.sink, config.n_prev, config.own_group)
         assert (got[b] == want).all(), np.argwhere(got[b] != want)[:5]
 
 
