@@ -100,11 +100,12 @@ class _Losses(torch.autograd.Function):
             others = (taught[start:stop] @ weight.t()).to(wide) if start < compared else None
             losses, d_logits = _chunk_losses(logits, others, targets[start:stop], (z, divergence), group, wants_gradient)
             sums += losses
+            del logits, others  # they hold nothing more, and memory is what chunks are for
             if wants_gradient:
                 d_logits = d_logits.to(rows.dtype)
                 torch.mm(d_logits, weight, out=d_rows[start:stop])
                 _add_product(d_weight, d_logits.t(), part)
-            del logits, others, d_logits  # before the next chunk's
+            del d_logits
         if wants_gradient:
             ctx.save_for_backward(d_rows, d_weight.to(weight.dtype))
         ctx.mark_non_differentiable(squared := sums[1].clone(), diverged := sums[2].clone())

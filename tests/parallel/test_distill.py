@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from tests.integration.runs import train
+from tests.integration.runs import series, train, train_until_killed
+from tests.integration.test_train import EXACT
 from tests.parallel.test_layouts import LAYOUTS
 
-STEPS = "train.steps=5"
 DISTILL = {"logits": 0.5, "hidden": 2.0, "every": 3}  # of the four samples of a step one or two
 SHORT = ("dp2 zero2 micro_batch 2", "dp2 zero3", "tp2 sequence", "cp2")
 LONG = ("micro_batch 4", "activation checkpointing", "dp2 zero3 offload", "tp2", "tp2 dp2 zero3", "cp2 tp2 sequence", "ulysses2")
@@ -42,3 +42,19 @@ def assert_same(metrics: list[dict], alone: list[dict], names=NAMES) -> None:
 def test_a_layout_gives_the_losses_of_one_process(name, config, alone, tmp_path):
     ranks, settings = LAYOUTS[name]
     assert_same(train(config, tmp_path / "run", ranks, *settings), alone)
+
+
+@pytest.mark.parametrize("name", ["pp2", pytest.param("tp2 pp2 sequence", marks=pytest.mark.long)])
+def test_a_pipeline_has_the_loss_of_the_log_partition(name, config, tmp_path):
+    ranks, settings = LAYOUTS[name]
+    without = ["train.steps=3", "distill.logits=0", "distill.hidden=0"]
+    alone = train(config, tmp_path / "alone", 1, *without)
+    assert_same(train(config, tmp_path / "run", ranks, *without, *settings), alone, ["z_loss"])
+    assert all(m["z_loss"] > 0 and "distill_logits" not in m for m in alone)
+
+
+def test_a_run_that_is_resumed_goes_on_alike(config, alone, tmp_path):
+    run_dir = tmp_path / "run"
+    train_until_killed(config, run_dir, 1, 3, "checkpoint.every=2", "train.activation_checkpointing=true")
+    again = train(config, run_dir, 1, "checkpoint.every=2", "train.activation_checkpointing=true")
+    assert series(again, *EXACT, *NAMES) == series(alone, *EXACT, *NAMES)
