@@ -7,7 +7,21 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from unfold.model.families import find_family
-from unfold.model.settings import Bounds, Count, Natural, NotNegative, Part, Positive, Settings, field_errors, option, raise_together
+from unfold.model.settings import (
+    Bounds,
+    Count,
+    Natural,
+    NotNegative,
+    Part,
+    Positive,
+    Settings,
+    field_errors,
+    option,
+    raise_together,
+)
+
+# Settings of gists that training alone follows: a model that is trained is read the same whatever they were.
+TRAINING_ONLY = ("unfold_share", "forget_share", "route_loss", "route_queries", "route_far")
 
 
 @dataclass(frozen=True)
@@ -41,7 +55,7 @@ class GistConfig(Settings):
     unfold_share: Part = option(0.0, "training: part of the samples, drawn by their numbers, that unfold everything")
     forget_share: Part = option(0.0, "training: part of the samples, drawn by their numbers, in which nothing recalls")
     route_loss: NotNegative = option(
-        0.0, "training: weight of the routing loss, which teaches gists to be found by what a layer's attention looks for; 0: none"
+        0.0, "training: weight of the routing loss, which teaches gists to be found by what attention looks for; 0: none"
     )
     route_queries: Count = option(256, "recalling tokens per sample, drawn by its number, for which the routing loss is taken")
     route_far: bool = option(

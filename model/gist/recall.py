@@ -20,9 +20,8 @@ from unfold.model.config import GistConfig
 from unfold.model.gist.layout import Layout, document_starts
 from unfold.model.gist.routing import Routing
 
-
-# What a raw token does beyond forgetting, as bits: it unfolds what it selects; it unfolds everything in place of that; its layers'
-# routing loss is taken.
+# What a raw token does beyond forgetting, as bits: it unfolds what it selects; in place of that, everything; it is taken for the
+# routing loss.
 RECALLS, UNFOLDS_ALL, ROUTES = 1, 2, 4
 
 
@@ -78,10 +77,15 @@ class Recall:
             tree = replace(tree, others=_widened(layout, tree.others, wide))
         routing = None
         if routed.any():
-            first = _first_rows(layout)[:, -1].flatten()
+            first = first_rows(layout)[:, -1].flatten()
             queries = build_recall(layout, config, routed)
             routing = Routing(Routed(queries, first[queries.tokens].int()), config.route_far, route_scale)
         return cls(tree, select_rule(config), config.recall_from, flags.int() * recalls, unfolding, routing)
+
+    @property
+    def queries(self) -> int:
+        """Tokens that recall."""
+        return self.tree.queries + (self.wide[0] if self.wide else 0)
 
     def weighing(self, route_scale: float) -> Recall:
         """The same, whose routing losses weigh so much."""
@@ -91,7 +95,7 @@ class Recall:
         """Keep what a layer's selecting queries read, together with those that unfold everything."""
         if self.wide is not None:
             wide, everything = self.wide
-            part = wide / (wide + self.tree.queries)
+            part = wide / self.queries
             mix = lambda a, b: a + part * (b.to(a.device) - a)
             read = RecallStats(mix(read.unfolded, everything.unfolded), mix(read.selected, everything.selected))
         self.stats[index] = read
@@ -157,7 +161,7 @@ def build_recall(layout: Layout, config: GistConfig, recalls: Tensor) -> GistTre
     intervals, levels = layout.intervals, config.levels
     tokens = recalls.shape[1]
     recalls = recalls & (layout.level < 0) & (layout.doc >= 0)
-    first = _first_rows(layout)
+    first = first_rows(layout)
     families = intervals.memo("families", lambda: _families(layout, intervals.hi[:, : levels + 1], first, config.sink))
     child_lo, child_hi, parent = families
 
@@ -173,7 +177,7 @@ def build_recall(layout: Layout, config: GistConfig, recalls: Tensor) -> GistTre
     return GistTree(others, child_lo, child_hi, parent, query, tuple(splits), lo, hi, tail, span)
 
 
-def _first_rows(layout: Layout) -> Tensor:
+def first_rows(layout: Layout) -> Tensor:
     """The first row of each token's document in every segment but the sinks': int32 [B, L + 1, T]."""
     return layout.intervals.memo("first rows", lambda: _find_first_rows(layout))
 
@@ -191,8 +195,8 @@ def _find_first_rows(layout: Layout) -> Tensor:
 def _read_by(layout: Layout, wide: Tensor) -> RecallStats:
     """What tokens read, in the mean, that unfold everything: beyond their window and the sinks, and gists."""
     lo, hi = layout.intervals.lo, layout.intervals.hi
-    before = lo[:, -2] - _first_rows(layout)[:, -1] - (hi[:, -1] - lo[:, -1])  # raw tokens that are in neither
-    gists = hi[:, :-2] - _first_rows(layout)[:, :-1]
+    before = lo[:, -2] - first_rows(layout)[:, -1] - (hi[:, -1] - lo[:, -1])  # raw tokens that are in neither
+    gists = hi[:, :-2] - first_rows(layout)[:, :-1]
     mean = lambda x: x[wide].float().mean()
     return RecallStats(mean(before), torch.stack([mean(x) for x in gists.flip(1).unbind(1)]))
 
@@ -200,7 +204,7 @@ def _read_by(layout: Layout, wide: Tensor) -> RecallStats:
 def _widened(layout: Layout, others: Intervals, wide: Tensor) -> Intervals:
     """What the tokens of ``others`` see where those of ``wide``, bool [B, T], see all gists and raw tokens of their document."""
     lo, hi = others.lo.clone(), others.hi.clone()
-    lo[:, :-1] = torch.where(wide[:, None], _first_rows(layout), lo[:, :-1])
+    lo[:, :-1] = torch.where(wide[:, None], first_rows(layout), lo[:, :-1])
     lo[:, -1] = torch.where(wide, hi[:, -1], lo[:, -1])  # sinks are among the raw tokens
     return replace(others, lo=lo, hi=hi, plans={})
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from unfold.model.config import GistConfig
+from unfold.model.config import TRAINING_ONLY, GistConfig
 from unfold.model.gist import growing
 from unfold.model.hf.gist_sequence import GistSettings, pack_word_starts
 
@@ -33,7 +33,7 @@ def tokenizer_code() -> dict[str, str]:
 def unknown_settings(gist: GistConfig) -> list[str]:
     """Settings that are no defaults and that the shipped code would not follow."""
     known = {field.name for field in dataclasses.fields(GistSettings)}
-    fields = (field for field in dataclasses.fields(gist) if field.name not in known)
+    fields = (field for field in dataclasses.fields(gist) if field.name not in {*known, *TRAINING_ONLY})
     return [field.name for field in fields if getattr(gist, field.name) != field.default]
 
 

@@ -8,6 +8,7 @@ Labels are read by the last stage itself.
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 
@@ -35,22 +36,26 @@ class StageAttention:
         recalls: of the micro-batches since they were last taken: what the stage's layers read, and their routing losses.
     """
 
-    def __init__(self, config: ModelConfig, gist: GistConfig | None, build: BuildContext):
+    def __init__(self, config: ModelConfig, gist: GistConfig | None, build: BuildContext, stages: int):
         self._config, self._build = config, build
         self.gist, self.route_scale = gist, 0.0
         self.added: AddedLosses | None = None
         self.recalls: list[Recall] = []
-        self._last: tuple[Tensor, Rotary, Attend] | None = None
+        # As many micro-batches as are on their way through the stages: layers that are recomputed meet the same one again.
+        self._made: deque[tuple[Tensor, Rotary, Attend]] = deque(maxlen=stages)
 
     def for_micro_batch(self, structure: Tensor) -> tuple[Rotary, Attend]:
         """structure: [3, B, T] int32, level, document and flags of recall (see :func:`stage_inputs`)."""
-        if self._last is None or self._last[0] is not structure:
-            self._last = (structure, *self._make(structure))
-        return self._last[1:]
+        for known, rotary, attend in self._made:
+            if known is structure:
+                return rotary, attend
+        self._made.append((structure, *self._make(structure)))
+        return self._made[-1][1:]
 
     def take_recalls(self) -> list[Recall]:
         """Those of the micro-batches so far; it begins again without any."""
         taken, self.recalls = self.recalls, []
+        self._made.clear()
         return taken
 
     def _make(self, structure: Tensor) -> tuple[Rotary, Attend]:

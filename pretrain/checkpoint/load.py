@@ -14,7 +14,7 @@ from unfold.model.transformer import Transformer
 from unfold.pretrain.checkpoint.manifest import Manifest, find_checkpoint
 from unfold.pretrain.checkpoint.state import pieces
 from unfold.pretrain.checkpoint.tensors import TensorDirectory
-from unfold.pretrain.config import RunConfig, parse_config
+from unfold.pretrain.config import RunConfig, parse_saved
 from unfold.pretrain.data.tokenizer import RunTokenizer, load_tokenizer
 from unfold.pretrain.errors import UserError
 
@@ -50,7 +50,7 @@ def find_run(run_dir: Path, step: int | None) -> FoundRun:
         UserError: no such run or checkpoint, a damaged one asked for by its step, or another tokenizer.
     """
     directory, manifest = find_checkpoint(run_dir, step, lambda text: print(text, file=sys.stderr, flush=True))
-    config = parse_config(manifest.config, f"{directory}/manifest.json")
+    config = parse_saved(manifest.config, f"{directory}/manifest.json")
     tokenizer = load_tokenizer(run_dir / "tokenizer", 0, f"--run-dir {run_dir}")
     if tokenizer.hash != manifest.tokenizer_hash:
         raise UserError(f"{run_dir}/tokenizer: is not the tokenizer that the run was trained with (hash differs)")

@@ -29,7 +29,7 @@ from unfold.pretrain.checkpoint.manifest import (
 )
 from unfold.pretrain.checkpoint.state import load_state
 from unfold.pretrain.checkpoint.tensors import TensorDirectory
-from unfold.pretrain.config import RunConfig, changes_on_resume, parse_config, saved_settings
+from unfold.pretrain.config import RunConfig, changes_on_resume, parse_saved, saved_settings
 from unfold.pretrain.data.tokenizer import RunTokenizer, load_tokenizer
 from unfold.pretrain.errors import UserError
 from unfold.pretrain.parallel import Parallel
@@ -214,7 +214,7 @@ def _warm_start_source(path: Path, tokenizer: RunTokenizer, model: ModelConfig) 
             source, manifest = find_checkpoint(path, None, lambda text: None)
         else:
             source, manifest = path, read_manifest(path)
-        theirs = parse_config(manifest.config, f"{source}/manifest.json").model
+        theirs = parse_saved(manifest.config, f"{source}/manifest.json").model
     except UserError as error:
         return path, f"{path} is no whole checkpoint and holds none ({error})", ""
     if manifest.tokenizer_hash != tokenizer.hash:

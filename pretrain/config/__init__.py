@@ -11,7 +11,7 @@ from unfold.pretrain.config.read import (
     read_settings,
     with_vocab_size,
 )
-from unfold.pretrain.config.saved import saved_settings
+from unfold.pretrain.config.saved import parse_saved, saved_settings
 from unfold.pretrain.config.schema import (
     CHANGEABLE_ON_RESUME,
     CheckpointConfig,
@@ -46,6 +46,7 @@ __all__ = [
     "gist_at",
     "load_config",
     "parse_config",
+    "parse_saved",
     "read_settings",
     "read_yaml",
     "saved_settings",

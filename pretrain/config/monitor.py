@@ -21,6 +21,7 @@ class MonitorConfig(Settings):
         (), "[first, last]: steps of which every rank writes a PyTorch profiler trace into profile/; empty: none"
     )
     attention_mass: bool = option(True, "with every validation, measure which kinds of keys attention goes to")
+    routing: bool = option(True, "with every validation, measure how much of what attention looks for recall selects")
     peak_tflops: NotNegative = option(
         0.0, "peak of one device, for the MFU; 0: by the GPU's name, and no MFU where that is not known"
     )

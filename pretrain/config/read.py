@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import difflib
 from pathlib import Path
-from typing import TypeVar, get_origin, get_type_hints
+from typing import TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -116,7 +116,7 @@ def _known(tree: dict, kind: type, prefix: str, errors: list[str]) -> dict:
             known[key] = items
         else:
             known[key] = [value] if get_origin(hint) is tuple and isinstance(value, (str, int)) else value
-            if isinstance(value, bool) and hint is not bool:  # which pydantic takes for 0 or 1
+            if isinstance(value, bool) and hint is not bool and bool not in get_args(hint):  # which pydantic takes for 0 or 1
                 errors.append(f"{prefix}{key}: {str(value).lower()} is not one of the values that it takes")
     return known
 

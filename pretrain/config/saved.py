@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from unfold.pretrain.config.read import flatten, known_settings, parse_config
+from unfold.pretrain.config.schema import RunConfig
 from unfold.pretrain.errors import UserError
 
 
@@ -37,6 +38,11 @@ def saved_settings(run_dir: Path) -> tuple[dict | None, list[str]]:
             notes.append(f"{path}: this version does not know {', '.join(strange)}; left out")
         return config, notes
     return None, notes
+
+
+def parse_saved(tree: dict, source: str) -> RunConfig:
+    """What a run, a checkpoint or an export wrote of its configuration, by this or an earlier version. Raises UserError."""
+    return parse_config(_as_now(tree), source)
 
 
 def _as_now(tree: dict) -> dict:

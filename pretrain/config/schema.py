@@ -201,6 +201,10 @@ class RunConfig(Settings):
         errors += self.distill.misplaced(self.model.attention, self.parallel.pipeline)
         if self.data.raw_tokens > self.model.max_position:
             errors.append(f"data.raw_tokens: {self.data.raw_tokens} exceeds model.max_position ({self.model.max_position})")
+        first, layers = self.gist.recall_from, self.model.layers
+        if self.model.attention == "gist" and first >= max(2, layers):  # the default says nothing of a model of one layer
+            most = max(1, layers - 1)
+            errors.append(f"gist.recall_from: {first}, but model.layers is {layers}, and none recalls; at most {most} would do")
         if profiled := self.monitor.profile_steps:
             if profiled[1] > self.train.steps:
                 errors.append(f"monitor.profile_steps: {list(profiled)} goes beyond train.steps ({self.train.steps})")

@@ -24,7 +24,7 @@ def sample_flags(made: Interleaved, suffix: np.ndarray, gist: GistConfig, seed: 
         seed, sample: what is drawn by.
     """
     flags = plain_flags(made, suffix, gist)
-    draw = np.random.Generator(np.random.Philox(key=[seed, DRAWS + sample]))
+    draw = np.random.Generator(np.random.Philox(key=np.array([seed, DRAWS + sample], np.uint64)))
     kind = draw.random()
     if kind < gist.forget_share:
         return np.zeros_like(flags)

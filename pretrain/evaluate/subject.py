@@ -200,7 +200,7 @@ def make_variants(args: Namespace, own: GistConfig | None, gist_ids: int, name: 
     if folds and own is None:
         print(f"note: {name} was not trained with gists; what forget and recall show is the untrained method", file=sys.stderr)
     several = list(dict.fromkeys(_sizes(text) for text in args.chunk_sizes or [])) or [base.chunk_sizes]
-    none = {"topk": None, "top_p": None, "budget_ratio": None} if budget else {}
+    none = {"topk": None, "top_p": None, "budget_ratio": None, "unfold_all": False} if budget else {}
     variants = [Variant("dense", None)] if "dense" in modes else []
     for sizes in several if folds else []:
         if len(sizes) > gist_ids:

@@ -135,7 +135,8 @@ def _training_table(config: RunConfig, manifest) -> list[str]:
     if config.model.attention == "gist":
         rows["Gists"] = (
             f"chunk sizes {list(gist.chunk_sizes)} ({gist.ratio}x compression), sink {gist.sink}, n_prev {gist.n_prev}, "
-            f"recall {gist.recall}"
+            f"{'own group only, ' if gist.own_group else ''}recall {gist.recall}"
+            f"{f' from layer {gist.recall_from} on' if gist.recall_from > 1 else ''}"
         )
     if train.init_from:
         rows["Began from"] = f"weights of `{Path(train.init_from).name}`"

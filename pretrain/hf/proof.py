@@ -17,7 +17,7 @@ from torch import Tensor
 
 from unfold.model.config import GistConfig
 from unfold.model.decode.generation import Decoder
-from unfold.model.gist import Recall, build_layout, build_recall, select_rule
+from unfold.model.gist import Recall, build_layout
 from unfold.model.transformer import Transformer
 from unfold.model.visibility import MicroBatchAttention
 from unfold.pretrain.checkpoint.load import FoundRun, load_model
@@ -118,10 +118,8 @@ def _our_gist_logits(model: Transformer, gist: GistConfig, tokenizer: RunTokeniz
     decoder.read_context(sequence, tokens[:CONTEXT_TOKENS])
     decoder.read_suffix(sequence, tokens[CONTEXT_TOKENS:])
     level = torch.tensor(sequence.level, device=decoder.device)[None]
-    layout, recall = build_layout(level, torch.zeros_like(level), gist), None
-    if any(sequence.recalls):
-        recalls = torch.tensor(sequence.recalls, device=decoder.device)[None]
-        recall = Recall(build_recall(layout, gist, recalls), select_rule(gist))
+    layout = build_layout(level, torch.zeros_like(level), gist)
+    recall = Recall.of(layout, gist, torch.tensor(sequence.recalls, device=decoder.device)[None])
     return model.logits(torch.tensor(sequence.ids, device=decoder.device)[None], layout, recall)[0][level[0] < 0]
 
 

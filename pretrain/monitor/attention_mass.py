@@ -7,22 +7,19 @@ the parallel layout; only recall over context ranks that exchange gists is not m
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from unfold.kernels.intervals import Intervals
 from unfold.kernels.select import select_gists
 from unfold.kernels.tree import GistTree
-from unfold.model.attention import Attention
 from unfold.model.gist import Layout, Recall
-from unfold.model.parallel.context import ContextAttention
-from unfold.model.visibility import Attend, MicroBatchAttention
+from unfold.model.visibility import MicroBatchAttention
 from unfold.pretrain.parallel import Parallel
 
 QUERIES = 64  # raw tokens per rank and layer, spread evenly over a micro-batch
@@ -67,17 +64,6 @@ class AttentionMass:
     def __post_init__(self):
         self.mass = torch.zeros(self.levels + 3, dtype=torch.float64)
 
-    @contextlib.contextmanager
-    def hooked(self, model: nn.Module) -> Iterator[None]:
-        """While it lasts, the first micro-batch that passes each attention layer of the model is measured."""
-        hook = lambda module, arguments: (*arguments[:2], self._probe(arguments[2]))
-        handles = [m.register_forward_pre_hook(hook) for m in model.modules() if isinstance(m, Attention)]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
     def shares(self, parallel: Parallel) -> dict[str, float] | None:
         """{kind: share} over all ranks; None when there was nothing to measure. A collective."""
         total = self.mass.to(parallel.device)
@@ -88,18 +74,11 @@ class AttentionMass:
             del shares["unfolded"]
         return shares or None
 
-    def _probe(self, attend: Attend) -> Attend:
-        if isinstance(attend, ContextAttention):  # looked at where whole rows of attention are
-            if attend.recall is not None and attend.context.method == "gists":
-                return attend  # its recalling layers read what no rank has as a whole
-            return replace(attend, make=lambda layout, recall: self._probe(attend.make(layout, recall)))
-        return lambda index, q, k, v: self._measured(attend, index, q, k, v)
-
-    def _measured(self, attend: MicroBatchAttention, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def look(self, attend: MicroBatchAttention, index: int, q: Tensor, k: Tensor) -> None:
+        """Measure a layer in the first micro-batch that passes it; a :data:`unfold.pretrain.monitor.probe.Look`."""
         if index not in self.measured:
             self.measured.add(index)
             self.mass += attention_mass(q, k, attend.layout, attend.recall_in(index)).cpu()
-        return attend(index, q, k, v)
 
 
 @torch.no_grad()

@@ -99,4 +99,4 @@ def _recalled_more(batch: MicroBatch, result: StepResult) -> float:
     """Pairs that a recalling layer computes beyond those of forgetting: other gists, fewer of them, and unfolded tokens."""
     recalls, intervals = batch.recall.flags > 0, batch.layout.intervals
     gists = (intervals.hi - intervals.lo)[:, :-2].sum(1, dtype=torch.int64)[recalls].sum()
-    return int(recalls.sum()) * (result.unfolded + result.selected) - float(gists)
+    return batch.recall.queries * (result.unfolded + result.selected) - float(gists)

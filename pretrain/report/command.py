@@ -83,7 +83,7 @@ def _warnings(runs: list[Run]) -> str:
 
 def _gist_settings(run: Run) -> tuple:
     gist = run.config.gist
-    return (gist.chunk_sizes, gist.sink, gist.n_prev, gist.recall) if run.config.model.attention == "gist" else ()
+    return (gist.chunk_sizes, gist.sink, gist.n_prev, gist.own_group, gist.recall) if run.config.model.attention == "gist" else ()
 
 
 def _gist_settings_count(runs: list[Run]) -> int:

@@ -285,13 +285,15 @@ def _story(config: RunConfig) -> str:
     folds += [f"every {c} level-{i} gists into a level-{i + 1} gist (g{i + 1})" for i, c in enumerate(gist.chunk_sizes[1:])]
     neighbours = f"the {gist.n_prev} before" if gist.n_prev > 1 else "the one before" if gist.n_prev else ""
     window = f"its own chunk{' and ' + neighbours if neighbours else ''}"
+    gists = " Of the level below it a gist sees what it folds, and nothing before that." if gist.own_group else ""
     sinks = f"the document's first {gist.sink} tokens (sinks), " if gist.sink else ""
     recall = ""
     if gist.recall != "none":
         recall = f" Forgetting alone is pictured; recall ({gist.recall}) also unfolds the chunks whose gists score best."
     return (
         f"<p>{', '.join(folds)}. A token sees {sinks}the raw tokens of {window}, and gists instead of everything older: "
-        f"that is <em>forgetting</em>. In the grid, a row is a token that looks, a column a token that is seen.{text(recall)}</p>"
+        f"that is <em>forgetting</em>.{gists} In the grid, a row is a token that looks, a column a token that is seen."
+        f"{text(recall)}</p>"
     )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import yaml
 
 from unfold.model.config import ModelConfig
-from unfold.pretrain.config import RunConfig, parse_config
+from unfold.pretrain.config import RunConfig, parse_saved
 from unfold.pretrain.errors import UserError
 
 
@@ -123,7 +123,7 @@ def _read_config(directory: Path) -> RunConfig:
         raise UserError(f"{path}: is damaged ({reason}); restore it from the manifest of a checkpoint") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: is damaged (it holds no sections); restore it from the manifest of a checkpoint")
-    return parse_config(tree, str(path))
+    return parse_saved(tree, str(path))
 
 
 def _read_metrics(path: Path) -> tuple[dict[str, np.ndarray], int]:

@@ -122,7 +122,7 @@ def _pipeline(config: RunConfig, build: BuildContext, parallel: Parallel) -> Pip
     topology = PipeModelDataParallelTopology(
         num_pp=parallel.stages, num_mp=parallel.tensor_group.size(), num_dp=parallel.replica_group.size()
     )
-    shared = StageAttention(config.model, config.folding, build)
+    shared = StageAttention(config.model, config.folding, build, parallel.stages)
     model = PipelineModule(
         layer_specs(config.model, build, shared),
         topology=topology,

@@ -26,8 +26,7 @@ class StepResult:
         loss: mean cross-entropy in nats over all loss tokens of the global batch.
         grad_norm: norm of the whole gradient before clipping; infinite when the step was skipped.
         loss_tokens: tokens with a target in the global batch.
-        unfolded: raw tokens that a recalling query unfolded, a mean over the layers and micro-batches (of all ranks) that
-            recall; None without recall.
+        unfolded: raw tokens that a recalling query unfolded, a mean over them and the layers that recall; None without recall.
         selected: gists of all levels that it selected, a mean alike.
         route_loss: routing loss in nats, a mean over sampled queries, heads and layers; None where no query was sampled.
         added: what else was learned, as :mod:`unfold.pretrain.train.added` names it.
@@ -130,10 +129,15 @@ def _what_was_read(
     recalls: Sequence[Recall], parallel: Parallel, terms: float
 ) -> tuple[float | None, float | None, float | None]:
     """``unfolded``, ``selected`` and ``route_loss`` of a step's result, from what this rank's layers left behind."""
-    stats = [torch.stack([s.unfolded, s.selected.sum()]).tolist() for recall in recalls for s in recall.stats.values()]
+    stats, count = [0.0, 0.0], 0
+    for recall in recalls:
+        for read in recall.stats.values():
+            stats[0] += recall.queries * float(read.unfolded)
+            stats[1] += recall.queries * float(read.selected.sum())
+            count += recall.queries
     # A rank without a suffix in its samples takes part all the same.
-    count = parallel.sum_over_layers(len(stats))
-    means = [parallel.sum_over_layers(sum(s[i] for s in stats)) / count for i in (0, 1)] if count else [None, None]
+    count = parallel.sum_over_layers(count)
+    means = [parallel.sum_over_layers(x) / count for x in stats] if count else [None, None]
     if not terms:
         return *means, None
     routed = [recall.routing for recall in recalls if recall.routing]

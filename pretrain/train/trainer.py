@@ -15,6 +15,8 @@ from unfold.pretrain.checkpoint.resume import check_run_dir, locked_on_all, prep
 from unfold.pretrain.config import RunConfig, accumulation_steps, gist_at
 from unfold.pretrain.monitor.attention_mass import AttentionMass
 from unfold.pretrain.monitor.metrics import print_line
+from unfold.pretrain.monitor.probe import looking
+from unfold.pretrain.monitor.routing import RoutingMeasure
 from unfold.pretrain.monitor.throughput import RankUsage
 from unfold.pretrain.parallel import Parallel
 from unfold.pretrain.safety.faults import finite_or_none
@@ -191,13 +193,23 @@ class Trainer:
         return bool(self.inputs.valid) and (last or bool(every) and step % every == 0)
 
     def _validate(self, step: int) -> dict:
-        mass = AttentionMass(self.config.gist.levels)
-        measures = self.config.monitor.attention_mass and self.config.folding is not None
-        with mass.hooked(self.engine.module) if measures else contextlib.nullcontext():
-            loss = validation_loss(self.engine, self.inputs.valid_batches(self.parallel), self.parallel, self.config.folding)
+        gist, monitor = self.config.folding, self.config.monitor
+        mass = AttentionMass(gist.levels) if gist and monitor.attention_mass else None
+        routing = RoutingMeasure(gist, self.config.model.layers) if gist and gist.recall != "none" and monitor.routing else None
+        with contextlib.ExitStack() as looks:
+            for measure in (mass, routing):
+                if measure:
+                    looks.enter_context(looking(self.engine.module, measure.look))
+            loss = validation_loss(self.engine, self.inputs.valid_batches(self.parallel), self.parallel, gist)
         self.records.say(f"step {step}: validation loss {loss:.4f}")
-        shares = mass.shares(self.parallel) if measures else None
-        return {"valid_loss": loss} | ({"attention_mass": shares} if shares else {})
+        found = {"valid_loss": loss}
+        if mass and (shares := mass.shares(self.parallel)):
+            found["attention_mass"] = shares
+        if routing:
+            routing.reduce(self.parallel)
+            if by_layer := routing.by_layer():
+                found |= {"routing": routing.overall(), "routing_by_layer": by_layer}
+        return found
 
 
 def _silent(text: str) -> None:

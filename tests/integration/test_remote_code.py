@@ -13,8 +13,8 @@ from tests.integration import remote_code
 from tests.model.gist_exports import LLAMA, decoder, greedy, make_model, read, recomputed, text, write_export
 from tests.versions import NEWEST, OLDEST, environment_of
 from unfold.model.config import GistConfig
-from unfold.model.gist import Recall, build_recall, select_rule
-from unfold.model.gist.layout import build_layout
+from unfold.model.gist import Recall, build_layout
+from unfold.model.hf.gist_sequence import GistSettings
 from unfold.model.visibility import IGNORED, MicroBatch
 
 SIZES = {"llama": (8, 4), "llama-one": (8,), "llama-three": (4, 3, 2)}
@@ -24,10 +24,12 @@ RULES = {
     "top-2": {"recall": "suffix", "topk": 2},
     "top-2 by group": {"recall": "suffix", "topk": 2, "share": "group"},
     "everybody": {"recall": "all", "budget_ratio": 1},
+    "own group": {"recall": "suffix", "own_group": True, "recall_from": 2},
+    "unfold all": {"recall": "suffix", "topk": 1, "unfold_all": True},
 }
 # (rule, tokens after the closed context; None: a plain prompt). All of them: tests/model/test_modeling_gist.py.
 COMBINATIONS = {
-    "llama": [(rule, 9) for rule in RULES] + [("forgetting", None), ("top-2", None), ("everybody", None)],
+    "llama": [(rule, 9) for rule in RULES] + [("forgetting", None), ("top-2", None), ("everybody", None), ("own group", None)],
     "llama-one": [("forgetting", 9), ("top-2", None)],
     "llama-three": [("adaptive", 9), ("top-2 by group", None)],
 }
@@ -50,7 +52,7 @@ def case(name, path, model, gist, changes, context):
     sequences = [read(ours, p, s) for p, s in zip(prompts, starts or [None] * len(prompts))]
     logits = [recomputed(ours, sequence) for sequence in sequences]
     tokens = [greedy(ours, sequence) for sequence in sequences]
-    unset = {"recall": "none", "topk": None, "top_p": None, "budget_ratio": None, "share": "head"}
+    unset = {field.name: field.default for field in dataclasses.fields(GistSettings) if field.default is not dataclasses.MISSING}
     return dict(name=name, model=path, gist=unset | changes, prompts=prompts, starts=starts, logits=logits, tokens=tokens)
 
 
@@ -62,7 +64,7 @@ def training_loss(model, gist) -> dict:
         sequence = read(decoder(model, gist, grow=False), prompt, start)
         level = torch.tensor([sequence.level])
         layout = build_layout(level, torch.zeros_like(level), gist)
-        recall = Recall(build_recall(layout, gist, torch.tensor([sequence.recalls])), select_rule(gist))
+        recall = Recall.of(layout, gist, torch.tensor([sequence.recalls]))
         labels = torch.full_like(level, IGNORED)
         raw = (level[0] < 0).nonzero()[:, 0]
         labels[0, raw[:-1]] = torch.tensor(prompt[1:])

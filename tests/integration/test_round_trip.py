@@ -18,14 +18,17 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tests.integration.hugging_face import TEXT, write_directory, write_model
 from tests.integration.test_export import generated
 from tests.versions import NEWEST, OLDEST, environment_of
+from unfold.model.config import GistConfig
 from unfold.model.decode.generation import Decoder, Sampling
 from unfold.model.hf import remote
 from unfold.pretrain.checkpoint.load import find_run, load_run
 from unfold.pretrain.checkpoint.resume import prepare_run_dir
 from unfold.pretrain.command import main
+from unfold.pretrain.hf.directory import read_gists
 from unfold.pretrain.hf.exportable import export_objections
 
 ENDS = ("<|endoftext|>", "<|eom|>", "<|eot|>")
+GISTS = {"recall": "all", "sink": 5, "topk": 2, "share": "group", "own_group": True, "recall_from": 2}
 SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.05}
 
 
@@ -47,7 +50,7 @@ def source(tmp_path_factory) -> Path:
     """A model as published ones are: in bf16, several tokens that end a text, sampling settings, chat templates."""
     directory = tmp_path_factory.mktemp("source") / "hf"
     torch.manual_seed(0)
-    model = write_directory(directory, "llama", gists=ENDS[1:])
+    model = write_directory(directory, "llama", gists=ENDS[1:], num_hidden_layers=3)
     (directory / "model.safetensors.index.json").unlink()
     model.bfloat16().save_pretrained(directory)
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
@@ -69,7 +72,7 @@ def exported(source) -> Path:
     command("import", "--input", source, "--output", root / "run", "--chunk-sizes", "4,2")
     for path in (root / "run" / "checkpoints").rglob("manifest.json"):
         manifest = json.loads(path.read_text())
-        manifest["config"]["gist"] |= {"recall": "all", "sink": 5, "topk": 2, "share": "group"}
+        manifest["config"]["gist"] |= GISTS
         path.write_text(json.dumps(manifest))
     command("export", "--run-dir", root / "run", "--output", root / "exported")
     return root / "exported"
@@ -98,9 +101,18 @@ def test_what_a_source_says_stands_in_the_export(source, exported):
 def test_an_export_comes_back_with_its_gists(exported, tmp_path):
     command("import", "--input", exported, "--output", tmp_path / "run")
     gist = find_run(tmp_path / "run", None).config.gist
-    assert (gist.chunk_sizes, gist.recall, gist.sink, gist.topk, gist.share) == ((4, 2), "all", 5, 2, "group")
+    assert gist == GistConfig((4, 2), **GISTS)
     written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["gist"]
-    assert written == {"chunk_sizes": [4, 2], "recall": "all", "sink": 5, "topk": 2, "share": "group"}
+    assert written == {"chunk_sizes": [4, 2], **GISTS}
+    command("export", "--run-dir", tmp_path / "run", "--output", tmp_path / "again")
+    assert json_of(tmp_path / "again", "config.json")["gist"] == json_of(exported, "config.json")["gist"]
+    older = json_of(exported, "config.json")["gist"]
+    for name in ("own_group", "recall_from", "unfold_all"):  # as exports were written before there were these settings
+        del older[name]
+    shutil.copytree(exported, tmp_path / "older")
+    edit(tmp_path / "older", "config.json", gist=older)
+    kept = {name: value for name, value in GISTS.items() if name in older}
+    assert read_gists(tmp_path / "older", json_of(tmp_path / "older", "config.json")) == GistConfig((4, 2), **kept)
     command("import", "--input", exported, "--output", tmp_path / "other", "--chunk-sizes", "8")
     gist = find_run(tmp_path / "other", None).config.gist
     assert (gist.chunk_sizes, gist.recall, gist.sink) == ((8,), "all", 5), "only what was asked for is another"
@@ -238,7 +250,7 @@ def test_what_would_make_an_export_impossible_is_told_before_training(exported, 
 def test_gist_settings_that_exports_do_not_know_are_not_left_out(monkeypatch, exported):
     """A setting that this version trains with and the shipped code would not follow."""
     run = find_run(exported.parent / "run", None)
-    old = dataclasses.make_dataclass("Old", ["chunk_sizes", "n_prev", "recall", "topk", "share"])
+    old = dataclasses.make_dataclass("Old", ["chunk_sizes", *GISTS.keys() - {"sink"}])
     monkeypatch.setattr(remote, "GistSettings", old)
     assert remote.unknown_settings(run.config.gist) == ["sink"]
     said = export_objections(run.config.model, run.config.gist, run.tokenizer)

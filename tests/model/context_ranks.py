@@ -5,14 +5,17 @@ from __future__ import annotations
 import multiprocessing
 import sys
 import tempfile
+from functools import partial
 
 import torch
 import torch.distributed as dist
 
 from tests.kernels.recall_cases import CASES, RULES, SUFFIX_CASES, make_layout, make_rule, random_qkv, suffix_layout
+from unfold.kernels.compressed import compressed_attention
 from unfold.kernels.unfold import recall_attention
 from unfold.model.gist import Recall, build_layout, build_recall
 from unfold.model.parallel.context import ContextAttention, ContextParallel
+from unfold.model.visibility import MicroBatchAttention
 
 TOLERANCE = 1e-12
 
@@ -50,6 +53,18 @@ def check(name: str, rule_name: str, share: str, context: ContextParallel) -> No
         torch.testing.assert_close(total / context.group.size(), expected.double(), atol=1e-5, rtol=1e-5)
 
 
+def check_first_layer(context: ContextParallel) -> None:
+    """Layers before the first that recalls forget."""
+    layout, config, tree = padded_case("own group, closed context", context.group.size())
+    q, k, v, _ = (x.detach() for x in random_qkv(layout, 4, 2, 8, torch.float64))
+    recall = Recall(tree, make_rule("fixed", config, "head"), first_layer=2)
+    attend = ContextAttention(context, partial(MicroBatchAttention, "gist"), layout, recall)
+    forgetting, recalling = compressed_attention(q, k, v, layout.intervals), recall_attention(q, k, v, tree, recall.rule)[0]
+    for index, want in ((1, forgetting), (2, recalling)):
+        got = attend(index, *(context.part(x, 1) for x in (q, k, v)))
+        torch.testing.assert_close(got, context.part(want, 1), atol=TOLERANCE, rtol=0)
+
+
 def rank_main(rank: int, size: int, store: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
@@ -62,6 +77,7 @@ def rank_main(rank: int, size: int, store: str) -> None:
             check(*case, context)
         except Exception as error:
             raise AssertionError(f"{case}: {error}") from error
+    check_first_layer(context)
     if rank == 0:
         print(f"CASES {len(cases)} SENT {context.traffic.take().sent}", flush=True)
     dist.destroy_process_group()

@@ -7,7 +7,7 @@ import torch
 
 from unfold.model.config import GistConfig, ModelConfig
 from unfold.model.decode.generation import Decoder, LiveSequence, Sampling
-from unfold.model.gist import Recall, build_layout, build_recall, select_rule
+from unfold.model.gist import Recall, build_layout
 from unfold.model.transformer import Transformer
 
 VOCAB, WORDS = 60, 50  # ids from WORDS on are gists
@@ -36,10 +36,7 @@ def recomputed(decoder: Decoder, sequence: LiveSequence) -> torch.Tensor:
     level = torch.tensor(sequence.level)[None]
     gist = decoder.gist or GistConfig((level.shape[1] + 1,))
     layout = build_layout(level, torch.zeros_like(level), gist)
-    recall = None
-    if any(sequence.recalls):
-        tree = build_recall(layout, gist, torch.tensor(sequence.recalls)[None])
-        recall = Recall(tree, select_rule(gist))
+    recall = Recall.of(layout, gist, torch.tensor(sequence.recalls)[None])
     logits = decoder.model.logits(torch.tensor(sequence.ids)[None], layout, recall)[0]
     return logits[int((level[0] < 0).nonzero()[-1])]
 

@@ -13,7 +13,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from unfold.model.config import GistConfig, ModelConfig
 from unfold.model.decode.generation import Decoder, LiveSequence, Sampling
-from unfold.model.gist import Recall, build_layout, build_recall, select_rule
+from unfold.model.gist import Recall, build_layout
 from unfold.model.hf.keys import hf_config
 from unfold.model.hf.names import to_hugging_face
 from unfold.model.hf.remote import config_entries, remote_code_files
@@ -94,9 +94,7 @@ def recomputed(decoder: Decoder, sequence: LiveSequence) -> torch.Tensor:
     """[raw tokens, vocab] logits of a sequence from scratch, by what training computes with."""
     level = torch.tensor(sequence.level)[None]
     layout = build_layout(level, torch.zeros_like(level), decoder.gist)
-    recall = None
-    if any(sequence.recalls):
-        recall = Recall(build_recall(layout, decoder.gist, torch.tensor(sequence.recalls)[None]), select_rule(decoder.gist))
+    recall = Recall.of(layout, decoder.gist, torch.tensor(sequence.recalls)[None])
     return decoder.model.logits(torch.tensor(sequence.ids)[None], layout, recall)[0][level[0] < 0]
 
 

@@ -21,6 +21,7 @@ BUDGETS = {
     "top-p": dict(top_p=0.4),
     "everything": dict(topk=10**6),
     "by group": dict(topk=2, share="group"),
+    "unfold all": dict(topk=2, unfold_all=True),
 }
 
 
@@ -49,7 +50,10 @@ def test_every_budget(build, budget):
     continue_checked(decoder, [read(decoder, 100, 5)], 10, temperature=1.0)
 
 
-@pytest.mark.parametrize("gist", [GistConfig((4, 2), recall="suffix", topk=3), None], ids=["gist", "dense"])
+OWN_GROUP = GistConfig((4, 2), recall="suffix", own_group=True, recall_from=2)
+
+
+@pytest.mark.parametrize("gist", [GistConfig((4, 2), recall="suffix", topk=3), OWN_GROUP, None], ids=["gist", "own", "dense"])
 def test_prefill_in_runs_of_any_length(build, gist, monkeypatch):
     """Runs that end anywhere: within a chunk, between a gist and the one above it, within the sinks."""
     expected = None
@@ -89,6 +93,7 @@ EDGES = {
     "more asked for than there is": ((4, 2), 30, 3, dict(topk=1000)),
     "no sink, no neighbours": ((4, 2), 30, 3, dict(sink=0, n_prev=0)),
     "wide windows": ((2, 2), 40, 3, dict(sink=9, n_prev=3)),
+    "own group": ((4, 2), 45, 9, dict(own_group=True, n_prev=2, recall_from=2)),
 }
 
 
@@ -139,10 +144,12 @@ def test_several_turns(build, grow):
     assert raw[: len(said)] == said
 
 
-def test_everything_recalled_is_attention_over_everything(build):
-    """Raw tokens and gists of the document, in every layer but the first: by a mask written here."""
-    gist = GistConfig((4, 2), recall="suffix", topk=10**6)
-    decoder = make_decoder(build, gist, layers=2)
+@pytest.mark.parametrize("first", [1, 2])
+@pytest.mark.parametrize("budget", [dict(topk=10**6), dict(topk=1, unfold_all=True)], ids=["topk", "unfold_all"])
+def test_everything_recalled_is_attention_over_everything(build, budget, first):
+    """Raw tokens and gists of the document, in every layer from the first that recalls on: by a mask written here."""
+    gist = GistConfig((4, 2), recall="suffix", recall_from=first, own_group=first == 2, **budget)
+    decoder = make_decoder(build, gist, layers=3)
     sequence = read(decoder, 60, 5)
     for _ in decoder.stream([sequence], Sampling(6, 1.0)):
         pass
@@ -154,7 +161,7 @@ def test_everything_recalled_is_attention_over_everything(build):
     )
 
     def attend(index, q, k, v):
-        if index == 0:
+        if index < first:
             return forget(index, q, k, v)
         keys, values = (x.transpose(1, 2).repeat_interleave(2, 1) for x in (k, v))
         return F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=seen).transpose(1, 2)

@@ -27,6 +27,8 @@ RULES = {
     "everybody": {"recall": "all", "topk": 3},
     "wide": {"recall": "suffix", "topk": 10**6, "sink": 9, "n_prev": 3},
     "narrow": {"recall": "suffix", "topk": 1, "sink": 0, "n_prev": 0},
+    "own group": {"recall": "suffix", "own_group": True, "n_prev": 2},
+    "unfold all": {"recall": "suffix", "topk": 1, "unfold_all": True},
 }
 
 
@@ -129,9 +131,13 @@ def test_gradients_are_ours(rule, kernels):
     assert all((a - b).abs().max() < 1e-10 for a, b in zip(expected, got))
 
 
-def test_the_first_layer_never_recalls(kernels):
-    reading = Reading(GistConfig((4, 2), recall="suffix", topk=1), kernels)
-    theirs, _ = reading.read(text(60, 6), 40, index=0)
+@pytest.mark.parametrize("first", [1, 2])
+def test_layers_before_the_first_that_recalls(kernels, first):
+    reading = Reading(GistConfig((4, 2), recall="suffix", topk=1, recall_from=first), kernels)
+    theirs, ours = reading.read(text(60, 6), 40, index=first)
+    assert (theirs - ours).abs().max() < 1e-10
+    reading = Reading(reading.gist, kernels)
+    theirs, _ = reading.read(text(60, 6), 40, index=first - 1)
     reading.recalls = [False] * len(reading.recalls)
     ours = reading.ours(*reading.qkv.split([HEADS, KV_HEADS, KV_HEADS]))
     assert (theirs - ours).abs().max() < 1e-10
@@ -226,6 +232,13 @@ def test_bad_input_is_named(model):
         model.model(ids)
     with pytest.raises(NotImplementedError, match="cannot be cropped"):
         cache.crop(3)
+
+
+def test_settings_that_an_older_export_does_not_have_are_the_defaults():
+    entry = config_entries("LlamaForCausalLM", GistConfig((4, 2)), GISTS[:2], GISTS, STARTS)["gist"]
+    old = {name: value for name, value in entry.items() if name not in ("own_group", "recall_from", "unfold_all")}
+    settings_from = lambda entry: GistSettings.of(type("Config", (), {"gist": entry}))
+    assert len(old) == len(entry) - 3 and settings_from(old) == settings_from(entry)
 
 
 def test_unusable_settings_are_named():

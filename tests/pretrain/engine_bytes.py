@@ -142,9 +142,9 @@ def measure(layout: str, sent: Sent) -> dict:
         result |= {name: sum(found.values()) for name, found in sizes.items()}
         rest_of_step(engine, batch)
     else:
-        train_step(engine, [batch, batch], groups)  # in its first step a pipeline also tells shapes
+        train_step(engine, [batch, batch], groups, config.model, config.folding)  # in its first step a pipeline also tells shapes
     sent.begin()
-    train_step(engine, [batch, batch], groups)
+    train_step(engine, [batch, batch], groups, config.model, config.folding)
     result["sent"] = dict(sent.bytes)
     del held
     engine.destroy()

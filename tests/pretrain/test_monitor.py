@@ -203,15 +203,15 @@ def test_peaks_by_the_names_that_pytorch_tells():
         assert known_peak(name) == 0
 
 
-@pytest.mark.parametrize("recall", ["none", "all"])
-def test_mfu_is_useful_flops_counted_pair_by_pair(recall):
-    gist = GistConfig((4, 2), recall=recall)
+@pytest.mark.parametrize("recall,first", [("none", 1), ("all", 1), ("all", 2)])
+def test_mfu_is_useful_flops_counted_pair_by_pair(recall, first):
+    gist = GistConfig((4, 2), recall=recall, recall_from=first)
     made = interleave(np.zeros(100, np.int64), [70, 30], np.ones(1, bool), gist, [900, 901])
     pad = lambda x: torch.from_numpy(np.pad(x, (0, 7), constant_values=-1))[None]
     layout = build_layout(pad(made.level), pad(made.doc), gist)
     batch = SimpleNamespace(layout=layout, recall=Recall.of(layout, gist))
     config = configuration(
-        monitor={"peak_tflops": 2.0}, gist={"chunk_sizes": [4, 2], "recall": recall},
+        monitor={"peak_tflops": 2.0}, gist={"chunk_sizes": [4, 2], "recall": recall, "recall_from": first},
         model={"vocab_size": 512, "hidden_size": 64, "layers": 3, "heads": 4, "kv_heads": 2, "ffn_size": 96},
     )  # fmt: skip
     said = []
@@ -226,7 +226,7 @@ def test_mfu_is_useful_flops_counted_pair_by_pair(recall):
         raw = [t for t in range(len(made.ids)) if made.level[t] < 0]
         recalling += len(raw) * (6.5 + 3.0) - int(mask[raw][:, layout.level[0] >= 0].sum())
     matrices = 3 * (64 * (4 + 2 * 2) * 16 + 4 * 16 * 64 + 3 * 64 * 96)
-    flops = 2 * (6 * matrices * len(made.ids) + 6 * 512 * 64 * 100 + 12 * 4 * 16 * (forgetting + 2 * recalling))
+    flops = 2 * (6 * matrices * len(made.ids) + 6 * 512 * 64 * 100 + 12 * 4 * 16 * (first * forgetting + (3 - first) * recalling))
     assert used.flops == pytest.approx(flops, rel=1e-12) and 0 < used.memory < 100
     ranks = [RankUsage(used.flops, 3.0), RankUsage(used.flops, 5.0)]
     two = Usage(config, SimpleNamespace(rank=0, world=2, data_size=1, device=ALONE.device), said.append)

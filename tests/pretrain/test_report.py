@@ -311,12 +311,12 @@ def test_the_module_stays_light():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
-@pytest.mark.parametrize("sizes", [(8,), (8, 4), (3, 2, 2), (40,)])
-def test_made_up_sample_follows_the_rules(sizes):
-    gist = {"chunk_sizes": list(sizes), "sink": 2, "n_prev": 2}
+@pytest.mark.parametrize("sizes,own_group", [((8,), False), ((8, 4), True), ((3, 2, 2), False), ((40,), False)])
+def test_made_up_sample_follows_the_rules(sizes, own_group):
+    gist = {"chunk_sizes": list(sizes), "sink": 2, "n_prev": 2, "own_group": own_group}
     sample = read_sample(parse_config({"data": {"train": ["no"], "tokenizer": "no"}, "gist": gist}))
     assert "could not be read" in sample.origin and set(sample.doc) == {0, 1}
-    assert (sample.mask == visible(sample.level.tolist(), sample.doc.tolist(), len(sizes), 2, 2)).all()
+    assert (sample.mask == visible(sample.level.tolist(), sample.doc.tolist(), len(sizes), 2, 2, own_group)).all()
     assert (sample.level >= 0).any() and sample.levels == len(sizes)
     grid = draw_grid(sample, 5)
     drawn = {css: 0 for css in ("sink", "raw", "g0", "g1", "g2", "hidden-cell")}

@@ -6,7 +6,7 @@ import yaml
 
 from unfold.model.gist import GistConfig, interleave
 from unfold.model.gist.recall import RECALLS, ROUTES, UNFOLDS_ALL
-from unfold.pretrain.config import gist_at, load_config, saved_settings
+from unfold.pretrain.config import gist_at, load_config, parse_saved, saved_settings
 from unfold.pretrain.data.flags import plain_flags, sample_flags
 from unfold.pretrain.errors import UserError
 
@@ -34,7 +34,8 @@ def _written(config, tmp_path):
 
 def test_stages_may_stand_on_the_command_line(tiny, tmp_path):
     config = config_of(tiny, tmp_path, "train.steps=9", "train.stages=[{until: 3, unfold_all: true}, {until: 6}]")
-    assert [s.until for s in config.train.stages] == [3, 6] and gist_at(config, 3).unfold_all and not gist_at(config, 4).unfold_all
+    assert [s.until for s in config.train.stages] == [3, 6]
+    assert gist_at(config, 3).unfold_all and not gist_at(config, 4).unfold_all
 
 
 @pytest.mark.parametrize(
@@ -65,6 +66,7 @@ def test_the_setting_that_stages_replaced(tiny, tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     old, notes = saved_settings(tmp_path)
     assert notes == [] and [(s["until"], s["recall"]) for s in old["train"]["stages"]] == [(4, "none")]
+    assert parse_saved(config, "manifest.json").train.stages[0].until == 4
 
 
 @pytest.fixture

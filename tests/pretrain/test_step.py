@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from unfold.model.config import ModelConfig
 from unfold.model.visibility import IGNORED
 from unfold.pretrain.config import ScheduleConfig
 from unfold.pretrain.train.engine import learning_rate
@@ -41,8 +42,10 @@ PARALLEL = SimpleNamespace(
     device="cpu",
     sum_over_data=TWICE,
     sum_over_replicas=TWICE,
+    sum_over_layers=TWICE,
     replica_group=SimpleNamespace(size=lambda: 2),
 )
+MODEL = ModelConfig()
 
 
 def batch(targets: int):
@@ -55,7 +58,7 @@ def batch(targets: int):
 
 def test_every_loss_token_weighs_the_same():
     engine = FakeEngine([6.0, 2.0])
-    result = train_step(engine, [batch(3), batch(1)], PARALLEL)
+    result = train_step(engine, [batch(3), batch(1)], PARALLEL, MODEL, None)
     # 8 tokens over both ranks; DeepSpeed will divide by 2 ranks x 2 micro-batches, which the factor takes back.
     assert engine.scaled == [6.0 * 4 / 8, 2.0 * 4 / 8]
     assert (result.loss, result.grad_norm, result.loss_tokens) == (2.0, 1.5, 8)
@@ -65,7 +68,7 @@ def test_every_loss_token_weighs_the_same():
 @pytest.mark.parametrize("losses", [[1.0, math.nan], [math.inf, 1.0]])
 def test_a_bad_loss_makes_the_gradient_bad_so_that_the_step_is_skipped(losses):
     engine = FakeEngine(losses)
-    result = train_step(engine, [batch(3), batch(3)], PARALLEL)
+    result = train_step(engine, [batch(3), batch(3)], PARALLEL, MODEL, None)
     assert result.skipped and not math.isfinite(result.loss)
     assert math.isnan(engine.scaled[-1])
 
