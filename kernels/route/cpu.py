@@ -12,21 +12,22 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from unfold.kernels.route.gradient import gists_of, wants_gradient, with_gradient
 from unfold.kernels.route.queries import Routed
 from unfold.kernels.route.rows import RoutedBlock, SampleRows, sample_rows, sum_bags
 
 QUERIES = 64  # of a block
-# Raw rows of a piece. On CPU its scores should stay in the cache; elsewhere few launches are what counts.
-RAW_ROWS = {"cpu": 512}
-MOST_RAW_ROWS = 8192
+# Scores of a block against a piece of raw rows. On CPU they should stay in the cache; elsewhere few launches are what counts.
+SCORES = {"cpu": 2**16}
+MOST_SCORES = 2**25
 HIDDEN = -1e30  # finite: a column that sees nothing must not compute inf - inf
 
 
-def rows_of(routed: Routed, part: tuple[int, int] | None = None) -> list[SampleRows]:
-    """The (memoised) rows of every sample, or of the tokens ``part`` of every sample, in blocks for this device."""
-    return sample_rows(routed, QUERIES, RAW_ROWS.get(routed.first.device.type, MOST_RAW_ROWS), part)
+def rows_of(routed: Routed, group: int, part: tuple[int, int] | None = None) -> list[SampleRows]:
+    """The (memoised) rows of every sample, or of the tokens ``part`` of every sample, in blocks for this device and group."""
+    scores = SCORES.get(routed.first.device.type, MOST_SCORES)
+    return sample_rows(routed, QUERIES, max(1, scores // (QUERIES * group)), part)
 
 
 def segment_keys(k: Tensor, rows: SampleRows, routed: Routed, first_token: int = 0) -> list[Tensor]:
@@ -44,24 +45,31 @@ def columns_of(q: Tensor, block: RoutedBlock, head: int, kv_heads: int, scale: f
 
 
 @dataclass(frozen=True)
-class Ranges:
-    """A block's ranges by column: lo, hi [L + 1, columns], far [columns], as in :class:`RoutedBlock`."""
+class Hidden:
+    """What the columns of a block do not have, True there; the same for all KV heads, which share it.
 
-    lo: Tensor
-    hi: Tensor
-    far: Tensor
+    Attributes:
+        raw: per piece of raw rows [rows, columns], None where every column has all of them.
+        gists: per gist segment [slots of the span, columns].
+        untaught: [level-0 slots of the span, columns], chunks that count nothing: those, and near ones where far.
+    """
+
+    raw: list[Tensor | None]
+    gists: list[Tensor]
+    untaught: Tensor
 
     @classmethod
-    def of(cls, block: RoutedBlock, group: int) -> Ranges:
-        return cls(*(x.repeat_interleave(group, -1) for x in (block.lo, block.hi, block.far)))
+    def of(cls, block: RoutedBlock, group: int, far: bool) -> Hidden:
+        lo, hi, near = (x.repeat_interleave(group, -1) for x in (block.lo, block.hi, block.far))
+        row = torch.arange(max([raw.last for raw, _ in block.raw], default=0), device=lo.device)[:, None]
+        slot = torch.arange(max(last - first for first, last in block.spans), device=lo.device)[:, None]
+        outside = lambda x, s: (x < lo[s]) | (x >= hi[s])
+        raw = [None if whole else outside(row[piece.first : piece.last], -1) for piece, whole in block.raw]
+        gists = [outside(slot[: last - first], s) for s, (first, last) in enumerate(block.spans)]
+        return cls(raw, gists, gists[-1] | (slot[: len(gists[-1])] >= near) if far else gists[-1])
 
-    def inside(self, s: int, count: int) -> Tensor:
-        """bool [count, columns], the slots of a gist segment's span that are in each column's range."""
-        slot = torch.arange(count, device=self.lo.device)[:, None]
-        return (slot >= self.lo[s]) & (slot < self.hi[s])
 
-
-def teacher(q: Tensor, keys: Tensor, block: RoutedBlock, ranges: Ranges) -> tuple[Tensor, Tensor, Tensor]:
+def teacher(q: Tensor, keys: Tensor, block: RoutedBlock, hidden: Hidden) -> tuple[Tensor, Tensor, Tensor]:
     """One pass over the raw rows: each column's largest score, and relative to it the sums of exponentials, in all and by chunk.
 
     Args:
@@ -74,18 +82,15 @@ def teacher(q: Tensor, keys: Tensor, block: RoutedBlock, ranges: Ranges) -> tupl
     first, last = block.spans[-1]
     chunks = q.new_zeros(last - first, len(q))
     pieces = []
-    for raw, whole in block.raw:
+    for (raw, _), mask in zip(block.raw, hidden.raw):
         scores = keys[raw.first : raw.last] @ q.T
-        if not whole:
-            row = torch.arange(raw.first, raw.last, device=q.device)[:, None]
-            scores.masked_fill_((row < ranges.lo[-1]) | (row >= ranges.hi[-1]), -torch.inf)
+        if mask is not None:
+            scores.masked_fill_(mask, -torch.inf)
         top = scores.amax(0).clamp_(min=HIDDEN)
         weights = scores.sub_(top).exp_()
-        a, b = (min(max(c, first), last) for c in raw.chunks)
-        if b > a:
-            bag = raw.bag.part(a - raw.chunks[0], b - raw.chunks[0], 0)
-            chunks[a - first : b - first] = sum_bags(weights, bag)
-        pieces.append((top, weights.sum(0), slice(a - first, b - first)))
+        if raw.chunks[1] > raw.chunks[0]:
+            chunks[slice(*raw.chunks)] = sum_bags(weights, raw.bag)
+        pieces.append((top, weights.sum(0), slice(*raw.chunks)))
     if not pieces:
         return q.new_full((len(q),), HIDDEN), q.new_zeros(len(q)), chunks
     highest = torch.stack([top for top, *_ in pieces]).amax(0)
@@ -97,21 +102,17 @@ def teacher(q: Tensor, keys: Tensor, block: RoutedBlock, ranges: Ranges) -> tupl
     return highest, total, chunks
 
 
-def masses(chunks: Tensor, block: RoutedBlock, ranges: Ranges, far: bool) -> list[Tensor]:
-    """Per gist segment [slots of the span, columns], zero outside of a column's range; ``chunks``: of all, by level-0 slot."""
-    inside = ranges.inside(len(block.spans) - 1, len(chunks))
-    if far:
-        inside &= torch.arange(len(chunks), device=chunks.device)[:, None] < ranges.far
-    found = [chunks * inside]
+def masses(chunks: Tensor, block: RoutedBlock, hidden: Hidden) -> list[Tensor]:
+    """Per gist segment [slots of the span, columns], zero where hidden. ``chunks``, of all level-0 slots, is overwritten."""
+    found = [chunks.masked_fill_(hidden.untaught, 0)]
     for s in reversed(range(len(block.upper))):
-        summed = sum_bags(found[0], block.upper[s])
-        found.insert(0, summed * ranges.inside(s, len(summed)))
+        found.insert(0, sum_bags(found[0], block.upper[s]).masked_fill_(hidden.gists[s], 0))
     return found
 
 
-def student_scores(q: Tensor, keys: Tensor, inside: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores [gists, columns], HIDDEN outside; per column the largest, and the sum of exponentials relative to it."""
-    scores = (keys @ q.T).masked_fill_(~inside, HIDDEN)
+def student_scores(q: Tensor, keys: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores [gists, columns], HIDDEN where hidden; per column the largest, and the sum of exponentials relative to it."""
+    scores = (keys @ q.T).masked_fill_(hidden, HIDDEN)
     if len(scores) == 0:
         return scores, q.new_full((len(q),), HIDDEN), q.new_zeros(len(q))
     top = scores.amax(0)
@@ -133,64 +134,42 @@ def student_loss(scores: Tensor, mass: Tensor, log_sum: Tensor, whole: Tensor) -
 
 def sample_masses(
     q: Tensor, k: Tensor, rows: SampleRows, routed: Routed, far: bool, scale: float
-) -> Iterator[tuple[RoutedBlock, int, Tensor, list[Tensor], Ranges, list[Tensor]]]:
-    """Of a whole sample, by block and KV head: block, head, scaled columns, keys by segment, ranges, masses by segment."""
+) -> Iterator[tuple[RoutedBlock, int, Tensor, list[Tensor], Hidden, list[Tensor]]]:
+    """Of a whole sample, by block and KV head: block, head, scaled columns, keys by segment, hidden, masses by segment."""
     kv_heads = k.shape[2]
     if not rows.blocks:
         return
     keys = segment_keys(k, rows, routed)
     for block in rows.blocks:
-        ranges = Ranges.of(block, q.shape[1] // kv_heads)
+        hidden = Hidden.of(block, q.shape[1] // kv_heads, far)
         for h in range(kv_heads):
             columns = columns_of(q, block, h, kv_heads, scale)
-            _, total, chunks = teacher(columns, keys[-1][h], block, ranges)
-            yield block, h, columns, [x[h] for x in keys], ranges, masses(chunks.div_(total), block, ranges, far)
+            _, total, chunks = teacher(columns, keys[-1][h], block, hidden)
+            yield block, h, columns, [x[h] for x in keys], hidden, masses(chunks.div_(total), block, hidden)
+
+
+@torch.no_grad()
+def _loss_and_gradient(q: Tensor, k: Tensor, routed: Routed, far: bool, scale: float, wanted: bool) -> tuple[Tensor, Tensor]:
+    """The loss, and its gradient with respect to the level-sorted gists: [B, Hkv, gists, D], at least fp32, if wanted."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    plan = rows_of(routed, q.shape[1] // k.shape[2])
+    loss = torch.zeros((), dtype=wide, device=q.device)
+    d_gists = torch.zeros(k.shape[0], k.shape[2], gists_of(routed), k.shape[3], dtype=wide, device=k.device)
+    for rows in plan:
+        for block, h, columns, keys, hidden, mass in sample_masses(q, k, rows, routed, far, scale):
+            for s, (first, last) in enumerate(block.spans):
+                if last == first:
+                    continue
+                scores, top, summed = student_scores(columns, keys[s][first:last], hidden.gists[s])
+                part, d_scores = student_loss(scores, mass[s], top + summed.log(), mass[s].sum(0))
+                loss += part
+                if wanted:
+                    at = slice(rows.rows[s][0] + first, rows.rows[s][0] + last)
+                    d_gists[rows.sample, h, at].addmm_(d_scores, columns)  # the columns hold the scale
+    return loss, d_gists
 
 
 def routing_loss_cpu(q: Tensor, k: Tensor, routed: Routed, far: bool, scale: float) -> Tensor:
     """As :func:`kernels.route.reference.routing_loss_reference`, vectorised; memory linear in T."""
-    return _RoutingLoss.apply(q.detach(), k, routed, far, scale)
-
-
-class _RoutingLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, routed: Routed, far: bool, scale: float) -> Tensor:
-        wide = torch.promote_types(q.dtype, torch.float32)
-        loss = torch.zeros((), dtype=wide, device=q.device)
-        plan = rows_of(routed)
-        d_gists = gist_gradients(k, plan)
-        for rows in plan:
-            for block, h, columns, keys, ranges, mass in sample_masses(q, k, rows, routed, far, scale):
-                for s, (first, last) in enumerate(block.spans):
-                    if last == first:
-                        continue
-                    scores, top, summed = student_scores(columns, keys[s][first:last], ranges.inside(s, last - first))
-                    part, d_scores = student_loss(scores, mass[s], top + summed.log(), mass[s].sum(0))
-                    loss += part
-                    at = slice(rows.rows[s][0] + first, rows.rows[s][0] + last)
-                    d_gists[rows.sample, h, at].addmm_(d_scores, columns)  # the columns hold the scale
-        ctx.save_for_backward(d_gists)
-        ctx.routed, ctx.like = routed, (k.shape, k.dtype)
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_loss: Tensor):
-        (d_gists,) = ctx.saved_tensors
-        shape, dtype = ctx.like
-        tokens = ctx.routed.tree.others.rows[:, : d_gists.shape[2]]
-        return None, spread_gists(d_gists.transpose(1, 2) * d_loss, tokens, shape, dtype), None, None, None
-
-
-def gist_gradients(k: Tensor, plan: list[SampleRows]) -> Tensor:
-    """Zeros [B, Hkv, gists of the sample that has most, D], at least fp32, for the gradients of level-sorted gists."""
-    most = max(rows.rows[-2][1] for rows in plan)
-    return k.new_zeros(len(plan), k.shape[2], most, k.shape[3], dtype=torch.promote_types(k.dtype, torch.float32))
-
-
-def spread_gists(d_gists: Tensor, tokens: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """d_gists [B, n, Hkv, D] to where ``tokens`` [B, n], all different, says; [B, T, Hkv, D], zero elsewhere."""
-    d_k = torch.zeros(shape, dtype=dtype, device=d_gists.device)
-    sample = torch.arange(shape[0], device=d_k.device)[:, None]
-    d_k[sample, tokens] = d_gists.to(dtype)
-    return d_k
+    loss, d_gists = _loss_and_gradient(q, k, routed, far, scale, wants_gradient(k))
+    return with_gradient(k, loss, d_gists.transpose(1, 2), routed.tree.others.rows[:, : d_gists.shape[2]])

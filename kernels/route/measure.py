@@ -44,7 +44,7 @@ def chunk_mass(q: Tensor, k: Tensor, routed: Routed, far: bool = False, scale: f
 
 def _blocks(q: Tensor, k: Tensor, routed: Routed, far: bool, scale: float) -> Iterator[ChunkMass]:
     kv_heads = k.shape[2]
-    for rows in rows_of(routed):
+    for rows in rows_of(routed, q.shape[1] // kv_heads):
         heads: list[list[Tensor]] = []
         for block, h, _, _, _, mass in sample_masses(q, k, rows, routed, far, scale):
             heads.append(mass)

@@ -47,12 +47,27 @@ def sum_bags(x: Tensor, bag: Bag) -> Tensor:
 
 @dataclass(frozen=True)
 class RawRows:
-    """Neighbouring raw rows ``first .. last`` and the chunks that lie in them, none of which lies in others too."""
+    """Neighbouring raw rows ``first .. last`` and the chunks that lie in them, none of which lies in others too.
+
+    Attributes:
+        first, last: the rows.
+        chunks: level-0 slots ``[first, last)``.
+        bag: their rows, counted from ``first``.
+    """
 
     first: int
     last: int
     chunks: tuple[int, int]
     bag: Bag
+
+    def within(self, first: int, last: int) -> RawRows:
+        """With the chunks of the slots ``first .. last`` alone, counted from ``first``."""
+        begin, end = self.chunks
+        a, b = max(begin, first), min(end, last)
+        if a >= b:
+            a = b = begin  # none of them
+        bag = self.bag if (a, b) == self.chunks else self.bag.part(a - begin, b - begin, 0)
+        return RawRows(self.first, self.last, (a - first, b - first) if b > a else (0, 0), bag)
 
 
 @dataclass(frozen=True)
@@ -64,7 +79,7 @@ class RoutedBlock:
         spans: per gist segment the slots ``[first, last)`` that any of the queries has.
         lo, hi: [L + 1, n] int64: per gist segment each query's slots, counted from the span's first; last its raw rows.
         far: [n] int64, the level-0 slots before it, so counted, are of chunks outside the query's raw window.
-        raw: the raw rows that any of the queries has, and whether all have all of them.
+        raw: the raw rows that any has, chunks counted from the span's first, and whether all have all of them.
         upper: per gist segment above level 0 the members of each slot of the span, counted from the first of the span below.
     """
 
@@ -105,7 +120,7 @@ def sample_rows(routed: Routed, queries: int, raw_rows: int, part: tuple[int, in
 
 def _sample(routed: Routed, sample: int, queries: int, raw_rows: int, part: tuple[int, int] | None) -> SampleRows:
     tree, levels = routed.tree, routed.tree.levels
-    rows, slots = _rows_here(tree, sample, part)
+    rows, slots = rows_here(tree, sample, part)
     bases = [first for first, _ in rows]
     bags, child_lo = [], None
     for s in range(levels):
@@ -130,7 +145,7 @@ def _sample(routed: Routed, sample: int, queries: int, raw_rows: int, part: tupl
     return SampleRows(sample, rows, slots, tuple(blocks))
 
 
-def _rows_here(tree: GistTree, sample: int, part: tuple[int, int] | None) -> tuple[tuple[tuple[int, int], ...], tuple[int, ...]]:
+def rows_here(tree: GistTree, sample: int, part: tuple[int, int] | None) -> tuple[tuple[tuple[int, int], ...], tuple[int, ...]]:
     """``rows`` and ``slots`` of :class:`SampleRows`: within a segment rows stand in the order of their tokens."""
     edges = tree.others.segment_start[sample, : tree.levels + 2].tolist()
     rows, slots = [], []
@@ -167,7 +182,8 @@ def _block(queries: slice, lo: Tensor, hi: Tensor, far: Tensor, raw: list[RawRow
     ends = hi.masked_fill(~some, 0).amax(1).tolist()
     spans = [(a, b) if b > a else (0, 0) for a, b in zip(starts, ends)]
     (first, last), latest, earliest = spans[-1], int(lo[-1].max()), int(hi[-1].min())
-    pieces = [(r, latest <= r.first and r.last <= earliest) for r in raw if r.first < last and r.last > first]
+    raw = [r.within(*spans[-2]) for r in raw if r.first < last and r.last > first]
+    pieces = [(r, latest <= r.first and r.last <= earliest) for r in raw]
     levels = len(bags)
     upper = [bags[s].part(*spans[s], spans[s + 1][0]) for s in range(levels - 1)]
     base = torch.tensor([a for a, _ in spans[:-1]] + [0], device=lo.device)[:, None]

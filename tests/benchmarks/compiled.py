@@ -4,7 +4,7 @@
         [--check] [--workers N] [--output docs/benchmarks]
 
 Writes ``compressed_aot.json`` and ``recall_aot.json`` (one entry per architecture, kernel, head dimension and dtype; entries not
-compiled this time stay as they were) and the same as tables, ``.md``. Recall is selection, unfolding and decoding.
+compiled this time stay as they were) and the same as tables, ``.md``. Recall is selection, unfolding, routing and decoding.
 ``--check`` writes nothing: it compares with what is committed and fails where something got worse. No driver is touched.
 """
 
@@ -46,7 +46,7 @@ HEADS, KV_HEADS, SEGMENTS = 32, 8, 4  # two gist levels; the number of segments 
 VERSION = f"triton {triton.__version__}"
 TABLE = Path(__file__).parent.parent.parent / "docs" / "benchmarks" / "compressed_aot"
 RECALL_TABLE = TABLE.parent / "recall_aot"
-TITLES = {TABLE.name: "Compressed attention", RECALL_TABLE.name: "Selection, unfolding, decoding"}
+TITLES = {TABLE.name: "Compressed attention", RECALL_TABLE.name: "Selection, unfolding, routing, decoding"}
 _FP32 = {"p_shift", "p_factor", "p_mean", "p_copy_k", "p_copy_v", "p_part_k", "p_part_v"}
 _INT32 = {"p_lo", "p_hi", "p_plan", "p_items", "p_sums", "p_copy_of"}
 

@@ -1,4 +1,4 @@
-"""The programs of recall and decoding for tests.benchmarks.compiled: every kernel with the sizes that its launcher gives it."""
+"""Recall, routing and decoding for tests.benchmarks.compiled: every kernel with the sizes that its launcher gives it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from unfold.kernels.decode import attend
 from unfold.kernels.decode import kernels as decoding
 from unfold.kernels.decode.tiles import decode_tiles
 from unfold.kernels.decode.triton import COMPARED, HELD, searched
+from unfold.kernels.route import kernels as routing
+from unfold.kernels.route.triton import UPPER, route_tiles
 from unfold.kernels.select import kernels as selecting
 from unfold.kernels.select.triton import LIST_KEYS, LIST_WARPS
 from unfold.kernels.select.triton import TABLE as SELECT_TILES
@@ -49,7 +51,7 @@ class Program:
 
 
 def recall_programs(arch: str, dim: int, dtype: str, item_size: int, heads: int, kv_heads: int) -> dict[str, Program]:
-    """Every program of selection, unfolding and decoding at two gist levels: name -> program."""
+    """Every program of selection, unfolding, routing and decoding at two gist levels: name -> program."""
     block_dim = max(64, triton.next_power_of_2(dim))
     group = heads // kv_heads
     tiles = choose_unfold_tiles(arch, block_dim, item_size)
@@ -87,8 +89,23 @@ def recall_programs(arch: str, dim: int, dtype: str, item_size: int, heads: int,
         "turn visits": (turn.visit_kernel, light, cut, {}),
     }
     made["unfold places"] = (place_kernel, Tile(1, ITEMS, 4, 3), dict(SIZE=size, BQ=size), {})
+    made |= _route_programs(arch, dim, item_size, group)
     made |= _decode_programs(arch, dim, item_size, group)
     return {n: Program(k, t, common | dict(BM=t.rows, BN=t.keys) | own, types) for n, (k, t, own, types) in made.items()}
+
+
+def _route_programs(arch: str, dim: int, item_size: int, group: int) -> dict[str, tuple]:
+    """The programs of the routing loss: name -> kernel, tile, sizes, types."""
+    tiles = route_tiles(arch, dim, item_size, group)
+    sums = {f"p_{name}": "*fp32" for name in ("shift", "mass", "sum", "loss", "d")}
+    types = sums | {"p_first": "*i32", "p_items": "*i32"}
+    return {
+        "route raw sums": (routing.raw_sum_kernel, tiles.raw, {}, types),
+        "route masses": (routing.mass_kernel, tiles.mass, dict(BC=tiles.chunks, FAR=True), types),
+        "route masses above": (routing.upper_kernel, replace(UPPER, rows=tiles.raw.rows), dict(BC=UPPER.keys, S=0), types),
+        "route student": (routing.student_kernel, tiles.student, {}, types),
+        "route d_gist": (routing.d_gist_kernel, tiles.d_gist, {}, types),
+    }
 
 
 def _decode_programs(arch: str, dim: int, item_size: int, group: int) -> dict[str, tuple]:

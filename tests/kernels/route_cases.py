@@ -23,7 +23,7 @@ def first_raw_rows(layout: Layout, tokens: Tensor) -> Tensor:
     return layout.intervals.row_of.gather(1, start).flatten()[tokens].int()
 
 
-def make_routed(name: str, share: float = 0.5, multiple: int = 1, seed: int = 0) -> tuple[Layout, Routed]:
+def make_routed(name: str, share: float = 0.3, multiple: int = 1, seed: int = 0) -> tuple[Layout, Routed]:
     """A case of either kind, padded to a multiple of tokens, of whose recalling queries about a share is sampled."""
     if name in SUFFIX_CASES:
         layout, config, recalls = suffix_layout(name)

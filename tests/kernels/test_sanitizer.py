@@ -16,11 +16,13 @@ import triton.language as tl
 from tests.kernels.cases import make_layout, random_qkv
 from tests.kernels.interpreter import compute_like_a_gpu, in_the_interpreter
 from tests.kernels.recall_cases import make_recall, make_rule
+from tests.kernels.route_cases import make_routed, queries_and_keys
 from tests.kernels.sanitizer import ROOT, SanitizerError, sanitized
 from tests.kernels.test_decode import batch, few_or_many_splits, rule_of, run_kernels
 from tests.kernels.uniform import gradients
 from unfold.kernels.compressed import compressed_attention
 from unfold.kernels.compressed import plan as compressed_plan
+from unfold.kernels.route import routing_loss
 from unfold.kernels.unfold import plan as unfold_plan
 from unfold.kernels.unfold import recall_attention, turn
 
@@ -302,6 +304,18 @@ def decode(name, budget, share="head", recalls=True, splits="some"):
     return case
 
 
+def route(name, heads, kv_heads, dtype, far, share):
+    """The routing loss and the gradient of the gists, in slices of two blocks of queries."""
+
+    def case(_):
+        layout, routed = make_routed(name, share=share)
+        q, k = queries_and_keys(layout, routed, heads, kv_heads, 64, dtype)
+        loss = routing_loss(q, k, routed, far=far, backend="triton")
+        return loss.detach(), *torch.autograd.grad(loss, k)
+
+    return case
+
+
 COMPRESSED = {"forward_kernel", "d_query_kernel", "d_key_kernel", "sum_parts_kernel"}
 SELECT = {"span_kernel", "score_kernel", "bound_kernel", "mark_kernel", "list_kernel"}
 TURN = {"group_kernel", "sorted_kernel", "part_count_kernel", "part_kernel", "visit_kernel"}
@@ -312,6 +326,7 @@ UNFOLD = {
 RECALL = COMPRESSED | SELECT | TURN | UNFOLD
 ATTEND = {"attend_kernel", "combine_kernel"}
 DECODE = {"score_top_kernel", "score_below_kernel", "select_kernel"} | ATTEND
+ROUTE = {"raw_sum_kernel", "mass_kernel", "upper_kernel", "student_kernel", "d_gist_kernel"}
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 # name: (case, the kernels that it reaches)
@@ -322,6 +337,7 @@ CASES = {
     "decode": (decode("two levels", "adaptive"), DECODE),
     "decode, summed scores, many splits": (decode("two levels", "adaptive", "group", splits="a tile each"), DECODE),
     "decode, nothing recalls": (decode("long suffix", "three", recalls=False), ATTEND),
+    "route, packed documents": (route("suffixes of packed documents", 2, 1, FP32, True, 0.5), ROUTE),
 }
 LONG = {
     "compressed, three levels": (compressed("closed context", 2, 1, BF16), COMPRESSED),
@@ -334,6 +350,8 @@ LONG = {
     "decode, four levels": (decode("four levels", "adaptive", splits="one program"), DECODE),
     "decode, everything": (decode("two levels", "everything", splits="a tile each"), DECODE),
     "decode, no sink": (decode("no sink", "one", "group"), DECODE),
+    "route, 16 bits": (route("jittered chunks", 4, 2, BF16, False, 0.2), ROUTE),
+    "route, one level": (route("one level", 1, 1, FP16, True, 0.3), ROUTE - {"upper_kernel"}),
 }
 
 

@@ -19,7 +19,9 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import interpreter, jit
 
 from tests.kernels.interpreter import compute_like_a_gpu, in_the_interpreter
+from tests.kernels.route_cases import first_raw_rows
 from unfold.kernels.compressed import compressed_attention
+from unfold.kernels.route import Routed, routing_loss
 from unfold.kernels.select import SelectRule
 from unfold.kernels.unfold import recall_attention
 from unfold.model.gist import GistConfig, build_layout, build_recall, interleave
@@ -87,6 +89,9 @@ def variants(count: int, monkeypatch) -> dict:
         torch.autograd.grad(out, qkv, torch.ones_like(out))
         out, _ = recall_attention(*qkv, tree, SelectRule(4, 4), backend="triton")
         torch.autograd.grad(out, qkv, torch.ones_like(out))
+        queries = qkv[0].detach().flatten(0, 1)[tree.tokens]
+        loss = routing_loss(queries, qkv[1], Routed(tree, first_raw_rows(layout, tree.tokens)), backend="triton")
+        torch.autograd.grad(loss, qkv[1])
     return record.variants
 
 
@@ -95,7 +100,7 @@ def variants(count: int, monkeypatch) -> dict:
 def test_every_kernel_is_compiled_once(count, monkeypatch):
     found = variants(count, monkeypatch)
     programs = Counter(name for name, *_ in found)
-    assert len(programs) == 20
+    assert len(programs) == 25
     assert programs.pop("bound_kernel") <= 2 * BUCKETS
     assert all(number <= SEVERAL.get(name, 1) for name, number in programs.items()), programs
     many = {key: sorted(specializations) for key, specializations in found.items() if len(specializations) > 1}

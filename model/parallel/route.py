@@ -1,0 +1,281 @@
+"""The routing loss over sequences that are spread over ranks: every rank scores its own keys against all sampled queries.
+
+The queries are few, so all ranks get them. A teacher's softmax, and a student's, then need the largest score and the sum of
+exponentials of all ranks. Chunk masses stay where their gists are; a group that is open at the end of a rank's part hands what
+of its mass lies there to the rank that holds its gist, one number per level, query and head. No collective is differentiated:
+only gists get a gradient, each on the rank that holds it, and forward knows it. Exact but for the order of sums.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from unfold.kernels.route import Routed
+from unfold.kernels.route.cpu import Hidden, columns_of, masses, rows_of, segment_keys, student_loss, student_scores, teacher
+from unfold.kernels.route.gradient import wants_gradient, with_gradient
+from unfold.kernels.route.rows import RoutedBlock, SampleRows, rows_here
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """What one rank knows of a micro-batch before anything is scored; M sampled queries in all, n ranks.
+
+    Attributes:
+        rows: what it holds of every sample.
+        mine: [m] int64, the sampled queries of its own part as ``sample * T / n + token``.
+        most: sampled queries of the rank that has most.
+        order: [M] int64, where each query lies among what is gathered, ``rank * most + number``.
+        adds: [n, L, M] fp32, 1 where another rank's open group of a gist segment is closed by this rank's first gist there, by
+            the query's sample.
+        tokens: [B, T / n] int64, the tokens of its part, sorted by level.
+    """
+
+    rows: list[SampleRows]
+    mine: Tensor
+    most: int
+    order: Tensor
+    adds: Tensor
+    tokens: Tensor
+
+
+def rank_plan(routed: Routed, group: int, rank: int, size: int) -> RankPlan:
+    """The (memoised) plan of one rank, from the whole samples, which all ranks know. group: query heads per KV head."""
+    return routed.memo(("routing over ranks", group, rank, size), lambda: _rank_plan(routed, group, rank, size))
+
+
+def _rank_plan(routed: Routed, group: int, rank: int, size: int) -> RankPlan:
+    tree = routed.tree
+    held = tree.others.tokens // size
+    own = rows_of(routed, group, (rank * held, (rank + 1) * held))
+    sample, token = tree.tokens // tree.others.tokens, tree.tokens % tree.others.tokens
+    home = token // held
+    is_home = home == torch.arange(size, device=home.device)[:, None]  # [n, M]
+    number = (is_home.cumsum(1) - 1).gather(0, home[None])[0]
+    most = int(is_home.sum(1).max())
+    mine = is_home[rank].nonzero()[:, 0]
+
+    adds = torch.zeros(size, tree.levels, tree.others.batch)
+    for r in range(rank):
+        for b, here in enumerate(own):
+            there, _ = rows_here(tree, b, (r * held, (r + 1) * held))
+            for s, (first, last) in enumerate(here.rows[:-1]):
+                adds[r, s, b] = first < last and there[s][1] == first
+    tokens = [torch.cat([tree.others.rows[b, slice(*r)] for r in here.rows]) for b, here in enumerate(own)]
+    return RankPlan(
+        own,
+        sample[mine] * held + token[mine] - rank * held,
+        most,
+        home * most + number,
+        adds.to(home.device)[:, :, sample],
+        torch.stack(tokens) - rank * held,
+    )
+
+
+def own_queries(routed: Routed, rank: int, size: int) -> Tensor:
+    """[m] int64, this rank's sampled queries as ``sample * T / n + token`` of its part, in the order that q takes."""
+    tokens = routed.tree.others.tokens
+    held = tokens // size
+    sample, token = routed.tree.tokens // tokens, routed.tree.tokens % tokens
+    mine = token // held == rank
+    return (sample * held + token - rank * held)[mine]
+
+
+def routing_loss_over_ranks(
+    q: Tensor, k: Tensor, routed: Routed, group: ProcessGroup, *, far: bool = False, scale: float | None = None
+) -> Tensor:
+    """This rank's share of :func:`kernels.route.routing_loss`; the shares of all ranks add up to it. All ranks call it alike.
+
+    Args:
+        q: [m, H, D], this rank's sampled queries: those of :func:`own_queries`, in that order. Never gets a gradient.
+        k: [B, T / n, Hkv, D], the keys of this rank's part. Its gists get the gradient of the whole loss, all ranks' shares,
+            times what backward hands to this rank's share: the same everywhere, if the shares are added up.
+        routed: of the whole samples, alike on all ranks.
+        group: the context-parallel group, in the order of the parts.
+        far, scale: as there.
+
+    Returns:
+        A scalar, fp32 or wider.
+
+    Raises:
+        ValueError: a shape or dtype that does not fit, naming the argument.
+    """
+    size, rank = group.size(), group.rank()
+    _check(q, k, routed, rank, size)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    plan = rank_plan(routed, q.shape[1] // k.shape[2], rank, size)
+    wanted = wants_gradient(k)
+    with torch.no_grad():
+        share, d_gists = _Share(_gather_queries(q, plan, group), k, routed, plan, group, far, scale).compute(wanted)
+    return with_gradient(k, share, d_gists, plan.tokens[:, : d_gists.shape[1]])
+
+
+def _check(q: Tensor, k: Tensor, routed: Routed, rank: int, size: int) -> None:
+    tree = routed.tree
+    if tree.others.tokens % size:
+        raise ValueError(f"routed: {tree.others.tokens} tokens per sample, expected a multiple of the {size} ranks")
+    shape = (tree.others.batch, tree.others.tokens // size)
+    if k.dim() != 4 or k.shape[:2] != shape:
+        raise ValueError(f"k: shape {tuple(k.shape)}, expected [{shape[0]}, {shape[1]}, Hkv, D], the keys of this rank's part")
+    count = len(own_queries(routed, rank, size))
+    if q.dim() != 3 or q.shape[0] != count or q.shape[2] != k.shape[3] or q.shape[1] % k.shape[2]:
+        raise ValueError(
+            f"q: shape {tuple(q.shape)}, expected [{count}, H, {k.shape[3]}], this rank's sampled queries, "
+            f"H a multiple of k's {k.shape[2]} heads"
+        )
+    if q.dtype != k.dtype:
+        raise ValueError(f"q: {q.dtype}, but k is {k.dtype}; make them equal")
+
+
+def _gather_queries(q: Tensor, plan: RankPlan, group: ProcessGroup) -> Tensor:
+    """All ranks' queries [M, H, D] from this rank's [m, H, D]."""
+    padded = q.new_zeros(plan.most, *q.shape[1:])
+    padded[: len(q)] = q.detach()
+    everyone = q.new_empty(group.size() * plan.most, *q.shape[1:])
+    dist.all_gather_into_tensor(everyone, padded, group=group)
+    return everyone.index_select(0, plan.order)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A block of queries of one KV head against what is here of their sample.
+
+    Attributes:
+        rows, block, head: which.
+        columns: [columns, D], the queries times the scale.
+        keys: per gist segment [gists, D].
+        hidden: what the columns do not have.
+        mass: [level-0 slots of the span, columns], then per gist segment: first relative to this rank's largest score.
+    """
+
+    rows: SampleRows
+    block: RoutedBlock
+    head: int
+    columns: Tensor
+    keys: list[Tensor]
+    hidden: Hidden
+    mass: list[Tensor]
+
+    def gists(self) -> Iterator[tuple[int, int, int]]:
+        """Per gist segment: its number, and the gists ``[first, last)`` of the span that are here, the open slot left out."""
+        for s, (first, last) in enumerate(self.block.spans):
+            begin, end = self.rows.rows[s]
+            yield s, first, max(first, min(last, end - begin))
+
+
+class _Share:
+    """One call of one rank. Between its stages stand the collectives, whose numbers are [.., M, H].
+
+    q: [M, H, D], all queries; k: [B, T / n, Hkv, D], this rank's.
+    """
+
+    def __init__(self, q: Tensor, k: Tensor, routed: Routed, plan: RankPlan, group: ProcessGroup, far: bool, scale: float):
+        self.q, self.k, self.routed, self.plan, self.group = q, k.detach(), routed, plan, group
+        self.far, self.scale, self.levels = far, scale, routed.tree.levels
+        self.per_head = q.shape[1] // k.shape[2]
+        self.wide = torch.promote_types(q.dtype, torch.float32)
+
+    def compute(self, wanted: bool) -> tuple[Tensor, Tensor]:
+        """The share, a scalar, and, if wanted, the gradient of its level-sorted gists, [B, gists, Hkv, D]."""
+        share = torch.zeros((), dtype=self.wide, device=self.q.device)
+        counts = [sum(last - first for first, last in rows.rows[:-1]) for rows in self.plan.rows]
+        batch, _, kv_heads, dim = self.k.shape
+        d_gists = torch.zeros(batch, kv_heads, max(counts), dim, dtype=self.wide, device=self.q.device)
+        if len(self.q):  # else nobody of the group has anything to exchange
+            pieces = self._teach()
+            log_sum, whole = self._close(pieces)
+            for piece in pieces:
+                share += self._learn(piece, log_sum, whole, d_gists if wanted else None)
+        return share, d_gists.transpose(1, 2)
+
+    def _numbers(self, *shape: int, fill: float = 0.0) -> Tensor:
+        return torch.full((*shape, *self.q.shape[:2]), fill, dtype=self.wide, device=self.q.device)
+
+    def _put(self, numbers: Tensor, piece: _Piece, values: Tensor) -> None:
+        """values [columns] to where the piece's queries and heads stand in numbers [M, H]."""
+        heads = slice(piece.head * self.per_head, (piece.head + 1) * self.per_head)
+        numbers[piece.block.queries, heads] = values.view(-1, self.per_head)
+
+    def _get(self, numbers: Tensor, piece: _Piece) -> Tensor:
+        """The [columns] of a piece from numbers [M, H]."""
+        return numbers[piece.block.queries, piece.head * self.per_head : (piece.head + 1) * self.per_head].flatten()
+
+    def _teach(self) -> list[_Piece]:
+        """All pieces, with the teacher's masses of what is here: shares of all ranks' raw tokens."""
+        top, total = self._numbers(fill=-math.inf), self._numbers()
+        pieces = []
+        first_token = self.group.rank() * self.k.shape[1]
+        for rows in self.plan.rows:
+            keys = segment_keys(self.k, rows, self.routed, first_token)
+            for block in rows.blocks:
+                hidden = Hidden.of(block, self.per_head, self.far)
+                for h in range(self.k.shape[2]):
+                    columns = columns_of(self.q, block, h, self.k.shape[2], self.scale)
+                    own = [x[h] for x in keys]
+                    largest, summed, chunks = teacher(columns, own[-1], block, hidden)
+                    # Of the raw rows nothing is needed any more.
+                    pieces.append(_Piece(rows, block, h, columns, own[:-1], replace(hidden, raw=[]), [chunks]))
+                    self._put(top, pieces[-1], largest)
+                    self._put(total, pieces[-1], summed)
+        own_top = top.clone()
+        dist.all_reduce(top, dist.ReduceOp.MAX, group=self.group)
+        total *= (own_top - top).exp_()
+        dist.all_reduce(total, group=self.group)
+        factor = (own_top - top).exp_().div_(total)
+        for piece in pieces:
+            chunks = piece.mass.pop().mul_(self._get(factor, piece))
+            piece.mass.extend(masses(chunks, piece.block, piece.hidden))
+        return pieces
+
+    def _close(self, pieces: list[_Piece]) -> tuple[Tensor, Tensor]:
+        """Complete the masses of groups that begin on earlier ranks; the log-sum-exp of all gists' scores, and all masses' sum.
+
+        Both [L, M, H].
+        """
+        still_open, top, sums = self._numbers(self.levels), self._numbers(self.levels), self._numbers(2, self.levels)
+        for piece in pieces:
+            for s, first, last in piece.gists():
+                _, largest, summed = student_scores(
+                    piece.columns, piece.keys[s][first:last], piece.hidden.gists[s][: last - first]
+                )
+                self._put(top[s], piece, largest)
+                self._put(sums[0, s], piece, summed)
+                self._put(sums[1, s], piece, piece.mass[s].sum(0))
+                if last < piece.block.spans[s][1]:
+                    self._put(still_open[s], piece, piece.mass[s][last - first])
+        everyone = self._numbers(self.group.size(), self.levels)
+        dist.all_gather_into_tensor(everyone.flatten(0, 1), still_open, group=self.group)
+        closed = (everyone * self.plan.adds[..., None]).sum(0)  # [L, M, H]
+        for piece in pieces:
+            for s, first, last in piece.gists():
+                if first == 0 < last:
+                    piece.mass[s][0] += self._get(closed[s], piece)
+        own_top = top.clone()
+        dist.all_reduce(top, dist.ReduceOp.MAX, group=self.group)
+        sums[0] *= (own_top - top).exp_()
+        dist.all_reduce(sums, group=self.group)
+        # Where no rank has a gist the sum is 0; no mass is there either, so any finite number will do.
+        return top + sums[0].log().clamp_(min=0), sums[1]
+
+    def _learn(self, piece: _Piece, log_sum: Tensor, whole: Tensor, d_gists: Tensor | None) -> Tensor:
+        """The loss of a piece's own gists, a scalar; adds to their gradient [B, Hkv, gists, D]."""
+        loss = torch.zeros((), dtype=self.wide, device=self.q.device)
+        begin = 0
+        for s, first, last in piece.gists():
+            if last > first:
+                hidden, keys = piece.hidden.gists[s][: last - first], piece.keys[s][first:last]
+                scores, _, _ = student_scores(piece.columns, keys, hidden)
+                shares = [self._get(x[s], piece) for x in (log_sum, whole)]
+                part, d_scores = student_loss(scores, piece.mass[s][: last - first], *shares)
+                loss += part
+                if d_gists is not None:
+                    at = slice(begin + first, begin + last)
+                    d_gists[piece.rows.sample, piece.head, at].addmm_(d_scores, piece.columns)
+            begin += piece.rows.rows[s][1] - piece.rows.rows[s][0]
+        return loss
