@@ -126,7 +126,7 @@ def _chunks(compared: int, rows: int) -> list[tuple[int, int]]:
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, summed over chunks in the total's precision."""
     if total.dtype == a.dtype:
-        total.addmm_(a, b)
+        torch.addmm(total, a, b, out=total)
     else:
         total += a @ b
 

@@ -55,7 +55,7 @@ class Added:
 
     def means(self, batches: Sequence[MicroBatch], divisors: dict[str, float], parallel: Parallel) -> dict[str, float]:
         """A step's metrics, from what its micro-batches came to."""
-        sums = [b.added.sums for b in batches if b.added]
+        sums = [batch.added.sums for batch in batches if divisors and batch.added]
         return {
             METRICS[name]: parallel.sum_over_layers(sum(float(s[name]) for s in sums if name in s)) / divisor
             for name, divisor in divisors.items()

@@ -1,6 +1,6 @@
 """The loss of hidden states without logits beside one that makes them all: time and peak memory of forward + backward.
 
-    python -m tests.benchmarks.token_loss [--vocab 49152 131072] [--rows 8192] [--hidden 576] [--dtype fp32] [--threads 1]
+    python -m tests.benchmarks.token_loss [--vocab 49152 131072] [--rows 8192] [--hidden 576] [--dtype fp32]
 
 Each figure comes from a process of its own. "with logits" is what was trained with before: the product with the head, then
 megatron-core's cross-entropy, which keeps the softmax in fp32. Memory is the peak beyond inputs, gradients included.
@@ -47,7 +47,7 @@ class _WithLogits(torch.autograd.Function):
 
 
 def measure(way: str, vocab: int, rows: int, hidden: int, dtype: torch.dtype) -> tuple[float, float]:
-    """Seconds and peak memory in MB."""
+    """CPU seconds, which other users of the machine disturb least, and peak memory in MB."""
     torch.manual_seed(0)
     states = torch.randn(rows, 1, hidden).to(dtype).requires_grad_()
     weight = (0.02 * torch.randn(vocab, hidden)).to(dtype).requires_grad_()
@@ -56,13 +56,13 @@ def measure(way: str, vocab: int, rows: int, hidden: int, dtype: torch.dtype) ->
     if way == "distilled":
         added, teacher = AddedLosses(logits=1.0, samples=(0,)), states.detach().roll(1, 0)
     Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew from the current size
-    before, start = resident_mb("VmRSS"), time.perf_counter()
+    before, start = resident_mb("VmRSS"), time.process_time()
     if way == "with logits":
         loss = _WithLogits.apply((states[:, 0] @ weight.t()).float(), labels[0]).sum()
     else:
         loss = token_loss_sum(states, labels, weight, BuildContext.alone(), added, teacher)
     (loss / rows).backward()
-    return time.perf_counter() - start, resident_mb("VmHWM") - before
+    return time.process_time() - start, resident_mb("VmHWM") - before
 
 
 def main() -> None:
@@ -71,18 +71,17 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8192)
     parser.add_argument("--hidden", type=int, default=576)
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--chunk", type=int, default=loss_module.CHUNK)
     parser.add_argument("--way", help="only measure this one")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1)
     if args.way:
         loss_module.CHUNK = args.chunk
         print(*measure(args.way, args.vocab[0], args.rows, args.hidden, DTYPES[args.dtype]))
         return
-    print(f"{args.rows} rows, hidden size {args.hidden}, {args.dtype}, chunks of {args.chunk}, {args.threads} thread(s)")
-    print("| vocabulary | loss | seconds | peak, MB | time, ratio | memory, ratio |\n|---|---|---|---|---|---|")
-    same = [f"--{name}={getattr(args, name)}" for name in ("rows", "hidden", "dtype", "threads", "chunk")]
+    print(f"{args.rows} rows, hidden size {args.hidden}, {args.dtype}, chunks of {args.chunk}, one thread")
+    print("| vocabulary | loss | CPU seconds | peak, MB | time, ratio | memory, ratio |\n|---|---|---|---|---|---|")
+    same = [f"--{name}={getattr(args, name)}" for name in ("rows", "hidden", "dtype", "chunk")]
     for vocab in args.vocab:
         base = None
         for way in ("with logits", "without", "distilled"):

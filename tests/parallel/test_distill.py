@@ -58,3 +58,16 @@ def test_a_run_that_is_resumed_goes_on_alike(config, alone, tmp_path):
     train_until_killed(config, run_dir, 1, 3, "checkpoint.every=2", "train.activation_checkpointing=true")
     again = train(config, run_dir, 1, "checkpoint.every=2", "train.activation_checkpointing=true")
     assert series(again, *EXACT, *NAMES) == series(alone, *EXACT, *NAMES)
+
+
+@pytest.mark.long
+def test_beside_recall_and_its_routing_loss(tiny, tmp_path):
+    """The teacher neither recalls nor is routed; what the student reads stays the same."""
+    gist = {"chunk_sizes": [4, 2], "recall": "all", "route_loss": 1.0, "route_queries": 20}
+    config = config_of(tiny, tmp_path, gist=gist, train={"steps": 3})
+    alone = train(config, tmp_path / "alone")
+    run = train(config, tmp_path / "run", 2, "parallel.zero=2", "train.micro_batch=2")
+    assert_same(run, alone, [*NAMES[1:], "route_loss", "unfolded_tokens"])
+    plain = train(config, tmp_path / "plain", 1, "distill.logits=0", "distill.hidden=0")
+    assert plain[0]["unfolded_tokens"] == alone[0]["unfolded_tokens"]
+    assert plain[0]["loss"] == pytest.approx(alone[0]["loss"], rel=1e-6)
