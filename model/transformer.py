@@ -1,4 +1,4 @@
-"""The decoder: embedding, layers, output head and loss, on megatron-core's tensor-parallel parts.
+"""The decoder: embedding, layers and output head, on megatron-core's tensor-parallel parts.
 
 The residual stream is [T, B, hidden] (sequence first, as megatron's parallel layers expect); attention works on
 [B, T, H, D]. Module names are the canonical parameter names of checkpoints.
@@ -14,10 +14,12 @@ from torch.utils.checkpoint import checkpoint
 
 from unfold.model.attention import Attention
 from unfold.model.config import ModelConfig
+from unfold.model.distill import DenseTeacher
 from unfold.model.gist import Layout, Recall
 from unfold.model.layers import MLP, BuildContext, RMSNorm, Rotary
-from unfold.model.parallel.tensor import VocabularyEmbedding, column_product, gather_outputs, gather_sequence, token_losses
-from unfold.model.visibility import IGNORED, Attend, MicroBatch, attention_for
+from unfold.model.loss import token_loss_sum
+from unfold.model.parallel.tensor import VocabularyEmbedding, column_product, gather_outputs, gather_sequence
+from unfold.model.visibility import Attend, MicroBatch, attention_for
 
 
 class Embedding(VocabularyEmbedding):
@@ -53,21 +55,6 @@ class Layer(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
-def token_loss_sum(hidden: Tensor, labels: Tensor, weight: Tensor, build: BuildContext) -> Tensor:
-    """Sum of the next-token cross-entropies, fp32 scalar. Positions without a target never reach the output head.
-
-    hidden: [T, B, hidden] after the final norm (T / n under sequence parallelism); labels: [B, T]; weight: this rank's
-    rows of the head, [vocab / n, hidden].
-    """
-    if build.sequence_split:
-        hidden = gather_sequence(hidden, build.tp_group)
-    targets = labels.t().reshape(-1)
-    has_target = targets != IGNORED
-    rows = hidden.flatten(0, 1)[has_target]
-    logits = column_product(rows, weight, build.tp_group, input_is_gathered=build.sequence_split)
-    return token_losses(logits.float(), targets[has_target], build.tp_group).sum()
-
-
 def build_model(config: ModelConfig, seed: int = 0) -> Transformer:
     """A whole model on this process, without torch.distributed. Its initial weights are a pure function of the seed."""
     return Transformer(config, BuildContext.alone(seed))
@@ -96,29 +83,46 @@ class Transformer(nn.Module):
         """This rank's rows of the output head, [vocab / tp, hidden]."""
         return self.embedding.weight if self.config.tied_embeddings else self.head.weight
 
-    def final_states(self, ids: Tensor, layout: Layout, recall: Recall | None = None) -> Tensor:
+    def final_states(
+        self, ids: Tensor, layout: Layout, recall: Recall | None = None, teacher: DenseTeacher | None = None
+    ) -> Tensor:
         """[B, T] -> [T, B, hidden] after the final norm; under context parallelism this rank's part of T."""
         context = self.build.context
         attend = attention_for(self.config.attention, layout, recall, context)
         ids, position = (context.part(x, 1) if context else x for x in (ids, layout.position))
-        return self.run_layers(ids, position, attend)
+        return self.run_layers(ids, position, attend, teacher)
 
-    def run_layers(self, ids: Tensor, position: Tensor, attend: Attend) -> Tensor:
-        """ids, rotary positions [B, T] int64 -> [T, B, hidden] after the final norm; attend: who sees whom."""
+    def run_layers(self, ids: Tensor, position: Tensor, attend: Attend, teacher: DenseTeacher | None = None) -> Tensor:
+        """ids, rotary positions [B, T] int64 -> [T, B, hidden] after the final norm.
+
+        attend: who sees whom; teacher: passes through the layers too, for what is learned from it.
+        """
         x = self.embedding(ids)
+        if teacher:
+            teacher.begin(x)
         rotary = Rotary.of(position, self.config)
         for layer in self.layers:
             if self.activation_checkpointing and self.training:
                 x = checkpoint(layer, x, rotary, attend, use_reentrant=False)
             else:
                 x = layer(x, rotary, attend)
+            if teacher:
+                teacher.follow(layer, x)
+        if teacher:
+            teacher.through(self.final_norm)
         return self.final_norm(x)
 
     def forward(self, batch: MicroBatch) -> Tensor:
-        """Sum of the token losses of a micro-batch, fp32 scalar; under context parallelism of this rank's part."""
-        hidden = self.final_states(batch.ids, batch.layout, batch.recall)
+        """Sum of the token losses of a micro-batch, fp32 scalar; under context parallelism of this rank's part.
+
+        What ``batch.added`` asks for is in its gradient, not in its value.
+        """
+        added = batch.added
+        teacher = DenseTeacher(batch, self.config, self.build) if added and added.samples else None
+        hidden = self.final_states(batch.ids, batch.layout, batch.recall, teacher)
         labels = self.build.context.part(batch.labels, 1) if self.build.context else batch.labels
-        return token_loss_sum(hidden, labels, self.head_weight, self.build)
+        loss = token_loss_sum(hidden, labels, self.head_weight, self.build, added, teacher and teacher.state)
+        return teacher.added_to(loss) if teacher else loss
 
     @torch.no_grad()
     def logits(self, ids: Tensor, layout: Layout, recall: Recall | None = None) -> Tensor:

@@ -7,7 +7,7 @@ the whole model.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -27,6 +27,30 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
+class AddedLosses:
+    """What is learned from a micro-batch beside the next token; a weight is that against one token's cross-entropy.
+
+    Attributes:
+        z: of the squared log-partition at a token with a target.
+        logits: of the divergence of next-token distributions under dense attention from those of the model as it is, at a token
+            of ``samples`` with a target (see :mod:`unfold.model.distill`).
+        hidden: of the smooth-L1 between layers' outputs under both, per element of a raw token of ``samples``.
+        samples: whom dense attention teaches, in order; none: it is not computed.
+        sums: each of these losses (without weight), summed over what the rank holds; filled by the forward pass.
+    """
+
+    z: float = 0.0
+    logits: float = 0.0
+    hidden: float = 0.0
+    samples: tuple[int, ...] = ()
+    sums: dict[str, Tensor] = field(default_factory=dict, compare=False)
+
+    def note(self, name: str, value: Tensor) -> None:
+        """Add to one of the sums."""
+        self.sums[name] = self.sums.get(name, 0) + value.detach()
+
+
+@dataclass(frozen=True)
 class MicroBatch:
     """Packed interleaved samples, ready for the model.
 
@@ -35,18 +59,22 @@ class MicroBatch:
         labels: [B, T] int64 next raw token at raw tokens, IGNORED elsewhere (gists, padding, a document's last token).
         layout: what follows from where the gists are.
         recall: which tokens unfold chunks, and how; None where none does.
+        distilled: samples that learn from dense attention where that is asked for.
+        added: what is learned beside the next token; None: nothing.
     """
 
     ids: Tensor
     labels: Tensor
     layout: Layout
     recall: Recall | None = None
+    distilled: tuple[int, ...] = ()
+    added: AddedLosses | None = None
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """The same micro-batch on another device."""
         move = lambda x: x.to(device, non_blocking=True)
         recall = self.recall and self.recall.to(device)
-        return MicroBatch(move(self.ids), move(self.labels), self.layout.to(device), recall)
+        return replace(self, ids=move(self.ids), labels=move(self.labels), layout=self.layout.to(device), recall=recall)
 
 
 def attention_for(

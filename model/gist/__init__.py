@@ -3,7 +3,7 @@
 from unfold.model.config import GistConfig
 from unfold.model.gist.growing import recalls_in
 from unfold.model.gist.insertion import Interleaved, interleave, max_interleaved_length
-from unfold.model.gist.layout import Layout, build_layout
+from unfold.model.gist.layout import Layout, build_layout, dense_layout
 from unfold.model.gist.recall import Recall, build_recall, recalling_tokens, select_rule
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Recall",
     "build_layout",
     "build_recall",
+    "dense_layout",
     "interleave",
     "max_interleaved_length",
     "recalling_tokens",

@@ -120,6 +120,32 @@ def build_layout(level: Tensor, doc: Tensor, config: GistConfig | None) -> Layou
     return Layout(level, doc, position, intervals)
 
 
+def dense_layout(layout: Layout, samples: Tensor | None = None) -> Layout:
+    """The same rows under dense attention: a raw token sees all raw tokens of its document up to itself, a gist itself alone.
+
+    samples: int64 [n], those of the micro-batch that are wanted; None: all.
+    """
+    pick = lambda x: x if samples is None else x.index_select(0, samples)
+    intervals, level, doc = layout.intervals, pick(layout.level), pick(layout.doc)
+    row_of, lo = pick(intervals.row_of), pick(intervals.lo).clone()
+    row = row_of.int()
+    first = row.gather(1, document_starts(doc))  # a document's first token is raw
+    segment = (intervals.segments - 3 - level).long()[:, None]  # the top level is 0, raw tokens are L; padding is among them
+    hi = lo.scatter(1, segment, row[:, None] + 1)  # elsewhere nothing: hi is lo
+    own_only = (level >= 0) | (doc < 0)
+    lo.scatter_(1, segment, torch.where(own_only, row, first)[:, None])
+    seen = Intervals(pick(intervals.rows), row_of, lo, hi, pick(intervals.segment_start))
+    return Layout(level, doc, pick(layout.position), seen)
+
+
+def document_starts(doc: Tensor) -> Tensor:
+    """[B, T] int64, the first token of each token's document (of its run of equal document ids)."""
+    index = torch.arange(doc.shape[1], device=doc.device).expand_as(doc)
+    is_first = torch.ones_like(doc, dtype=torch.bool)
+    torch.ne(doc[:, 1:], doc[:, :-1], out=is_first[:, 1:])
+    return index.masked_fill(~is_first, 0).cummax(1).values
+
+
 def _window_starts(
     upto: Tensor, before: Tensor, before_doc: Tensor, rows: Tensor, segment_start: Tensor, n_prev: int | Tensor
 ) -> Tensor:

@@ -17,7 +17,7 @@ from unfold.kernels.select import SelectRule
 from unfold.kernels.tree import GistTree
 from unfold.kernels.unfold import RecallStats
 from unfold.model.config import GistConfig
-from unfold.model.gist.layout import Layout
+from unfold.model.gist.layout import Layout, document_starts
 from unfold.model.gist.routing import Routing
 
 # What a raw token does beyond forgetting, as bits: it unfolds what it selects; in place of that, everything; it is taken for the
@@ -170,7 +170,7 @@ def build_recall(layout: Layout, config: GistConfig, recalls: Tensor) -> GistTre
     lo, hi = at(intervals.lo), at(intervals.hi)
     lo[:levels] = at(first[:, :levels])
     tail = _open_tails(lo, hi, child_hi, query // tokens, levels)
-    span = torch.arange(tokens, device=query.device) - _document_starts(layout.doc) + 1
+    span = torch.arange(tokens, device=query.device) - document_starts(layout.doc) + 1
     splits = torch.nn.functional.pad(recalls.sum(1).cumsum(0), (1, 0)).tolist()
     others = intervals.without(recalls)
     span = span.flatten().index_select(0, query).int()
@@ -183,7 +183,7 @@ def first_rows(layout: Layout) -> Tensor:
 
 
 def _find_first_rows(layout: Layout) -> Tensor:
-    start = _document_starts(layout.doc)
+    start = document_starts(layout.doc)
     # A document's first token is raw and stands before all of the document's gists: the ends of its ranges are
     # the document's first rows, but for the raw segment, whose range holds the token itself.
     ends = layout.intervals.hi[:, :-1]
@@ -207,14 +207,6 @@ def _widened(layout: Layout, others: Intervals, wide: Tensor) -> Intervals:
     lo[:, :-1] = torch.where(wide[:, None], first_rows(layout), lo[:, :-1])
     lo[:, -1] = torch.where(wide, hi[:, -1], lo[:, -1])  # sinks are among the raw tokens
     return replace(others, lo=lo, hi=hi, plans={})
-
-
-def _document_starts(doc: Tensor) -> Tensor:
-    """[B, T] int64, the first token of each token's document (of its run of equal document ids)."""
-    index = torch.arange(doc.shape[1], device=doc.device).expand_as(doc)
-    is_first = torch.ones_like(doc, dtype=torch.bool)
-    torch.ne(doc[:, 1:], doc[:, :-1], out=is_first[:, 1:])
-    return index.masked_fill(~is_first, 0).cummax(1).values
 
 
 def _families(layout: Layout, ends: Tensor, first: Tensor, sink: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from unfold.model.config import GistConfig, ModelConfig
 from unfold.model.gist import Recall, build_layout
 from unfold.model.layers import BuildContext, RMSNorm, Rotary
-from unfold.model.transformer import Embedding, Layer, token_loss_sum
-from unfold.model.visibility import Attend, MicroBatch, attention_for
+from unfold.model.loss import token_loss_sum
+from unfold.model.transformer import Embedding, Layer
+from unfold.model.visibility import AddedLosses, Attend, MicroBatch, attention_for
 
 TIED = "embedding"  # key of the weight that the first and the last stage share
 
@@ -31,12 +32,14 @@ class StageAttention:
     Attributes:
         gist: how tokens recall in the step at hand.
         route_scale: what the routing losses of the step at hand weigh (see :class:`unfold.model.gist.recall.Routing`).
+        added: what the step at hand learns beside the next token (of an :class:`AddedLosses` its ``z`` alone).
         recalls: of the micro-batches since they were last taken: what the stage's layers read, and their routing losses.
     """
 
     def __init__(self, config: ModelConfig, gist: GistConfig | None, build: BuildContext, stages: int):
         self._config, self._build = config, build
         self.gist, self.route_scale = gist, 0.0
+        self.added: AddedLosses | None = None
         self.recalls: list[Recall] = []
         # As many micro-batches as are on their way through the stages: layers that are recomputed meet the same one again.
         self._made: deque[tuple[Tensor, Rotary, Attend]] = deque(maxlen=stages)
@@ -120,13 +123,15 @@ def layer_specs(config: ModelConfig, build: BuildContext, shared: StageAttention
     return [tied(), *layers, norm, tied(forward_fn=_tied_head)]
 
 
-def stage_loss(build: BuildContext, outputs: tuple[Tensor, Tensor], targets: tuple[Tensor, Tensor]) -> Tensor:
+def stage_loss(
+    build: BuildContext, shared: StageAttention, outputs: tuple[Tensor, Tensor], targets: tuple[Tensor, Tensor]
+) -> Tensor:
     """outputs: (hidden, head weight) of the last stage; targets: (labels [B, T], factor). The scaled sum of token losses."""
     hidden, weight = outputs
     labels, factor = targets
     if build.context:
         labels = build.context.part(labels, 1)
-    return token_loss_sum(hidden, labels, weight, build) * factor
+    return token_loss_sum(hidden, labels, weight, build, shared.added) * factor
 
 
 def stage_inputs(batch: MicroBatch, factor: float) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:

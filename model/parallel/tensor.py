@@ -1,4 +1,4 @@
-"""Linear layers, embedding and loss over the tensor-parallel group, with or without sequence parallelism, on CPU and CUDA.
+"""Linear layers and embedding over the tensor-parallel group, with or without sequence parallelism, on CPU and CUDA.
 
 megatron-core's layers hold the weights; their own sequence parallelism works on CUDA only, so what crosses ranks is done
 here. Under sequence parallelism the residual stream is split over the group along the sequence (dimension 0): a column
@@ -24,7 +24,6 @@ from megatron.core.tensor_parallel import (
     linear_with_grad_accumulation_and_async_allreduce,
     reduce_from_tensor_model_parallel_region,
 )
-from megatron.core.tensor_parallel.cross_entropy import VocabParallelCrossEntropy
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -165,35 +164,7 @@ class VocabularyEmbedding(VocabParallelEmbedding):
         return split_sequence(x, self.tp_group) if self.sequence_split else x
 
 
-class _TokenLosses(torch.autograd.Function):
-    """megatron-core's cross-entropy over a split vocabulary, whose own wrapper takes a global group."""
-
-    @staticmethod
-    def forward(ctx, logits: Tensor, targets: Tensor, group: Group) -> Tensor:
-        logits, most = VocabParallelCrossEntropy.calculate_logits_max(logits)
-        _all_reduce(most, dist.ReduceOp.MAX, group)
-        first = group.rank() * logits.shape[-1]
-        elsewhere, own_targets, predicted, total, exponentials = VocabParallelCrossEntropy.calculate_predicted_logits(
-            logits, targets, most, first, first + logits.shape[-1]
-        )
-        for partial in (predicted, total):
-            _all_reduce(partial, dist.ReduceOp.SUM, group)
-        softmax, losses = VocabParallelCrossEntropy.calculate_cross_entropy_loss(exponentials, predicted, total)
-        ctx.save_for_backward(softmax, elsewhere, own_targets)
-        return losses
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        softmax, elsewhere, own_targets = ctx.saved_tensors
-        rows, number, update, out = VocabParallelCrossEntropy.prepare_gradient_calculation_operands(softmax, elsewhere)
-        return VocabParallelCrossEntropy.calculate_gradients(rows, number, own_targets, update, out, grad), None, None
-
-
-def _all_reduce(x: Tensor, operation, group: Group) -> None:
+def reduce_in_place(x: Tensor, operation: dist.ReduceOp.RedOpType, group: Group) -> None:
+    """Of all ranks' tensors their sum, maximum, .., without a gradient."""
     if group.size() > 1:
         dist.all_reduce(x, op=operation, group=group)
-
-
-def token_losses(logits: Tensor, targets: Tensor, group: Group) -> Tensor:
-    """Cross-entropy of every token, fp32 [N]. logits: fp32 [N, vocab / n], this rank's; they are overwritten. targets: [N]."""
-    return _TokenLosses.apply(logits, targets, group)

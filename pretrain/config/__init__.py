@@ -1,5 +1,6 @@
 """The configuration of a run: what it consists of, how it is read and written, and what may change when a run is resumed."""
 
+from unfold.pretrain.config.distill import DistillConfig
 from unfold.pretrain.config.read import (
     FREE_ON_RESUME,
     add_overrides,
@@ -30,6 +31,7 @@ __all__ = [
     "CHANGEABLE_ON_RESUME",
     "FREE_ON_RESUME",
     "CheckpointConfig",
+    "DistillConfig",
     "FaultConfig",
     "MonitorConfig",
     "OptimizerConfig",

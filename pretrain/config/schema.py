@@ -20,6 +20,7 @@ from unfold.model.settings import (
     Settings,
     option,
 )
+from unfold.pretrain.config.distill import DistillConfig
 from unfold.pretrain.config.monitor import MonitorConfig
 from unfold.pretrain.config.stages import StageConfig, stage_at, stage_errors
 from unfold.pretrain.errors import UserError
@@ -63,6 +64,9 @@ class TrainConfig(Settings):
     global_batch: Count = option(8, "samples per step, over all ranks")
     micro_batch: Count = option(1, "samples per forward pass of one rank")
     clip: NotNegative = option(1.0, "largest gradient norm; 0 clips nothing")
+    z_loss: NotNegative = option(
+        0.0, "weight of the mean squared log-partition of next-token distributions, which keeps logits small; 0: none"
+    )
     activation_checkpointing: bool = option(False, "recompute layers in backward instead of keeping their activations")
     stages: tuple[StageConfig, ...] = option(
         (), "parts of the run with settings of their own, e.g. [{until: 300, recall: none}]; see `train.stages`"
@@ -181,6 +185,7 @@ class RunConfig(Settings):
     model: ModelConfig = field(default_factory=ModelConfig)
     gist: GistConfig = field(default_factory=GistConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -193,6 +198,7 @@ class RunConfig(Settings):
 
     def misfits(self) -> list[str]:
         errors = self._layout_errors() + self._muon_errors() + stage_errors(self.train.stages, self.gist, self.train.steps)
+        errors += self.distill.misplaced(self.model.attention, self.parallel.pipeline)
         if self.data.raw_tokens > self.model.max_position:
             errors.append(f"data.raw_tokens: {self.data.raw_tokens} exceeds model.max_position ({self.model.max_position})")
         first, layers = self.gist.recall_from, self.model.layers

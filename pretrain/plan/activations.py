@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from unfold.model.config import ModelConfig
+from unfold.model.loss import CHUNK
 from unfold.pretrain.config import RunConfig
 from unfold.pretrain.plan.work import SampleSize
 
@@ -124,15 +125,22 @@ class Activations:
         return self.samples * self.sample.length * (6 * INT64 + 2 * FP32 * self.sample.segments)
 
     def loss(self) -> int:
-        """Rows of the final hidden state with a target, their softmax in fp32 and who has which target."""
-        vocabulary = self.model.padded_vocab_size // self.tensor
-        row = self.element * self.model.hidden_size + FP32 * vocabulary + INT64 + 1
-        return row * self.targets + self.tokens
+        """Gradients of the final hidden state's rows with a target and of the head's weight, and where the rows come from."""
+        return self.element * self._head + (self.element * self.model.hidden_size + INT64) * self.targets
 
-    def logits_copy(self) -> int:
-        """The logits, or their gradient, in the compute precision beside the fp32 ones."""
-        vocabulary = self.model.padded_vocab_size // self.tensor
-        return self.element * vocabulary * self.targets if self.element < FP32 else 0
+    def logits(self, distilled: bool = False) -> int:
+        """A chunk's logits in fp32, their gradient in the compute precision, and the head's gradient in fp32 while it is summed.
+
+        distilled: the teacher's logits, and their difference, too.
+        """
+        copies = (3 if distilled else 1) * FP32 + (self.element if self.element < FP32 else 0)
+        summed = (FP32 + self.element) * self._head if self.element < FP32 else 0
+        return copies * min(CHUNK, self.targets) * (self.model.padded_vocab_size // self.tensor) + summed
+
+    @property
+    def _head(self) -> int:
+        """Elements of this rank's rows of the output head."""
+        return self.model.padded_vocab_size // self.tensor * self.model.hidden_size
 
     def working(self) -> int:
         """Gradients within a layer while it goes backward: of the product, of gate and up alone and together, of two norms."""

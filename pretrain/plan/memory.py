@@ -28,7 +28,7 @@ class Memory:
         gradients: as they are accumulated over micro-batches.
         optimizer: fp32 master weights and Adam's two moments (one momentum where Muon updates).
         activations: of all micro-batches in flight, layout and backward's working set included.
-        logits: of the last stage, with loss and their gradient.
+        logits: of the last stage: those of a chunk of rows, and the gradients that the loss leaves for backward.
         buffers: communication: buckets, gathered parameters, received activations and keys.
     """
 
@@ -96,12 +96,14 @@ def stage_memory(config: RunConfig, sample: SampleSize, stage: int, replicas: in
     activations += in_flight * (kept.shared() + kept.layout()) + kept.working()
     if is_last:
         activations += kept.norm()
+    if config.distill.active:  # the teacher's stream, and of every layer the slope of its distance
+        activations += kept.residual() + (layers * kept.residual() if config.distill.hidden else 0)
     return Memory(
         weights=round(states.weights * parameters),
         gradients=round(states.gradients * parameters),
         optimizer=round(states.optimizer * parameters - spared_by_muon(config, counts, replicas)),
         activations=activations,
-        logits=kept.loss() + kept.logits_copy() if is_last else 0,
+        logits=kept.loss() + kept.logits(config.distill.logits > 0) if is_last else 0,
         buffers=_buffers(config, kept, parameters, replicas, stage, micro_batches),
         host=round(states.host * parameters),
     )

@@ -126,7 +126,7 @@ def _pipeline(config: RunConfig, build: BuildContext, parallel: Parallel) -> Pip
     model = PipelineModule(
         layer_specs(config.model, build, shared),
         topology=topology,
-        loss_fn=partial(stage_loss, build),
+        loss_fn=partial(stage_loss, build, shared),
         partition_method="type:LayerStage",
         activation_checkpoint_interval=int(config.train.activation_checkpointing),
         seed_layers=False,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from unfold.model.visibility import MicroBatch
 from unfold.pretrain.config import RunConfig, gist_at, with_vocab_size
@@ -29,7 +29,12 @@ class Inputs:
             indices = step_samples(step, train.global_batch, train.micro_batch, parallel.data_rank, parallel.data_size)
             numbers = [[number(i) for i in micro_batch] for micro_batch in indices]
             stage = gist_at(self.config, step + 1)
-            yield [self.train.build(n, stage) for n in numbers]
+            yield [replace(self.train.build(n, stage), distilled=self._distilled(n)) for n in numbers]
+
+    def _distilled(self, numbers: list[int]) -> tuple[int, ...]:
+        """Which samples of a micro-batch learn from dense attention: by their global numbers, so the same under every layout."""
+        distill = self.config.distill
+        return tuple(i for i, number in enumerate(numbers) if distill.active and number % distill.every == 0)
 
     def valid_batches(self, parallel: Parallel) -> list[MicroBatch]:
         """The same samples at every validation; ranks take turns, and a rank without one repeats none."""

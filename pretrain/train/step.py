@@ -15,6 +15,7 @@ from unfold.model.gist import Recall, recalls_in
 from unfold.model.parallel.pipeline import stage_inputs
 from unfold.model.visibility import IGNORED, MicroBatch
 from unfold.pretrain.parallel import Parallel
+from unfold.pretrain.train.added import NOTHING_ADDED, Added
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class StepResult:
         unfolded: raw tokens that a recalling query unfolded, a mean over them and the layers that recall; None without recall.
         selected: gists of all levels that it selected, a mean alike.
         route_loss: routing loss in nats, a mean over sampled queries, heads and layers; None where no query was sampled.
+        added: what else was learned, as :mod:`unfold.pretrain.train.added` names it.
         context: bytes that a rank sent to those it shares sequences with, and would have sent for gathering all keys and
             values: means over ranks, layers (in a pipeline of the first stage) and micro-batches; None without such ranks.
         skipped: loss or gradient were not finite, and neither weights nor optimizer were touched.
@@ -40,6 +42,7 @@ class StepResult:
     unfolded: float | None
     selected: float | None
     route_loss: float | None
+    added: dict[str, float]
     context: tuple[float, float] | None
     skipped: bool
     busy_s: float
@@ -51,6 +54,7 @@ def train_step(
     parallel: Parallel,
     model: ModelConfig,
     gist: GistConfig | None,
+    added: Added = NOTHING_ADDED,
 ) -> StepResult:
     """Forward and backward over this rank's micro-batches, then the update.
 
@@ -58,15 +62,17 @@ def train_step(
     averages over both, so each micro-batch's sum is scaled by (ranks x micro-batches / tokens of the global batch). So does
     every sampled query of the routing loss.
 
-    gist: how the model recalls in this step; None where it is dense.
+    gist: how the model recalls in this step; None where it is dense. added: what it learns beside the next token.
     """
     tokens = parallel.sum_over_data(sum(int((b.labels != IGNORED).sum()) for b in batches))
     factor = parallel.replica_group.size() * len(batches) / tokens
     terms = _routing_terms(batches, parallel, model, gist)
     # It does not pass through DeepSpeed's mean over micro-batches.
     scale = gist.route_loss * parallel.replica_group.size() / terms if terms else 0.0
+    batches, divisors = added.to_step(batches, engine, parallel, model, tokens)
     if parallel.stages > 1:
-        return _pipeline_step(engine, batches, parallel, factor, int(tokens), gist, scale, terms)
+        result = _pipeline_step(engine, batches, parallel, factor, int(tokens), gist, scale, terms)
+        return replace(result, added=added.means(batches, divisors, parallel))
     began, local_sum, recalls = time.monotonic(), 0.0, []
     for index, batch in enumerate(batches):
         batch = batch.to(parallel.device)
@@ -83,9 +89,9 @@ def train_step(
                 factor = math.nan
         engine.backward(loss * factor)
         engine.step()
-    read = _what_was_read(recalls, parallel, terms)
+    read, more = _what_was_read(recalls, parallel, terms), added.means(batches, divisors, parallel)
     skipped, sent = bool(engine.optimizer.overflow), _context_bytes(engine, parallel)
-    return StepResult(mean, float(engine.get_global_grad_norm()), int(tokens), *read, sent, skipped, busy)
+    return StepResult(mean, float(engine.get_global_grad_norm()), int(tokens), *read, more, sent, skipped, busy)
 
 
 def _pipeline_step(
@@ -100,12 +106,12 @@ def _pipeline_step(
 ) -> StepResult:
     """The same through DeepSpeed's pipeline, which averages the scaled losses over micro-batches and ranks itself."""
     began, shared = time.monotonic(), engine.module.stage_attention
-    shared.gist, shared.route_scale = gist, scale
+    shared.gist, shared.route_scale, shared.added = gist, scale, batches[0].added
     loss = engine.train_batch(iter([stage_inputs(batch, factor) for batch in batches])).item()
     skipped, sent = bool(engine.optimizer.overflow), _context_bytes(engine, parallel)
     norm, busy = float(engine.get_global_grad_norm()), time.monotonic() - began
     read = _what_was_read(shared.take_recalls(), parallel, terms)
-    return StepResult(loss, norm, tokens, *read, sent, skipped, busy)
+    return StepResult(loss, norm, tokens, *read, {}, sent, skipped, busy)
 
 
 def _routing_terms(
@@ -156,7 +162,7 @@ def validation_loss(
     """Mean cross-entropy in nats over all loss tokens of the ranks' batches. gist: how the model recalls in them."""
     engine.eval()
     if parallel.stages > 1:
-        engine.module.stage_attention.gist = gist
+        engine.module.stage_attention.gist, engine.module.stage_attention.added = gist, None
     tokens = parallel.sum_over_data(sum(int((b.labels != IGNORED).sum()) for b in batches))
     if parallel.stages > 1:
         factor = parallel.replica_group.size() * len(batches) / tokens

@@ -22,6 +22,7 @@ from unfold.pretrain.parallel import Parallel
 from unfold.pretrain.safety.faults import finite_or_none
 from unfold.pretrain.safety.signals import TIME_LIMIT, Boundary, Signals, agree, take_request, time_is_up
 from unfold.pretrain.safety.watchdog import Watchdog, limit_groups
+from unfold.pretrain.train.added import Added
 from unfold.pretrain.train.engine import build_engine, learning_rate, set_learning_rate
 from unfold.pretrain.train.history import FaultyStep, History
 from unfold.pretrain.train.inputs import Inputs, open_inputs
@@ -138,7 +139,8 @@ class Trainer:
         rate = learning_rate(step - 1, self.config.train.steps, self.config.optimizer.lr, self.config.schedule)
         set_learning_rate(self.engine, rate)
         gist = gist_at(self.config, step)
-        return train_step(self.engine, micro_batches, self.parallel, self.config.model, gist), rate
+        added = Added(self.config.train.z_loss, self.config.distill)
+        return train_step(self.engine, micro_batches, self.parallel, self.config.model, gist, added), rate
 
     def _agree(self, step: int, result: StepResult, busy: float, usage: RankUsage) -> Boundary:
         """Exchange wishes and faults with the other ranks; raises FaultyStep when a fault calls for it."""
@@ -178,6 +180,7 @@ class Trainer:
             metrics |= {"unfolded_tokens": result.unfolded, "selected_gists": result.selected}
         if result.route_loss is not None:
             metrics["route_loss"] = result.route_loss
+        metrics |= result.added
         if result.context is not None:
             sent, whole = result.context
             metrics |= {"context_bytes": sent, "context_bytes_dense": whole, "context_ratio": whole / sent}

@@ -51,6 +51,7 @@ def test_every_error_is_reported_at_once():
         ("schedule", {"kind": "wsd", "warmup": 0.6, "decay": 0.6}, "together exceed 1"),
         ("train", {"global_batch": 6, "micro_batch": 4}, "micro_batch: 4 does not divide global_batch (6)"),
         ("data", {"raw_tokens": 9999}, "exceeds model.max_position"),
+        ("distill", {"every": 0}, "distill.every: 0 is below 1"),
         ("gist", {"recall_from": 4}, "gist.recall_from: 4, but model.layers is 4, and none recalls; at most 3 would do"),
         ("gist", {"recall_from": 0}, "gist.recall_from: 0 is below 1"),
     ],

@@ -19,7 +19,8 @@ from tests.benchmarks.recall_claim.arms import DENSE, WAYS, Way, dense_arm, gist
 from tests.benchmarks.recall_claim.task import LookupTask
 from unfold.model.config import GistConfig, ModelConfig
 from unfold.model.layers import BuildContext
-from unfold.model.transformer import Transformer, token_loss_sum
+from unfold.model.loss import token_loss_sum
+from unfold.model.transformer import Transformer
 from unfold.model.visibility import IGNORED, MicroBatch
 
 # (context, steps): so many steps on contexts of this length, of which a batch holds as many as fit into the room of whole ones.

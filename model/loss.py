@@ -1,0 +1,176 @@
+"""The loss of hidden states, without logits: rows pass the output head in chunks, over a split vocabulary or a whole one.
+
+Nothing of the size of the logits outlives its chunk, and nothing is computed twice: the gradients of hidden states and of the
+head's weight are made in the forward pass, and backward multiplies them with what it is given. DeepSpeed's
+TiledFusedLogitsLoss works alike on one process, but adds the head's gradient to its weight at once, whatever the loss is
+multiplied with afterwards; PyTorch's linear_cross_entropy knows no split vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from unfold.model.layers import BuildContext
+from unfold.model.parallel.tensor import Group, copy_to_group, gather_sequence, reduce_in_place
+from unfold.model.visibility import IGNORED, AddedLosses
+
+CHUNK = 1024  # rows whose logits are there at a time
+
+
+def token_loss_sum(
+    hidden: Tensor,
+    labels: Tensor,
+    weight: Tensor,
+    build: BuildContext,
+    added: AddedLosses | None = None,
+    teacher: Tensor | None = None,
+) -> Tensor:
+    """Sum of the next-token cross-entropies, fp32 scalar; its gradient is that of all losses together.
+
+    Positions without a target never reach the output head.
+
+    Args:
+        hidden: [T, B, hidden] after the final norm (T / n under sequence parallelism).
+        labels: [B, T].
+        weight: this rank's rows of the head, [vocab / n, hidden].
+        added: what else is learned from logits; its sums are filled in.
+        teacher: [T, samples, hidden], what ``hidden`` of ``added.samples`` is under dense attention; needed if ``added.logits``.
+    """
+    added = added or AddedLosses()
+    if build.sequence_split:
+        hidden = gather_sequence(hidden, build.tp_group)
+    targets = labels.t()  # [T, B]
+    order, taught = (targets != IGNORED).flatten().nonzero()[:, 0], None
+    if added.logits:
+        if build.sequence_split:
+            teacher = gather_sequence(teacher, build.tp_group)
+        order, taught = _taught_first(targets != IGNORED, added.samples, teacher)
+    rows = hidden.flatten(0, 1).index_select(0, order)
+    if not build.sequence_split:  # else the gathering's backward sums the gradients over the ranks
+        rows = copy_to_group(rows, build.tp_group)
+    chosen = targets.flatten().index_select(0, order)
+    wants_gradient = torch.is_grad_enabled()
+    loss, squared, divergence = _Losses.apply(
+        rows, weight, chosen, taught, added.z, added.logits, build.tp_group, wants_gradient
+    )
+    if added.z:
+        added.note("z", squared)
+    if added.logits:
+        added.note("logits", divergence)
+    return loss
+
+
+def _taught_first(has_target: Tensor, samples: tuple[int, ...], teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Places (of [T * B]) with a target, those of ``samples`` before the others; and the teacher's rows of the first."""
+    taught = torch.zeros_like(has_target)
+    taught[:, samples] = has_target[:, samples]
+    order = torch.cat([x.flatten().nonzero()[:, 0] for x in (taught, has_target & ~taught)])
+    return order, teacher.flatten(0, 1)[has_target[:, samples].flatten()]
+
+
+class _Losses(torch.autograd.Function):
+    """Cross-entropy, squared log-partition and divergence from a teacher, each a sum over rows; gradients are made forward."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        rows: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        taught: Tensor | None,
+        z: float,
+        divergence: float,
+        group: Group,
+        wants_gradient: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """rows [N, hidden]; weight [vocab / n, hidden]; targets [N]; taught [M, hidden], the teacher's first M rows, or None.
+
+        z, divergence: what these weigh against a row's cross-entropy in the gradient of the first result.
+        """
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        sums = torch.zeros(3, dtype=wide, device=rows.device)
+        d_rows = torch.empty_like(rows) if wants_gradient else None
+        d_weight = torch.zeros_like(weight, dtype=wide) if wants_gradient else None
+        compared = 0 if taught is None else len(taught)
+        for start, stop in _chunks(compared, len(rows)):
+            part = rows[start:stop]
+            logits = (part @ weight.t()).to(wide)
+            others = (taught[start:stop] @ weight.t()).to(wide) if start < compared else None
+            losses, d_logits = _chunk_losses(logits, others, targets[start:stop], (z, divergence), group, wants_gradient)
+            sums += losses
+            del logits, others  # they hold nothing more, and memory is what chunks are for
+            if wants_gradient:
+                d_logits = d_logits.to(rows.dtype)
+                torch.mm(d_logits, weight, out=d_rows[start:stop])
+                _add_product(d_weight, d_logits.t(), part)
+            del d_logits
+        if wants_gradient:
+            ctx.save_for_backward(d_rows, d_weight.to(weight.dtype))
+        ctx.mark_non_differentiable(squared := sums[1].clone(), diverged := sums[2].clone())
+        return sums[0].clone(), squared, diverged
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, *_):
+        d_rows, d_weight = ((grad * x).to(x.dtype) for x in ctx.saved_tensors)
+        return d_rows, d_weight, None, None, None, None, None, None
+
+
+def _chunks(compared: int, rows: int) -> list[tuple[int, int]]:
+    """[start, stop) of the chunks: of the first ``compared`` rows, then of the others."""
+    parts = ((0, compared), (compared, rows))
+    return [(at, min(at + CHUNK, stop)) for start, stop in parts for at in range(start, stop, CHUNK)]
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, summed over chunks in the total's precision."""
+    if total.dtype == a.dtype:
+        torch.addmm(total, a, b, out=total)
+    else:
+        total += a @ b
+
+
+def _chunk_losses(
+    logits: Tensor,
+    others: Tensor | None,
+    targets: Tensor,
+    weights: tuple[float, float],
+    group: Group,
+    wants_gradient: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The three sums of a chunk, and the gradient of their weighted sum in place of its logits.
+
+    logits, others: this rank's part of the student's and of the teacher's, [n, vocab / ranks]; both are overwritten.
+    """
+    z, divergence = weights
+    top = torch.stack([x.amax(-1) for x in (logits, others) if x is not None])
+    reduce_in_place(top, dist.ReduceOp.MAX, group)
+    logits -= top[0, :, None]
+    own = targets - group.rank() * logits.shape[-1]
+    elsewhere = (own < 0) | (own >= logits.shape[-1])
+    own = own.masked_fill(elsewhere, 0)[:, None]
+    partial = [logits.gather(1, own)[:, 0].masked_fill(elsewhere, 0)]
+    if others is not None:
+        others -= top[1, :, None]
+        difference = others - logits
+        difference *= others.exp_()
+        partial += [others.sum(-1), difference.sum(-1)]
+        del difference
+    partial = torch.stack([logits.exp_().sum(-1), *partial])
+    reduce_in_place(partial, dist.ReduceOp.SUM, group)
+    total, at_target, *of_teacher = partial
+    log_total = total.log()
+    partition = log_total + top[0]
+    losses = [(log_total - at_target).sum(), partition.square().sum(), torch.zeros_like(total[0])]
+    if others is not None:
+        teacher_total, weighted = of_teacher
+        losses[2] = (weighted / teacher_total - teacher_total.log() + log_total).sum()
+    if not wants_gradient:
+        return torch.stack(losses), None
+    factor = 1 + 2 * z * partition + (divergence if others is not None else 0.0)
+    logits *= (factor / total)[:, None]
+    logits.scatter_add_(1, own, (elsewhere.to(logits.dtype) - 1)[:, None])
+    if others is not None:
+        logits -= others.mul_((divergence / teacher_total)[:, None])
+    return torch.stack(losses), logits

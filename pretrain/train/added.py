@@ -1,0 +1,96 @@
+"""What a step learns beside the next token: how much a micro-batch's terms weigh, and what they came to.
+
+Every term is a mean over the global batch, as the cross-entropy is: of the squared log-partition over loss tokens, of the
+divergence over the loss tokens of distilled samples, of the distance of hidden states over layers and over the elements of
+these samples' raw tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import deepspeed
+
+from unfold.model.config import ModelConfig
+from unfold.model.visibility import IGNORED, AddedLosses, MicroBatch
+from unfold.pretrain.config import DistillConfig
+from unfold.pretrain.parallel import Parallel
+
+METRICS = {"z": "z_loss", "logits": "distill_logits", "hidden": "distill_hidden"}
+
+
+@dataclass(frozen=True)
+class Added:
+    """The weights of a run's terms. Without any, a step does nothing that it would not do anyway."""
+
+    z: float = 0.0
+    distill: DistillConfig = DistillConfig()
+
+    def to_step(
+        self,
+        batches: Sequence[MicroBatch],
+        engine: deepspeed.DeepSpeedEngine,
+        parallel: Parallel,
+        model: ModelConfig,
+        tokens: float,
+    ) -> tuple[Sequence[MicroBatch], dict[str, float]]:
+        """A step's micro-batches with their terms, and what each term's sum over the global batch is to be divided by.
+
+        tokens: loss tokens of the global batch.
+        """
+        if not self.z and not self.distill.active:
+            return batches, {}
+        divisors = {"z": tokens} if self.z else {}
+        if self.distill.active:
+            divisors |= _distilled_terms(batches, parallel, model, self.distill)
+        relative = {name: tokens / count for name, count in divisors.items()}
+        weights = {
+            "z": self.z * relative.get("z", 0.0),
+            "logits": self.distill.logits * relative.get("logits", 0.0),
+            "hidden": self.distill.hidden * relative.get("hidden", 0.0),
+        }
+        taught = _taught(batches, engine, parallel)
+        return [_with_terms(batch, weights, is_taught) for batch, is_taught in zip(batches, taught)], divisors
+
+    def means(self, batches: Sequence[MicroBatch], divisors: dict[str, float], parallel: Parallel) -> dict[str, float]:
+        """A step's metrics, from what its micro-batches came to."""
+        sums = [batch.added.sums for batch in batches if divisors and batch.added]
+        return {
+            METRICS[name]: parallel.sum_over_layers(sum(float(s[name]) for s in sums if name in s)) / divisor
+            for name, divisor in divisors.items()
+        }
+
+
+NOTHING_ADDED = Added()
+
+
+def _distilled_terms(
+    batches: Sequence[MicroBatch], parallel: Parallel, model: ModelConfig, distill: DistillConfig
+) -> dict[str, float]:
+    """What divides the sums over distilled samples; nothing where the global batch has no token of them."""
+    targets = raw = 0
+    for batch in batches:
+        chosen = list(batch.distilled)
+        targets += int((batch.labels[chosen] != IGNORED).sum())
+        raw += int(((batch.layout.level < 0) & (batch.layout.doc >= 0))[chosen].sum())
+    counts = {
+        "logits": parallel.sum_over_data(targets) if distill.logits else 0.0,
+        "hidden": parallel.sum_over_data(raw) * model.hidden_size * model.layers if distill.hidden else 0.0,
+    }
+    return {name: count for name, count in counts.items() if count}
+
+
+def _taught(batches: Sequence[MicroBatch], engine: deepspeed.DeepSpeedEngine, parallel: Parallel) -> list[bool]:
+    """Whether each of this rank's micro-batches passes through the teacher.
+
+    Under ZeRO-3 every layer's weights are gathered by all ranks: where one runs the teacher, the others keep it company.
+    """
+    own = [bool(batch.distilled) for batch in batches]
+    return [parallel.sum_over_data(x) > 0 for x in own] if engine.zero_optimization_stage() == 3 else own
+
+
+def _with_terms(batch: MicroBatch, weights: dict[str, float], taught: bool) -> MicroBatch:
+    if not batch.distilled:  # its first sample keeps company, for nothing
+        weights = weights | {"logits": 0.0, "hidden": 0.0}
+    return replace(batch, added=AddedLosses(**weights, samples=(batch.distilled or (0,)) if taught else ()))
