@@ -70,6 +70,8 @@ def _memory(plan: Plan, dense: Plan | None, usable: float) -> Iterator[str]:
         yield f"  by pipeline stage: {', '.join(f'{m.total / GIB:.1f}' for m in plan.memory)} (the columns show the fullest)"
     if plan.config.model.attention == "gist" and plan.config.gist.recall != "none":
         yield "  gist.recall: what recalling tokens read and keep depends on the data and is not counted here or below"
+    if any(stage.unfold_all for stage in plan.config.train.stages) or plan.config.gist.unfold_all:
+        yield "  gist.unfold_all: attention of these steps costs what dense attention does, and is not counted either"
 
 
 def _traffic(plan: Plan, dense: Plan | None) -> Iterator[str]:
