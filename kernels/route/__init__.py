@@ -1,4 +1,4 @@
-"""The routing loss: gists learn to be found where the layer's own attention over raw tokens looks (docs/method.md#recall)."""
+"""The routing loss: gists learn to be found where attention over raw tokens looks (docs/method.md#training-the-routing)."""
 
 from unfold.kernels.route.measure import ChunkMass, chunk_mass
 from unfold.kernels.route.op import routing_loss

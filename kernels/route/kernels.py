@@ -50,19 +50,21 @@ def sum_step(b_s, b_max, b_sum):
 
 
 @triton.jit
-def log_of_sum(b_max, b_sum):
-    """The logarithm of what was summed, 0 where that is nothing."""
-    return tl.where(b_sum > 0, b_max + tl.log2(tl.where(b_sum > 0, b_sum, 1.0)), 0.0)
+def shift_and_sum(b_max, b_sum):
+    """The maximum and the sum relative to it, which is 1 at least; where nothing was summed 0 and 1 stand for them."""
+    return tl.where(b_sum > 0, b_max, 0.0), tl.maximum(b_sum, 1.0)
 
 
 @kernel
 def raw_sum_kernel(
-    p_q, p_k, p_first, p_hi, p_blocks, p_shift, scale, queries, keys, i_from,
+    p_q, p_k, p_first, p_hi, p_blocks, p_shift, p_factor, scale, queries, keys, i_from,
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, L: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """p_shift [HKV, items, BM] fp32: the log-sum-exp of every row's scores of its document's raw tokens up to itself.
+    """Of every row's scores of its document's raw tokens up to itself the largest, and 1 / the sum of exponentials.
 
+    p_shift, p_factor: [HKV, items, BM] fp32, the sum relative to the largest. Kept apart: their joint log-sum-exp would cost
+    half the digits of an fp32 gradient.
     p_q: [M, H, D]; p_k: [B, keys, HKV, D], level-sorted. Grid: (items, HKV).
     """
     i_local, i_head = tl.program_id(0), tl.program_id(1)
@@ -82,7 +84,9 @@ def raw_sum_kernel(
         m_seen = in_range(o_key[:, None], b_lo[None, :], b_hi[None, :])
         b_max, b_sum = sum_step(tl.where(m_seen, b_s, float("-inf")), b_max, b_sum)
     o_stat = (i_head * tl.num_programs(0) + i_local) * BM + tl.arange(0, BM)
-    tl.store(p_shift + o_stat, log_of_sum(b_max, b_sum))
+    b_shift, b_sum = shift_and_sum(b_max, b_sum)
+    tl.store(p_shift + o_stat, b_shift)
+    tl.store(p_factor + o_stat, 1.0 / b_sum)
 
 
 @triton.jit
@@ -99,14 +103,15 @@ def _sum_chunks(b_in, b_p, EXACT: tl.constexpr, UPCAST: tl.constexpr):
 
 @kernel
 def mass_kernel(
-    p_q, p_k, p_first, p_lo, p_hi, p_child_lo, p_child_hi, p_blocks, p_shift, p_mass, scale,
+    p_q, p_k, p_first, p_lo, p_hi, p_child_lo, p_child_hi, p_blocks, p_shift, p_factor, p_mass, scale,
     queries, tokens, keys, groups, i_from,
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, L: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BC: tl.constexpr, FAR: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """The masses of BC level-0 gists that a block has, into the scratch p_mass.
 
-    p_shift: of :func:`raw_sum_kernel`; p_child_lo, p_child_hi: [B, tokens]. FAR: chunks in a row's raw window have none.
+    p_shift, p_factor: of :func:`raw_sum_kernel`; p_child_lo, p_child_hi: [B, tokens].
+    FAR: chunks in a row's raw window have none.
     Grid: (most such tiles of a block, items, HKV).
     """
     i_local, i_head = tl.program_id(1), tl.program_id(2)
@@ -136,6 +141,7 @@ def mass_kernel(
             b_p = tl.where(in_range(o_key[:, None], b_first[None, :], b_last[None, :]), b_p, 0.0)
             b_in = in_range(o_key[None, :], b_from[:, None], b_to[:, None])
             b_mass += _sum_chunks(b_in, b_p, EXACT, UPCAST)
+        b_mass *= tl.load(p_factor + o_stat)[None, :]
         b_lo, b_hi = row_range(p_lo, p_hi, (L - 1) * queries, o_query, m_row)
         m_has = in_range(o_gist[:, None], b_lo[None, :], b_hi[None, :])
         if FAR:
@@ -176,12 +182,13 @@ def upper_kernel(
 
 @kernel
 def student_kernel(
-    p_q, p_k, p_lo, p_hi, p_blocks, p_mass, p_shift, p_sum, p_loss, scale, queries, keys, groups, i_from,
+    p_q, p_k, p_lo, p_hi, p_blocks, p_mass, p_shift, p_factor, p_loss, scale, queries, keys, groups, i_from,
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, L: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Per row and segment the gists' log-sum-exp and the sum of their masses, p_shift and p_sum [L, HKV, items, BM].
+    """Per row and segment, p_shift and p_factor [L, HKV, items, BM]: with them d score = exp2(score - shift) * factor - mass.
 
+    The shift is the largest score, the factor the sum of masses / the sum of exponentials relative to the largest.
     And p_loss [HKV, items, BM], each row's loss over all levels in units of log2. Grid: (items, HKV).
     """
     i_local, i_head, items = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
@@ -208,17 +215,17 @@ def student_kernel(
             b_whole += tl.sum(b_m, 0)
             b_mean += tl.sum(tl.where(m_seen, b_m * b_s, 0.0), 0)
             b_max, b_sum = sum_step(tl.where(m_seen, b_s, float("-inf")), b_max, b_sum)
-        b_shift = log_of_sum(b_max, b_sum)
-        b_loss += b_whole * b_shift - b_mean
+        b_shift, b_sum = shift_and_sum(b_max, b_sum)
+        b_loss += b_whole * (b_shift + tl.log2(b_sum)) - b_mean
         o_level = s * tl.num_programs(1) * items * BM
         tl.store(p_shift + o_level + o_stat, b_shift)
-        tl.store(p_sum + o_level + o_stat, b_whole)
+        tl.store(p_factor + o_level + o_stat, b_whole / b_sum)
     tl.store(p_loss + o_stat, b_loss)
 
 
 @kernel
 def d_gist_kernel(
-    p_q, p_k, p_lo, p_hi, p_blocks, p_items, p_mass, p_shift, p_sum, p_d, scale, d_scale, queries, keys, groups, i_from, items,
+    p_q, p_k, p_lo, p_hi, p_blocks, p_items, p_mass, p_shift, p_factor, p_d, scale, d_scale, queries, keys, groups, i_from, items,
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, L: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -238,12 +245,12 @@ def d_gist_kernel(
         _, _, m_row, o_query, b_q = routed_rows(p_q, p_blocks, i_from + i, i_head, H, HKV, D, BD, L, BM)
         b_lo, b_hi = row_range(p_lo, p_hi, i_segment * queries, o_query, m_row)
         o_stat = ((i_segment * HKV + i_head) * items + i) * BM + o_row
-        b_shift, b_whole = tl.load(p_shift + o_stat), tl.load(p_sum + o_stat)
+        b_shift, b_factor = tl.load(p_shift + o_stat), tl.load(p_factor + o_stat)
         m_seen = in_range(o_key[:, None], b_lo[None, :], b_hi[None, :]) & m_key[:, None]
         o_mass = (i_head * items + i).to(tl.int64) * groups * BM + o_key[:, None] * BM + o_row[None, :]
         b_m = tl.load(p_mass + o_mass, mask=m_seen, other=0.0)
         b_p = tl.exp2(dot(b_k, tl.trans(b_q), UPCAST) * scale - b_shift[None, :])
-        b_ds = tl.where(m_seen, b_p * b_whole[None, :] - b_m, 0.0)
+        b_ds = tl.where(m_seen, b_p * b_factor[None, :] - b_m, 0.0)
         b_d += dot(b_ds.to(b_q.dtype), b_q, UPCAST)
     o_d = (i_sample * groups + o_key).to(tl.int64) * (HKV * D) + i_head * D
     store_tile(p_d, o_d, m_key, load_tile(p_d, o_d, m_key, D, BD) + b_d * d_scale, D, BD)

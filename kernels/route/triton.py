@@ -138,32 +138,32 @@ class _Slices:
         """The loss of the blocks ``first .. first + items``, a scalar in units of log2; adds to the gradient."""
         tree, plan, heads, rows = self.routed.tree, self.plan, self.kv_heads, self.tiles.raw.rows
         new = lambda *shape: torch.empty(*shape, heads, items, rows, dtype=torch.float32, device=self.q.device)
-        shift, loss, (student_shift, student_sum) = new(), new(), new(2, tree.levels)
+        loss, raw, student = new(), new(2), new(2, tree.levels)  # shifts and factors
         mass = torch.empty(heads, items, plan.gists, rows, dtype=torch.float32, device=self.q.device)
         scale, length, keys = self.scale * LOG2_E, tree.queries, tree.others.rows.shape[1]
         kernels.raw_sum_kernel[items, heads](
-            self.q, self.keys, self.routed.first, tree.hi, plan.blocks, shift, scale, length, keys, first,
+            self.q, self.keys, self.routed.first, tree.hi, plan.blocks, *raw, scale, length, keys, first,
             **self.sizes, **self.upcast, **launch_options(self.tiles.raw),
         )  # fmt: skip
-        self._masses(shift, mass, first, items)
+        self._masses(raw, mass, first, items)
         kernels.student_kernel[items, heads](
-            self.q, self.keys, tree.lo, tree.hi, plan.blocks, mass, student_shift, student_sum, loss, scale, length, keys,
-            plan.gists, first, **self.sizes, **self.upcast, **launch_options(self.tiles.student),
+            self.q, self.keys, tree.lo, tree.hi, plan.blocks, mass, *student, loss, scale, length, keys, plan.gists,
+            first, **self.sizes, **self.upcast, **launch_options(self.tiles.student),
         )  # fmt: skip
         if self.d_gists is not None:
             kernels.d_gist_kernel[len(plan.items), heads](
-                self.q, self.keys, tree.lo, tree.hi, plan.blocks, plan.items, mass, student_shift, student_sum, self.d_gists,
-                scale, self.scale, length, keys, plan.gists, first, items, **self.sizes, **self.upcast,
+                self.q, self.keys, tree.lo, tree.hi, plan.blocks, plan.items, mass, *student, self.d_gists, scale,
+                self.scale, length, keys, plan.gists, first, items, **self.sizes, **self.upcast,
                 **launch_options(self.tiles.d_gist),
             )  # fmt: skip
         return loss.sum()
 
-    def _masses(self, shift: Tensor, mass: Tensor, first: int, items: int) -> None:
-        """Fill ``mass`` level by level from level 0."""
+    def _masses(self, raw: Tensor, mass: Tensor, first: int, items: int) -> None:
+        """Fill ``mass`` level by level from level 0. raw: [2, Hkv, items, rows], shifts and factors."""
         tree, plan, tiles = self.routed.tree, self.plan, self.tiles
         length, tokens, keys = tree.queries, tree.others.tokens, tree.others.rows.shape[1]
         kernels.mass_kernel[triton.cdiv(plan.widths[-1], tiles.chunks), items, self.kv_heads](
-            self.q, self.keys, self.routed.first, tree.lo, tree.hi, tree.child_lo, tree.child_hi, plan.blocks, shift, mass,
+            self.q, self.keys, self.routed.first, tree.lo, tree.hi, tree.child_lo, tree.child_hi, plan.blocks, *raw, mass,
             self.scale * LOG2_E, length, tokens, keys, plan.gists, first, BC=tiles.chunks, FAR=self.far,
             EXACT=self.q.dtype == torch.float32, **self.sizes, **self.upcast, **launch_options(tiles.mass),
         )  # fmt: skip

@@ -97,7 +97,7 @@ def recall_programs(arch: str, dim: int, dtype: str, item_size: int, heads: int,
 def _route_programs(arch: str, dim: int, item_size: int, group: int) -> dict[str, tuple]:
     """The programs of the routing loss: name -> kernel, tile, sizes, types."""
     tiles = route_tiles(arch, dim, item_size, group)
-    sums = {f"p_{name}": "*fp32" for name in ("shift", "mass", "sum", "loss", "d")}
+    sums = {f"p_{name}": "*fp32" for name in ("shift", "factor", "mass", "loss", "d")}
     types = sums | {"p_first": "*i32", "p_items": "*i32"}
     return {
         "route raw sums": (routing.raw_sum_kernel, tiles.raw, {}, types),

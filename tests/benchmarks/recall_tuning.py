@@ -1,4 +1,4 @@
-"""Whole training steps of recall tuning against the same steps without recall, on data of which a tenth is suffix.
+"""Whole training steps of recall tuning, with the routing loss, and without recall, on data of which a tenth is suffix.
 
     python -m tests.benchmarks.recall_tuning [--raw-tokens 1024 8192] [--steps 12] [--repeats 2]
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import statistics
 import subprocess
@@ -43,10 +44,17 @@ def write_shard(prefix: Path, tokenizer_directory: Path, speeches: Path, raw_tok
         writer.finish()
 
 
-def measure(root: Path, raw_tokens: int, recall: str, steps: int) -> float:
+KINDS = {
+    "none": {"recall": "none"},
+    "suffix": {"recall": "suffix"},
+    "suffix, routing loss": {"recall": "suffix", "route_loss": 1.0},  # of 256 queries per sample, the default
+}
+
+
+def measure(root: Path, raw_tokens: int, kind: str, steps: int) -> float:
     """Raw tokens per second of the median step after the first two."""
     tree = yaml.safe_load(Path("launch/configs/tiny.yaml").read_text())
-    tree["gist"]["recall"] = recall
+    tree["gist"] |= KINDS[kind]
     tree["model"]["max_position"] = raw_tokens
     tree["data"] = {"train": [str(root / f"s{raw_tokens}")], "tokenizer": str(root / "tokenizer"), "raw_tokens": raw_tokens}
     tree["train"] = {"steps": steps, "global_batch": SAMPLES_PER_STEP}
@@ -72,12 +80,13 @@ def main() -> None:
         subprocess.run([sys.executable, "-m", "data_prep", *make], check=True, capture_output=True)
         for raw_tokens in args.raw_tokens:
             write_shard(root / f"s{raw_tokens}", root / "tokenizer", speeches, raw_tokens)
-            speeds: dict[str, list[float]] = {"none": [], "suffix": []}
+            speeds: dict[str, list[float]] = {kind: [] for kind in KINDS}
             for _ in range(args.repeats):
-                for recall, found in speeds.items():
-                    found.append(measure(root, raw_tokens, recall, args.steps))
-            best = {recall: max(found) for recall, found in speeds.items()}
-            print(json.dumps({"raw_tokens": raw_tokens, **best, "suffix / none": best["suffix"] / best["none"]}), flush=True)
+                for kind, found in speeds.items():
+                    found.append(measure(root, raw_tokens, kind, args.steps))
+            best = {kind: max(found) for kind, found in speeds.items()}
+            ratios = {f"{a} / {b}": best[a] / best[b] for b, a in itertools.pairwise(KINDS)}
+            print(json.dumps({"raw_tokens": raw_tokens, **best, **ratios}), flush=True)
 
 
 if __name__ == "__main__":

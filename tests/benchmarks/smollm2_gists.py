@@ -1,12 +1,12 @@
-"""SmolLM2-135M before and after a short continued pretraining with gists: its perplexity on text held out, and its export.
+"""SmolLM2-135M after continued pretraining on the same tokens in several ways: perplexity on text held out, coverage, passkey.
 
     apt-get download python3.11-doc && dpkg-deb -x python3.11-doc_*.deb DOC     # or other texts, one document per file
     python -m tests.benchmarks.smollm2_gists --cache DIR --output DIR --text DOC/usr/share/doc/python3.11/html/_sources
 
 Makes the model's Hugging Face directory (tests/benchmarks/smollm2.py), imports it, makes shards of the texts with its tokenizer,
-evaluates, trains (first forgetting alone, then with recall), evaluates again on the same held-out text, and exports with proof.
-What is there already is not done again, and training resumes: the same command goes on after an interruption. Prints one JSON
-object.
+trains every arm, evaluates the checkpoints of all on the same held-out text, and exports those with gists, with proof. What is
+there already is not done again, and training resumes: the same command goes on after an interruption. Arms may also be trained
+by several commands at a time (--arms). Prints one JSON object; writes results.json and table.md.
 """
 
 from __future__ import annotations
@@ -20,6 +20,25 @@ from pathlib import Path
 from tests.benchmarks.smollm2 import fetch, hf_directory
 
 HELD_OUT = 0.08  # of the documents
+ROUTED = {"gist.recall": "all", "gist.route_loss": 0.3, "gist.route_far": "true"}
+# Steps are parts of all of them. The paper forgets first, and recalls in the last fifth; the recipe unfolds everything in the
+# first third, where gists learn to be found at the full weight.
+ARMS = {
+    "dense": {"model.attention": "dense"},
+    "paper_8": {"gist.chunk_sizes": "[8]", "gist.recall": "all", "train.stages": "[{{until: {four_fifths}, recall: none}}]"},
+    "recipe_8": {
+        "gist.chunk_sizes": "[8]",
+        **ROUTED,
+        "train.stages": "[{{until: {third}, unfold_all: true, route_loss: 1.0}}]",
+    },
+    "recipe_4x4": {
+        "gist.chunk_sizes": "[4, 4]",
+        **ROUTED,
+        "gist.own_group": "true",
+        "gist.recall_from": 2,
+        "train.stages": "[{{until: {third}, unfold_all: true, route_loss: 1.0}}]",
+    },
+}
 
 
 def main() -> None:
@@ -27,14 +46,15 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, required=True, metavar="DIR", help="where downloads are kept")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="everything that is made")
     parser.add_argument("--text", nargs="+", required=True, metavar="FILE", help="files or directories of text")
-    parser.add_argument("--chunk-sizes", default="8", metavar="C,..", help="of the gists (default 8)")
-    parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--recall-steps", type=int, default=40, help="last ones of them, in which every raw token recalls")
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="ARM", help="default: all")
+    parser.add_argument("--steps", type=int, default=245)
     parser.add_argument("--raw-tokens", type=int, default=1024, help="of a sample, and of a window of the evaluation")
     parser.add_argument("--batch", type=int, default=2, help="samples of a step")
     parser.add_argument("--lr", type=float, default=2e-4)
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of training; evaluation is in fp32")
-    parser.add_argument("--tokens", type=int, default=24576, help="held-out raw tokens that are evaluated on")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="of training; evaluation is in fp32")
+    parser.add_argument("--tokens", type=int, default=16384, help="held-out raw tokens that are evaluated on")
+    parser.add_argument("--at", type=int, nargs="+", metavar="STEP", help="checkpoints to evaluate (default: the last)")
+    parser.add_argument("--export", action="store_true", help="also export the arms with gists, with proof")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     print(json.dumps(experiment(args), indent=1))
@@ -44,35 +64,34 @@ def experiment(args: argparse.Namespace) -> dict:
     root = args.output
     if not (root / "hf" / "tokenizer.json").exists():  # written last
         hf_directory(fetch(args.cache), root / "hf")
-    make(root / "imported", "pretrain", "import", "--input", root / "hf", "--chunk-sizes", args.chunk_sizes)
+    make(root / "imported", "pretrain", "import", "--input", root / "hf", "--chunk-sizes", "8")
     if not (root / "text_valid.idx").exists():
         shards = ["--input", *args.text, "--tokenizer", root / "imported" / "tokenizer", "--output", root / "text"]
         command("data_prep", "tokenize", *shards, "--valid-fraction", HELD_OUT, "--workers", 1)
-    before = evaluate(args, root / "imported", root / "before")
-    command("pretrain", "train", "--config", root / "imported" / "config.yaml", "--run-dir", root / "run", *settings(args))
-    after = evaluate(args, root / "run", root / "after")
-    make(root / "exported", "pretrain", "export", "--run-dir", root / "run", "--dtype", "bf16")
-    proof = json.loads((root / "exported" / "export_proof.json").read_text())
-    steps = [json.loads(line) for line in (root / "run" / "metrics.jsonl").read_text().splitlines()]
-    return {
-        "steps": len(steps),
-        "raw_tokens": steps[-1]["raw_tokens"],
-        "training_s": round(sum(step["seconds"] for step in steps)),
-        "perplexity": [compare(a, b, before[0], after[0]) for a, b in zip(before, after, strict=True)],
-        "export_proof": {k: proof[k] for k in ("largest_logit_difference", "gist", "warnings")},
-    }
+    results = {"before": evaluate(args, root / "imported", 0, "dense", root / "evaluated" / "before")}
+    for arm in args.arms:
+        run_dir = root / "runs" / arm
+        command("pretrain", "train", "--config", root / "imported" / "config.yaml", "--run-dir", run_dir, *settings(args, arm))
+        for step in args.at or [args.steps]:
+            tokens = step * args.batch * args.raw_tokens
+            found = evaluate(args, run_dir, step, arm, root / "evaluated" / f"{arm}-{step}")
+            results[f"{arm} {tokens}"] = {"arm": arm, "raw_tokens": tokens, **found}
+        if args.export and arm != "dense":
+            make(root / "exported" / arm, "pretrain", "export", "--run-dir", run_dir, "--dtype", "bf16")
+    (root / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (root / "table.md").write_text("\n".join(table(results)) + "\n")
+    return results
 
 
-def settings(args: argparse.Namespace) -> list:
-    """Overrides of the imported configuration, for a run that is short."""
+def settings(args: argparse.Namespace, arm: str) -> list:
+    """Overrides of the imported configuration: what all arms share, and their own."""
     root = args.output
+    steps = {"third": round(args.steps / 3), "four_fifths": round(args.steps * 0.8)}
     chosen = {
         "data.train": f"[{root / 'text_train'}]",
         "data.valid": f"[{root / 'text_valid'}]",
         "data.raw_tokens": args.raw_tokens,
         "precision": args.precision,
-        "gist.recall": "all",
-        "train.recall_after": args.steps - args.recall_steps,
         "train.steps": args.steps,
         "train.global_batch": args.batch,
         "train.valid_every": 0,
@@ -81,30 +100,47 @@ def settings(args: argparse.Namespace) -> list:
         "checkpoint.every": 20,
         "checkpoint.keep": 1,
         "monitor.wandb": "false",
+        **{key: value.format(**steps) if isinstance(value, str) else value for key, value in ARMS[arm].items()},
     }
     return [word for key, value in chosen.items() for word in ("--set", f"{key}={value}")]
 
 
-def evaluate(args: argparse.Namespace, run_dir: Path, output: Path) -> list[dict]:
-    """Results of ``evaluate perplexity``: dense, forget and recall."""
-    data = ["--data", args.output / "text_valid", "--length", args.raw_tokens, "--max-tokens", args.tokens]
+def evaluate(args: argparse.Namespace, run_dir: Path, step: int, arm: str, output: Path) -> dict:
+    """Perplexity under every mode, coverage and passkey of a checkpoint; of the dense arm and before training with gists of 8."""
+    sizes = "4,4" if arm == "recipe_4x4" else "8"
+    source = ["--run-dir", run_dir, *(["--step", step] if step else [])]
+    modes = ["dense"] if arm == "dense" and step else ["dense", "forget", "recall"]
+    gists = ["--mode", *modes, *(["--chunk-sizes", sizes] if len(modes) > 1 else [])]
+    text = ["--data", args.output / "text_valid", "--length", args.raw_tokens, "--max-tokens", args.tokens]
     if not (output / "perplexity.json").exists():
-        gists = ["--mode", "dense", "forget", "recall", "--chunk-sizes", args.chunk_sizes]
-        command("pretrain", "evaluate", "perplexity", "--run-dir", run_dir, *data, *gists, "--output", output)
-    return json.loads((output / "perplexity.json").read_text())["results"]
+        command("pretrain", "evaluate", "perplexity", *source, *text, *gists, "--output", output)
+    if len(modes) > 1 and not (output / "routing.json").exists():
+        command("pretrain", "evaluate", "routing", *source, *text, "--chunk-sizes", sizes, "--output", output)
+    if not (output / "passkey.json").exists():
+        keys = ["--lengths", args.raw_tokens // 2, "--depths", 0.25, 0.75, "--trials", 3]
+        command("pretrain", "evaluate", "passkey", *source, *keys, *gists, "--output", output)
+    read = lambda name: json.loads((output / name).read_text())["results"]
+    found = {"perplexity": read("perplexity.json"), "passkey": read("passkey.json")}
+    return found | ({"routing": read("routing.json")[0]["overall"]} if len(modes) > 1 else {})
 
 
-def compare(before: dict, after: dict, dense_before: dict, dense_after: dict) -> dict:
-    """A row of the table: perplexity before and after, and as a multiple of that of dense attention at the time."""
-    return {
-        "name": before["name"],
-        "before": round(before["perplexity"], 3),
-        "to_dense_before": round(before["perplexity"] / dense_before["perplexity"], 3),
-        "after": round(after["perplexity"], 3),
-        "to_dense_after": round(after["perplexity"] / dense_after["perplexity"], 3),
-        "after_to_before": round(after["perplexity"] / before["perplexity"], 4),
-        "unfolded": [round(before["unfolded"], 1), round(after["unfolded"], 1)],
-    }
+def table(results: dict) -> list[str]:
+    """Markdown: a line per checkpoint and mode; perplexity, as a multiple of the dense arm's at the same tokens, by position."""
+    dense = {r["raw_tokens"]: r["perplexity"][0]["perplexity"] for r in results.values() if r.get("arm") == "dense"}
+    first = results["before"]["perplexity"][0]["buckets"]
+    spans = " | ".join(f"{b['from']}-{b['to'] - 1}" for b in first)
+    lines = [f"| trained | raw tokens | read | perplexity | to dense training | {spans} | far coverage |"]
+    lines.append("|" + "---|" * (6 + len(first)))
+    for name, result in results.items():
+        tokens = result.get("raw_tokens", 0)
+        for entry in result["perplexity"]:
+            times = f"{entry['perplexity'] / dense[tokens]:.3f}" if tokens in dense else "-"
+            nats = " | ".join(f"{b['nats']:.3f}" for b in entry["buckets"])
+            covers = result.get("routing", {}).get("far_coverage_0") if entry["mode"] == "recall" else None
+            far = "-" if covers is None else f"{covers:.3f}"
+            arm = result.get("arm", name)
+            lines.append(f"| {arm} | {tokens:,} | {entry['name']} | {entry['perplexity']:.3f} | {times} | {nats} | {far} |")
+    return lines
 
 
 def make(directory: Path, *arguments) -> None:

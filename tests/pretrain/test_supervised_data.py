@@ -144,7 +144,7 @@ def test_pipeline_stages_hear_who_recalls(shard, tokenizer):
     batch = builder.build([0, 1])
     (_, structure), _ = stage_inputs(batch, 1.0)
     assert structure[2].flatten().nonzero()[:, 0].tolist() == batch.recall.tree.tokens.tolist()
-    (_, structure), _ = stage_inputs(builder.build([0, 1], recall=False), 1.0)
+    (_, structure), _ = stage_inputs(builder.build([0, 1], GistConfig((4, 2))), 1.0)
     assert not structure[2].any()
 
 

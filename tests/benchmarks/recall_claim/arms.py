@@ -65,7 +65,7 @@ class Way:
 
 
 DENSE = "dense"
-RECIPE = Way("recall, taught to route", from_start=True, wide=True, route=1.0, own_group=True, late=True)
+RECIPE = Way("recall, taught to route", from_start=True, wide=True, route=4.0, own_group=True, late=True)
 less = dataclasses.replace
 WAYS = {
     "gists": Way("gists only", recalls=False),
