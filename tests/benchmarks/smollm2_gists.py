@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="of training; evaluation is in fp32")
     parser.add_argument("--tokens", type=int, default=16384, help="held-out raw tokens that are evaluated on")
-    parser.add_argument("--at", type=int, nargs="+", metavar="STEP", help="checkpoints to evaluate (default: the last)")
+    parser.add_argument("--at", type=int, nargs="+", metavar="STEP", help="checkpoints to evaluate; where they are there, nothing is trained")
     parser.add_argument("--export", action="store_true", help="also export the arms with gists, with proof")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
@@ -71,8 +71,10 @@ def experiment(args: argparse.Namespace) -> dict:
     results = {"before": evaluate(args, root / "imported", 0, "dense", root / "evaluated" / "before")}
     for arm in args.arms:
         run_dir = root / "runs" / arm
-        command("pretrain", "train", "--config", root / "imported" / "config.yaml", "--run-dir", run_dir, *settings(args, arm))
-        for step in args.at or [args.steps]:
+        steps = args.at or [args.steps]
+        if not all((run_dir / "checkpoints" / f"step-{step:08d}" / "manifest.json").exists() for step in steps):
+            command("pretrain", "train", "--config", root / "imported" / "config.yaml", "--run-dir", run_dir, *settings(args, arm))
+        for step in steps:
             tokens = step * args.batch * args.raw_tokens
             found = evaluate(args, run_dir, step, arm, root / "evaluated" / f"{arm}-{step}")
             results[f"{arm} {tokens}"] = {"arm": arm, "raw_tokens": tokens, **found}
