@@ -53,7 +53,8 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="of training; evaluation is in fp32")
     parser.add_argument("--tokens", type=int, default=16384, help="held-out raw tokens that are evaluated on")
-    parser.add_argument("--at", type=int, nargs="+", metavar="STEP", help="checkpoints to evaluate; where they are there, nothing is trained")
+    words = "checkpoints to evaluate (default: the last); where they are there, nothing is trained"
+    parser.add_argument("--at", type=int, nargs="+", metavar="STEP", help=words)
     parser.add_argument("--export", action="store_true", help="also export the arms with gists, with proof")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
@@ -73,7 +74,8 @@ def experiment(args: argparse.Namespace) -> dict:
         run_dir = root / "runs" / arm
         steps = args.at or [args.steps]
         if not all((run_dir / "checkpoints" / f"step-{step:08d}" / "manifest.json").exists() for step in steps):
-            command("pretrain", "train", "--config", root / "imported" / "config.yaml", "--run-dir", run_dir, *settings(args, arm))
+            config = ["--config", root / "imported" / "config.yaml"]
+            command("pretrain", "train", *config, "--run-dir", run_dir, *settings(args, arm))
         for step in steps:
             tokens = step * args.batch * args.raw_tokens
             found = evaluate(args, run_dir, step, arm, root / "evaluated" / f"{arm}-{step}")
