@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from unfold.model.config import GistConfig, ModelConfig
-from unfold.pretrain.config import RunConfig
+from unfold.pretrain.config import RunConfig, StageConfig
 from unfold.pretrain.config.schema import DataConfig
 from unfold.pretrain.errors import UserError
 from unfold.pretrain.train.served import refuse_unserved
@@ -40,3 +40,11 @@ def test_what_no_kernel_serves_is_named(changes, message):
 @pytest.mark.parametrize("changes", [{}, dict(head_dim=72, attention="dense"), dict(chunk_sizes=(100,), recall="none")])
 def test_what_is_served_passes(changes):
     refuse_unserved(run_config(**changes), torch.device("cuda"))
+
+
+def test_a_stage_is_looked_at_too():
+    config = run_config(recall="none")
+    stages = (StageConfig(until=5, recall="all", top_p=0.5),)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, stages=stages))
+    with pytest.raises(UserError, match="train.stages.0.top_p: 0.5 has no kernels"):
+        refuse_unserved(config, torch.device("cuda"))
