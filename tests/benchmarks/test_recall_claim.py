@@ -66,7 +66,7 @@ def test_contexts_are_closed_and_questions_recall():
 
 @pytest.fixture
 def queries():
-    config = WAYS["taught"].gist((4, 2))
+    config = WAYS["taught"].gist((4, 2), SMALL.layers)
     batch = TASK.batch(np.random.default_rng(1), 2, config)
     draw = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, batch.ids.shape[1], 2, 16, generator=draw) for _ in range(3))
@@ -98,7 +98,7 @@ def test_recall_is_the_recall_of_training(queries, wide):
 
 def test_blind_ways_have_the_budget_of_recall_and_look_elsewhere(queries):
     _, _, q, k, v = queries
-    config = WAYS["recall"].gist((4, 2))
+    config = WAYS["recall"].gist((4, 2), SMALL.layers)
     batch = TASK.batch(np.random.default_rng(1), 2, config)
     outs, selected = {}, {}
     for way in ("recall", "random", "recent"):
@@ -117,7 +117,7 @@ def test_blind_ways_have_the_budget_of_recall_and_look_elsewhere(queries):
 
 def test_dense_mass_chooses_the_chunk_that_is_looked_at(queries):
     """Where a question's key stands in one place alone, the chunk of that place is selected at every level."""
-    config = WAYS["mass"].gist((4, 2))
+    config = WAYS["mass"].gist((4, 2), SMALL.layers)
     batch = TASK.batch(np.random.default_rng(1), 1, config)
     tree = batch.recall.tree
     tokens = batch.ids.shape[1]
@@ -133,7 +133,7 @@ def test_dense_mass_chooses_the_chunk_that_is_looked_at(queries):
 def test_the_loss_is_that_of_training(build):
     """Weights and means of the experiment's loss: cross-entropy per answer, routing per question, head and layer."""
     model = base_model(SMALL, build)
-    config = WAYS["taught"].gist((4, 2))
+    config = WAYS["taught"].gist((4, 2), SMALL.layers)
     batch = TASK.batch(np.random.default_rng(3), 2, config)
     ours = loss_of(model, WAYS["taught"], config, batch, torch.Generator())
     queries = batch.recall.routing.routed.tree.queries
@@ -150,10 +150,16 @@ def test_every_so_many_steps_only_forget(build, monkeypatch):
     seen = []
     batch = LookupTask.batch
     monkeypatch.setattr(LookupTask, "batch", lambda task, draw, size, gist: seen.append(gist) or batch(task, draw, size, gist))
-    train_stage(base_model(SMALL, build), WAYS["mixed"], SMALL, WAYS["mixed"].gist((4, 2)), ((32, 5), (64, 4)), [1, 2])
+    train_stage(base_model(SMALL, build), WAYS["mixed"], SMALL, WAYS["mixed"].gist((4, 2), SMALL.layers), ((32, 5), (64, 4)), [1, 2])
     stage = seen[-9:]
     assert [g.recall for g in stage] == ["none", *["suffix"] * 3] * 2 + ["none"]
     assert [g.unfold_all for g in stage if g.recall != "none"] == [True] * 3 + [False] * 3
+
+
+def test_weights_and_first_layers():
+    flat, two, three = (WAYS["taught"].gist(sizes, 3) for sizes in ((16,), (4, 4), (8, 2, 2)))
+    assert [(g.recall_from, g.route_loss, g.own_group) for g in (flat, two, three)] == [(1, 2, False), (2, 1, True), (2, 1, True)]
+    assert WAYS["no-late"].gist((4, 4), 3).route_loss == 2 and WAYS["recall"].gist((4, 4), 3).route_loss == 0
 
 
 def test_longer_contexts_ask_no_more():

@@ -34,9 +34,9 @@ class Way:
         from_start: recalls while it learns to forget, too.
         wide: everything is unfolded in contexts shorter than the whole one.
         always_wide: everything is unfolded, at the end too.
-        route: weight of the routing loss.
+        route: weight of the routing loss in each layer that recalls.
         own_group: gists see their own group alone, where there are several levels.
-        late: recall begins at the layer that is the number of levels.
+        late: recall begins at the layer that is the number of levels, or at the last one.
         forget_every: every so many steps nothing recalls; 0: none.
     """
 
@@ -51,21 +51,22 @@ class Way:
     late: bool = False
     forget_every: int = 0
 
-    def gist(self, chunk_sizes: tuple[int, ...]) -> GistConfig:
-        """Its settings for these chunk sizes."""
+    def gist(self, chunk_sizes: tuple[int, ...], layers: int) -> GistConfig:
+        """Its settings for these chunk sizes, in a model of so many layers."""
         levels = len(chunk_sizes)
+        first = min(levels, layers - 1) if self.late else 1
         return GistConfig(
             chunk_sizes,
             recall="suffix",
             own_group=self.own_group and levels > 1,
-            recall_from=levels if self.late else 1,
+            recall_from=first,
             unfold_all=self.always_wide,
-            route_loss=self.route,
+            route_loss=self.route * (layers - first),  # gist.route_loss weighs their mean
         )
 
 
 DENSE = "dense"
-RECIPE = Way("recall, taught to route", from_start=True, wide=True, route=4.0, own_group=True, late=True)
+RECIPE = Way("recall, taught to route", from_start=True, wide=True, route=1.0, own_group=True, late=True)
 less = dataclasses.replace
 WAYS = {
     "gists": Way("gists only", recalls=False),

@@ -187,7 +187,7 @@ def gist_outcomes(base: Transformer, plan: Plan, chunk_sizes: tuple[int, ...], w
     seed, forgetting = base.build.seed, {}
     for name in ways:
         way = WAYS[name]
-        gist = way.gist(chunk_sizes)
+        gist = way.gist(chunk_sizes, plan.layers)
         none = dataclasses.replace(gist, recall="none")
         seconds = 0.0
         if way.from_start:
