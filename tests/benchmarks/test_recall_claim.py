@@ -13,7 +13,6 @@ from tests.benchmarks.recall_claim.report import table, write_report
 from tests.benchmarks.recall_claim.task import LookupTask
 from tests.benchmarks.recall_claim.training import Outcome, Plan, base_model, loss_of, train_stage
 from unfold.model.gist import GistConfig
-from unfold.model.gist.recall import Recall
 from unfold.model.visibility import IGNORED, MicroBatchAttention
 from unfold.pretrain.errors import UserError
 
@@ -143,14 +142,14 @@ def test_the_loss_is_that_of_training(build):
     routing = sum(weighed.recall.routing.losses.values()) / queries
     assert len(weighed.recall.routing.losses) == 1, "recall from the layer that is the number of levels"
     torch.testing.assert_close(ours, cross_entropy + routing, rtol=2e-5, atol=0)
-    assert isinstance(batch.recall, Recall)
 
 
 def test_every_so_many_steps_only_forget(build, monkeypatch):
     seen = []
     batch = LookupTask.batch
     monkeypatch.setattr(LookupTask, "batch", lambda task, draw, size, gist: seen.append(gist) or batch(task, draw, size, gist))
-    train_stage(base_model(SMALL, build), WAYS["mixed"], SMALL, WAYS["mixed"].gist((4, 2), SMALL.layers), ((32, 5), (64, 4)), [1, 2])
+    mixed = WAYS["mixed"]
+    train_stage(base_model(SMALL, build), mixed, SMALL, mixed.gist((4, 2), SMALL.layers), ((32, 5), (64, 4)), [1, 2])
     stage = seen[-9:]
     assert [g.recall for g in stage] == ["none", *["suffix"] * 3] * 2 + ["none"]
     assert [g.unfold_all for g in stage if g.recall != "none"] == [True] * 3 + [False] * 3
