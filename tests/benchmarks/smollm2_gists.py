@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16384, help="held-out raw tokens that are evaluated on")
     words = "checkpoints to evaluate (default: the last); where they are there, nothing is trained"
     parser.add_argument("--at", type=int, nargs="+", metavar="STEP", help=words)
+    parser.add_argument("--before", action="store_true", help="also evaluate the model as it was imported")
     parser.add_argument("--export", action="store_true", help="also export the arms with gists, with proof")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
@@ -69,7 +70,9 @@ def experiment(args: argparse.Namespace) -> dict:
     if not (root / "text_valid.idx").exists():
         shards = ["--input", *args.text, "--tokenizer", root / "imported" / "tokenizer", "--output", root / "text"]
         command("data_prep", "tokenize", *shards, "--valid-fraction", HELD_OUT, "--workers", 1)
-    results = {"before": evaluate(args, root / "imported", 0, "dense", root / "evaluated" / "before")}
+    results = {}
+    if args.before:
+        results["before"] = evaluate(args, root / "imported", 0, "dense", root / "evaluated" / "before")
     for arm in args.arms:
         run_dir = root / "runs" / arm
         steps = args.at or [args.steps]
@@ -131,7 +134,7 @@ def evaluate(args: argparse.Namespace, run_dir: Path, step: int, arm: str, outpu
 def table(results: dict) -> list[str]:
     """Markdown: a line per checkpoint and mode; perplexity, as a multiple of the dense arm's at the same tokens, by position."""
     dense = {r["raw_tokens"]: r["perplexity"][0]["perplexity"] for r in results.values() if r.get("arm") == "dense"}
-    first = results["before"]["perplexity"][0]["buckets"]
+    first = next(iter(results.values()))["perplexity"][0]["buckets"]
     spans = " | ".join(f"{b['from']}-{b['to'] - 1}" for b in first)
     lines = [f"| trained | raw tokens | read | perplexity | to dense training | {spans} | far coverage |"]
     lines.append("|" + "---|" * (6 + len(first)))
