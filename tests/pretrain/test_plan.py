@@ -20,6 +20,7 @@ from tests.pretrain.engine_bytes import LAYOUTS, run_config
 from unfold.model.config import GistConfig, ModelConfig
 from unfold.model.gist import build_layout, interleave
 from unfold.model.layers import BuildContext
+from unfold.model.recompute import Recompute
 from unfold.model.transformer import Transformer
 from unfold.model.visibility import IGNORED, MicroBatch
 from unfold.pretrain import parallel as parallel_groups
@@ -99,18 +100,19 @@ def saved_bytes(model: Transformer, batch: MicroBatch) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing,tiles", [("none", 1), ("full", 1), ("selective", 1), ("none", 4), ("selective", 4)])
 @pytest.mark.parametrize("precision,attention", [("fp32", "gist"), ("bf16", "gist"), ("fp32", "dense"), ("bf16", "dense")])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_activations_are_those_that_autograd_saves(build, shape, precision, attention, checkpointing):
+def test_activations_are_those_that_autograd_saves(build, shape, precision, attention, checkpointing, tiles):
     shaped = replace(SHAPES[shape], attention=attention)
-    config = configuration(shaped, precision, micro_batch=BATCH, activation_checkpointing=checkpointing)
-    model = Transformer(shaped, build, checkpointing).to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    config = configuration(shaped, precision, micro_batch=BATCH, activation_checkpointing=checkpointing, mlp_tiles=tiles)
+    kept_by = replace(build, recompute=Recompute(checkpointing, mlp_tiles=tiles))
+    model = Transformer(shaped, kept_by).to(torch.bfloat16 if precision == "bf16" else torch.float32)
     kept = Activations.of(config, measure_sample(config), gpu=False)
-    per_layer = kept.residual() if checkpointing else kept.layer()
+    per_layer = {"none": kept.layer, "full": kept.residual, "selective": kept.selective}[checkpointing]()
     expected = shaped.layers * per_layer + kept.shared() + kept.norm() + kept.loss()
     # Checkpointed layers hold the rotary factors as an argument, which autograd does not see.
-    unseen = 4 * shaped.head_dim * kept.tokens if checkpointing else 0
+    unseen = 4 * shaped.head_dim * kept.tokens if checkpointing != "none" else 0
     assert expected - unseen == pytest.approx(saved_bytes(model, micro_batch(config, BATCH)), rel=TOLERANCE)
 
 
@@ -262,7 +264,10 @@ def test_memory_falls_with_every_setting_that_saves_it():
     path, plans = CONFIGS / "llama-3.1-8b.yaml", planner(16, "H100-80GB")
     total = lambda *settings: plans.plan(load_config(path, settings)).fullest.total
     assert total("parallel.zero=3") < total() < total("parallel.zero=1")
-    assert total() < total("train.activation_checkpointing=false")
+    assert total() < total("train.activation_checkpointing=selective") < total("train.activation_checkpointing=none")
+    assert total("train.mlp_tiles=8") < total("train.mlp_tiles=2") < total()
+    hosted = plans.plan(load_config(path, ["train.offload_activations=true"])).fullest
+    assert hosted.total < total() and hosted.host > 0
     assert total("parallel.tensor=2") < total() and total("parallel.context=2", "parallel.tensor=1") > total()
     assert total("parallel.tensor=2", "parallel.sequence=true") < total("parallel.tensor=2")
     assert total() < total("distill.logits=1") < total("distill.logits=1", "distill.hidden=1")
