@@ -62,46 +62,89 @@ class Recompute:
 class Offload:
     """Host memory for what layers keep: copied there in forward, brought back in backward, each before it is asked for.
 
-    On CUDA a stream of its own copies from and to pinned memory beside the computation: while a layer goes backward, what the
-    layer before it keeps is on its way. Indices stay where they are: most are shared by all layers.
+    While a layer goes backward, what the layer before it keeps is on its way. Indices stay where they are: most are shared by all
+    layers.
     """
 
-    def __init__(self):
+    def __init__(self, copies: Copies | None = None):
+        """copies: how tensors get there and back; None: what the device of the first one can do."""
+        self._copies = copies
         self._latest: tuple[weakref.ref, weakref.ref] | None = None  # micro-batch, and its last layer so far
-        self._stream: torch.cuda.Stream | None = None
 
     @contextmanager
     def layer(self, micro_batch: object) -> Iterator[None]:
         """What is saved for backward within lies in host memory."""
         before = self._latest[1]() if self._latest and self._latest[0]() is micro_batch else None
-        layer = _LayerStore(self.stream, before)
+        layer = _LayerStore(self.copies, before)
         self._latest = weakref.ref(micro_batch), weakref.ref(layer)
         with saved_tensors_hooks(layer.pack, layer.unpack):
             yield
         layer.packed.clear()
 
-    def stream(self) -> torch.cuda.Stream:
-        """The stream that copies."""
-        if self._stream is None:
-            self._stream = torch.cuda.Stream()
-        return self._stream
+    def copies(self, device: torch.device) -> Copies:
+        """How tensors of a device get to host memory and back."""
+        if self._copies is None:
+            self._copies = StreamCopies() if device.type == "cuda" else Copies()
+        return self._copies
+
+
+class Copies:
+    """Copies that are complete when they return: of a device that has no streams, the CPU."""
+
+    def to_host(self, x: Tensor) -> Tensor:
+        return x.detach().clone()
+
+    def bring(self, hosts: list[Tensor], device: torch.device) -> list[tuple[Tensor, torch.cuda.Event | None]]:
+        """Begin to bring tensors back; with each, what tells that it has arrived."""
+        return [(host, None) for host in hosts]
+
+    def wait(self, arrived: torch.cuda.Event | None) -> None:
+        """What is computed from here on finds the tensor there."""
+
+
+class StreamCopies(Copies):
+    """Copies of a CUDA device, from and to pinned memory, on a stream of their own beside the computation."""
+
+    def __init__(self):
+        self._stream = torch.cuda.Stream()
+
+    def to_host(self, x: Tensor) -> Tensor:
+        host = torch.empty_like(x, device="cpu", pin_memory=True)
+        self._stream.wait_stream(torch.cuda.current_stream(x.device))
+        with torch.cuda.stream(self._stream):
+            host.copy_(x.detach(), non_blocking=True)
+        x.record_stream(self._stream)  # its memory is not used again before it is copied
+        return host
+
+    def bring(self, hosts: list[Tensor], device: torch.device) -> list[tuple[Tensor, torch.cuda.Event | None]]:
+        # Memory of the stream that computes: when that frees it, it has waited for the copy.
+        backs = [torch.empty_like(host, device=device) for host in hosts]
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(self._stream):
+            for host, back in zip(hosts, backs):
+                back.copy_(host, non_blocking=True)
+            arrived = self._stream.record_event()
+        return [(back, arrived) for back in backs]
+
+    def wait(self, arrived: torch.cuda.Event | None) -> None:
+        torch.cuda.current_stream().wait_event(arrived)
 
 
 @dataclass
 class _Stored:
-    """A tensor in host memory. uses: how often it was saved; back: on the device, with the event of its arrival."""
+    """A tensor in host memory. uses: how often it is still to be used; back: on the device, and what tells of its arrival."""
 
     host: Tensor
     device: torch.device
     uses: int = 0
-    back: tuple[Tensor, torch.cuda.Event] | None = None
+    back: tuple[Tensor, torch.cuda.Event | None] | None = None
 
 
 class _LayerStore:
     """What one layer keeps of one micro-batch."""
 
-    def __init__(self, stream: Callable[[], torch.cuda.Stream], before: _LayerStore | None):
-        self._stream = stream
+    def __init__(self, copies: Callable[[torch.device], Copies], before: _LayerStore | None):
+        self._copies = copies
         self._before = weakref.ref(before) if before else lambda: None
         self._stored: list[_Stored] = []
         # What two operations save is stored once. The tensors are held for as long, lest another comes to lie there.
@@ -112,7 +155,7 @@ class _LayerStore:
             return x
         key = (x.data_ptr(), x.dtype, x.shape, x.stride())
         if key not in self.packed:
-            stored = _Stored(self._to_host(x), x.device)
+            stored = _Stored(self._copies(x.device).to_host(x), x.device)
             self._stored.append(stored)
             self.packed[key] = x, stored
         stored = self.packed[key][1]
@@ -122,49 +165,20 @@ class _LayerStore:
     def unpack(self, stored: Tensor | _Stored) -> Tensor:
         if isinstance(stored, Tensor):
             return stored
-        if not stored.device.type == "cuda":
-            return to_device(stored.host)
-        self._fetch(always=stored)
+        self._bring(always=stored)
         if before := self._before():
-            before._fetch()
+            before._bring()
         back, arrived = stored.back
-        torch.cuda.current_stream(stored.device).wait_event(arrived)
+        self._copies(stored.device).wait(arrived)
         stored.uses -= 1
         if stored.uses <= 0:
             stored.back = None
         return back
 
-    def _to_host(self, x: Tensor) -> Tensor:
-        if x.device.type != "cuda":
-            return to_host(x)
-        host = torch.empty_like(x, device="cpu", pin_memory=True)
-        stream = self._stream()
-        stream.wait_stream(torch.cuda.current_stream(x.device))
-        with torch.cuda.stream(stream):
-            host.copy_(x, non_blocking=True)
-        x.record_stream(stream)  # its memory is not used again before it is copied
-        return host
-
-    def _fetch(self, always: _Stored | None = None) -> None:
+    def _bring(self, always: _Stored | None = None) -> None:
         """Bring back what is still to be used, and ``always`` in any case (a graph may go backward twice)."""
         wanted = [s for s in self._stored if s.back is None and (s.uses > 0 or s is always)]
-        if not wanted:
-            return
-        # Memory of the stream that computes: when that frees it, it has waited for the copy.
-        backs = [torch.empty_like(s.host, device=s.device) for s in wanted]
-        stream = self._stream()
-        stream.wait_stream(torch.cuda.current_stream(wanted[0].device))
-        with torch.cuda.stream(stream):
-            for stored, back in zip(wanted, backs):
-                back.copy_(stored.host, non_blocking=True)
-                stored.back = back, stream.record_event()
-
-
-def to_host(x: Tensor) -> Tensor:
-    """The copy that a device without streams keeps of a tensor; tests put another memory in its place."""
-    return x.detach().clone()
-
-
-def to_device(x: Tensor) -> Tensor:
-    """Back from :func:`to_host`."""
-    return x
+        if wanted:
+            device = wanted[0].device
+            for stored, back in zip(wanted, self._copies(device).bring([s.host for s in wanted], device)):
+                stored.back = back

@@ -174,13 +174,13 @@ class Activations:
         return 5 * self.element * (self.model.ffn_size // self.tensor) * self.tokens + norms
 
     def tile(self) -> int:
-        """Of the tiled feed-forward layer in backward: what one tile keeps and its gradients, those of the input, and of the
-        weights in fp32, as they are summed, beside one tile's."""
+        """Of the tiled feed-forward layer in backward. One tile's gate and up, silu(gate), gradients of product, silu(gate) and
+        up, its input (gathered under sequence parallelism) and output; gradients of the whole input, and of the weights, in
+        fp32 as they are summed, beside one tile's."""
         hidden, wide = self.model.hidden_size, self.model.ffn_size // self.tensor
         tokens = -(-self.residual_tokens // self.tiles) * (self.tokens // self.residual_tokens)
-        return (
-            self.element * tokens * (9 * wide + 2 * hidden) + self.residual() + (FP32 + self.element) * 3 * hidden * wide
-        )
+        sums = (FP32 + self.element) * 3 * hidden * wide
+        return self.element * tokens * (6 * wide + 2 * hidden) + self.residual() + sums
 
 
 def element_size(config: RunConfig) -> int:

@@ -10,10 +10,9 @@ import torch
 
 from tests.live_memory import LiveMemory
 from tests.model.test_recall_model import VOCAB, micro_batch
-from unfold.model import recompute as recompute_module
 from unfold.model.config import GistConfig, ModelConfig
 from unfold.model.gist import Recall
-from unfold.model.recompute import Offload, Recompute
+from unfold.model.recompute import Copies, Offload, Recompute
 from unfold.model.transformer import Transformer
 
 unfold_op = import_module("unfold.kernels.unfold.op")
@@ -89,16 +88,30 @@ def test_attention_and_tiles_are_computed_as_often_as_promised(build, monkeypatc
     assert len(tiles) == 2 * 2 * 2  # layers, tiles, forward and backward
 
 
+class NumpyCopies(Copies):
+    """A host memory whose bytes are not counted, and which tells what passes."""
+
+    def __init__(self):
+        self.sent, self.brought, self.waits = 0, [], []
+
+    def to_host(self, x):
+        self.sent += x.nbytes
+        return x.detach().numpy().copy()
+
+    def bring(self, hosts, device):
+        self.brought.append(len(hosts))
+        return [(torch.from_numpy(host).clone(), len(self.brought)) for host in hosts]
+
+    def wait(self, arrived):
+        self.waits.append((arrived, len(self.brought)))
+
+
 @pytest.mark.parametrize("recompute", [Recompute("full"), Recompute("selective"), Recompute("selective", mlp_tiles=4)])
-def test_with_offload_nothing_of_a_layer_stays_on_the_device(build, monkeypatch, recompute):
-    """Host memory is NumPy's here, which is not counted. Bytes alive after forward, and at most in backward."""
-    hosted = []
-    monkeypatch.setattr(recompute_module, "to_host", lambda x: hosted.append(x.nbytes) or x.detach().numpy().copy())
-    monkeypatch.setattr(recompute_module, "to_device", lambda x: torch.from_numpy(x).clone())
-    after_forward, peaks, sent = [], [], []
-    for layers in (2, 6):
-        hosted.clear()
-        model = model_of(build, replace(recompute, offload=Offload()), layers=layers)
+def test_with_offload_nothing_of_a_layer_stays_on_the_device(build, recompute):
+    """Bytes alive after forward, and at most in backward, are the same for two layers and for six."""
+    after_forward, peaks, copies = [], [], [NumpyCopies(), NumpyCopies()]
+    for layers, copied in zip((2, 6), copies):
+        model = model_of(build, replace(recompute, offload=Offload(copied)), layers=layers)
         model.layers.requires_grad_(False)  # gradients of weights are no activations
         batch = micro_batch(GISTS["forget"])
         with LiveMemory() as memory:
@@ -107,9 +120,23 @@ def test_with_offload_nothing_of_a_layer_stays_on_the_device(build, monkeypatch,
             memory.peak = 0
             loss.backward()
         peaks.append(memory.peak)
-        sent.append(sum(hosted))
     assert after_forward[0] == after_forward[1] and peaks[0] == peaks[1]
-    assert sent[1] == 3 * sent[0] > 0
+    assert copies[1].sent == 3 * copies[0].sent > 0
+
+
+@pytest.mark.parametrize("checkpointing", ["full", "selective"])
+def test_each_layer_comes_back_once_and_one_layer_ahead(build, checkpointing):
+    copied = NumpyCopies()
+    model = model_of(build, Recompute(checkpointing, Offload(copied)), layers=4)
+    loss = model(micro_batch(GISTS["forget"]))
+    loss.backward(retain_graph=True)
+    assert len(copied.brought) == 4 and len(set(copied.brought)) == 1
+    for layer in range(1, 4):  # waited for the layer-th to arrive: the next one was already on its way
+        assert all(begun >= layer + 1 for arrived, begun in copied.waits if arrived == layer)
+    first = [p.grad.clone() for p in model.parameters()]
+    loss.backward()
+    for p, once in zip(model.parameters(), first):
+        torch.testing.assert_close(p.grad, 2 * once)
 
 
 @pytest.mark.parametrize("checkpointing,kept", [("full", 0), ("selective", 2)])

@@ -16,6 +16,7 @@ from megatron.core.parallel_state import RankGenerator
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import ROOT, run
+from tests.live_memory import LiveMemory
 from tests.pretrain.engine_bytes import LAYOUTS, run_config
 from unfold.model.config import GistConfig, ModelConfig
 from unfold.model.gist import build_layout, interleave
@@ -114,6 +115,23 @@ def test_activations_are_those_that_autograd_saves(build, shape, precision, atte
     # Checkpointed layers hold the rotary factors as an argument, which autograd does not see.
     unseen = 4 * shaped.head_dim * kept.tokens if checkpointing != "none" else 0
     assert expected - unseen == pytest.approx(saved_bytes(model, micro_batch(config, BATCH)), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("tiles", [4, 16])
+@pytest.mark.parametrize("dtype,precision", [(torch.float32, "fp32"), (torch.bfloat16, "bf16")])
+def test_a_tile_needs_what_the_plan_says(build, dtype, precision, tiles):
+    """The most bytes that the tiled layer needs in backward beside its input, its output and the output's gradient."""
+    model = replace(SHAPES["kernel"], ffn_size=256)
+    config = configuration(model, precision, raw=4091, mlp_tiles=tiles)
+    kept = Activations.of(config, measure_sample(config), gpu=False)
+    layer = Transformer(model, replace(build, recompute=Recompute(mlp_tiles=tiles))).layers[0].mlp.to(dtype)
+    x = torch.randn(kept.tokens, 1, model.hidden_size, dtype=dtype, requires_grad=True)
+    with LiveMemory() as memory:
+        out = layer(x)
+        grad = torch.ones_like(out)
+        before, memory.peak = memory.now, 0
+        out.backward(grad)
+    assert kept.tile() == pytest.approx(memory.peak - before, rel=0.03)
 
 
 SAVED_BY_TRITON = """
