@@ -278,6 +278,16 @@ def test_what_does_not_fit_is_refused_with_settings_that_would_do(overrides):
     small.check_fits(small.plan(load_config(path, [*overrides, *changes])))
 
 
+def test_host_memory_that_does_not_suffice_is_refused_with_what_would_do():
+    path = CONFIGS / "llama-3.1-8b.yaml"
+    settings = ["train.activation_checkpointing=selective", "train.offload_activations=true"]
+    for host, change in ((50, "train.activation_checkpointing=full"), (10, "train.offload_activations=false")):
+        plans = Planner(Cluster(find_gpu("H100-80GB", None), 16, 8, 0.4, host * GIB))
+        with pytest.raises(UserError, match=f"GiB of host memory are needed on a node, {host}.0 are there .*; set {change}$"):
+            plans.check_fits(plans.plan(load_config(path, settings)))
+        plans.check_fits(plans.plan(load_config(path, [*settings, change])))
+
+
 def test_memory_falls_with_every_setting_that_saves_it():
     path, plans = CONFIGS / "llama-3.1-8b.yaml", planner(16, "H100-80GB")
     total = lambda *settings: plans.plan(load_config(path, settings)).fullest.total
