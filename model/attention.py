@@ -31,6 +31,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
         """[T, B, hidden] -> [T, B, hidden]"""
+        return self.project(attend(self.index, *self.heads(x, rotary)))
+
+    def heads(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+        """[T, B, hidden] -> q [B, T, H, D], k, v [B, T, Hkv, D]"""
         qkv = self.qkv(x).transpose(0, 1)  # [B, T, ..]; all of T, also where x is split along the sequence
         qkv = qkv.reshape(*qkv.shape[:2], -1, self.group + 2, self.head_dim)
         q, k, v = qkv.split([self.group, 1, 1], 3)
@@ -39,5 +43,8 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rotates:
             q, k = rotary.apply(q), rotary.apply(k)
-        out = attend(self.index, q, k, v.squeeze(3))
+        return q, k, v.squeeze(3)
+
+    def project(self, out: Tensor) -> Tensor:
+        """What the heads found, [B, T, H, D] -> [T, B, hidden]"""
         return self.output(out.flatten(2).transpose(0, 1).contiguous())

@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from megatron.core.model_parallel_config import ModelParallelConfig
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from unfold.model.config import ModelConfig
 from unfold.model.parallel.context import ContextParallel
 from unfold.model.parallel.tensor import Alone, ColumnLinear, Group, RowLinear, copy_to_group
+from unfold.model.recompute import Again, Recompute
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class BuildContext:
         sequence_parallel: split the residual stream over the tensor-parallel group along the sequence.
         context: how the sequence is spread over ranks; None where every rank has all of it.
         blank: leave weights as memory has them, because all of them are about to be read from a file.
+        recompute: what layers compute again in backward.
     """
 
     tp_group: Group
@@ -34,6 +37,7 @@ class BuildContext:
     sequence_parallel: bool = False
     context: ContextParallel | None = None
     blank: bool = False
+    recompute: Recompute = Recompute()
 
     @classmethod
     def alone(cls, seed: int = 0) -> BuildContext:
@@ -172,7 +176,63 @@ class MLP(nn.Module):
         self.gate_up = build.column(f"{name}.gate_up", *sizes, config.init_std, stride=2, bias=config.mlp_bias)
         self.down = build.row(f"{name}.down", config.ffn_size, config.hidden_size, residual_std, bias=config.mlp_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[T, B, hidden] -> [T, B, hidden]"""
-        gate, up = self.gate_up(x).chunk(2, -1)
-        return self.down(F.silu(gate) * up)
+        self.tiles = build.recompute.mlp_tiles
+
+    def forward(self, x: Tensor, again: Again | None = None) -> Tensor:
+        """[T, B, hidden] -> [T, B, hidden]
+
+        again: of the checkpointed part that this ends, whose second pass needs no output.
+        """
+        tiles = min(self.tiles, len(x))
+        if tiles == 1:
+            gate, up = self.gate_up(x).chunk(2, -1)
+            return self.down(F.silu(gate) * up)
+        layers = self.gate_up, self.down
+        present = [layer.bias is not None for layer in layers]
+        weights = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
+
+        def tile(x: Tensor, *weights: Tensor) -> Tensor:
+            given = iter(weights)
+            (w_in, b_in), (w_out, b_out) = ((next(given), next(given) if biased else None) for biased in present)
+            gate, up = self.gate_up.product(x, w_in, b_in).chunk(2, -1)
+            return self.down.product(F.silu(gate) * up, w_out, b_out)
+
+        return _Tiled.apply(tile, tiles, again is not None and again.now, x, *weights)
+
+
+class _Tiled(torch.autograd.Function):
+    """A function of each token, computed piece by piece along the sequence and, in backward, once more.
+
+    DeepSpeed's TiledMLP lets every piece add to ``weight.grad`` by itself: in bf16 that rounds the sum once per piece, hooks that
+    ZeRO or a pipeline put on a weight run once per piece too, and it cuts dimension -2, which is the samples here. So: sums in
+    fp32, and one gradient per weight, handed to autograd like any other. Under sequence parallelism a piece is one of this rank's
+    part, gathered and scattered by itself.
+    """
+
+    @staticmethod
+    def forward(ctx, tile: Callable[..., Tensor], tiles: int, skip: bool, x: Tensor, *weights: Tensor) -> Tensor:
+        """skip: the output is not looked at."""
+        ctx.tile, ctx.tiles = tile, tiles
+        ctx.save_for_backward(x, *weights)
+        out = torch.empty_like(x)
+        if not skip:
+            for piece, into in zip(x.tensor_split(tiles), out.tensor_split(tiles)):
+                into.copy_(tile(piece, *weights))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out: Tensor):
+        x, *weights = ctx.saved_tensors
+        weights = [w.detach().requires_grad_() for w in weights]
+        sums = [torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in weights]
+        d_x = torch.empty_like(x)
+        for piece, d_piece, into in zip(*(y.tensor_split(ctx.tiles) for y in (x, d_out, d_x))):
+            piece = piece.detach().requires_grad_()
+            with torch.enable_grad():
+                out = ctx.tile(piece, *weights)
+            d, *of_weights = torch.autograd.grad(out, [piece, *weights], d_piece)
+            into.copy_(d)
+            for total, one in zip(sums, of_weights):
+                total += one
+        return None, None, None, d_x, *(total.to(w.dtype) for total, w in zip(sums, weights))

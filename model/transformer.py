@@ -10,7 +10,6 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from unfold.model.attention import Attention
 from unfold.model.config import ModelConfig
@@ -19,6 +18,7 @@ from unfold.model.gist import Layout, Recall
 from unfold.model.layers import MLP, BuildContext, RMSNorm, Rotary
 from unfold.model.loss import token_loss_sum
 from unfold.model.parallel.tensor import VocabularyEmbedding, column_product, gather_outputs, gather_sequence
+from unfold.model.recompute import Again, computed_again
 from unfold.model.visibility import Attend, MicroBatch, attention_for
 
 
@@ -48,11 +48,31 @@ class Layer(nn.Module):
         self.attention = Attention(config, build, index, residual_std)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, build)
         self.mlp = MLP(config, build, f"{name}.mlp", residual_std)
+        self.recompute = build.recompute
 
     def forward(self, x: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
         """[T, B, hidden] -> [T, B, hidden]"""
+        recompute = self.recompute
+        if recompute.checkpointing == "none" or not (self.training and torch.is_grad_enabled()):
+            x = x + self.attention(self.attention_norm(x), rotary, attend)
+            return x + self.mlp(self.mlp_norm(x))
+        with recompute.keeping(attend):
+            if recompute.checkpointing == "full":
+                return computed_again(self._whole, x, rotary, attend)
+            q, k, v = computed_again(self._before_attention, x, rotary)
+            return computed_again(self._after_attention, x, attend(self.attention.index, q, k, v))
+
+    def _whole(self, x: Tensor, rotary: Rotary, attend: Attend, again: Again) -> Tensor:
         x = x + self.attention(self.attention_norm(x), rotary, attend)
-        return x + self.mlp(self.mlp_norm(x))
+        return x + self.mlp(self.mlp_norm(x), again)
+
+    def _before_attention(self, x: Tensor, rotary: Rotary, again: Again) -> tuple[Tensor, ...]:
+        # Contiguous, since a view would keep the whole fused projection.
+        return tuple(part.contiguous() for part in self.attention.heads(self.attention_norm(x), rotary))
+
+    def _after_attention(self, x: Tensor, out: Tensor, again: Again) -> Tensor:
+        x = x + self.attention.project(out)
+        return x + self.mlp(self.mlp_norm(x), again)
 
 
 def build_model(config: ModelConfig, seed: int = 0) -> Transformer:
@@ -63,15 +83,13 @@ def build_model(config: ModelConfig, seed: int = 0) -> Transformer:
 class Transformer(nn.Module):
     """The whole model on one pipeline stage."""
 
-    def __init__(self, config: ModelConfig, build: BuildContext, activation_checkpointing: bool = False):
+    def __init__(self, config: ModelConfig, build: BuildContext):
         """Args:
         config: the model's shape; vocab_size must be set.
-        build: tensor-parallel group and seed of the initial weights.
-        activation_checkpointing: recompute each layer in backward instead of keeping its activations.
+        build: tensor-parallel group, seed of the initial weights, what layers compute again in backward.
         """
         super().__init__()
         self.config, self.build = config, build
-        self.activation_checkpointing = activation_checkpointing
         self.embedding = Embedding(config, build)
         self.layers = nn.ModuleList(Layer(config, build, i) for i in range(config.layers))
         self.final_norm = RMSNorm(config.hidden_size, config.norm_eps, build)
@@ -102,10 +120,7 @@ class Transformer(nn.Module):
             teacher.begin(x)
         rotary = Rotary.of(position, self.config)
         for layer in self.layers:
-            if self.activation_checkpointing and self.training:
-                x = checkpoint(layer, x, rotary, attend, use_reentrant=False)
-            else:
-                x = layer(x, rotary, attend)
+            x = layer(x, rotary, attend)
             if teacher:
                 teacher.follow(layer, x)
         if teacher:

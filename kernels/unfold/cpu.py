@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from unfold.kernels.common.saved import with_tensors, without_tensors
 from unfold.kernels.select.selection import Selection
 from unfold.kernels.tree import GistTree
 from unfold.kernels.unfold.pattern import Entries, Pattern, sort_keys, unsort_keys
@@ -70,18 +71,22 @@ class _UnfoldAttention(torch.autograd.Function):
             row_sum = pattern.total(weights)
             out[pattern.at] = pattern.by_query(pattern.mix(weights, values).div_(row_sum[..., None]))
             stats.append((row_max, row_sum))
-        ctx.save_for_backward(q, k, v)
-        ctx.stats, ctx.tree, ctx.selection, ctx.scale = stats, tree, selection, scale
+        ctx.selection, chosen = without_tensors(selection)
+        # A checkpoint lets go of what is saved like this, and makes it again.
+        ctx.save_for_backward(q, k, v, *chosen, *(x for pair in stats for x in pair))
+        ctx.tree, ctx.scale, ctx.chosen = tree, scale, len(chosen)
         return out
 
     @staticmethod
     def backward(ctx, d_out: Tensor):
-        q, k, v = ctx.saved_tensors
-        tree, selection, scale = ctx.tree, ctx.selection, ctx.scale
+        q, k, v, *saved = ctx.saved_tensors
+        tree, scale = ctx.tree, ctx.scale
+        selection, stats = with_tensors(ctx.selection, saved[: ctx.chosen]), saved[ctx.chosen :]
         d_q = torch.empty_like(q)
         keys, values = sort_keys(k, tree), sort_keys(v, tree)
         d_keys, d_values = torch.zeros_like(keys), torch.zeros_like(values)
-        for pattern, (row_max, row_sum) in zip(_patterns(tree, selection, q.shape[1] // k.shape[2]), ctx.stats):
+        patterns = _patterns(tree, selection, q.shape[1] // k.shape[2])
+        for pattern, row_max, row_sum in zip(patterns, stats[::2], stats[1::2]):
             queries = pattern.by_row(q)
             weights = _weights(pattern, _scores(pattern, queries, keys, scale), row_max)
             # The upstream gradient over the row's sum: exp(score - max) then serves as the weight as it is.

@@ -22,6 +22,7 @@ from unfold.kernels.common.launch import (
     launch_options,
     on_device,
 )
+from unfold.kernels.common.saved import with_tensors, without_tensors
 from unfold.kernels.common.tiles import Tile
 from unfold.kernels.compressed import backward as ranges
 from unfold.kernels.compressed.plan import key_rows
@@ -120,22 +121,24 @@ class _UnfoldAttention(torch.autograd.Function):
                 lists.start, *_places(tree, lists, unfolded), scale * LOG2_E, *_lengths(tree),
                 **_sizes(q, k, tree), **launch_options(tiles.forward),
             )  # fmt: skip
-        ctx.save_for_backward(q, k, v, out, shift, factor)
-        ctx.tree, ctx.lists, ctx.scale, ctx.tiles, ctx.shape, ctx.unfolded = tree, lists, scale, tiles, shape, unfolded
+        # A checkpoint lets go of what is saved like this, and makes it again; the blocks are those of all layers.
+        ctx.lists, chosen = without_tensors(lists)
+        ctx.save_for_backward(q, k, v, out, shift, factor, *chosen)
+        ctx.tree, ctx.scale, ctx.tiles, ctx.shape = tree, scale, tiles, shape
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out: Tensor):
-        q, k, v, out, shift, factor = ctx.saved_tensors
-        tree, lists, scale, tiles = ctx.tree, ctx.lists, ctx.scale, ctx.tiles
+        q, k, v, out, shift, factor, *chosen = ctx.saved_tensors
+        tree, scale, tiles = ctx.tree, ctx.scale, ctx.tiles
+        lists = with_tensors(ctx.lists, chosen)
         d_out = d_out.contiguous()
         mean, d_q = torch.empty_like(shift), torch.empty_like(q)
         with on_device(q):
             backward.unfold_d_query_kernel[len(lists.blocks.table), k.shape[1]](
                 q, k, v, out, d_out, shift, factor, mean, d_q, tree.lo, tree.hi, lists.blocks.table, lists.first, lists.row,
-                lists.bits, lists.start, *_places(tree, lists, torch.empty_like(ctx.unfolded)), scale * LOG2_E, scale,
-                *_lengths(tree),
+                lists.bits, lists.start, *_places(tree, lists), scale * LOG2_E, scale, *_lengths(tree),
                 **_sizes(q, k, tree), **launch_options(tiles.d_query),
             )  # fmt: skip
             rows = _d_near(q, k, v, d_out, shift, factor, mean, tree, scale, tiles.near)
@@ -146,12 +149,13 @@ class _UnfoldAttention(torch.autograd.Function):
         return d_q, d_k, d_v, None, None, None, None, None
 
 
-def _places(tree: GistTree, lists: BlockLists, unfolded: Tensor) -> Tensor:
+def _places(tree: GistTree, lists: BlockLists, unfolded: Tensor | None = None) -> Tensor:
     """Key and bits of every place of the chunks, [2, places] int32. Made anew by each pass: kept, it would outweigh the layer.
 
     ``unfolded`` [lists] int32 gets the raw tokens that the queries of each list unfold.
     """
     places = lists.row.new_empty(2, lists.places)
+    unfolded = lists.row.new_empty(lists.first.shape[1] - 1) if unfolded is None else unfolded
     owners, size = len(unfolded), lists.blocks.size
     common.place_kernel[(owners,)](
         lists.first[-1], lists.start, lists.row, lists.bits, lists.place, tree.lo, lists.blocks.table, tree.child_lo,

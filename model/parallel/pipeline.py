@@ -8,7 +8,6 @@ Labels are read by the last stage itself.
 from __future__ import annotations
 
 import re
-from collections import deque
 from collections.abc import Callable
 from functools import partial
 
@@ -36,27 +35,24 @@ class StageAttention:
         recalls: of the micro-batches since they were last taken: what the stage's layers read, and their routing losses.
     """
 
-    def __init__(self, config: ModelConfig, gist: GistConfig | None, build: BuildContext, stages: int):
+    def __init__(self, config: ModelConfig, gist: GistConfig | None, build: BuildContext):
         self._config, self._build = config, build
         self.gist, self.route_scale = gist, 0.0
         self.added: AddedLosses | None = None
         self.recalls: list[Recall] = []
-        # As many micro-batches as are on their way through the stages: layers that are recomputed meet the same one again.
-        self._made: deque[tuple[Tensor, Rotary, Attend]] = deque(maxlen=stages)
+        self._made: tuple[Tensor, Rotary, Attend] | None = None
 
     def for_micro_batch(self, structure: Tensor) -> tuple[Rotary, Attend]:
         """structure: [3, B, T] int32, level, document and flags of recall (see :func:`stage_inputs`)."""
-        for known, rotary, attend in self._made:
-            # Recomputation hands in a detached view. What is kept stays alive, so the same memory is the same micro-batch.
-            if known.data_ptr() == structure.data_ptr():
-                return rotary, attend
-        self._made.append((structure, *self._make(structure)))
-        return self._made[-1][1:]
+        # A stage's layers take a micro-batch one after another; what is kept stays alive, so the same memory is the same one.
+        if self._made is None or self._made[0].data_ptr() != structure.data_ptr():
+            self._made = structure, *self._make(structure)
+        return self._made[1:]
 
     def take_recalls(self) -> list[Recall]:
         """Those of the micro-batches so far; it begins again without any."""
         taken, self.recalls = self.recalls, []
-        self._made.clear()
+        self._made = None
         return taken
 
     def _make(self, structure: Tensor) -> tuple[Rotary, Attend]:

@@ -110,9 +110,13 @@ class ColumnLinear(ColumnParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, B, inputs] (T / n under sequence parallelism) -> [T, B, outputs / n]"""
+        return self.product(x, self.weight, self.bias)
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The same with a weight and a bias in place of its own."""
         if self.sequence_split:
             x = gather_sequence(x, self.tp_group)
-        return column_product(x, self.weight, self.tp_group, self.sequence_split, self.bias)
+        return column_product(x, weight, self.tp_group, self.sequence_split, bias)
 
 
 def column_product(
@@ -136,10 +140,13 @@ class RowLinear(RowParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, B, inputs / n] -> [T, B, outputs] (T / n under sequence parallelism)"""
+        return self.product(x, self.weight, self.bias)
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The same with a weight and a bias in place of its own."""
         partial = linear_with_grad_accumulation_and_async_allreduce(
-            x, self.weight, None, False, False, False, tp_group=self.tp_group
+            x, weight, None, False, False, False, tp_group=self.tp_group
         )
-        bias = self.bias
         if self.sequence_split:
             out = scatter_sum_sequence(partial, self.tp_group)
             if bias is not None:  # added to each rank's part of the sequence: their gradients are summed

@@ -21,6 +21,7 @@ from unfold.pretrain.config.schema import (
     ParallelConfig,
     RunConfig,
     ScheduleConfig,
+    TrainConfig,
     accumulation_steps,
     gist_at,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "ParallelConfig",
     "RunConfig",
     "ScheduleConfig",
+    "TrainConfig",
     "StageConfig",
     "accumulation_steps",
     "add_overrides",

@@ -20,8 +20,8 @@ Kind = TypeVar("Kind")
 
 # Settings that may differ when a run is resumed: none of them changes what is learned or in which order.
 FREE_ON_RESUME = ("parallel.", "checkpoint.", "faults.", "monitor.", "train.micro_batch", "train.activation_checkpointing",
-                  "train.valid_", "train.allow_changes", "data.train", "data.valid", "data.tokenizer",
-                  "data.cache")  # fmt: skip
+                  "train.offload_activations", "train.mlp_tiles", "train.valid_", "train.allow_changes", "data.train",
+                  "data.valid", "data.tokenizer", "data.cache")  # fmt: skip
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
@@ -73,6 +73,8 @@ def parse_config(tree: dict, source: str = "configuration") -> RunConfig:
 
 # Settings of earlier versions: what says the same now.
 REPLACED = {"train.recall_after": "write train.stages: [{until: STEPS, recall: none}]"}
+# Values of earlier versions, which hold on: the same in today's words.
+SAID_BEFORE = {"train.activation_checkpointing": {True: "full", False: "none"}}
 
 
 def read_settings(kind: type[Kind], tree: dict, source: str) -> Kind:
@@ -102,6 +104,8 @@ def _known(tree: dict, kind: type, prefix: str, errors: list[str]) -> dict:
     known = {}
     for key, value in tree.items():
         hint = hints.get(key)
+        if isinstance(value, bool):
+            value = SAID_BEFORE.get(f"{prefix}{key}", {}).get(value, value)
         if hint is None:
             near = difflib.get_close_matches(str(key), hints, 1, 0.5)
             told = f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(hints)}"

@@ -67,7 +67,15 @@ class TrainConfig(Settings):
     z_loss: NotNegative = option(
         0.0, "weight of the mean squared log-partition of next-token distributions, which keeps logits small; 0: none"
     )
-    activation_checkpointing: bool = option(False, "recompute layers in backward instead of keeping their activations")
+    activation_checkpointing: Literal["none", "full", "selective"] = option(
+        "none",
+        "compute layers again in backward instead of keeping their activations: none, full (all of a layer), or selective (all "
+        "but attention, whose inputs and outputs are kept)",
+    )
+    offload_activations: bool = option(False, "keep what checkpointed layers keep in host memory")
+    mlp_tiles: Count = option(
+        1, "pieces of the sequence of which the feed-forward layer holds one at a time, and computes it again in backward"
+    )
     stages: tuple[StageConfig, ...] = option(
         (), "parts of the run with settings of their own, e.g. [{until: 300, recall: none}]; see `train.stages`"
     )
@@ -80,6 +88,8 @@ class TrainConfig(Settings):
         errors = []
         if self.micro_batch > 0 and self.global_batch % self.micro_batch:
             errors.append(f"micro_batch: {self.micro_batch} does not divide global_batch ({self.global_batch})")
+        if self.offload_activations and self.activation_checkpointing == "none":
+            errors.append("offload_activations: true needs activation_checkpointing: full or selective (it is none)")
         for name in self.allow_changes:
             if not name.startswith(CHANGEABLE_ON_RESUME):
                 errors.append(f"allow_changes: {name!r} is not one of {', '.join(CHANGEABLE_ON_RESUME)} or a setting in them")

@@ -30,6 +30,7 @@ class Activations:
         exchange: whether keys of other ranks stand before a rank's own (context parallelism through gists).
         sample: lengths of a sample.
         gpu: the attention kernel of GPUs; False for that of the CPU, which keeps other tensors.
+        tiles: of the feed-forward layer.
     """
 
     model: ModelConfig
@@ -41,6 +42,7 @@ class Activations:
     exchange: bool
     sample: SampleSize
     gpu: bool = True
+    tiles: int = 1
 
     @classmethod
     def of(cls, config: RunConfig, sample: SampleSize, gpu: bool = True) -> Activations:
@@ -48,7 +50,7 @@ class Activations:
         exchange = parallel.context > 1 and parallel.context_method == "gists"
         return cls(
             config.model, element_size(config), config.train.micro_batch, parallel.tensor, parallel.context,
-            parallel.sequence and parallel.tensor > 1, exchange, sample, gpu,
+            parallel.sequence and parallel.tensor > 1, exchange, sample, gpu, config.train.mlp_tiles,
         )  # fmt: skip
 
     @property
@@ -75,7 +77,7 @@ class Activations:
         return self.model.kv_heads // self.tensor * self.model.head_dim
 
     def residual(self) -> int:
-        """The residual stream between two layers: all that a checkpointed layer keeps."""
+        """The residual stream between two layers: all that a layer keeps which is computed again."""
         return self.element * self.model.hidden_size * self.residual_tokens
 
     def norm(self) -> int:
@@ -84,10 +86,29 @@ class Activations:
 
     def layer(self) -> int:
         """Everything that a layer keeps: two norms, the inputs of its four projections, attention, gate and up."""
-        model = self.model
-        inputs = 2 * self.element * model.hidden_size * self.tokens  # of qkv and gate_up, gathered under sequence parallelism
-        feed_forward = 4 * self.element * (model.ffn_size // self.tensor) * self.tokens  # gate and up, silu(gate), the product
-        return 2 * self.norm() + inputs + self.head_norms() + self.attention() + feed_forward
+        return self.before_attention() + self.attention() + self.feed_forward()
+
+    def before_attention(self) -> int:
+        """Up to queries, keys and values: a norm, the input of their projection (gathered under sequence parallelism), norms."""
+        return self.norm() + self.element * self.model.hidden_size * self.tokens + self.head_norms()
+
+    def feed_forward(self) -> int:
+        """Its norm and its input; unless it is tiled, gate and up, silu(gate), the product."""
+        if self.tiles > 1:
+            return self.norm() + self.residual()
+        wide = 4 * self.element * (self.model.ffn_size // self.tensor) * self.tokens
+        return self.norm() + self.element * self.model.hidden_size * self.tokens + wide
+
+    def selective(self) -> int:
+        """What a layer keeps that computes all but attention again: its input, and attention with its inputs and outputs."""
+        element, heads = self.element, self.model.heads // self.tensor
+        queries = element * self._query_width * self.tokens
+        keys = element * self._key_width * self.tokens
+        if self.model.attention == "dense":  # q, k, v, each document's output, one log-sum per head; the output again
+            return self.residual() + 2 * keys + 3 * queries + FP32 * heads * self.tokens
+        if not self.gpu:
+            return self.residual() + 2 * keys + 2 * queries + 2 * FP32 * heads * self.tokens
+        return self.residual() + self._kernel() + (queries if self.exchange else 0)
 
     def head_norms(self) -> int:
         """Their inputs in fp32 and the normalised queries and keys; one inverse root per head and token."""
@@ -110,11 +131,14 @@ class Activations:
             return queries + keys + (queries + 2 * keys) + queries + FP32 * heads * self.tokens + queries
         if not self.gpu:  # the same view of the projection, maximum and sum per head; the output is computed again
             return queries + keys + (queries + 2 * keys) + 2 * FP32 * heads * self.tokens + queries
-        near, rows = self.samples * self.sample.near, self.samples * self.sample.key_rows
-        statistics = (2 if element == FP32 else 1) * FP32 * heads * near
-        kernel = element * (2 * self._query_width * near + 2 * self._key_width * rows) + statistics
         copied = self.samples > 1 or self.exchange  # else the kernel's output is the projection's input as it is
-        return kernel + (queries if copied else 0)
+        return self._kernel() + (queries if copied else 0)
+
+    def _kernel(self) -> int:
+        """The GPU's: queries and output, keys and values in level-sorted order, and statistics."""
+        near, rows = self.samples * self.sample.near, self.samples * self.sample.key_rows
+        statistics = (2 if self.element == FP32 else 1) * FP32 * (self.model.heads // self.tensor) * near
+        return self.element * (2 * self._query_width * near + 2 * self._key_width * rows) + statistics
 
     def shared(self) -> int:
         """Token ids and rotary factors."""
@@ -144,8 +168,19 @@ class Activations:
 
     def working(self) -> int:
         """Gradients within a layer while it goes backward: of the product, of gate and up alone and together, of two norms."""
-        feed_forward = 5 * self.element * (self.model.ffn_size // self.tensor) * self.tokens
-        return feed_forward + 2 * FP32 * self.model.hidden_size * self.residual_tokens
+        norms = 2 * FP32 * self.model.hidden_size * self.residual_tokens
+        if self.tiles > 1:
+            return self.tile() + norms
+        return 5 * self.element * (self.model.ffn_size // self.tensor) * self.tokens + norms
+
+    def tile(self) -> int:
+        """Of the tiled feed-forward layer in backward. One tile's gate and up, silu(gate), gradients of product, silu(gate) and
+        up, its input (gathered under sequence parallelism) and output; gradients of the whole input, and of the weights, in
+        fp32 as they are summed, beside one tile's."""
+        hidden, wide = self.model.hidden_size, self.model.ffn_size // self.tensor
+        tokens = -(-self.residual_tokens // self.tiles) * (self.tokens // self.residual_tokens)
+        sums = (FP32 + self.element) * 3 * hidden * wide
+        return self.element * tokens * (6 * wide + 2 * hidden) + self.residual() + sums
 
 
 def element_size(config: RunConfig) -> int:

@@ -18,6 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu", metavar="NAME", help="a known GPU, e.g. H100-80GB")
     parser.add_argument("--gpu-memory", type=float, metavar="GB", help="memory of one GPU in GiB, for one that is not known")
     parser.add_argument(
+        "--host-memory", type=float, default=0.0, metavar="GB", help="memory of one node in GiB, for offloading; 0: not checked"
+    )
+    parser.add_argument(
         "--mfu", type=float, default=0.35, metavar="X", help="part of the peak that useful FLOPs reach (default: 0.35)"
     )
 
@@ -25,9 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def plan_command(args: argparse.Namespace) -> Iterator[str]:
     """Lines of the plan that the arguments ask for. Raises UserError for what is wrong or does not fit."""
     # PyTorch and DeepSpeed take seconds to load: a wrong argument is told before.
-    from unfold.pretrain.plan.hardware import Cluster, find_gpu
+    from unfold.pretrain.plan.hardware import GIB, Cluster, find_gpu
 
-    cluster = Cluster(find_gpu(args.gpu, args.gpu_memory), args.gpus, args.gpus_per_node, args.mfu)
+    gpu = find_gpu(args.gpu, args.gpu_memory)
+    cluster = Cluster(gpu, args.gpus, args.gpus_per_node, args.mfu, args.host_memory * GIB)
     config = load_config(args.config, args.overrides)
     from unfold.pretrain.plan.make import Planner, with_known_vocabulary
     from unfold.pretrain.plan.report import report

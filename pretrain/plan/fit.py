@@ -35,8 +35,12 @@ def _settings(config: RunConfig, gpus_per_node: int) -> Iterator[tuple[str, str,
         smaller //= 2
     if parallel.tensor > 1 and not parallel.sequence:
         yield "parallel", "sequence", True
-    if not train.activation_checkpointing:
-        yield "train", "activation_checkpointing", True
+    if train.mlp_tiles == 1:
+        yield "train", "mlp_tiles", 8
+    if train.activation_checkpointing == "none":
+        yield "train", "activation_checkpointing", "selective"
+    if train.activation_checkpointing != "full":
+        yield "train", "activation_checkpointing", "full"
     for zero in range(parallel.zero + 1, 4):
         yield "parallel", "zero", zero
     for name, most in (("tensor", gpus_per_node), ("pipeline", config.model.layers), ("context", gpus_per_node)):
@@ -44,6 +48,8 @@ def _settings(config: RunConfig, gpus_per_node: int) -> Iterator[tuple[str, str,
         while value <= most:
             yield "parallel", name, value
             value *= 2
+    if not train.offload_activations:
+        yield "train", "offload_activations", True
     if parallel.offload == "none":
         yield "parallel", "offload", "optimizer"
     if parallel.offload != "all":

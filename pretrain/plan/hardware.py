@@ -46,12 +46,14 @@ class Cluster:
         gpus: all of them; one rank runs on each.
         gpus_per_node: those that share a node.
         mfu: part of the peak that useful FLOPs are assumed to reach.
+        host_memory: bytes of one node's; 0 where unknown.
     """
 
     gpu: GpuKind
     gpus: int
     gpus_per_node: int
     mfu: float
+    host_memory: float = 0.0
 
     def __post_init__(self):
         if self.gpus < 1 or self.gpus_per_node < 1:
@@ -61,6 +63,8 @@ class Cluster:
                 f"--gpus {self.gpus}: is not a whole number of nodes of {self.gpus_per_node}; "
                 f"{-(-self.gpus // self.gpus_per_node) * self.gpus_per_node} would do"
             )
+        if self.host_memory < 0:
+            raise UserError(f"--host-memory {self.host_memory / GIB:g}: is below 0")
         if not 0 < self.mfu <= 1:
             raise UserError(f"--mfu {self.mfu}: is not in (0, 1]; 0.4 is usual for large models")
 

@@ -51,6 +51,11 @@ class Plan:
         """Of the stage that needs most."""
         return max(self.memory, key=lambda m: m.total)
 
+    @property
+    def node_memory(self) -> int:
+        """Bytes that offloading keeps in the host memory of a node, at most."""
+        return max(m.host for m in self.memory) * min(self.cluster.gpus, self.cluster.gpus_per_node)
+
 
 class Planner:
     """Makes plans for one cluster; a sample's layout is counted once for all that share it."""
@@ -93,9 +98,9 @@ class Planner:
         return self._samples[key]
 
     def check_fits(self, plan: Plan) -> None:
-        """Raises UserError, with settings that would do, where a stage needs more than a GPU has."""
+        """Raises UserError, with settings that would do, where a stage needs more than a GPU has, or offloading than a node."""
         if plan.fullest.total <= self.usable:
-            return
+            return self._check_host(plan)
         changes = suggest(plan.config, self.cluster.gpus_per_node, self.usable, self._peak)
         would_do = f"set {' '.join(changes)}" if changes else "take more GPUs, or a smaller data.raw_tokens"
         parts = {part.name: getattr(plan.fullest, part.name) for part in fields(Memory) if part.name != "host"}
@@ -103,6 +108,28 @@ class Planner:
         raise UserError(
             f"does not fit: {plan.fullest.total / GIB:.1f} GiB are needed on the fullest GPU ({largest}: "
             f"{parts[largest] / GIB:.1f}), {self.usable / GIB:.1f} of {self.cluster.gpu.name} are usable; {would_do}"
+        )
+
+    def _check_host(self, plan: Plan) -> None:
+        host = self.cluster.host_memory
+        if not host or plan.node_memory <= host:
+            return
+        less = (
+            ("train", "activation_checkpointing", "full"), ("train", "offload_activations", False),
+            ("parallel", "offload", "optimizer"), ("parallel", "offload", "none"),
+        )  # fmt: skip
+        would_do = "take more nodes, or fewer samples in train.micro_batch"
+        for section, name, value in less:
+            try:
+                changed = self.plan(with_setting(plan.config, section, **{name: value}))
+            except ValueError:
+                continue  # the configuration refuses it: not a way out
+            if changed.node_memory <= host and changed.fullest.total <= self.usable:
+                would_do = f"set {section}.{name}={str(value).lower()}"
+                break
+        raise UserError(
+            f"does not fit: {plan.node_memory / GIB:.1f} GiB of host memory are needed on a node, {host / GIB:.1f} are there "
+            f"(--host-memory); {would_do}"
         )
 
     def _peak(self, config: RunConfig) -> float:

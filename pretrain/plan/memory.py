@@ -89,10 +89,7 @@ def stage_memory(config: RunConfig, sample: SampleSize, stage: int, replicas: in
     in_flight = min(stages - stage, micro_batches)  # 1F1B
     is_last = stage == stages - 1
     layers = config.model.layers // stages
-    if config.train.activation_checkpointing:
-        activations = in_flight * layers * kept.residual() + kept.layer()  # one layer at a time is computed again
-    else:
-        activations = in_flight * layers * kept.layer()
+    activations, offloaded = _layers(config, kept, in_flight * layers)
     activations += in_flight * (kept.shared() + kept.layout()) + kept.working()
     if is_last:
         activations += kept.norm()
@@ -105,8 +102,22 @@ def stage_memory(config: RunConfig, sample: SampleSize, stage: int, replicas: in
         activations=activations,
         logits=kept.loss() + kept.logits(config.distill.logits > 0) if is_last else 0,
         buffers=_buffers(config, kept, parameters, replicas, stage, micro_batches),
-        host=round(states.host * parameters),
+        host=round(states.host * parameters) + offloaded,
     )
+
+
+def _layers(config: RunConfig, kept: Activations, layers: int) -> tuple[int, int]:
+    """Bytes that the layers of all micro-batches in flight keep, and in host memory."""
+    checkpointing = config.train.activation_checkpointing
+    if checkpointing == "none":
+        return layers * kept.layer(), 0
+    # One layer at a time is computed again, or the larger of its two parts.
+    each, again = kept.residual(), kept.layer()
+    if checkpointing == "selective":
+        each, again = kept.selective(), max(kept.before_attention(), kept.feed_forward())
+    if not config.train.offload_activations:
+        return layers * each + again, 0
+    return min(layers, 2) * each + again, layers * each  # what a layer keeps comes back while the one after it goes backward
 
 
 def _buffers(

@@ -63,9 +63,8 @@ def _memory(plan: Plan, dense: Plan | None, usable: float) -> Iterator[str]:
     for field, title in MEMORY:
         yield _columns(f"  {title}", *(f"{getattr(p.fullest, field) / GIB:.2f}" for p in plans))
     yield f"  usable: {usable / GIB:.1f} of {plan.cluster.gpu.memory / GIB:.1f}, the rest is for CUDA, NCCL and fragmentation"
-    if host := plan.fullest.host:
-        per_node = host * min(plan.cluster.gpus, plan.cluster.gpus_per_node)
-        yield f"  host memory of one node: {per_node / GIB:.1f} GiB"
+    if plan.node_memory:
+        yield f"  host memory of one node: {plan.node_memory / GIB:.1f} GiB"
     if len(plan.memory) > 1:
         yield f"  by pipeline stage: {', '.join(f'{m.total / GIB:.1f}' for m in plan.memory)} (the columns show the fullest)"
     if plan.config.model.attention == "gist" and plan.config.gist.recall != "none":

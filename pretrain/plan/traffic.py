@@ -29,17 +29,21 @@ def plan_traffic(config: RunConfig, sample: SampleSize, replicas: int, micro_bat
     """All kinds that occur. replicas: data x context ranks; micro_batches: of a step and rank."""
     parallel = config.parallel
     kept = Activations.of(config, sample)
-    forwards = 2 if config.train.activation_checkpointing else 1  # per backward
+    # Forward passes per backward: of what is sent around attention and feed-forward, and within attention.
+    train = config.train
+    again = train.activation_checkpointing != "none"
+    passes = (2 if again else 1) + (2 if again or train.mlp_tiles > 1 else 1)
+    attended = 2 if train.activation_checkpointing == "full" else 1
     layers = config.model.layers // parallel.pipeline * micro_batches
     model_span = parallel.tensor * parallel.context
     found = _replica_traffic(config, replicas, micro_batches, replicas * parallel.tensor)
     if parallel.tensor > 1:
         kind = "sequence (gather, scatter)" if parallel.sequence else "tensor (all-reduce)"
         # Two all-reduces (or gathers and scatters) per layer and direction, one more at embedding and head.
-        times = 2 * layers * (forwards + 1) + 2 * micro_batches
+        times = layers * (passes + 2) + 2 * micro_batches
         found.append(Traffic(kind, round(times * 2 * _ring(parallel.tensor) * _hidden(config, kept)), parallel.tensor))
     if parallel.context > 1:
-        found.append(Traffic("context", layers * (forwards + 1) * _context_exchange(config, kept), model_span))
+        found.append(Traffic("context", layers * (attended + 1) * _context_exchange(config, kept), model_span))
     if parallel.pipeline > 1:
         # A stage between two others sends on the residual stream, and back its gradient; with two stages each does one of both.
         structure = 3 * FP32 * kept.samples * sample.length

@@ -9,14 +9,16 @@ import deepspeed
 import torch
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from deepspeed.utils import set_z3_leaf_modules
 from torch import nn
 
-from unfold.model.layers import BuildContext
+from unfold.model.layers import MLP, BuildContext
 from unfold.model.parallel.context import ContextParallel
 from unfold.model.parallel.pipeline import StageAttention, canonical_name, layer_specs, stage_loss
+from unfold.model.recompute import Offload, Recompute
 from unfold.model.transformer import Transformer
 from unfold.pretrain.checkpoint.state import allocate_optimizer_state
-from unfold.pretrain.config import OptimizerConfig, RunConfig, ScheduleConfig, accumulation_steps
+from unfold.pretrain.config import OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig, accumulation_steps
 from unfold.pretrain.parallel import Parallel
 
 
@@ -39,12 +41,7 @@ def deepspeed_config(config: RunConfig, data_size: int) -> dict:
         "bf16": {"enabled": config.precision == "bf16", "immediate_grad_update": parallel.pipeline > 1},
         "data_types": {"grad_accum_dtype": "fp32"},
         # Partitioned sends would cut the residual stream apart, which sequence parallelism has done already.
-        "pipeline": {
-            "pipe_partitioned": False,
-            "grad_partitioned": False,
-            "use_reentrant": False,
-            "activation_checkpoint_interval": int(config.train.activation_checkpointing),
-        },
+        "pipeline": {"pipe_partitioned": False, "grad_partitioned": False},
     }
 
 
@@ -56,10 +53,12 @@ def build_engine(config: RunConfig, parallel: Parallel) -> deepspeed.DeepSpeedEn
     context = None
     if parallel.context_group.size() > 1:
         context = ContextParallel(parallel.context_group, config.parallel.context_method)
-    build = BuildContext(parallel.tensor_group, config.train.seed, config.parallel.sequence, context)
-    model = _pipeline(config, build, parallel) if parallel.stages > 1 else Transformer(
-        config.model, build, config.train.activation_checkpointing
+    build = BuildContext(
+        parallel.tensor_group, config.train.seed, config.parallel.sequence, context, recompute=_recompute(config.train)
     )
+    model = _pipeline(config, build, parallel) if parallel.stages > 1 else Transformer(config.model, build)
+    if config.train.mlp_tiles > 1 and config.parallel.zero == 3:
+        set_z3_leaf_modules(model, [MLP])  # both weights are gathered once for all tiles
     model.context_parallel = context  # what it sends is counted there
     settings = deepspeed_config(config, parallel.data_size)
     if config.optimizer.kind == "muon":
@@ -76,6 +75,11 @@ def build_engine(config: RunConfig, parallel: Parallel) -> deepspeed.DeepSpeedEn
         _check_agreement(engine, parallel)
     allocate_optimizer_state(engine)
     return engine
+
+
+def _recompute(train: TrainConfig) -> Recompute:
+    """What layers keep and what they compute again (a pipeline's too: DeepSpeed's own checkpoints know of all or nothing)."""
+    return Recompute(train.activation_checkpointing, Offload() if train.offload_activations else None, train.mlp_tiles)
 
 
 def adamw_settings(optimizer: OptimizerConfig) -> dict:
@@ -122,13 +126,12 @@ def _pipeline(config: RunConfig, build: BuildContext, parallel: Parallel) -> Pip
     topology = PipeModelDataParallelTopology(
         num_pp=parallel.stages, num_mp=parallel.tensor_group.size(), num_dp=parallel.replica_group.size()
     )
-    shared = StageAttention(config.model, config.folding, build, parallel.stages)
+    shared = StageAttention(config.model, config.folding, build)
     model = PipelineModule(
         layer_specs(config.model, build, shared),
         topology=topology,
         loss_fn=partial(stage_loss, build, shared),
         partition_method="type:LayerStage",
-        activation_checkpoint_interval=int(config.train.activation_checkpointing),
         seed_layers=False,
     )
     model.canonical_name = canonical_name(config.model.layers)

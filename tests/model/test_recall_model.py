@@ -55,17 +55,6 @@ def test_gradients_reach_what_was_unfolded(build):
     assert ((grad > 0) & far & (batch.layout.level[0] < 0)).sum() > 3, "raw tokens behind them"
 
 
-def test_activation_checkpointing_gives_the_same_gradients(build):
-    model = make(build)
-    grads = []
-    for checkpointing in (False, True):
-        model.activation_checkpointing = checkpointing
-        model.zero_grad()
-        model(micro_batch(GistConfig((4, 2), recall="all"))).backward()
-        grads.append([p.grad.clone() for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*grads))
-
-
 def test_a_model_alone_is_that_of_a_group_of_one(build):
     """Loss, gradients and logits, to the last bit."""
     config = ModelConfig(VOCAB, hidden_size=32, layers=2, heads=4, kv_heads=2, ffn_size=48, qk_norm=True)

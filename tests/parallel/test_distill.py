@@ -26,7 +26,7 @@ def config(tiny, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(config, tmp_path_factory):
-    return train(config, tmp_path_factory.mktemp("alone") / "run", 1, "train.activation_checkpointing=true")
+    return train(config, tmp_path_factory.mktemp("alone") / "run", 1, "train.activation_checkpointing=full")
 
 
 def assert_same(metrics: list[dict], alone: list[dict], names=NAMES) -> None:
@@ -55,8 +55,8 @@ def test_a_pipeline_has_the_loss_of_the_log_partition(name, config, tmp_path):
 
 def test_a_run_that_is_resumed_goes_on_alike(config, alone, tmp_path):
     run_dir = tmp_path / "run"
-    train_until_killed(config, run_dir, 1, 3, "checkpoint.every=2", "train.activation_checkpointing=true")
-    again = train(config, run_dir, 1, "checkpoint.every=2", "train.activation_checkpointing=true")
+    train_until_killed(config, run_dir, 1, 3, "checkpoint.every=2", "train.activation_checkpointing=full")
+    again = train(config, run_dir, 1, "checkpoint.every=2", "train.activation_checkpointing=full")
     assert series(again, *EXACT, *NAMES) == series(alone, *EXACT, *NAMES)
 
 

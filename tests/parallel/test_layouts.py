@@ -8,24 +8,34 @@ from tests.integration.runs import train
 
 STEPS = "train.steps=10"
 
+SELECTIVE, TILES = "train.activation_checkpointing=selective", "train.mlp_tiles=3"
+HOST = "train.offload_activations=true"
+
 # name: (ranks, settings). All train the same global batch of packed documents with clipping.
 LAYOUTS = {
     "micro_batch 4": (1, ["train.micro_batch=4"]),
-    "activation checkpointing": (1, ["train.activation_checkpointing=true"]),
+    "activation checkpointing": (1, ["train.activation_checkpointing=full"]),
+    "selective, tiles, host": (1, [SELECTIVE, TILES, HOST]),
     "dp2 zero1": (2, ["parallel.zero=1"]),
     "dp2 zero2 micro_batch 2": (2, ["parallel.zero=2", "train.micro_batch=2"]),
     "dp2 zero3": (2, ["parallel.zero=3"]),
     "dp2 zero2 offload": (2, ["parallel.zero=2", "parallel.offload=optimizer"]),
     "dp2 zero3 offload": (2, ["parallel.zero=3", "parallel.offload=all"]),
+    "dp2 zero2 tiles": (2, ["parallel.zero=2", "train.micro_batch=2", TILES]),
+    "dp2 zero3 selective tiles": (2, ["parallel.zero=3", SELECTIVE, TILES, HOST]),
     "tp2": (2, ["parallel.tensor=2"]),
+    "tp2 tiles": (2, ["parallel.tensor=2", TILES]),
+    "tp2 sequence selective tiles": (2, ["parallel.tensor=2", "parallel.sequence=true", SELECTIVE, TILES]),
     "tp2 sequence": (2, ["parallel.tensor=2", "parallel.sequence=true"]),
     "tp2 dp2 zero3": (4, ["parallel.tensor=2", "parallel.zero=3"]),
     "pp2": (2, ["parallel.pipeline=2"]),
-    "pp2 checkpointing": (2, ["parallel.pipeline=2", "train.activation_checkpointing=true"]),
+    "pp2 checkpointing": (2, ["parallel.pipeline=2", "train.activation_checkpointing=full"]),
+    "pp2 selective host tiles": (2, ["parallel.pipeline=2", SELECTIVE, TILES, HOST]),
     "pp2 dp2 micro_batch 2": (4, ["parallel.pipeline=2", "train.micro_batch=2"]),
     "tp2 pp2": (4, ["parallel.tensor=2", "parallel.pipeline=2"]),
     "tp2 pp2 sequence": (4, ["parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"]),
     "cp2": (2, ["parallel.context=2"]),
+    "cp2 selective tiles": (2, ["parallel.context=2", SELECTIVE, TILES]),
     "cp2 tp2 sequence": (4, ["parallel.context=2", "parallel.tensor=2", "parallel.sequence=true"]),
     "cp2 dp2 zero2": (4, ["parallel.context=2", "parallel.zero=2"]),
     "cp2 pp2": (4, ["parallel.context=2", "parallel.pipeline=2"]),
@@ -33,8 +43,9 @@ LAYOUTS = {
     "ulysses2 pp2": (4, ["parallel.context=2", "parallel.context_method=ulysses", "parallel.pipeline=2"]),
 }
 # The rest runs with `make test-long`; each kind of parallelism is in the short list.
-SHORT = ("activation checkpointing", "dp2 zero2 micro_batch 2", "dp2 zero3 offload", "tp2 sequence", "pp2 checkpointing",
-         "tp2 pp2", "cp2", "cp2 pp2", "ulysses2")  # fmt: skip
+SHORT = ("activation checkpointing", "dp2 zero2 micro_batch 2", "dp2 zero3 offload", "tp2 sequence",
+         "tp2 sequence selective tiles", "pp2 checkpointing", "pp2 selective host tiles", "tp2 pp2", "cp2", "cp2 pp2",
+         "ulysses2")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +81,8 @@ def test_a_pipeline_with_recall_and_untied_embeddings(tiny, tmp_path):
 RECALL = [
     pytest.param("cp2", ["gist.own_group=true"]),
     *(pytest.param(n, [], marks=pytest.mark.long) for n in ("cp2 tp2 sequence", "cp2 dp2 zero2", "cp2 pp2", "ulysses2")),
-    pytest.param("cp2", ["train.activation_checkpointing=true", "gist.share=group"], marks=pytest.mark.long),
+    pytest.param("cp2", ["train.activation_checkpointing=full", "gist.share=group"], marks=pytest.mark.long),
+    pytest.param("cp2 selective tiles", [HOST], marks=pytest.mark.long),
 ]
 
 

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from unfold.pretrain.config import add_overrides, changes_on_resume, load_config, parse_config
+from unfold.pretrain.config import add_overrides, changes_on_resume, load_config, parse_config, parse_saved
 from unfold.pretrain.errors import UserError
 
 MINIMAL = {"data": {"train": ["x"], "tokenizer": "t"}}
@@ -142,3 +142,27 @@ def test_overrides_after_one_set_and_after_several():
     add_overrides(parser)
     assert parser.parse_args(["--set", "a=1", "b=2", "--set", "c=3"]).overrides == ["a=1", "b=2", "c=3"]
     assert parser.parse_args([]).overrides == []
+
+
+def test_checkpointing_of_earlier_versions_keeps_its_meaning():
+    """Also in what a run or a checkpoint wrote."""
+    for read in (parse_config, lambda tree: parse_saved(tree, "a manifest")):
+        for said, meant in ((True, "full"), (False, "none"), ("selective", "selective")):
+            assert read({**MINIMAL, "train": {"activation_checkpointing": said}}).train.activation_checkpointing == meant
+    assert not changes_on_resume({"train": {"activation_checkpointing": True, "mlp_tiles": 1}}, {"train": {"mlp_tiles": 4}})
+
+
+@pytest.mark.parametrize(
+    "train,message",
+    [
+        ({"activation_checkpointing": "some"}, "train.activation_checkpointing: 'some' is not one of none, full, selective"),
+        ({"mlp_tiles": 0}, "train.mlp_tiles: 0 is below 1"),
+        (
+            {"offload_activations": True},
+            "train.offload_activations: true needs activation_checkpointing: full or selective (it is none)",
+        ),
+    ],
+)
+def test_what_activations_cannot_do_is_refused_in_one_line(train, message):
+    text = errors_of({**MINIMAL, "train": train})
+    assert message in text and "\n" not in text

@@ -16,10 +16,12 @@ from megatron.core.parallel_state import RankGenerator
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import ROOT, run
+from tests.live_memory import LiveMemory
 from tests.pretrain.engine_bytes import LAYOUTS, run_config
 from unfold.model.config import GistConfig, ModelConfig
 from unfold.model.gist import build_layout, interleave
 from unfold.model.layers import BuildContext
+from unfold.model.recompute import Recompute
 from unfold.model.transformer import Transformer
 from unfold.model.visibility import IGNORED, MicroBatch
 from unfold.pretrain import parallel as parallel_groups
@@ -99,19 +101,37 @@ def saved_bytes(model: Transformer, batch: MicroBatch) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing,tiles", [("none", 1), ("full", 1), ("selective", 1), ("none", 4), ("selective", 4)])
 @pytest.mark.parametrize("precision,attention", [("fp32", "gist"), ("bf16", "gist"), ("fp32", "dense"), ("bf16", "dense")])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_activations_are_those_that_autograd_saves(build, shape, precision, attention, checkpointing):
+def test_activations_are_those_that_autograd_saves(build, shape, precision, attention, checkpointing, tiles):
     shaped = replace(SHAPES[shape], attention=attention)
-    config = configuration(shaped, precision, micro_batch=BATCH, activation_checkpointing=checkpointing)
-    model = Transformer(shaped, build, checkpointing).to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    config = configuration(shaped, precision, micro_batch=BATCH, activation_checkpointing=checkpointing, mlp_tiles=tiles)
+    kept_by = replace(build, recompute=Recompute(checkpointing, mlp_tiles=tiles))
+    model = Transformer(shaped, kept_by).to(torch.bfloat16 if precision == "bf16" else torch.float32)
     kept = Activations.of(config, measure_sample(config), gpu=False)
-    per_layer = kept.residual() if checkpointing else kept.layer()
+    per_layer = {"none": kept.layer, "full": kept.residual, "selective": kept.selective}[checkpointing]()
     expected = shaped.layers * per_layer + kept.shared() + kept.norm() + kept.loss()
     # Checkpointed layers hold the rotary factors as an argument, which autograd does not see.
-    unseen = 4 * shaped.head_dim * kept.tokens if checkpointing else 0
+    unseen = 4 * shaped.head_dim * kept.tokens if checkpointing != "none" else 0
     assert expected - unseen == pytest.approx(saved_bytes(model, micro_batch(config, BATCH)), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("tiles", [4, 16])
+@pytest.mark.parametrize("dtype,precision", [(torch.float32, "fp32"), (torch.bfloat16, "bf16")])
+def test_a_tile_needs_what_the_plan_says(build, dtype, precision, tiles):
+    """The most bytes that the tiled layer needs in backward beside its input, its output and the output's gradient."""
+    model = replace(SHAPES["kernel"], ffn_size=256)
+    config = configuration(model, precision, raw=4091, mlp_tiles=tiles)
+    kept = Activations.of(config, measure_sample(config), gpu=False)
+    layer = Transformer(model, replace(build, recompute=Recompute(mlp_tiles=tiles))).layers[0].mlp.to(dtype)
+    x = torch.randn(kept.tokens, 1, model.hidden_size, dtype=dtype, requires_grad=True)
+    with LiveMemory() as memory:
+        out = layer(x)
+        grad = torch.ones_like(out)
+        before, memory.peak = memory.now, 0
+        out.backward(grad)
+    assert kept.tile() == pytest.approx(memory.peak - before, rel=0.03)
 
 
 SAVED_BY_TRITON = """
@@ -258,11 +278,24 @@ def test_what_does_not_fit_is_refused_with_settings_that_would_do(overrides):
     small.check_fits(small.plan(load_config(path, [*overrides, *changes])))
 
 
+def test_host_memory_that_does_not_suffice_is_refused_with_what_would_do():
+    path = CONFIGS / "llama-3.1-8b.yaml"
+    settings = ["train.activation_checkpointing=selective", "train.offload_activations=true"]
+    for host, change in ((50, "train.activation_checkpointing=full"), (10, "train.offload_activations=false")):
+        plans = Planner(Cluster(find_gpu("H100-80GB", None), 16, 8, 0.4, host * GIB))
+        with pytest.raises(UserError, match=f"GiB of host memory are needed on a node, {host}.0 are there .*; set {change}$"):
+            plans.check_fits(plans.plan(load_config(path, settings)))
+        plans.check_fits(plans.plan(load_config(path, [*settings, change])))
+
+
 def test_memory_falls_with_every_setting_that_saves_it():
     path, plans = CONFIGS / "llama-3.1-8b.yaml", planner(16, "H100-80GB")
     total = lambda *settings: plans.plan(load_config(path, settings)).fullest.total
     assert total("parallel.zero=3") < total() < total("parallel.zero=1")
-    assert total() < total("train.activation_checkpointing=false")
+    assert total() < total("train.activation_checkpointing=selective") < total("train.activation_checkpointing=none")
+    assert total("train.mlp_tiles=8") < total("train.mlp_tiles=2") < total()
+    hosted = plans.plan(load_config(path, ["train.offload_activations=true"])).fullest
+    assert hosted.total < total() and hosted.host > 0
     assert total("parallel.tensor=2") < total() and total("parallel.context=2", "parallel.tensor=1") > total()
     assert total("parallel.tensor=2", "parallel.sequence=true") < total("parallel.tensor=2")
     assert total() < total("distill.logits=1") < total("distill.logits=1", "distill.hidden=1")
