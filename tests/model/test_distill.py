@@ -10,6 +10,7 @@ from tests.kernels.cases import CASES, make_layout
 from unfold.model.config import ModelConfig
 from unfold.model.gist import build_layout, dense_layout
 from unfold.model.layers import BuildContext
+from unfold.model.recompute import Recompute
 from unfold.model.transformer import Transformer
 from unfold.model.visibility import IGNORED, AddedLosses, MicroBatch, MicroBatchAttention
 
@@ -41,7 +42,8 @@ def make_batch(name="packed documents", **kwargs) -> MicroBatch:
 
 def make_model(checkpointing=False, tied=False) -> Transformer:
     config = replace(CONFIG, tied_embeddings=tied)
-    return Transformer(config, BuildContext.alone(3), checkpointing).double().train()
+    recompute = Recompute("full" if checkpointing else "none")
+    return Transformer(config, replace(BuildContext.alone(3), recompute=recompute)).double().train()
 
 
 def outputs(model, batch, attend) -> list[torch.Tensor]:
