@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import sys
-import tempfile
 from functools import partial
 
 import torch
 import torch.distributed as dist
 
+from tests.forked import run_ranks
 from tests.kernels.recall_cases import CASES, RULES, SUFFIX_CASES, make_layout, make_rule, random_qkv, suffix_layout
 from unfold.kernels.compressed import compressed_attention
 from unfold.kernels.unfold import recall_attention
@@ -83,20 +82,5 @@ def rank_main(rank: int, size: int, store: str) -> None:
     dist.destroy_process_group()
 
 
-def main(size: int) -> int:
-    """Ranks are forked from a process that has imported everything, which takes longer than the rest."""
-    fork = multiprocessing.get_context("fork")
-    with tempfile.TemporaryDirectory() as folder:
-        ranks = [fork.Process(target=rank_main, args=(r, size, f"{folder}/store"), daemon=True) for r in range(size)]
-        for process in ranks:
-            process.start()
-        while any(p.is_alive() for p in ranks) and not any(p.exitcode for p in ranks):
-            ranks[0].join(0.1)
-        for process in ranks:  # one that failed leaves the others waiting for it
-            process.terminate()
-            process.join()
-    return max(abs(p.exitcode) for p in ranks)
-
-
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1])))
+    sys.exit(run_ranks(rank_main, int(sys.argv[1])))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import sys
-import tempfile
 
 import torch
 import torch.distributed as dist
 
+from tests.forked import run_ranks
 from tests.kernels.route_cases import ALL, make_routed, queries_and_keys
 from unfold.kernels.route import cpu, routing_loss
 from unfold.model.parallel.route import own_queries, routing_loss_over_ranks
@@ -68,20 +67,5 @@ def rank_main(rank: int, size: int, store: str) -> None:
     dist.destroy_process_group()
 
 
-def main(size: int) -> int:
-    """Ranks are forked from a process that has imported everything, which takes longer than the rest."""
-    fork = multiprocessing.get_context("fork")
-    with tempfile.TemporaryDirectory() as folder:
-        ranks = [fork.Process(target=rank_main, args=(r, size, f"{folder}/store"), daemon=True) for r in range(size)]
-        for process in ranks:
-            process.start()
-        while any(p.is_alive() for p in ranks) and not any(p.exitcode for p in ranks):
-            ranks[0].join(0.1)
-        for process in ranks:  # one that failed leaves the others waiting for it
-            process.terminate()
-            process.join()
-    return max(abs(p.exitcode) for p in ranks)
-
-
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1])))
+    sys.exit(run_ranks(rank_main, int(sys.argv[1])))
