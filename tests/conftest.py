@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import yaml
 
 ROOT = Path(__file__).parent.parent
+SEED = 1234
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def pytest_runtest_setup():
+    """Every test draws the same numbers in every run, those of libraries that initialise weights included: before its fixtures."""
+    random.seed(SEED)
+    np.random.seed(SEED)
+    torch.manual_seed(SEED)
 
 
 def run(*command, check: bool = True, **kwargs) -> subprocess.CompletedProcess:

@@ -73,7 +73,9 @@ def test_a_round_trip_keeps_every_bit_and_the_logits(name, no_gists, tmp_path):
     found = find_run(run_dir, None)
     ids = torch.randint(0, theirs.config.vocab_size, (2, 90), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
-        assert (dense_logits(load_model(found), ids) - theirs(ids).logits).abs().max() <= 1e-5
+        want = theirs(ids).logits
+        # fp32 rounds in proportion to the logits: the bound is that of an export's proof.
+        assert (dense_logits(load_model(found), ids) - want).abs().max() <= 1e-5 * max(1.0, want.abs().max().item())
     (tmp_path / "back").mkdir()
     write_weights(found.directory, found.config.model, torch.float32, tmp_path / "back", "30KB")
     before, after = tensors(tmp_path / "hf"), tensors(tmp_path / "back")
