@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from unfold.model.config import GistConfig, ModelConfig
 from unfold.model.gist import Layout, build_layout, interleave, max_interleaved_length
@@ -57,6 +58,7 @@ class SampleSize:
         tokens: raw tokens and gists.
         length: that, padded to the batch's fixed length.
         keys: (query, key) pairs that one layer's attention computes: the sum of hi - lo over all queries and segments.
+        busiest: those of the context rank that has most, for all heads; under ulysses, which divides heads, a rank's part of them.
         near: tokens of the sequence that the busiest rank of a context-parallel group attends over, its own included.
         sent: tokens whose keys and values a rank sends to each of the others, per layer.
         key_rows: keys in level-sorted order, sink copies included, of that sequence.
@@ -67,10 +69,15 @@ class SampleSize:
     tokens: int
     length: int
     keys: int
+    busiest: int
     near: int
     sent: int
     key_rows: int
     segments: int
+
+    def imbalance(self, context: int) -> float:
+        """Pairs of the busiest of so many context ranks over those of the mean."""
+        return self.busiest * context / self.keys
 
 
 def measure_sample(config: RunConfig, attention: str | None = None) -> SampleSize:
@@ -82,16 +89,33 @@ def measure_sample(config: RunConfig, attention: str | None = None) -> SampleSiz
     longest = raw if dense else max_interleaved_length(raw, gist.chunk_sizes)
     length = -(-longest // multiple) * multiple
     if dense:
-        return SampleSize(raw, raw, length, raw * (raw + 1) // 2, length // parallel.context, 0, length, 2)
+        keys = raw * (raw + 1) // 2
+        return SampleSize(raw, raw, length, keys, -(-keys // parallel.context), length // parallel.context, 0, length, 2)
     layout, tokens = _lay_out(raw, length, gist)
-    keys = _visible_keys(layout, tokens)
-    held = length // parallel.context
+    pairs = _visible_pairs(layout, tokens)
+    keys, held = int(pairs[-1]), length // parallel.context
     if parallel.context == 1 or parallel.context_method == "ulysses":
         rows = layout.intervals.rows.shape[1] // parallel.context
-        return SampleSize(raw, tokens, length, keys, held, 0, rows, gist.levels + 2)
+        busiest = -(-keys // parallel.context)
+        return SampleSize(raw, tokens, length, keys, busiest, held, 0, rows, gist.levels + 2)
+    busiest = max(pairs_of(pairs, part) for part in contiguous_parts(length, parallel.context))
     plan = make_plan(layout, parallel.context - 1, parallel.context)  # the last rank receives most
-    near = plan.layout.intervals
-    return SampleSize(raw, tokens, length, keys, near.tokens, plan.exports.exported.shape[1], near.rows.shape[1], gist.levels + 2)
+    near, sent = plan.layout.intervals, plan.exports.exported.shape[1]
+    return SampleSize(raw, tokens, length, keys, busiest, near.tokens, sent, near.rows.shape[1], gist.levels + 2)
+
+
+Part = list[tuple[int, int]]  # tokens that a rank holds of a sequence: [start, stop) of each slice
+
+
+def contiguous_parts(length: int, ranks: int) -> list[Part]:
+    """The division of a sequence in which each rank holds one slice, in their order."""
+    held = length // ranks
+    return [[(rank * held, (rank + 1) * held)] for rank in range(ranks)]
+
+
+def pairs_of(pairs: Tensor, part: Part) -> int:
+    """Pairs that a rank's queries see. pairs: int64 [length + 1], those of all queries before each."""
+    return int(sum(pairs[stop] - pairs[start] for start, stop in part))
 
 
 def _lay_out(raw: int, length: int, gist: GistConfig) -> tuple[Layout, int]:
@@ -102,10 +126,12 @@ def _lay_out(raw: int, length: int, gist: GistConfig) -> tuple[Layout, int]:
     return build_layout(pad(made.level), pad(made.doc), gist), tokens
 
 
-def _visible_keys(layout: Layout, tokens: int) -> int:
-    """The sum of hi - lo over the first ``tokens`` queries (padding sees itself, which is no work)."""
+def _visible_pairs(layout: Layout, tokens: int) -> Tensor:
+    """Pairs of all queries before each, int64 [length + 1]: hi - lo summed over segments, none for padding (it sees itself)."""
     intervals = layout.intervals
-    return int((intervals.hi - intervals.lo)[..., :tokens].sum(dtype=torch.int64))
+    of_query = (intervals.hi - intervals.lo)[0].sum(0, dtype=torch.int64)
+    of_query[tokens:] = 0
+    return torch.nn.functional.pad(of_query.cumsum(0), (1, 0))
 
 
 @dataclass(frozen=True)
