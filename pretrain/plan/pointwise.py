@@ -94,7 +94,8 @@ def loss_bytes(config: RunConfig, kept: Activations) -> int:
     """What the loss of a micro-batch moves beside its matrix products, term by term (model/loss.py).
 
     Of each logit: its fp32 copy is made, its row's maximum taken, subtracted, exponentiated, summed, scaled, and the target's
-    place filled; with a teacher as much again, and their difference. In bf16 each chunk adds to the head's gradient in fp32.
+    place filled; with a teacher as much again, and their difference. Rows are chosen from the hidden states, and their gradients
+    put back. In bf16 each chunk adds to the head's gradient in fp32.
     """
     narrow = kept.element < FP32
     distilled = config.distill.logits > 0
@@ -102,7 +103,8 @@ def loss_bytes(config: RunConfig, kept: Activations) -> int:
     vocabulary = config.model.padded_vocab_size // kept.tensor
     head = vocabulary * config.model.hidden_size
     chunks = -(-kept.targets // CHUNK)
-    return each * vocabulary * kept.targets + head * (16 + (10 * chunks if narrow else 0))
+    rows = 9 * kept.element * config.model.hidden_size * kept.targets
+    return each * vocabulary * kept.targets + rows + head * (16 + (10 * chunks if narrow else 0))
 
 
 def update_bytes(config: RunConfig, counts: Parameters, replicas: int) -> int:

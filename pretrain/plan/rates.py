@@ -34,8 +34,8 @@ class AttentionRate:
         return tokens * self.token * width / MEASURED_WIDTH + per_pair * width * pairs / self.flops
 
 
-# Least squares of relative errors over 8,192, 32,768 and 131,072 raw tokens of docs/benchmarks/gpu/h200_kernel_times.json at chunk
-# sizes (8, 4), within 7 % of every time there. Dense: PyTorch's flash kernel at the slowest of these lengths; tokens cost nothing.
+# Least squares of relative errors over 8,192, 32,768 and 131,072 raw tokens of docs/benchmarks/gpu/h200_kernel_times.json at
+# chunk sizes (8, 4), within 7 % of every time there. Dense: PyTorch's flash kernel at the slowest of them; tokens cost nothing.
 GIST_FORWARD = AttentionRate(9.7e-9, 457e12)
 GIST_BACKWARD = AttentionRate(50.2e-9, 331e12)
 DENSE_FORWARD = AttentionRate(0.0, 320e12)

@@ -58,7 +58,7 @@ class SampleSize:
         tokens: raw tokens and gists.
         length: that, padded to the batch's fixed length.
         keys: (query, key) pairs that one layer's attention computes: the sum of hi - lo over all queries and segments.
-        busiest: those of the context rank that has most, for all heads; under ulysses, which divides heads, a rank's part of them.
+        busiest: those of the context rank that has most, for all heads; under ulysses, which divides heads, a rank's part.
         near: tokens of the sequence that the busiest rank of a context-parallel group attends over, its own included.
         sent: tokens whose keys and values a rank sends to each of the others, per layer.
         key_rows: keys in level-sorted order, sink copies included, of that sequence.

@@ -65,12 +65,12 @@ def built(config: RunConfig, device: str = "cpu") -> Transformer:
 @pytest.mark.parametrize(
     "layers,checkpointing,offload,tiles",
     [(2, "none", False, 1), (3, "none", False, 4), (2, "full", False, 1), (3, "full", True, 4), (6, "full", True, 4),
-     (2, "selective", False, 1)],
+     (2, "selective", False, 1), pytest.param(4, "full", True, 16, marks=pytest.mark.long)],
 )  # fmt: skip
 def test_peaks_are_those_of_a_step(layers, checkpointing, offload, tiles, precision):
     """The most bytes that are alive in a forward and backward pass, of 262,144 tokens in one case; with offload flat in layers."""
     model = ModelConfig(128, hidden_size=32, layers=layers, heads=2, kv_heads=1, head_dim=16, ffn_size=96)
-    raw = 2**18 if (layers, precision) == (6, "bf16") else 2**14
+    raw = 2**18 if tiles == 16 else 2**12
     config = configuration(
         model, precision, raw, activation_checkpointing=checkpointing, offload_activations=offload, mlp_tiles=tiles
     )
@@ -164,13 +164,13 @@ def test_a_step_takes_little_more_than_its_parts(name, attention):
 
 def test_a_rank_of_context_parallelism_has_the_pairs_of_its_queries():
     config = configuration(SHAPES["biases"], raw=150)
-    config = replace(config, parallel=replace(config.parallel, context=3))
+    config = replace(config, parallel=replace(config.parallel, context=2))
     sample = measure_sample(config)
     mask = micro_batch(config, 1).layout.intervals.dense_mask()[0]
-    parts = [sum(int(mask[a:b].sum()) for a, b in part) for part in contiguous_parts(sample.length, 3)]
-    assert sample.busiest == max(parts) and sample.imbalance(3) == pytest.approx(max(parts) / (sum(parts) / 3))
+    parts = [sum(int(mask[a:b].sum()) for a, b in part) for part in contiguous_parts(sample.length, 2)]
+    assert sample.busiest == max(parts) and sample.imbalance(2) == pytest.approx(max(parts) / (sum(parts) / 2))
     ulysses = replace(config, parallel=replace(config.parallel, context_method="ulysses"))
-    assert measure_sample(ulysses).imbalance(3) == pytest.approx(1, abs=1e-3)
+    assert measure_sample(ulysses).imbalance(2) == pytest.approx(1, abs=1e-3)
 
 
 def test_a_million_tokens_on_one_node(capsys, monkeypatch):
@@ -197,7 +197,7 @@ def test_what_is_slower_takes_longer():
     two_nodes = lambda network: Planner(Cluster(find_gpu("H100", None), 16, 8, network=network)).plan(
         replace(config, train=replace(config.train, global_batch=2))
     )
-    assert two_nodes(1e9).time.total > two_nodes(50e9).time.total
+    assert two_nodes(1e8).time.total > two_nodes(50e9).time.total
     pipelined = load_config(CONFIGS / "llama-3.1-70b.yaml")
     assert Planner(Cluster(find_gpu("H100", None), 128, 8)).plan(pipelined).time.idle > 0
 
