@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from unfold.data_prep.format.text import encodable, read_text
+from unfold.pretrain.data.chat import add_chat_arguments, load_chat, put_question, shown_prompt
 from unfold.pretrain.errors import UserError
 
 
@@ -40,6 +41,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 picks the likeliest token")
     parser.add_argument("--top-p", type=float, default=1.0, help="sample from the smallest set of this probability")
     parser.add_argument("--seed", type=int, default=0)
+    add_chat_arguments(parser)
 
 
 def generate(args: Namespace) -> Iterator[str]:
@@ -51,6 +53,11 @@ def generate(args: Namespace) -> Iterator[str]:
     if not all(prompts):
         raise UserError(f"--prompt-file {args.prompt_file}: is empty; give at least one character")
     pieces = (_from_run if args.run_dir else _from_export)(args, prompts)
+    if args.show_prompt:
+        yield "\n\n".join(piece for _, piece in pieces)
+        return
+    if args.chat:
+        prompts = [f"{prompt}\n\n" for prompt in prompts]  # an answer is no continuation
     if len(prompts) == 1:
         yield prompts[0]
         yield from (piece for _, piece in pieces)
@@ -100,31 +107,40 @@ def _sampling(args: Namespace):
 
 def _from_run(args: Namespace, prompts: list[str]) -> Iterator[tuple[int, str]]:
     context = None if args.context_file is None else _read(args.context_file, "--context-file")
-    from unfold.model.decode.generation import Decoder  # heavy libraries only after the arguments are checked
-    from unfold.model.decode.text import stream_text
-    from unfold.pretrain.checkpoint.load import load_run
+    from unfold.pretrain.checkpoint.load import find_run, load_model
 
-    run = load_run(args.run_dir, args.step)
+    run = find_run(args.run_dir, args.step)
     info, tokenizer = run.tokenizer, run.tokenizer.tokenizer()
     encode: Callable[[str], list[int]] = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
-    if not all(encode(prompt) for prompt in prompts):
+    chat = load_chat(args, info)
+    # Of each prompt (context, question); the context, with what a template writes before it, is the same for all.
+    put = [put_question(encode, chat, context, prompt) for prompt in prompts]
+    if not all(question for _, question in put):
         raise UserError(f"{'--prompt' if args.prompt else '--prompt-file'}: has no token; give some text")
+    if args.show_prompt:
+        show = lambda ids: tokenizer.decode(ids, skip_special_tokens=False)
+        tail = "gets gists as its chunks close" if context is None else "recalls, and gets gists" if args.grow else "recalls"
+        yield from ((n, "\n".join(shown_prompt(show, *parts, tail))) for n, parts in enumerate(put))
+        return
     gist = run.config.folding
     if args.recall and gist is None:
         raise UserError(f"--recall: {args.run_dir} was trained with dense attention, which has nothing to recall")
     if args.recall:
         gist = dataclasses.replace(gist, recall=args.recall)
-    decoder = Decoder(run.model, gist, info.reserved_ids, info.word_starts, grow=args.grow or context is None)
+    from unfold.model.decode.generation import Decoder  # heavy libraries only after the arguments are checked
+    from unfold.model.decode.text import stream_text
+
+    decoder = Decoder(load_model(run), gist, info.reserved_ids, info.word_starts, grow=args.grow or context is None)
     first = decoder.start()
     if context is not None:
-        decoder.read_context(first, encode(context))
+        decoder.read_context(first, put[0][0])
     # The context is read once, whatever the number of questions.
     sequences = [first, *(copy.deepcopy(first) for _ in prompts[1:])]
-    for sequence, prompt in zip(sequences, prompts):
+    for sequence, (_, question) in zip(sequences, put):
         if context is None:
-            decoder.read_context(sequence, encode(prompt), close=False)
+            decoder.read_context(sequence, question, close=False)
         else:
-            decoder.read_suffix(sequence, encode(prompt))
+            decoder.read_suffix(sequence, question)
     yield from stream_text(decoder, sequences, _sampling(args), tokenizer.decode, info.stop_ids, args.stop)
 
 
@@ -137,6 +153,13 @@ def _from_export(args: Namespace, prompts: list[str]) -> Iterator[tuple[int, str
     from transformers.utils import logging
 
     tokenizer = AutoTokenizer.from_pretrained(directory)
+    encode: Callable[[str], list[int]] = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
+    chat = load_chat(args, _tokenizer_of_export(directory, tokenizer))
+    put = [put_question(encode, chat, None, prompt)[1] for prompt in prompts]
+    if args.show_prompt:
+        show = lambda ids: tokenizer.decode(ids, skip_special_tokens=False)
+        yield from ((n, "\n".join(shown_prompt(show, (), ids, "is read without gists"))) for n, ids in enumerate(put))
+        return
     logging.disable_progress_bar()  # it would stand in the middle of the text
     model = AutoModelForCausalLM.from_pretrained(directory)
     torch.manual_seed(sampling.seed)
@@ -144,9 +167,20 @@ def _from_export(args: Namespace, prompts: list[str]) -> Iterator[tuple[int, str
     how = {"max_new_tokens": sampling.max_new_tokens, **(how or {"do_sample": False})}
     if args.stop:
         how |= {"stop_strings": args.stop, "tokenizer": tokenizer}
-    for number, prompt in enumerate(prompts):
-        inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False, return_token_type_ids=False)
-        out = model.generate(**inputs, **how)
-        text = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    for number, ids in enumerate(put):
+        inputs = torch.tensor([ids])
+        out = model.generate(input_ids=inputs, attention_mask=torch.ones_like(inputs), **how)
+        text = tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
         ends = [at for at in (text.find(stop) for stop in args.stop) if at >= 0]
         yield number, text[: min(ends, default=len(text))]
+
+
+def _tokenizer_of_export(directory: Path, tokenizer):
+    """A Hugging Face directory's tokenizer as chats are written with it."""
+    import numpy as np
+
+    from unfold.pretrain.data.tokenizer import RunTokenizer
+
+    ids = {f"{role}_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
+    kind = {"kind": "huggingface", "vocab_size": len(tokenizer), "gist_ids": (), "gist_tokens": (), "hash": ""}
+    return RunTokenizer(**kind, **ids, directory=directory, word_starts=np.zeros(0, bool))
