@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from unfold.data_prep.format.text import encodable, read_text
 from unfold.pretrain.data.chat import add_chat_arguments, load_chat, put_question, shown_prompt
 from unfold.pretrain.errors import UserError
+
+if TYPE_CHECKING:
+    from unfold.model.decode.cost import Recorder
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -41,6 +46,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 picks the likeliest token")
     parser.add_argument("--top-p", type=float, default=1.0, help="sample from the smallest set of this probability")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--stats", action="store_true", help="tell on stderr, at the end: seconds to the first token, per token, most memory"
+    )
     add_chat_arguments(parser)
 
 
@@ -127,21 +135,30 @@ def _from_run(args: Namespace, prompts: list[str]) -> Iterator[tuple[int, str]]:
         raise UserError(f"--recall: {args.run_dir} was trained with dense attention, which has nothing to recall")
     if args.recall:
         gist = dataclasses.replace(gist, recall=args.recall)
-    from unfold.model.decode.generation import Decoder  # heavy libraries only after the arguments are checked
+    from unfold.model.decode.cost import Recorder  # heavy libraries only after the arguments are checked
+    from unfold.model.decode.generation import Decoder
     from unfold.model.decode.text import stream_text
 
     decoder = Decoder(load_model(run), gist, info.reserved_ids, info.word_starts, grow=args.grow or context is None)
-    first = decoder.start()
-    if context is not None:
-        decoder.read_context(first, put[0][0])
-    # The context is read once, whatever the number of questions.
-    sequences = [first, *(copy.deepcopy(first) for _ in prompts[1:])]
-    for sequence, (_, question) in zip(sequences, put):
-        if context is None:
-            decoder.read_context(sequence, question, close=False)
-        else:
-            decoder.read_suffix(sequence, question)
-    yield from stream_text(decoder, sequences, _sampling(args), tokenizer.decode, info.stop_ids, args.stop)
+    recorder = Recorder(decoder.device)
+    with recorder.reading():
+        first = decoder.start()
+        if context is not None:
+            decoder.read_context(first, put[0][0])
+        # The context is read once, whatever the number of questions.
+        sequences = [first, *(copy.deepcopy(first) for _ in prompts[1:])]
+        for sequence, (_, question) in zip(sequences, put):
+            if context is None:
+                decoder.read_context(sequence, question, close=False)
+            else:
+                decoder.read_suffix(sequence, question)
+    yield from stream_text(decoder, sequences, _sampling(args), tokenizer.decode, info.stop_ids, args.stop, recorder)
+    _tell(args, recorder, "dense" if gist is None else f"gists {','.join(map(str, gist.chunk_sizes))}, recall {gist.recall}")
+
+
+def _tell(args: Namespace, recorder: Recorder, mode: str) -> None:
+    if args.stats:
+        print(f"\n{mode}: {recorder.describe()}", file=sys.stderr)
 
 
 def _from_export(args: Namespace, prompts: list[str]) -> Iterator[tuple[int, str]]:
@@ -151,6 +168,8 @@ def _from_export(args: Namespace, prompts: list[str]) -> Iterator[tuple[int, str
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
+
+    from unfold.model.decode.cost import Recorder
 
     tokenizer = AutoTokenizer.from_pretrained(directory)
     encode: Callable[[str], list[int]] = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -167,12 +186,30 @@ def _from_export(args: Namespace, prompts: list[str]) -> Iterator[tuple[int, str
     how = {"max_new_tokens": sampling.max_new_tokens, **(how or {"do_sample": False})}
     if args.stop:
         how |= {"stop_strings": args.stop, "tokenizer": tokenizer}
+    recorder = Recorder(model.device)
     for number, ids in enumerate(put):
+        recorder.begin()
         inputs = torch.tensor([ids])
-        out = model.generate(input_ids=inputs, attention_mask=torch.ones_like(inputs), **how)
+        out = model.generate(input_ids=inputs, attention_mask=torch.ones_like(inputs), **how, streamer=_Ticks(recorder))
         text = tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
         ends = [at for at in (text.find(stop) for stop in args.stop) if at >= 0]
         yield number, text[: min(ends, default=len(text))]
+    _tell(args, recorder, "dense")
+
+
+class _Ticks:
+    """What generate() of transformers calls a streamer: it is given the prompt, then every token."""
+
+    def __init__(self, recorder: Recorder):
+        self.recorder, self.prompted = recorder, False
+
+    def put(self, ids) -> None:
+        if self.prompted:
+            self.recorder.token()
+        self.prompted = True
+
+    def end(self) -> None:
+        pass
 
 
 def _tokenizer_of_export(directory: Path, tokenizer):

@@ -18,17 +18,22 @@ class Reader:
 
     Attributes:
         decoder: what reads.
+        recorder: what it costs, from the making of the reader on.
     """
 
     def __init__(self, subject: Subject, variant: Variant):
+        from unfold.model.decode.cost import Recorder
+
         self._subject = subject
         self.decoder: Decoder = subject.decoder(variant)
+        self.recorder = Recorder(self.decoder.device)
 
     def read(self, context: Sequence[int], question: Sequence[int]) -> LiveSequence:
         """A sequence whose context was closed and whose question was read, ready to be continued."""
-        sequence = self.decoder.start()
-        self.decoder.read_context(sequence, context)
-        self.decoder.read_suffix(sequence, question)
+        with self.recorder.reading():
+            sequence = self.decoder.start()
+            self.decoder.read_context(sequence, context)
+            self.decoder.read_suffix(sequence, question)
         return sequence
 
     def write(self, sequence: LiveSequence, max_new_tokens: int) -> str:
@@ -37,7 +42,7 @@ class Reader:
 
         stops = self._subject.tokenizer.stop_ids
         written = self.decoder.stream([copy.deepcopy(sequence)], Sampling(max_new_tokens), stops)
-        return self._subject.decode([token for _, token in written])
+        return self._subject.decode([token for _, token in self.recorder.writing(written)])
 
     def weigh(self, sequence: LiveSequence, candidates: Sequence[Sequence[int]]) -> list[float]:
         """Log-likelihood of each candidate continuation, nats; the sequence is left as it was."""

@@ -13,7 +13,7 @@ import numpy as np
 from unfold.pretrain.data.chat import add_chat_arguments
 from unfold.pretrain.errors import UserError
 from unfold.pretrain.evaluate.answering import Reader, show_prompts
-from unfold.pretrain.evaluate.output import heat_maps, make_output, table, write_json
+from unfold.pretrain.evaluate.output import cost_table, heat_maps, make_output, table, write_json
 from unfold.pretrain.evaluate.subject import Subject, Variant, add_subject_arguments, load_subject
 
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
@@ -100,6 +100,8 @@ def passkey(args: Namespace) -> Iterator[str]:
     yield ""
     yield from table(*rows(results, lengths))
     yield ""
+    yield from cost_table(results)
+    yield ""
     yield f"{args.output}/passkey.json, passkey_exact.png, passkey_first.png"
 
 
@@ -167,10 +169,11 @@ def measure(subject: Subject, variant: Variant, trials: dict[tuple[int, float], 
                 "exact": sum(exact) / len(exact),
                 "first": ranks.count(1) / len(ranks),
                 "mean_rank": sum(ranks) / len(ranks),
+                "first_token_s": sum(reader.recorder.first[-len(several) :]) / len(several),
             }
         )
     overall = {score: sum(cell[score] for cell in cells) / len(cells) for score in ("exact", "first", "mean_rank")}
-    return {**variant.to_dict(), **overall, "cells": cells}
+    return {**variant.to_dict(), **overall, "cells": cells, "cost": reader.recorder.to_dict()}
 
 
 def answer(reader: Reader, trial: Trial) -> tuple[bool, int]:

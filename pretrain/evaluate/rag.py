@@ -15,7 +15,7 @@ from unfold.pretrain.errors import UserError
 from unfold.pretrain.evaluate.answering import Reader, show_prompts
 from unfold.pretrain.evaluate.documents import Document, DocumentQuestion, read_questions
 from unfold.pretrain.evaluate.metrics import METRICS, Metric
-from unfold.pretrain.evaluate.output import bar_chart, make_output, table, write_json
+from unfold.pretrain.evaluate.output import bar_chart, cost_table, make_output, table, write_json
 from unfold.pretrain.evaluate.subject import Subject, add_subject_arguments, load_subject
 from unfold.pretrain.evaluate.tasks import TOTAL
 
@@ -107,7 +107,8 @@ def rag(args: Namespace) -> Iterator[str]:
     for variant in subject.variants:
         reader = Reader(subject, variant)
         answers[variant.name] = [answer(reader, prompt, args.max_new_tokens) for prompt in prompts]
-        results.append({**variant.to_dict(), **summary(prompts, answers[variant.name])})
+        cost = reader.recorder.to_dict()  # before another arm's memory counts
+        results.append({**variant.to_dict(), **summary(prompts, answers[variant.name]), "cost": cost})
     write_predictions(args.output / "predictions.jsonl", prompts, answers)
     settings = {name: getattr(args, name) for name in ("documents", "document_tokens", "gold_at", "max_new_tokens")}
     counts = {"chat": subject.chat is not None, **settings, "questions": len(prompts)}
@@ -118,6 +119,8 @@ def rag(args: Namespace) -> Iterator[str]:
     yield f"{subject.name}: {len(prompts)} questions on {_counted(prompts)} documents each"
     yield ""
     yield from table(*rows(results))
+    yield ""
+    yield from cost_table(results)
     yield ""
     yield f"{args.output}/rag.json, rag.png, predictions.jsonl"
 

@@ -14,7 +14,7 @@ from unfold.pretrain.data.chat import add_chat_arguments
 from unfold.pretrain.errors import UserError
 from unfold.pretrain.evaluate.answering import Reader, show_prompts
 from unfold.pretrain.evaluate.metrics import METRICS
-from unfold.pretrain.evaluate.output import bar_chart, make_output, table, write_json
+from unfold.pretrain.evaluate.output import bar_chart, cost_table, make_output, table, write_json
 from unfold.pretrain.evaluate.subject import Subject, add_subject_arguments, load_subject
 
 if TYPE_CHECKING:
@@ -76,9 +76,13 @@ def tasks(args: Namespace) -> Iterator[str]:
             first.setdefault(prompt.item.dataset, prompt)
         yield from show_prompts(subject, {f"{prompt.item.place}, {name}": prompt for name, prompt in first.items()})
         return
-    answers = {variant.name: answer_all(Reader(subject, variant), prompts) for variant in subject.variants}
+    answers, results = {}, []
+    for variant in subject.variants:
+        reader = Reader(subject, variant)
+        answers[variant.name] = answer_all(reader, prompts)
+        cost = reader.recorder.to_dict()  # before another variant's memory counts
+        results.append({**variant.to_dict(), **summary(prompts, answers[variant.name]), "cost": cost})
     write_predictions(args.output / "predictions.jsonl", prompts, answers)
-    results = [{**variant.to_dict(), **summary(prompts, answers[variant.name])} for variant in subject.variants]
     truncated = sum(bool(prompt.left_out) for prompt in prompts)
     counts = {"max_length": longest, "questions": len(prompts), "truncated": truncated}
     write_json(args.output / "tasks.json", {**subject.to_dict(), "chat": subject.chat is not None, **counts, "results": results})
@@ -88,6 +92,8 @@ def tasks(args: Namespace) -> Iterator[str]:
     yield f"{subject.name}: {len(prompts)} questions; {truncated} contexts were cut in the middle to {longest:,} raw tokens"
     yield ""
     yield from table(*rows(results))
+    yield ""
+    yield from cost_table(results)
     yield ""
     yield f"{args.output}/tasks.json, tasks.png, predictions.jsonl"
 

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import re
 import sys
 import warnings
 
@@ -203,6 +204,17 @@ def test_generation_from_both(exported, run_dir):
     stop = theirs.removeprefix(PROMPT)[3:5]
     stopped = generated("--model", exported, "--prompt", PROMPT, "--max-new-tokens", 12, "--stop", stop)
     assert stopped == theirs[: theirs.find(stop, len(PROMPT))]
+
+
+def test_what_generation_cost(exported, run_dir, capsys):
+    """One line on stderr, on request, for a run and for an export; the text is the same."""
+    figures = r"first token after \d+\.\d{4} s, \d+\.\d{4} s for each token after it, at most \d+\.\d\d GiB of memory$"
+    for source, mode in (("--run-dir", "gists 4,2, recall none"), ("--model", "dense")):
+        arguments = (source, run_dir if source == "--run-dir" else exported, "--prompt", PROMPT, "--max-new-tokens", 5)
+        plain = generated(*arguments)
+        assert "first token" not in capsys.readouterr().err
+        assert generated(*arguments, "--stats") == plain
+        assert re.search(f"^{mode}: {figures}", capsys.readouterr().err, re.M)
 
 
 def generated(*arguments) -> str:
