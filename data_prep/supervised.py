@@ -12,13 +12,22 @@ from unfold.data_prep.corpus.fields import DOCUMENTS, SupervisedFields
 from unfold.data_prep.corpus.messages import read_messages
 from unfold.data_prep.errors import DataError
 from unfold.data_prep.format.spans import Spans
+from unfold.data_prep.format.templates import (
+    ANSWER,
+    ANSWER_END,
+    CONTEXT_END,
+    SEPARATOR,
+    ChatTemplate,
+    ControlText,
+    Piece,
+    insert_context,
+    special_tokens,
+)
 from unfold.data_prep.format.text import encodable
 from unfold.data_prep.format.tokenizer import Tokenizer
 from unfold.data_prep.journal import Counts
-from unfold.data_prep.templates import ANSWER, ANSWER_END, CONTEXT_END, ChatTemplate, ControlText, Piece, special_tokens
 
 CONTEXT_ROLES = ("context", DOCUMENTS)
-SEPARATOR = "\n\n"  # between documents of a context, and between a context and the question in one message
 
 
 @dataclass
@@ -43,8 +52,10 @@ class SupervisedEncoder:
 
     def __init__(self, job: EncodeJob, supervised: SupervisedJob, tokenizer: Tokenizer):
         self._job, self._how, self._tokenizer = job, supervised, tokenizer
-        self._template = ChatTemplate(supervised.template, supervised.template_name, special_tokens(tokenizer))
-        self._control = ControlText(tokenizer)
+        self._template = ChatTemplate(
+            supervised.template, supervised.template_name, special_tokens(tokenizer.control, tokenizer.info)
+        )
+        self._control = ControlText(tokenizer.control)
 
     def __call__(self, rows: Sequence[str]) -> EncodedBatch:
         """rows: the fields of each as JSON text. A row that cannot be used is told by its index."""
@@ -78,7 +89,7 @@ class SupervisedEncoder:
         held_out = fraction is not None and is_held_out(context.encode("utf-8") if context else raw, fraction)
         messages = [{**message, "content": self._control.escape(message["content"])} for message in messages]
         if context is not None:
-            _insert_context(messages, self._control.escape(context), self._template.takes_context)
+            insert_context(messages, self._control.escape(context), self._template.takes_context)
         elif first is not None:
             messages[first]["content"] = CONTEXT_END + messages[first]["content"]
         learned = messages if first is None else messages[first:]
@@ -169,15 +180,6 @@ def _part(documents: list[TokenDocument]) -> Part:
     ids = [i for document in documents for i in document.ids]
     spans = Spans.of([(document.context, document.ranges) for document in documents])
     return Part(np.array(ids, dtype=np.int32), np.array([len(d.ids) for d in documents], dtype=np.int64), spans)
-
-
-def _insert_context(messages: list[dict], context: str, as_message: bool) -> None:
-    """Put the context, its end marked, before the first user message: as a message of its own, or into it."""
-    first = next(i for i, message in enumerate(messages) if message["role"] == "user")
-    if as_message:
-        messages.insert(first, {"role": "context", "content": context + CONTEXT_END})
-    else:
-        messages[first]["content"] = context + CONTEXT_END + SEPARATOR + messages[first]["content"]
 
 
 def read_row(row: dict, how: SupervisedJob) -> tuple[str | None, list[dict], int | None]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from unfold.data_prep.format.text import encodable, read_text
+from unfold.pretrain.data.chat import add_chat_arguments, load_chat, put_question, shown_prompt
 from unfold.pretrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--stats", action="store_true", help="tell on stderr, at the end: seconds to the first token, per token, most memory"
     )
+    add_chat_arguments(parser)
 
 
 def generate(args: Namespace) -> Iterator[str]:
@@ -59,6 +61,11 @@ def generate(args: Namespace) -> Iterator[str]:
     if not all(prompts):
         raise UserError(f"--prompt-file {args.prompt_file}: is empty; give at least one character")
     pieces = (_from_run if args.run_dir else _from_export)(args, prompts)
+    if args.show_prompt:
+        yield "\n\n".join(piece for _, piece in pieces)
+        return
+    if args.chat:
+        prompts = [f"{prompt}\n\n" for prompt in prompts]  # an answer is no continuation
     if len(prompts) == 1:
         yield prompts[0]
         yield from (piece for _, piece in pieces)
@@ -108,34 +115,43 @@ def _sampling(args: Namespace):
 
 def _from_run(args: Namespace, prompts: list[str]) -> Iterator[tuple[int, str]]:
     context = None if args.context_file is None else _read(args.context_file, "--context-file")
-    from unfold.model.decode.cost import Recorder  # heavy libraries only after the arguments are checked
-    from unfold.model.decode.generation import Decoder
-    from unfold.model.decode.text import stream_text
-    from unfold.pretrain.checkpoint.load import load_run
+    from unfold.pretrain.checkpoint.load import find_run, load_model
 
-    run = load_run(args.run_dir, args.step)
+    run = find_run(args.run_dir, args.step)
     info, tokenizer = run.tokenizer, run.tokenizer.tokenizer()
     encode: Callable[[str], list[int]] = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
-    if not all(encode(prompt) for prompt in prompts):
+    chat = load_chat(args, info)
+    # Of each prompt (context, question); the context, with what a template writes before it, is the same for all.
+    put = [put_question(encode, chat, context, prompt) for prompt in prompts]
+    if not all(question for _, question in put):
         raise UserError(f"{'--prompt' if args.prompt else '--prompt-file'}: has no token; give some text")
+    if args.show_prompt:
+        show = lambda ids: tokenizer.decode(ids, skip_special_tokens=False)
+        tail = "gets gists as its chunks close" if context is None else "recalls, and gets gists" if args.grow else "recalls"
+        yield from ((n, "\n".join(shown_prompt(show, *parts, tail))) for n, parts in enumerate(put))
+        return
     gist = run.config.folding
     if args.recall and gist is None:
         raise UserError(f"--recall: {args.run_dir} was trained with dense attention, which has nothing to recall")
     if args.recall:
         gist = dataclasses.replace(gist, recall=args.recall)
-    decoder = Decoder(run.model, gist, info.reserved_ids, info.word_starts, grow=args.grow or context is None)
+    from unfold.model.decode.cost import Recorder  # heavy libraries only after the arguments are checked
+    from unfold.model.decode.generation import Decoder
+    from unfold.model.decode.text import stream_text
+
+    decoder = Decoder(load_model(run), gist, info.reserved_ids, info.word_starts, grow=args.grow or context is None)
     recorder = Recorder(decoder.device)
     with recorder.reading():
         first = decoder.start()
         if context is not None:
-            decoder.read_context(first, encode(context))
+            decoder.read_context(first, put[0][0])
         # The context is read once, whatever the number of questions.
         sequences = [first, *(copy.deepcopy(first) for _ in prompts[1:])]
-        for sequence, prompt in zip(sequences, prompts):
+        for sequence, (_, question) in zip(sequences, put):
             if context is None:
-                decoder.read_context(sequence, encode(prompt), close=False)
+                decoder.read_context(sequence, question, close=False)
             else:
-                decoder.read_suffix(sequence, encode(prompt))
+                decoder.read_suffix(sequence, question)
     yield from stream_text(decoder, sequences, _sampling(args), tokenizer.decode, info.stop_ids, args.stop, recorder)
     _tell(args, recorder, "dense" if gist is None else f"gists {','.join(map(str, gist.chunk_sizes))}, recall {gist.recall}")
 
@@ -156,6 +172,13 @@ def _from_export(args: Namespace, prompts: list[str]) -> Iterator[tuple[int, str
     from unfold.model.decode.cost import Recorder
 
     tokenizer = AutoTokenizer.from_pretrained(directory)
+    encode: Callable[[str], list[int]] = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
+    chat = load_chat(args, _tokenizer_of_export(directory, tokenizer))
+    put = [put_question(encode, chat, None, prompt)[1] for prompt in prompts]
+    if args.show_prompt:
+        show = lambda ids: tokenizer.decode(ids, skip_special_tokens=False)
+        yield from ((n, "\n".join(shown_prompt(show, (), ids, "is read without gists"))) for n, ids in enumerate(put))
+        return
     logging.disable_progress_bar()  # it would stand in the middle of the text
     model = AutoModelForCausalLM.from_pretrained(directory)
     torch.manual_seed(sampling.seed)
@@ -164,11 +187,11 @@ def _from_export(args: Namespace, prompts: list[str]) -> Iterator[tuple[int, str
     if args.stop:
         how |= {"stop_strings": args.stop, "tokenizer": tokenizer}
     recorder = Recorder(model.device)
-    for number, prompt in enumerate(prompts):
+    for number, ids in enumerate(put):
         recorder.begin()
-        inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False, return_token_type_ids=False)
-        out = model.generate(**inputs, **how, streamer=_Ticks(recorder))
-        text = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        inputs = torch.tensor([ids])
+        out = model.generate(input_ids=inputs, attention_mask=torch.ones_like(inputs), **how, streamer=_Ticks(recorder))
+        text = tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
         ends = [at for at in (text.find(stop) for stop in args.stop) if at >= 0]
         yield number, text[: min(ends, default=len(text))]
     _tell(args, recorder, "dense")
@@ -187,3 +210,14 @@ class _Ticks:
 
     def end(self) -> None:
         pass
+
+
+def _tokenizer_of_export(directory: Path, tokenizer):
+    """A Hugging Face directory's tokenizer as chats are written with it."""
+    import numpy as np
+
+    from unfold.pretrain.data.tokenizer import RunTokenizer
+
+    ids = {f"{role}_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
+    kind = {"kind": "huggingface", "vocab_size": len(tokenizer), "gist_ids": (), "gist_tokens": (), "hash": ""}
+    return RunTokenizer(**kind, **ids, directory=directory, word_starts=np.zeros(0, bool))

@@ -4,13 +4,16 @@ from unfold.model.config import GistConfig
 from unfold.model.gist.growing import recalls_in
 from unfold.model.gist.insertion import Interleaved, interleave, max_interleaved_length
 from unfold.model.gist.layout import Layout, build_layout, dense_layout
+from unfold.model.gist.linked import Bundle, Role
 from unfold.model.gist.recall import Recall, build_recall, recalling_tokens, select_rule
 
 __all__ = [
+    "Bundle",
     "GistConfig",
     "Interleaved",
     "Layout",
     "Recall",
+    "Role",
     "build_layout",
     "build_recall",
     "dense_layout",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
 
+from unfold.pretrain.data.chat import shown_prompt
 from unfold.pretrain.evaluate.subject import Subject, Variant
 
 if TYPE_CHECKING:
@@ -56,3 +57,17 @@ class Reader:
             for i in running:
                 totals[i] += float(branches[i].logits.float().log_softmax(-1)[candidates[i][place]])
         return totals
+
+
+class Question(Protocol):
+    """What is read before an answer: raw tokens."""
+
+    context: list[int]
+    question: list[int]
+
+
+def show_prompts(subject: Subject, prompts: Mapping[str, Question]) -> Iterator[str]:
+    """Lines for ``--show-prompt``: some questions as they are read, each under its name."""
+    for name, prompt in prompts.items():
+        yield f"--- {name}"
+        yield from shown_prompt(subject.show, prompt.context, prompt.question)

@@ -18,6 +18,7 @@ from unfold.pretrain.errors import UserError
 if TYPE_CHECKING:
     from unfold.model.decode.generation import Decoder
     from unfold.model.transformer import Transformer
+    from unfold.pretrain.data.chat import Chat
     from unfold.pretrain.data.tokenizer import RunTokenizer
 
 MODES = ("dense", "forget", "recall")
@@ -67,6 +68,7 @@ class Subject:
         model: on one rank, in eval mode.
         variants: of which results stand side by side.
         raw_tokens: raw tokens of a training sample.
+        chat: how questions are put; None: as they are.
     """
 
     name: str
@@ -74,6 +76,7 @@ class Subject:
     tokenizer: RunTokenizer
     variants: tuple[Variant, ...]
     raw_tokens: int
+    chat: Chat | None = None
 
     @property
     def max_position(self) -> int:
@@ -90,6 +93,25 @@ class Subject:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._codec.decode(list(ids))
+
+    def show(self, ids: Sequence[int]) -> str:
+        """The text of ids, control tokens by name."""
+        return self._codec.decode(list(ids), skip_special_tokens=False)
+
+    def prompt(self, context: str, question: str, opening: str = "", chat: bool = True) -> tuple[list[int], list[int]]:
+        """Ids of a context and of what follows it.
+
+        Args:
+            context, question: texts that follow each other.
+            opening: the answer's first words.
+            chat: whether a chat template is used, if there is one.
+
+        Raises:
+            UserError: the chat template does not take it.
+        """
+        if self.chat and chat:
+            return self.chat.prompt(context, question, opening)
+        return self.encode(context), self.encode(question + opening)
 
     def continuation(self, before: str, text: str) -> list[int]:
         """Ids of ``text`` as it is written after ``before``."""
@@ -162,7 +184,7 @@ def load_subject(args: Namespace) -> Subject:
         found = find_run(args.run_dir, args.step)
         own = found.config.folding
         variants = make_variants(args, own, len(found.tokenizer.gist_ids), str(args.run_dir))
-        return _loaded(f"{args.run_dir} step {found.manifest.step}", found, variants, args.dtype)
+        return _loaded(f"{args.run_dir} step {found.manifest.step}", found, variants, args)
     own = read_gists(args.model, read_keys(args.model))
     wanted = [_sizes(text) for text in args.chunk_sizes or []] + [own.chunk_sizes if own else NO_GISTS]
     with tempfile.TemporaryDirectory(prefix="unfold-evaluate-") as scratch:
@@ -170,7 +192,7 @@ def load_subject(args: Namespace) -> Subject:
         imported = _import(args, Path(scratch) / "model", max(len(sizes) for sizes in wanted))
         found = find_run(imported, None)
         variants = make_variants(args, own, len(found.tokenizer.gist_ids), str(args.model))
-        subject = _loaded(str(args.model), found, variants, args.dtype)
+        subject = _loaded(str(args.model), found, variants, args)
         subject.encode("")  # the tokenizer is read while it is there
         return subject
 
@@ -229,12 +251,14 @@ def _import(args: Namespace, output: Path, levels: int) -> Path:
     return import_model(Namespace(input=args.model, output=output, chunk_sizes="", gist_levels=levels, **others))
 
 
-def _loaded(name: str, found, variants: tuple[Variant, ...], dtype: str) -> Subject:
+def _loaded(name: str, found, variants: tuple[Variant, ...], args: Namespace) -> Subject:
     import torch
 
     from unfold.pretrain.checkpoint.load import load_model
+    from unfold.pretrain.data.chat import load_chat
 
+    chat = load_chat(args, found.tokenizer)
     model = load_model(found)
-    if dtype == "bf16":
+    if args.dtype == "bf16":
         model = model.to(torch.bfloat16)
-    return Subject(name, model, found.tokenizer, variants, found.config.data.raw_tokens)
+    return Subject(name, model, found.tokenizer, variants, found.config.data.raw_tokens, chat)

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from unfold.pretrain.data.chat import add_chat_arguments
 from unfold.pretrain.errors import UserError
-from unfold.pretrain.evaluate.answering import Reader
+from unfold.pretrain.evaluate.answering import Reader, show_prompts
 from unfold.pretrain.evaluate.metrics import METRICS
 from unfold.pretrain.evaluate.output import bar_chart, cost_table, make_output, table, write_json
 from unfold.pretrain.evaluate.subject import Subject, add_subject_arguments, load_subject
@@ -52,6 +53,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--metric", choices=tuple(METRICS), help="instead of each data set's own")
     parser.add_argument("--max-length", type=int, metavar="N", help="raw tokens, answer included (default: max_position)")
     parser.add_argument("--limit", type=int, metavar="N", help="questions of each file at most (default: all)")
+    add_chat_arguments(parser)
 
 
 def tasks(args: Namespace) -> Iterator[str]:
@@ -68,6 +70,12 @@ def tasks(args: Namespace) -> Iterator[str]:
     longest = args.max_length or subject.max_position
     subject.check_length(longest, f"--max-length {longest}")
     prompts = [make_prompt(subject, item, longest) for item in items]
+    if args.show_prompt:
+        first: dict[str, Prompt] = {}
+        for prompt in prompts:
+            first.setdefault(prompt.item.dataset, prompt)
+        yield from show_prompts(subject, {f"{prompt.item.place}, {name}": prompt for name, prompt in first.items()})
+        return
     answers, results = {}, []
     for variant in subject.variants:
         reader = Reader(subject, variant)
@@ -77,7 +85,7 @@ def tasks(args: Namespace) -> Iterator[str]:
     write_predictions(args.output / "predictions.jsonl", prompts, answers)
     truncated = sum(bool(prompt.left_out) for prompt in prompts)
     counts = {"max_length": longest, "questions": len(prompts), "truncated": truncated}
-    write_json(args.output / "tasks.json", {**subject.to_dict(), **counts, "results": results})
+    write_json(args.output / "tasks.json", {**subject.to_dict(), "chat": subject.chat is not None, **counts, "results": results})
     groups = [*results[0]["datasets"], TOTAL]
     bars = {r["name"]: [*(d["score"] for d in r["datasets"].values()), r["score"]] for r in results}
     bar_chart(args.output / "tasks.png", groups, bars, (f"{subject.name}: tasks", "score, percent"))
@@ -123,7 +131,10 @@ def make_prompt(subject: Subject, item: Item, longest: int) -> Prompt:
     Raises:
         UserError: question and answer alone are too long.
     """
-    context, question = subject.encode(item.context), subject.encode(item.question)
+    try:
+        context, question = subject.prompt(item.context, item.question, item.opening, item.kind.chat)
+    except UserError as error:
+        raise UserError(f"{item.place}: {error}") from None
     room = longest - len(question) - item.kind.max_new_tokens
     if room < 1 or not question:
         what = "has no token" if not question else f"takes {len(question)} raw tokens, its answer {item.kind.max_new_tokens}"

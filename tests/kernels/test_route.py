@@ -27,7 +27,7 @@ def literal_loss(q, k, level, doc, token, config, far, scale):
     document = recall_rules.Document(level, doc, token, config.levels, config.chunk_sizes, config.sink, config.n_prev)
     raw = document.raw()
     weight = {t: math.exp(float(k[t] @ q) * scale) for t in raw}
-    behind = {g: [t for t in raw if document.parent(t) == g and t not in raw[: config.sink]] for g in document.gists(0)}
+    behind = {g: [t for t in raw if document.parent(t) == g and t not in document.sinks()] for g in document.gists(0)}
     if far:
         behind = {g: [] if document.window() & set(own) else own for g, own in behind.items()}
     mass = {g: sum(weight[t] for t in own) / sum(weight.values()) for g, own in behind.items()}

@@ -8,6 +8,7 @@ import pytest
 from unfold.pretrain.errors import UserError
 from unfold.pretrain.evaluate import passkey, tasks
 from unfold.pretrain.evaluate.items import read_items
+from unfold.pretrain.evaluate.longbench import LONGBENCH as LONGBENCH_SETS
 from unfold.pretrain.evaluate.metrics import FIRST_LINE, METRICS
 from unfold.pretrain.evaluate.output import table
 
@@ -40,6 +41,27 @@ def test_rouge_l():
     # In another order only 'gunman' or 'police' is left of it, with 'the': recall and precision 2/4.
     assert score("rouge_l", "the gunman kill police", "police killed the gunman") == pytest.approx(0.5, abs=1e-6)
     assert score("rouge_l", "", "police") == score("rouge_l", ".", "police") == 0
+
+
+def test_chinese_words():
+    # 上海, 在, 中国 against 上海, 位于, 中国: two of three on both sides; marks and blanks are no words.
+    assert score("f1_zh", "上海 在中国。", "上海位于中国！") == pytest.approx(2 / 3)
+    assert score("f1_zh", "上海", "北京", "上海。") == 1.0 and score("f1_zh", "。", "上海") == 0.0
+    assert score("rouge_l_zh", "上海在中国", "上海位于中国") == pytest.approx(2 / 3, abs=1e-6)
+    assert score("rouge_l_zh", "中国在上海", "上海位于中国") == pytest.approx(1 / 3, abs=1e-6)  # no two words in one order
+    assert score("retrieval", "段落12，段落3", "段落12") == 0.5
+
+
+def test_all_of_longbench(tmp_path):
+    """Its 21 data sets; the six without chat templates and the four of which the first line counts are those of its code."""
+    assert len(LONGBENCH_SETS) == 21
+    plain = {"trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p"}
+    assert {name for name, kind in LONGBENCH_SETS.items() if not kind.chat} == plain
+    first = {name for name, kind in LONGBENCH_SETS.items() if kind.metrics[0].first_line}
+    assert first == {"trec", "triviaqa", "samsum", "lsht"}
+    row = {**LONGBENCH, "dataset": "multifieldqa_zh", "answers": ["上海"]}
+    item = read(write(tmp_path / "x.jsonl", row))[0]
+    assert item.kind.metrics[0].name == "f1_zh" and item.question.endswith("答案：")
 
 
 def test_classification():
@@ -114,7 +136,7 @@ def test_ruler_layout(tmp_path):
     row = {**RULER, "input": "D 1\nQuestion: x\nD 2\n\nAnswer it.\n\nQuestion: Who?\n Answer:", "answer_prefix": " He"}
     item = read(write(tmp_path / "qa_1.jsonl", row))[0]
     assert item.kind.metrics[0].name == "match_part" and item.kind.max_new_tokens == 32
-    assert item.question == "\nQuestion: Who?\n Answer: He" and item.context.endswith("Answer it.\n")
+    assert (item.question, item.opening) == ("\nQuestion: Who?\n Answer:", " He") and item.context.endswith("Answer it.\n")
 
 
 def test_documents_layout(tmp_path):
@@ -132,7 +154,8 @@ WRONG = {
     "answers of another type": ({**RULER, "outputs": [17]}, "outputs is [17]"),
     "context of another type": ({**LONGBENCH, "context": 5}, "context is 5, expected a text"),
     "no classes": ({**LONGBENCH, "dataset": "trec"}, "has no all_classes"),
-    "Chinese": ({**LONGBENCH, "dataset": "multifieldqa_zh"}, "not supported"),
+    "no Chinese classes": ({**LONGBENCH, "dataset": "lsht"}, "has no all_classes"),
+    "no Chinese number": ({**LONGBENCH, "dataset": "passage_retrieval_zh", "answers": ["段落"]}, "have no number"),
     "one line": ({**RULER, "input": "What is A?"}, "must begin a line"),
     "no number": ({**LONGBENCH, "dataset": "passage_retrieval_en"}, "have no number"),
     "document": ({**RAG, "documents": ["a", 3]}, "documents[1] is neither"),
@@ -171,6 +194,9 @@ class Words:
             if word not in self.words:
                 self.words.append(word)
         return [self.words.index(word) for word in text.split()]
+
+    def prompt(self, context, question, opening, chat):
+        return self.encode(context), self.encode(question + opening)
 
 
 def test_contexts_are_cut_in_the_middle(tmp_path):

@@ -1,0 +1,225 @@
+"""``evaluate rag``: questions on retrieved documents of local files, every way of reading the documents beside the others."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from unfold.pretrain.data.chat import add_chat_arguments
+from unfold.pretrain.errors import UserError
+from unfold.pretrain.evaluate.answering import Reader, show_prompts
+from unfold.pretrain.evaluate.documents import Document, DocumentQuestion, read_questions
+from unfold.pretrain.evaluate.metrics import METRICS, Metric
+from unfold.pretrain.evaluate.output import bar_chart, cost_table, make_output, table, write_json
+from unfold.pretrain.evaluate.subject import Subject, add_subject_arguments, load_subject
+from unfold.pretrain.evaluate.tasks import TOTAL
+
+INTRODUCTION = "Answer the question by the documents.\n\n"
+DOCUMENT = "{title}\n{text}\n\n"
+QUESTION = "Question: {question}\nAnswer:"
+FIELD = re.compile(r"\{(\w+)\}")
+SUBSPAN = Metric("subspan_em", METRICS["contains"].score)  # the best over the answers: 'best-subspan exact match'
+SCORES = (SUBSPAN, METRICS["f1"])
+
+
+@dataclass(frozen=True)
+class RagPrompt:
+    """One question as raw tokens, the same for every arm.
+
+    Attributes:
+        prefix: what stands before the documents.
+        parts: the documents.
+        question: what follows them.
+    """
+
+    item: DocumentQuestion
+    prefix: list[int]
+    parts: list[list[int]]
+    question: list[int]
+
+    @property
+    def context(self) -> list[int]:
+        """The joined text before the question."""
+        return [*self.prefix, *(token for part in self.parts for token in part)]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was written, and what was read for it.
+
+    Attributes:
+        tokens_read: gists included, that went through the model for this question.
+    """
+
+    text: str
+    tokens_read: int
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The sub-command's flags."""
+    add_subject_arguments(parser)
+    parser.add_argument(
+        "--data",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="FILE.jsonl",
+        help="questions with documents as NQ-open, TriviaQA, HotpotQA, 2WikiMultihopQA or MuSiQue have them",
+    )
+    parser.add_argument("--documents", type=int, metavar="N", help="of each question at most; gold ones stay (default: all)")
+    parser.add_argument("--document-tokens", type=int, metavar="N", help="cut longer documents (default: as they are)")
+    parser.add_argument("--gold-at", type=int, metavar="N", help="place of the gold document, 0 the first (default: as it is)")
+    parser.add_argument("--introduction", default=INTRODUCTION, metavar="TEXT", help="stands before the documents")
+    parser.add_argument(
+        "--document-template", default=DOCUMENT, metavar="TEXT", help="with {text} and, if you like, {title}, {number} (from 1)"
+    )
+    parser.add_argument("--question-template", default=QUESTION, metavar="TEXT", help="with {question}; follows the documents")
+    parser.add_argument("--max-new-tokens", type=int, default=32, metavar="N", help="longest answer (default 32)")
+    parser.add_argument("--limit", type=int, metavar="N", help="questions of each file at most (default: all)")
+    add_chat_arguments(parser)
+
+
+def rag(args: Namespace) -> Iterator[str]:
+    """Answer, score and write; yields lines to print.
+
+    Raises:
+        UserError: the model, a file or a setting cannot be used; names file and line.
+    """
+    _check(args)
+    items = []
+    for path in args.data:  # wrong files are told before the model is loaded
+        items += list(read_questions(path, args.documents, args.gold_at))[: args.limit]
+    make_output(args.output)
+    subject = load_subject(args)
+    prompts = [make_prompt(subject, item, args) for item in items]
+    if args.show_prompt:
+        first: dict[str, RagPrompt] = {}
+        for prompt in prompts:
+            first.setdefault(prompt.item.dataset, prompt)
+        yield from show_prompts(subject, {f"{prompt.item.place}, {name}": prompt for name, prompt in first.items()})
+        return
+    answers, results = {}, []
+    for variant in subject.variants:
+        reader = Reader(subject, variant)
+        answers[variant.name] = [answer(reader, prompt, args.max_new_tokens) for prompt in prompts]
+        cost = reader.recorder.to_dict()  # before another arm's memory counts
+        results.append({**variant.to_dict(), **summary(prompts, answers[variant.name]), "cost": cost})
+    write_predictions(args.output / "predictions.jsonl", prompts, answers)
+    settings = {name: getattr(args, name) for name in ("documents", "document_tokens", "gold_at", "max_new_tokens")}
+    counts = {"chat": subject.chat is not None, **settings, "questions": len(prompts)}
+    write_json(args.output / "rag.json", {**subject.to_dict(), **counts, "results": results})
+    groups = [*results[0]["datasets"], TOTAL]
+    bars = {r["name"]: [*(d[SUBSPAN.name] for d in r["datasets"].values()), r[SUBSPAN.name]] for r in results}
+    bar_chart(args.output / "rag.png", groups, bars, (f"{subject.name}: documents", "best-subspan exact match, percent"))
+    yield f"{subject.name}: {len(prompts)} questions on {_counted(prompts)} documents each"
+    yield ""
+    yield from table(*rows(results))
+    yield ""
+    yield from cost_table(results)
+    yield ""
+    yield f"{args.output}/rag.json, rag.png, predictions.jsonl"
+
+
+def _check(args: Namespace) -> None:
+    for name, least in (("limit", 1), ("documents", 1), ("document_tokens", 1), ("gold_at", 0), ("max_new_tokens", 1)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} {value}: is below {least}")
+    templates = {
+        "--document-template": (args.document_template, "text", ("text", "title", "number")),
+        "--question-template": (args.question_template, "question", ("question",)),
+    }
+    for flag, (template, needed, known) in templates.items():
+        fields = FIELD.findall(template)
+        if needed not in fields:
+            raise UserError(f"{flag} {template!r}: has no {{{needed}}}")
+        if unknown := next((name for name in fields if name not in known), None):
+            raise UserError(f"{flag} {template!r}: names {{{unknown}}}; it may name {', '.join(f'{{{name}}}' for name in known)}")
+
+
+def _counted(prompts: Sequence[RagPrompt]) -> str:
+    counts = sorted({len(prompt.parts) for prompt in prompts})
+    return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+
+
+def make_prompt(subject: Subject, item: DocumentQuestion, args: Namespace) -> RagPrompt:
+    """A question as raw tokens. Documents are encoded one by one, so that one has the same tokens wherever it stands.
+
+    Raises:
+        UserError: the question and its documents are too long for the model, or the chat template does not take it.
+    """
+    question = FIELD.sub(lambda _: item.question, args.question_template)
+    try:
+        prefix, asked = subject.prompt(args.introduction, question)
+    except UserError as error:
+        raise UserError(f"{item.place}: {error}") from None
+    parts = [subject.encode(fill(args.document_template, n, d))[: args.document_tokens] for n, d in enumerate(item.documents, 1)]
+    prompt = RagPrompt(item, prefix, parts, asked)
+    length = len(prompt.context) + len(asked) + args.max_new_tokens
+    subject.check_length(length, f"{item.place}: its {len(parts)} documents (see --documents, --document-tokens)")
+    return prompt
+
+
+def fill(template: str, number: int, document: Document) -> str:
+    """A document's text. Without a title, the line that would hold nothing else is left out."""
+    if not document.title:
+        template = template.replace("{title}\n", "", 1)
+    fields = {"number": str(number), "title": document.title, "text": document.text}
+    return FIELD.sub(lambda found: fields[found[1]], template)
+
+
+def answer(reader: Reader, prompt: RagPrompt, most: int) -> Answer:
+    """What an arm writes."""
+    sequence = reader.read(prompt.context, prompt.question)
+    return Answer(reader.write(sequence, most), len(sequence.ids))
+
+
+def scores(item: DocumentQuestion, text: str) -> dict[str, float]:
+    """Metric -> percent."""
+    return {metric.name: 100 * metric(text, item.answers) for metric in SCORES}
+
+
+def summary(prompts: Sequence[RagPrompt], answers: Sequence[Answer]) -> dict:
+    """An arm's results: by data set, and the mean of these."""
+    found: dict[str, list[tuple[dict[str, float], Answer]]] = {}
+    for prompt, given in zip(prompts, answers):
+        found.setdefault(prompt.item.dataset, []).append((scores(prompt.item, given.text), given))
+    datasets = {}
+    for name, several in found.items():
+        means = {metric.name: statistics.fmean(values[metric.name] for values, _ in several) for metric in SCORES}
+        read = statistics.fmean(given.tokens_read for _, given in several)
+        datasets[name] = {**means, "questions": len(several), "tokens_read": read}
+    means = {metric.name: statistics.fmean(entry[metric.name] for entry in datasets.values()) for metric in SCORES}
+    return {**means, "tokens_read": statistics.fmean(given.tokens_read for given in answers), "datasets": datasets}
+
+
+def write_predictions(path: Path, prompts: Sequence[RagPrompt], answers: dict[str, list[Answer]]) -> None:
+    """A line per question: what every arm wrote, and how it scores."""
+    with path.open("w", encoding="utf-8") as file:
+        for i, prompt in enumerate(prompts):
+            item = prompt.item
+            written = {}
+            for name, several in answers.items():
+                given = several[i]
+                written[name] = {"text": given.text, **scores(item, given.text), "tokens_read": given.tokens_read}
+            gold = [place for place, document in enumerate(item.documents) if document.gold]
+            line = {"place": item.place, "dataset": item.dataset, "question": item.question, "answers": item.answers}
+            sizes = {"gold": gold, "document_tokens": [len(part) for part in prompt.parts]}
+            file.write(json.dumps({**line, **sizes, "written": written}, ensure_ascii=False) + "\n")
+
+
+def rows(results: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the table: arms down, data sets and scores across."""
+    datasets = results[0]["datasets"]
+    head = ["documents", *(f"{name}: {metric.name}" for name in [*datasets, "mean"] for metric in SCORES), "tokens read"]
+    body = []
+    for result in results:
+        entries = [*result["datasets"].values(), result]
+        figures = [f"{entry[metric.name]:.2f}" for entry in entries for metric in SCORES]
+        body.append([result["name"], *figures, f"{result['tokens_read']:.0f}"])
+    return head, body

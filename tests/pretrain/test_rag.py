@@ -1,0 +1,205 @@
+"""Questions on retrieved documents: the layouts of five data sets, the place of the gold document, scores, and the command."""
+
+import json
+from argparse import Namespace
+
+import pytest
+
+from tests.conftest import module
+from tests.pretrain.test_evaluate_scores import write
+from unfold.pretrain.command import main
+from unfold.pretrain.errors import UserError
+from unfold.pretrain.evaluate import rag
+from unfold.pretrain.evaluate.documents import Document, read_questions
+
+NQ = {
+    "question": "who came?",
+    "answers": ["Ann", "Anna"],
+    "ctxs": [
+        {"id": "1", "title": "A", "text": "Bob left.", "isgold": False, "hasanswer": True},
+        {"id": "2", "title": "B", "text": "Ann came.", "isgold": True, "hasanswer": True},
+        {"id": "3", "title": "C", "text": "Cid slept.", "isgold": False, "hasanswer": False},
+    ],
+}
+TRIVIA = {
+    "question": "Who came?",
+    "answer": {"value": "Ann", "aliases": ["Anna", "Ann"], "normalized_aliases": ["ann"]},
+    "entity_pages": {"title": ["A"], "wiki_context": ["Bob left."], "filename": ["a"]},
+    "search_results": {"title": ["B", "E"], "search_context": ["So ANN came.", ""], "rank": [0, 1]},
+}
+HOTPOT = {
+    "_id": "x",
+    "question": "Who came?",
+    "answer": "Ann",
+    "supporting_facts": [["B", 0], ["C", 1]],
+    "context": [["A", ["Bob left."]], ["B", ["Ann came.", " Late."]], ["C", ["Cid slept.", " Long."]]],
+}
+COLUMNS = {
+    **HOTPOT,
+    "supporting_facts": {"title": ["B", "C"], "sent_id": [0, 1]},
+    "context": {"title": ["A", "B", "C"], "sentences": [["Bob left."], ["Ann came.", " Late."], ["Cid slept.", " Long."]]},
+}
+WIKI = {key: json.dumps(value) if key in ("context", "supporting_facts") else value for key, value in HOTPOT.items()}
+MUSIQUE = {
+    "question": "Who came?",
+    "answer": "Ann",
+    "answer_aliases": ["Anna"],
+    "paragraphs": [
+        {"idx": 0, "title": "A", "paragraph_text": "Bob left.", "is_supporting": False},
+        {"idx": 1, "title": "B", "paragraph_text": "Ann came.", "is_supporting": True},
+    ],
+}
+PLAIN = {"question": "Who came?", "answers": "Ann", "documents": ["Bob left.", {"title": "B", "text": "Ann came.", "gold": True}]}
+LAYOUTS = {
+    "nq": (NQ, ("Ann", "Anna"), [("A", "Bob left.", False), ("B", "Ann came.", True), ("C", "Cid slept.", False)]),
+    "triviaqa": (TRIVIA, ("Ann", "Anna"), [("A", "Bob left.", False), ("B", "So ANN came.", True)]),
+    "hotpotqa": (HOTPOT, ("Ann",), [("A", "Bob left.", False), ("B", "Ann came. Late.", True), ("C", "Cid slept. Long.", True)]),
+    "hotpotqa_columns": (COLUMNS, ("Ann",), None),
+    "2wikimqa": (WIKI, ("Ann",), None),
+    "musique": (MUSIQUE, ("Ann", "Anna"), [("A", "Bob left.", False), ("B", "Ann came.", True)]),
+    "plain": (PLAIN, ("Ann",), [("", "Bob left.", None), ("B", "Ann came.", True)]),
+}
+
+
+def read(path, most=None, gold_at=None):
+    return list(read_questions(path, most, gold_at))
+
+
+def texts(item):
+    return [document.text for document in item.documents]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts(tmp_path, name):
+    row, answers, documents = LAYOUTS[name]
+    item = read(write(tmp_path / f"{name}.jsonl", row))[0]
+    assert (item.dataset, item.question, item.answers) == (name, row["question"], answers)
+    expected = documents or LAYOUTS["hotpotqa"][2]
+    assert item.documents == tuple(Document(*document) for document in expected)
+
+
+def test_the_gold_document_is_put_where_it_is_asked_for(tmp_path):
+    path = write(tmp_path / "nq.jsonl", NQ)
+    left, came, slept = (entry["text"] for entry in NQ["ctxs"])
+    assert texts(read(path)[0]) == [left, came, slept]
+    assert texts(read(path, gold_at=0)[0]) == [came, left, slept]
+    assert texts(read(path, gold_at=2)[0]) == [left, slept, came]
+    assert texts(read(path, most=2)[0]) == [left, came]  # gold stays, and the first of the others
+    assert texts(read(path, most=1)[0]) == [came]
+    both = read(write(tmp_path / "h.jsonl", HOTPOT), gold_at=1)[0]
+    assert [document.title for document in both.documents] == ["A", "B", "C"]
+    assert [d.title for d in read(tmp_path / "h.jsonl", most=2)[0].documents] == ["B", "C"]
+
+
+WRONG = {
+    "unknown fields": ({"prompt": "x"}, {}, "has the fields prompt; expected documents as"),
+    "no gold": ({**PLAIN, "documents": ["a", "b"]}, {"gold_at": 0}, "says of no document that it is gold"),
+    "beyond": (NQ, {"gold_at": 3}, "--gold-at 3: has 2 other documents only"),
+    "too few": (HOTPOT, {"most": 1}, "has 2 gold documents; --documents 1"),
+    "empty": ({**PLAIN, "documents": ["a", " "]}, {}, "document 2 is empty"),
+    "none": ({**PLAIN, "documents": []}, {}, "has no document"),
+    "no text": ({**NQ, "ctxs": [{"title": "A"}]}, {}, "ctxs[0] is neither a text nor an object with text"),
+    "no list": ({**MUSIQUE, "paragraphs": "x"}, {}, "paragraphs is 'x', expected a list"),
+    "no pairs": ({**HOTPOT, "context": [["A"]]}, {}, "context[0] is no pair of a title and its sentences"),
+    "a text": ({**HOTPOT, "context": "Ann came."}, {}, "context is a text that is not JSON"),
+    "no answer": ({**NQ, "answers": []}, {}, "answers is []"),
+    "no question": ({**NQ, "question": None}, {}, "question is None"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_wrong_lines_are_told_with_file_and_line(tmp_path, what):
+    row, settings, message = WRONG[what]
+    path = write(tmp_path / "x.jsonl", "", row)
+    with pytest.raises(UserError) as error:
+        read(path, **settings)
+    assert str(error.value).startswith(f"{path}:2: ") and message in str(error.value)
+
+
+def test_documents_are_written_by_their_template():
+    document = Document("B", "Ann {title} came.", None)
+    assert rag.fill(rag.DOCUMENT, 1, document) == "B\nAnn {title} came.\n\n"  # what a text spells is no field
+    assert rag.fill(rag.DOCUMENT, 1, Document("", "Ann came.", None)) == "Ann came.\n\n"
+    assert rag.fill("[{number}] {text} ({title})", 7, document) == "[7] Ann {title} came. (B)"
+
+
+def test_scores_of_known_answers(tmp_path):
+    """Subspan: the answer stands in what was written, whatever else does. Three answers, two of them right."""
+    items = read(write(tmp_path / "nq.jsonl", NQ, NQ)) + read(write(tmp_path / "m.jsonl", MUSIQUE))
+    prompts = [rag.RagPrompt(item, [1], [[2], [3]], [4]) for item in items]
+    written = [rag.Answer("It was the ANNA.", 10), rag.Answer("Bob", 20), rag.Answer("ann", 60)]
+    result = rag.summary(prompts, written)
+    assert result["datasets"]["nq"]["subspan_em"] == 50 and result["datasets"]["m"]["subspan_em"] == 100
+    assert result["subspan_em"] == 75 and result["tokens_read"] == 30
+    assert result["datasets"]["nq"]["f1"] == pytest.approx(100 * (2 / 4) / 2)  # 'it was anna' against 'anna'
+    head, body = rag.rows([{"name": "dense", **result}])
+    assert len(head) == len(body[0]) and body[0][-3:] == ["75.00", "62.50", "30"]
+
+
+@pytest.fixture(scope="module")
+def run_dir(tiny, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("rag")
+    sections = {"model": {"max_position": 256}, "train": {"steps": 1, "valid_every": 0}, "checkpoint": {"every": 1}}
+    module("pretrain", "train", "--config", tiny.config(directory / "c.yaml", **sections), "--run-dir", directory / "run")
+    return directory / "run"
+
+
+def evaluate(capsys, *flags):
+    """(exit status, stdout, stderr)"""
+    status = main(["evaluate", "rag", *map(str, flags)])
+    return status, *capsys.readouterr()
+
+
+def test_rag_command(run_dir, tmp_path, capsys):
+    files = [write(tmp_path / f"{name}.jsonl", LAYOUTS[name][0]) for name in ("nq", "musique", "triviaqa")]
+    flags = ["--run-dir", run_dir, "--data", *files, "--max-new-tokens", 3, "--output", tmp_path / "o"]
+    status, out, _ = evaluate(capsys, *flags, "--gold-at", 1, "--show-prompt", "--chat", "plain")
+    assert status == 0 and "Answer the question by the documents.\n\nA\nBob left.\n\nB\nAnn came.\n\nC\nCid slept." in out
+    assert "Question: Question: who came?" in out and "1, musique" in out
+    status, out, _ = evaluate(capsys, *flags, "--documents", 2)
+    assert status == 0 and "3 questions on 2 documents each" in out
+    result = json.loads((tmp_path / "o" / "rag.json").read_text())
+    assert [r["name"] for r in result["results"]] == ["dense", "forget 4,2", "recall 4,2"]
+    lines = [json.loads(line) for line in (tmp_path / "o" / "predictions.jsonl").read_text().splitlines()]
+    assert [line["gold"] for line in lines] == [[1], [1], [1]]
+    for arm in result["results"]:
+        read = [line["written"][arm["name"]]["tokens_read"] for line in lines]
+        assert arm["tokens_read"] == pytest.approx(sum(read) / 3)
+        scores = [line["written"][arm["name"]]["subspan_em"] for line in lines]
+        assert arm["subspan_em"] == pytest.approx(sum(scores) / 3)
+    dense, forget, _ = result["results"]
+    assert forget["tokens_read"] > dense["tokens_read"] and (tmp_path / "o" / "rag.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--gold-at", -1], "--gold-at -1: is below 0"),
+        (["--documents", 0], "--documents 0: is below 1"),
+        (["--document-template", "{title}"], "--document-template '{title}': has no {text}"),
+        (["--document-template", "{text} {url}"], "names {url}; it may name {text}, {title}, {number}"),
+        (["--question-template", "?"], "--question-template '?': has no {question}"),
+        (["--max-new-tokens", 300], "nq.jsonl:1: its 3 documents (see --documents, --document-tokens): 3"),
+        (["--mode", "dense", "--topk", 3], "--topk: sets what recall selects"),
+    ],
+)
+def test_mistakes_end_in_one_line(run_dir, tmp_path, capsys, flags, message):
+    data = write(tmp_path / "nq.jsonl", NQ)
+    status, out, err = evaluate(capsys, "--run-dir", run_dir, "--data", data, "--output", tmp_path / "o", *flags)
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert status == 1 and out == "" and len(errors) == 1 and message in errors[0]
+
+
+def test_documents_have_the_same_tokens_wherever_they_stand(run_dir, tmp_path):
+    from unfold.pretrain.command import build_parser
+    from unfold.pretrain.evaluate.subject import load_subject
+
+    path = write(tmp_path / "nq.jsonl", NQ)
+    flags = ["--run-dir", str(run_dir), "--data", str(path), "--output", "x", "--document-tokens", "4"]
+    args = build_parser().parse_args(["evaluate", "rag", *flags])
+    subject = load_subject(args)
+    first, last = (rag.make_prompt(subject, read(path, gold_at=place)[0], args) for place in (0, 2))
+    assert first.parts == [last.parts[2], *last.parts[:2]] and all(len(part) <= 4 for part in first.parts)
+    assert (first.prefix, first.question) == (last.prefix, last.question)
+    whole = rag.make_prompt(subject, read(path)[0], Namespace(**{**vars(args), "document_tokens": None}))
+    assert whole.parts[0] == subject.encode("A\nBob left.\n\n")
