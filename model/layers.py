@@ -160,6 +160,25 @@ class Rotary:
         magnitude = config.rope_scaling.magnitude
         return cls(angle.cos() * magnitude, angle.sin() * magnitude)
 
+    @classmethod
+    def turning(cls, here: Tensor, there: Tensor, config: ModelConfig, dtype: torch.dtype) -> Rotary:
+        """What turns keys that were rotated for the positions ``here`` into those of the positions ``there``, both [n] int64.
+
+        The quotient of their factors, as complex numbers: so it undoes exactly what was applied, rounding of the angles included,
+        whatever the frequencies and their magnitude are.
+
+        Args:
+            dtype: of the keys; factors are of at least fp32.
+
+        Returns:
+            Factors of shape [n, head_dim / 2], for keys [.., n, head_dim].
+        """
+        a, b = (cls.of(position[None], config) for position in (here, there))
+        cos, sin, to_cos, to_sin = (x[0, :, 0].double() for x in (a.cos, a.sin, b.cos, b.sin))
+        square = cos.square() + sin.square()
+        wide = torch.promote_types(dtype, torch.float32)
+        return cls(((to_cos * cos + to_sin * sin) / square).to(wide), ((to_sin * cos - to_cos * sin) / square).to(wide))
+
     def apply(self, x: Tensor) -> Tensor:
         """[B, T, H, D] -> same: the first half of a head is rotated against its second half (Hugging Face's convention)."""
         a, b = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, -1)

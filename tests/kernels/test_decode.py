@@ -13,7 +13,7 @@ from unfold.kernels.decode import decode_attention
 from unfold.kernels.decode.step import Step
 from unfold.kernels.select import SelectRule
 from unfold.model.config import GistConfig, ModelConfig
-from unfold.model.decode.cache import SequenceCache
+from unfold.model.decode.cache import CachedOutline, SequenceCache
 from unfold.model.decode.step import NewTokens, StepAttention
 
 TRITON = importlib.util.find_spec("triton") is not None
@@ -63,7 +63,7 @@ def batch(name, heads, kv_heads, dim, dtype, device="cpu", recalls=True, whole=F
         draw = lambda *shape: torch.randint(-1, 2, shape, generator=g).float()
     new, caches = [], []
     for context, suffix in lengths:
-        cache = SequenceCache(model, gist, dtype, torch.device(device))
+        cache = SequenceCache(model, CachedOutline(gist), dtype, torch.device(device))
         gists = list(range(gist.levels))
         level = rules.insert_gists([0] * context, [context], [True], gist.chunk_sizes, gist.sink, gists, close=True)[1]
         level = torch.tensor((level if context else []) + [-1] * max(suffix, 1))
