@@ -76,6 +76,10 @@ class Chat:
         self._control, self._codec = ControlText(control), tokenizer.tokenizer()
         self._codec.encode_special_tokens = True  # a control token that a text spells is text
 
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text in which nothing is a control token."""
+        return self._codec.encode(text, add_special_tokens=False).ids
+
     def prompt(self, context: str | None, question: str, opening: str = "", separator: str = "") -> tuple[list[int], list[int]]:
         """Ids of what is read before an answer: (up to the end of the context, from there on).
 
@@ -116,7 +120,7 @@ class Chat:
             elif piece.control is not None:
                 part.append(piece.control)
             else:
-                part += self._codec.encode(piece.text, add_special_tokens=False).ids
+                part += self.encode(piece.text)
         return parts[0], parts[1]
 
 
@@ -142,13 +146,17 @@ def shown_prompt(
         context, question: the ids of the two parts; the first may have none.
         how: what becomes of the second.
     """
-    parts = (("context", context, "folded, then closed with a gist at every level"), ("question", question, how))
-    for name, ids, what in parts:
-        if len(ids):
-            text = decode(ids)
-            left_out = len(text) - 2 * SHOWN
-            if left_out > 0:
-                text = f"{text[:SHOWN]}[.. {left_out:,} characters ..]{text[-SHOWN:]}"
-            yield f"[{name}: {len(ids):,} tokens; {what}]"
-            yield text
+    parts = [("context", context, "folded, then closed with a gist at every level"), ("question", question, how)]
+    yield from shown_parts(decode, [part for part in parts if len(part[1])])
+
+
+def shown_parts(decode: Callable[[Sequence[int]], str], parts: Sequence[tuple[str, Sequence[int], str]]) -> Iterator[str]:
+    """Lines for people: of each part its name, how many tokens it has, what becomes of it, and its text."""
+    for name, ids, how in parts:
+        text = decode(ids)
+        left_out = len(text) - 2 * SHOWN
+        if left_out > 0:
+            text = f"{text[:SHOWN]}[.. {left_out:,} characters ..]{text[-SHOWN:]}"
+        yield f"[{name}: {len(ids):,} tokens; {how}]"
+        yield text
     yield "[answer]"

@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import re
 import statistics
+import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from unfold.pretrain.data.chat import add_chat_arguments
+from unfold.pretrain.data.chat import add_chat_arguments, shown_parts
 from unfold.pretrain.errors import UserError
-from unfold.pretrain.evaluate.answering import Reader, show_prompts
+from unfold.pretrain.evaluate.answering import Reader
 from unfold.pretrain.evaluate.documents import Document, DocumentQuestion, read_questions
 from unfold.pretrain.evaluate.metrics import METRICS, Metric
 from unfold.pretrain.evaluate.output import bar_chart, cost_table, make_output, table, write_json
-from unfold.pretrain.evaluate.subject import Subject, add_subject_arguments, load_subject
+from unfold.pretrain.evaluate.subject import Subject, Variant, add_subject_arguments, load_subject
 from unfold.pretrain.evaluate.tasks import TOTAL
 
 INTRODUCTION = "Answer the question by the documents.\n\n"
@@ -25,6 +26,7 @@ QUESTION = "Question: {question}\nAnswer:"
 FIELD = re.compile(r"\{(\w+)\}")
 SUBSPAN = Metric("subspan_em", METRICS["contains"].score)  # the best over the answers: 'best-subspan exact match'
 SCORES = (SUBSPAN, METRICS["f1"])
+READ = {"tokens_read": "tokens read", "tokens_reused": "reused", "documents_s": "seconds to read documents"}
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,12 @@ class RagPrompt:
         """The joined text before the question."""
         return [*self.prefix, *(token for part in self.parts for token in part)]
 
+    def shown(self, subject: Subject) -> Iterator[str]:
+        """Lines for ``--show-prompt``."""
+        documents = [(f"document {n}", part, "folded and closed; linked: by itself") for n, part in enumerate(self.parts, 1)]
+        before = ("before the documents", self.prefix, "folded with them; linked: read as it is")
+        yield from shown_parts(subject.show, [before, *documents, ("question", self.question, "recalls")])
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -54,15 +62,49 @@ class Answer:
 
     Attributes:
         tokens_read: gists included, that went through the model for this question.
+        tokens_reused: of documents that were read before.
+        documents_s: seconds that reading them took, where they had to be; before the first token's time begins.
     """
 
     text: str
     tokens_read: int
+    tokens_reused: int = 0
+    documents_s: float = 0.0
+
+
+class JoinedReader(Reader):
+    """Reads the documents as one text, for every question anew."""
+
+    def answer(self, prompt: RagPrompt, most: int) -> Answer:
+        """What is written."""
+        sequence = self.read(prompt.context, prompt.question)
+        return Answer(self.write(sequence, most), len(sequence.ids))
+
+
+class LinkedReader(Reader):
+    """Reads every document once, by itself, and starts from what was read in whatever order."""
+
+    def __init__(self, subject: Subject, variant: Variant):
+        from unfold.model.decode.store import PartStore
+
+        super().__init__(subject, variant)
+        self._store = PartStore(self.decoder)
+
+    def answer(self, prompt: RagPrompt, most: int) -> Answer:
+        """What is written."""
+        began = time.perf_counter()
+        parts = [self._store.get(part) for part in prompt.parts]
+        seconds = time.perf_counter() - began
+        with self.recorder.reading():
+            sequence = self.decoder.join(parts, prompt.prefix)
+            self.decoder.read_suffix(sequence, prompt.question)
+        reused = sum(len(part.ids) for part in parts)
+        return Answer(self.write(sequence, most), len(sequence.ids) - reused, reused, seconds)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """The sub-command's flags."""
-    add_subject_arguments(parser)
+    add_subject_arguments(parser, linked=True)
     parser.add_argument(
         "--data",
         type=Path,
@@ -101,12 +143,14 @@ def rag(args: Namespace) -> Iterator[str]:
         first: dict[str, RagPrompt] = {}
         for prompt in prompts:
             first.setdefault(prompt.item.dataset, prompt)
-        yield from show_prompts(subject, {f"{prompt.item.place}, {name}": prompt for name, prompt in first.items()})
+        for name, prompt in first.items():
+            yield f"--- {prompt.item.place}, {name}"
+            yield from prompt.shown(subject)
         return
     answers, results = {}, []
     for variant in subject.variants:
-        reader = Reader(subject, variant)
-        answers[variant.name] = [answer(reader, prompt, args.max_new_tokens) for prompt in prompts]
+        reader = (LinkedReader if variant.linked else JoinedReader)(subject, variant)
+        answers[variant.name] = [reader.answer(prompt, args.max_new_tokens) for prompt in prompts]
         cost = reader.recorder.to_dict()  # before another arm's memory counts
         results.append({**variant.to_dict(), **summary(prompts, answers[variant.name]), "cost": cost})
     write_predictions(args.output / "predictions.jsonl", prompts, answers)
@@ -158,9 +202,11 @@ def make_prompt(subject: Subject, item: DocumentQuestion, args: Namespace) -> Ra
         prefix, asked = subject.prompt(args.introduction, question)
     except UserError as error:
         raise UserError(f"{item.place}: {error}") from None
-    parts = [subject.encode(fill(args.document_template, n, d))[: args.document_tokens] for n, d in enumerate(item.documents, 1)]
+    encode = subject.chat.encode if subject.chat else subject.encode
+    parts = [encode(fill(args.document_template, n, d))[: args.document_tokens] for n, d in enumerate(item.documents, 1)]
     prompt = RagPrompt(item, prefix, parts, asked)
-    length = len(prompt.context) + len(asked) + args.max_new_tokens
+    links = max((variant.gist.links for variant in subject.variants if variant.linked), default=0) * len(parts)
+    length = len(prompt.context) + links + len(asked) + args.max_new_tokens
     subject.check_length(length, f"{item.place}: its {len(parts)} documents (see --documents, --document-tokens)")
     return prompt
 
@@ -171,12 +217,6 @@ def fill(template: str, number: int, document: Document) -> str:
         template = template.replace("{title}\n", "", 1)
     fields = {"number": str(number), "title": document.title, "text": document.text}
     return FIELD.sub(lambda found: fields[found[1]], template)
-
-
-def answer(reader: Reader, prompt: RagPrompt, most: int) -> Answer:
-    """What an arm writes."""
-    sequence = reader.read(prompt.context, prompt.question)
-    return Answer(reader.write(sequence, most), len(sequence.ids))
 
 
 def scores(item: DocumentQuestion, text: str) -> dict[str, float]:
@@ -192,10 +232,14 @@ def summary(prompts: Sequence[RagPrompt], answers: Sequence[Answer]) -> dict:
     datasets = {}
     for name, several in found.items():
         means = {metric.name: statistics.fmean(values[metric.name] for values, _ in several) for metric in SCORES}
-        read = statistics.fmean(given.tokens_read for _, given in several)
-        datasets[name] = {**means, "questions": len(several), "tokens_read": read}
+        datasets[name] = {**means, "questions": len(several), **_read([given for _, given in several])}
     means = {metric.name: statistics.fmean(entry[metric.name] for entry in datasets.values()) for metric in SCORES}
-    return {**means, "tokens_read": statistics.fmean(given.tokens_read for given in answers), "datasets": datasets}
+    return {**means, **_read(answers), "datasets": datasets}
+
+
+def _read(answers: Sequence[Answer]) -> dict[str, float]:
+    """Means of what was read."""
+    return {name: statistics.fmean(getattr(given, name) for given in answers) for name in READ}
 
 
 def write_predictions(path: Path, prompts: Sequence[RagPrompt], answers: dict[str, list[Answer]]) -> None:
@@ -206,7 +250,7 @@ def write_predictions(path: Path, prompts: Sequence[RagPrompt], answers: dict[st
             written = {}
             for name, several in answers.items():
                 given = several[i]
-                written[name] = {"text": given.text, **scores(item, given.text), "tokens_read": given.tokens_read}
+                written[name] = {"text": given.text, **scores(item, given.text), **_read([given])}
             gold = [place for place, document in enumerate(item.documents) if document.gold]
             line = {"place": item.place, "dataset": item.dataset, "question": item.question, "answers": item.answers}
             sizes = {"gold": gold, "document_tokens": [len(part) for part in prompt.parts]}
@@ -216,10 +260,10 @@ def write_predictions(path: Path, prompts: Sequence[RagPrompt], answers: dict[st
 def rows(results: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
     """Head and rows of the table: arms down, data sets and scores across."""
     datasets = results[0]["datasets"]
-    head = ["documents", *(f"{name}: {metric.name}" for name in [*datasets, "mean"] for metric in SCORES), "tokens read"]
+    head = ["documents", *(f"{name}: {metric.name}" for name in [*datasets, "mean"] for metric in SCORES), *READ.values()]
     body = []
     for result in results:
         entries = [*result["datasets"].values(), result]
         figures = [f"{entry[metric.name]:.2f}" for entry in entries for metric in SCORES]
-        body.append([result["name"], *figures, f"{result['tokens_read']:.0f}"])
+        body.append([result["name"], *figures, *(f"{result[name]:.{3 * (name == 'documents_s')}f}" for name in READ)])
     return head, body

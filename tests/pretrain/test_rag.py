@@ -133,7 +133,7 @@ def test_scores_of_known_answers(tmp_path):
     assert result["subspan_em"] == 75 and result["tokens_read"] == 30
     assert result["datasets"]["nq"]["f1"] == pytest.approx(100 * (2 / 4) / 2)  # 'it was anna' against 'anna'
     head, body = rag.rows([{"name": "dense", **result}])
-    assert len(head) == len(body[0]) and body[0][-3:] == ["75.00", "62.50", "30"]
+    assert len(head) == len(body[0]) and body[0][-5:] == ["75.00", "62.50", "30", "0", "0.000"]
 
 
 @pytest.fixture(scope="module")
@@ -154,8 +154,12 @@ def test_rag_command(run_dir, tmp_path, capsys):
     files = [write(tmp_path / f"{name}.jsonl", LAYOUTS[name][0]) for name in ("nq", "musique", "triviaqa")]
     flags = ["--run-dir", run_dir, "--data", *files, "--max-new-tokens", 3, "--output", tmp_path / "o"]
     status, out, _ = evaluate(capsys, *flags, "--gold-at", 1, "--show-prompt", "--chat", "plain")
-    assert status == 0 and "Answer the question by the documents.\n\nA\nBob left.\n\nB\nAnn came.\n\nC\nCid slept." in out
-    assert "Question: Question: who came?" in out and "1, musique" in out
+    assert status == 0 and "1, musique" in out and not (tmp_path / "o" / "rag.json").exists()
+    assert [
+        out.index(text)
+        for text in ("by the documents.", "A\nBob left.", "B\nAnn came.", "C\nCid slept.", "Question: Question: who")
+    ]
+    assert out.split("[document 2: ")[1].split("[document 3: ")[0].endswith("B\nAnn came.\n\n\n")
     status, out, _ = evaluate(capsys, *flags, "--documents", 2)
     assert status == 0 and "3 questions on 2 documents each" in out
     result = json.loads((tmp_path / "o" / "rag.json").read_text())
@@ -168,7 +172,8 @@ def test_rag_command(run_dir, tmp_path, capsys):
         scores = [line["written"][arm["name"]]["subspan_em"] for line in lines]
         assert arm["subspan_em"] == pytest.approx(sum(scores) / 3)
     dense, forget, _ = result["results"]
-    assert forget["tokens_read"] > dense["tokens_read"] and (tmp_path / "o" / "rag.png").stat().st_size > 5000
+    assert forget["tokens_read"] > dense["tokens_read"] and forget["cost"]["first_token_s"] > 0
+    assert (tmp_path / "o" / "rag.png").stat().st_size > 5000
 
 
 @pytest.mark.parametrize(
@@ -181,6 +186,8 @@ def test_rag_command(run_dir, tmp_path, capsys):
         (["--question-template", "?"], "--question-template '?': has no {question}"),
         (["--max-new-tokens", 300], "nq.jsonl:1: its 3 documents (see --documents, --document-tokens): 3"),
         (["--mode", "dense", "--topk", 3], "--topk: sets what recall selects"),
+        (["--mode", "linked-recall"], "--mode linked-recall: documents have 5 links each (gist.links), but"),
+        (["--links", -1], "links"),
     ],
 )
 def test_mistakes_end_in_one_line(run_dir, tmp_path, capsys, flags, message):
@@ -188,6 +195,23 @@ def test_mistakes_end_in_one_line(run_dir, tmp_path, capsys, flags, message):
     status, out, err = evaluate(capsys, "--run-dir", run_dir, "--data", data, "--output", tmp_path / "o", *flags)
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert status == 1 and out == "" and len(errors) == 1 and message in errors[0]
+
+
+def test_linked_documents_are_read_once(run_dir, tmp_path, capsys):
+    """Two questions on the same documents in another order: the second one reads none of them."""
+    again = {**NQ, "question": "who left?", "ctxs": NQ["ctxs"][::-1]}
+    data = write(tmp_path / "nq.jsonl", NQ, again)
+    flags = ["--run-dir", run_dir, "--data", data, "--mode", "recall", "linked-forget", "linked-recall", "--links", 0]
+    status, out, _ = evaluate(capsys, *flags, "--max-new-tokens", 3, "--output", tmp_path / "o")
+    assert status == 0 and "| linked recall 4,2 |" in out
+    lines = [json.loads(line)["written"] for line in (tmp_path / "o" / "predictions.jsonl").read_text().splitlines()]
+    for first, second in ([line[name] for line in lines] for name in ("linked forget 4,2", "linked recall 4,2")):
+        assert first["tokens_reused"] == second["tokens_reused"] > first["tokens_read"] > 0
+        assert first["documents_s"] > 10 * second["documents_s"]
+    joined = lines[0]["recall 4,2"]
+    assert joined["tokens_reused"] == joined["documents_s"] == 0
+    linked = json.loads((tmp_path / "o" / "rag.json").read_text())["results"][2]
+    assert linked["linked"] and linked["mode"] == "recall" and linked["cost"]["first_token_s"] > 0
 
 
 def test_documents_have_the_same_tokens_wherever_they_stand(run_dir, tmp_path):
