@@ -33,11 +33,6 @@ def add_document_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--prefix", default="", metavar="TEXT", help="with --document: stands before them, such as an instruction"
     )
-    add_store_arguments(parser)
-
-
-def add_store_arguments(parser: ArgumentParser) -> None:
-    """Flags of where what was read is kept."""
     parser.add_argument(
         "--document-cache", type=Path, metavar="DIR", help="keep what was read of documents here, for later calls"
     )
@@ -67,11 +62,6 @@ def check_documents(args: Namespace) -> None:
             raise UserError(
                 f"--document: does not go with {flag}; documents are the context, and what follows them gets no gists"
             )
-    check_store(args)
-
-
-def check_store(args: Namespace) -> None:
-    """Raise UserError for a limit that keeps nothing."""
     if not args.document_cache_gib * GIB >= 1:
         raise UserError(f"--document-cache-gib {args.document_cache_gib}: is not above 0")
 

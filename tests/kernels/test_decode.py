@@ -83,7 +83,8 @@ def batch(name, heads, kv_heads, dim, dtype, device="cpu", recalls=True, whole=F
     for context, suffix in lengths:
         cache = SequenceCache(model, outline_of(gist, context), dtype, torch.device(device))
         level = torch.tensor([-1] * max(suffix, 1))
-        cache.outline.append(level[:-1])
+        if len(level) > 1:
+            cache.outline.append(level[:-1])
         sight = cache.outline.append(level[-1:], [recalls])
         for rows, count in zip(cache.layers[0], cache.outline.counts):
             rows.append(*(draw(count, kv_heads, dim).to(device, dtype) for _ in range(2)))
