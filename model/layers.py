@@ -148,15 +148,17 @@ def _yarn_kept(config: ModelConfig, device: torch.device | str) -> Tensor:
 
 @dataclass(frozen=True)
 class Rotary:
-    """Rotary factors of a micro-batch, fp32, [B, T, 1, head_dim / 2]; made once, shared by all layers."""
+    """Rotary factors of a micro-batch, at least fp32, [B, T, 1, head_dim / 2]; made once, shared by all layers."""
 
     cos: Tensor
     sin: Tensor
 
     @classmethod
-    def of(cls, position: Tensor, config: ModelConfig) -> Rotary:
-        """position: [B, T] int64, the raw index within the document."""
-        angle = position[:, :, None, None].float() * rotary_frequencies(config, position.device)
+    def of(cls, position: Tensor, config: ModelConfig, dtype: torch.dtype = torch.float32) -> Rotary:
+        """position: [B, T] int64, the raw index within the document; dtype: of what is rotated."""
+        # Scores depend on differences of positions alone only as far as the factors are exact: fp64 has exact ones.
+        wide = torch.promote_types(dtype, torch.float32)
+        angle = position[:, :, None, None].to(wide) * rotary_frequencies(config, position.device).to(wide)
         magnitude = config.rope_scaling.magnitude
         return cls(angle.cos() * magnitude, angle.sin() * magnitude)
 
@@ -173,7 +175,7 @@ class Rotary:
         Returns:
             Factors of shape [n, head_dim / 2], for keys [.., n, head_dim].
         """
-        a, b = (cls.of(position[None], config) for position in (here, there))
+        a, b = (cls.of(position[None], config, dtype) for position in (here, there))
         cos, sin, to_cos, to_sin = (x[0, :, 0].double() for x in (a.cos, a.sin, b.cos, b.sin))
         square = cos.square() + sin.square()
         wide = torch.promote_types(dtype, torch.float32)

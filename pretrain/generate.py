@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from unfold.data_prep.format.text import encodable, read_text
 from unfold.pretrain.data.chat import add_chat_arguments, load_chat, put_question, shown_prompt
 from unfold.pretrain.errors import UserError
+from unfold.pretrain.parts import add_document_arguments, check_documents, link_ids_of, open_store, refused, shown_documents
 
 if TYPE_CHECKING:
     from unfold.model.decode.cost import Recorder
@@ -35,6 +36,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="FILE",
         help="a text that is folded into gists first, and closed; the prompt is a question on it",
     )
+    add_document_arguments(parser)
     parser.add_argument(
         "--grow",
         action="store_true",
@@ -93,11 +95,13 @@ def check(args: Namespace) -> None:
     if not all(args.stop):
         raise UserError("--stop: is empty; give at least one character")
     given = {"--context-file": args.context_file, "--grow": args.grow, "--recall": args.recall, "--step": args.step}
+    given |= {"--document": args.document, "--raw-cache": args.raw_cache == "host"}
     if args.model and any(given.values()):
         names = ", ".join(name for name, value in given.items() if value)
         raise UserError(f"{names}: needs --run-dir; an exported model runs without gists")
     if args.grow and not args.context_file:
         raise UserError("--grow: needs --context-file; without a context the text always gets gists as it grows")
+    check_documents(args)
 
 
 def _read(path: Path, flag: str) -> str:
@@ -115,6 +119,9 @@ def _sampling(args: Namespace):
 
 def _from_run(args: Namespace, prompts: list[str]) -> Iterator[tuple[int, str]]:
     context = None if args.context_file is None else _read(args.context_file, "--context-file")
+    texts = [_read(path, "--document") for path in args.document]
+    if texts:
+        context = args.prefix  # what stands before the documents; with a template, what it writes there too
     from unfold.pretrain.checkpoint.load import find_run, load_model
 
     run = find_run(args.run_dir, args.step)
@@ -125,8 +132,12 @@ def _from_run(args: Namespace, prompts: list[str]) -> Iterator[tuple[int, str]]:
     put = [put_question(encode, chat, context, prompt) for prompt in prompts]
     if not all(question for _, question in put):
         raise UserError(f"{'--prompt' if args.prompt else '--prompt-file'}: has no token; give some text")
+    documents = [encode(text) for text in texts]
     if args.show_prompt:
         show = lambda ids: tokenizer.decode(ids, skip_special_tokens=False)
+        if texts:
+            yield from ((n, "\n".join(shown_documents(show, parts[0], documents, parts[1]))) for n, parts in enumerate(put))
+            return
         tail = "gets gists as its chunks close" if context is None else "recalls, and gets gists" if args.grow else "recalls"
         yield from ((n, "\n".join(shown_prompt(show, *parts, tail))) for n, parts in enumerate(put))
         return
@@ -135,15 +146,23 @@ def _from_run(args: Namespace, prompts: list[str]) -> Iterator[tuple[int, str]]:
         raise UserError(f"--recall: {args.run_dir} was trained with dense attention, which has nothing to recall")
     if args.recall:
         gist = dataclasses.replace(gist, recall=args.recall)
+    if gist is None and (texts or args.raw_cache == "host"):
+        raise UserError(f"{'--document' if texts else '--raw-cache host'}: {args.run_dir} was trained with dense attention")
     from unfold.model.decode.cost import Recorder  # heavy libraries only after the arguments are checked
     from unfold.model.decode.generation import Decoder
     from unfold.model.decode.text import stream_text
 
-    decoder = Decoder(load_model(run), gist, info.reserved_ids, info.word_starts, grow=args.grow or context is None)
+    grow, links = args.grow or context is None, link_ids_of(info, gist) if texts else ()
+    decoder = Decoder(load_model(run), gist, info.reserved_ids, info.word_starts, grow, links, args.raw_cache)
     recorder = Recorder(decoder.device)
     with recorder.reading():
-        first = decoder.start()
-        if context is not None:
+        if texts:
+            with refused(args.document, documents):
+                store = open_store(decoder, args)
+                first = decoder.join([store.get(tokens) for tokens in documents], put[0][0])
+        else:
+            first = decoder.start()
+        if context is not None and not texts:
             decoder.read_context(first, put[0][0])
         # The context is read once, whatever the number of questions.
         sequences = [first, *(copy.deepcopy(first) for _ in prompts[1:])]
@@ -153,7 +172,8 @@ def _from_run(args: Namespace, prompts: list[str]) -> Iterator[tuple[int, str]]:
             else:
                 decoder.read_suffix(sequence, question)
     yield from stream_text(decoder, sequences, _sampling(args), tokenizer.decode, info.stop_ids, args.stop, recorder)
-    _tell(args, recorder, "dense" if gist is None else f"gists {','.join(map(str, gist.chunk_sizes))}, recall {gist.recall}")
+    mode = "dense" if gist is None else f"gists {','.join(map(str, gist.chunk_sizes))}, recall {gist.recall}"
+    _tell(args, recorder, f"{mode}, {store.read} of {len(documents)} documents read now" if texts else mode)
 
 
 def _tell(args: Namespace, recorder: Recorder, mode: str) -> None:

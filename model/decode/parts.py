@@ -16,12 +16,10 @@ from torch import Tensor, nn
 
 from unfold.model.config import TRAINING_ONLY, GistConfig, ModelConfig
 from unfold.model.decode.cache import SequenceCache
-from unfold.model.gist.joining import JoinedOutline, PartShape
+from unfold.model.gist.joining import JoinedOutline, PartShape, digest
 from unfold.model.layers import Rotary
 
 FORMAT = "unfold part 1"
-BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-DIGESTED = 1 << 22  # numbers at a time
 
 
 @dataclass(frozen=True)
@@ -43,9 +41,7 @@ class Identity:
         if gist.recall != "all":  # then no token of a part recalls, and what others select says nothing of it
             for name in ("recall", "topk", "top_p", "budget_ratio", "share", "unfold_all", "recall_from"):
                 folding.pop(name)
-        weights = hashlib.sha256(repr((asdict(config), folding)).encode())
-        for name, parameter in model.named_parameters():
-            weights.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {_digest(parameter)}".encode())
+        weights = hashlib.sha256(f"{asdict(config)} {folding} {digest(model.named_parameters())}".encode())
         words = hashlib.sha256(np.packbits(np.asarray(word_starts, bool)).tobytes())
         words.update(repr((len(word_starts), list(gist_ids[: gist.levels]))).encode())
         return cls(weights.hexdigest(), words.hexdigest())
@@ -53,17 +49,6 @@ class Identity:
     def of_tokens(self, tokens: Sequence[int]) -> str:
         """A name for what these readers make of a text."""
         return hashlib.sha256(f"{self.model} {self.tokenizer} {list(tokens)}".encode()).hexdigest()
-
-
-@torch.no_grad()
-def _digest(weight: Tensor) -> list[tuple[int, int]]:
-    """Sums of the bits of a tensor, plain and weighted by place: computed where the tensor lies."""
-    bits = weight.detach().contiguous().view(BITS[weight.element_size()]).flatten()
-    sums = []
-    for run in bits.split(DIGESTED):
-        run = run.long()
-        sums += [run.sum(), (run * torch.arange(1, len(run) + 1, device=run.device)).sum()]
-    return [] if not sums else torch.stack(sums).tolist()
 
 
 @dataclass(frozen=True)

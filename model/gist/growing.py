@@ -230,6 +230,7 @@ class Sight:
         recalls: [n] bool, whether it unfolds chunks.
         start: items of each segment before the new tokens.
         ends: for each gist segment, how many items of the segment below stand before each gist, [gists] int64.
+        sink: how many of the first raw tokens every later token sees.
     """
 
     segment: Tensor
@@ -241,6 +242,7 @@ class Sight:
     recalls: Tensor
     start: tuple[int, ...]
     ends: tuple[Tensor, ...]
+    sink: int
 
     @property
     def span(self) -> Tensor:
@@ -327,7 +329,7 @@ class Outline:
         unfolds = torch.zeros_like(level, dtype=torch.bool)
         if recalls is not None:
             unfolds = torch.as_tensor(recalls, dtype=torch.bool, device=self.device)
-        return Sight(segment, number, lo, hi, sinks, tail, unfolds, start, self.borders)
+        return Sight(segment, number, lo, hi, sinks, tail, unfolds, start, self.borders, self.sink)
 
     @property
     def borders(self) -> tuple[Tensor, ...]:

@@ -9,13 +9,17 @@ suffix see one range of each segment and the first so many raw tokens, as every 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from unfold.model.gist.growing import Folding, Outline, Sight
+
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+DIGESTED = 1 << 22  # numbers at a time
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,19 @@ class PartShape:
         if segment == len(self.ends):
             return torch.arange(self.raw, device=self.ends[0].device)
         return self.positions(segment + 1)[self.ends[segment] - 1]
+
+
+def digest(weights: Iterable[tuple[str, Tensor]]) -> str:
+    """A fingerprint of named tensors in which every bit counts, computed where they lie."""
+    total = hashlib.sha256()
+    for name, weight in weights:
+        bits = weight.detach().contiguous().view(BITS[weight.element_size()]).flatten()
+        sums = [torch.zeros(2, dtype=torch.int64, device=bits.device)]
+        for run in bits.split(DIGESTED):  # sums of the bits, plain and weighted by place
+            run = run.long()
+            sums.append(torch.stack([run.sum(), (run * torch.arange(1, len(run) + 1, device=run.device)).sum()]))
+        total.update(f"{name} {tuple(weight.shape)} {weight.dtype} {torch.stack(sums).tolist()}".encode())
+    return total.hexdigest()
 
 
 class JoinedOutline(Outline):
@@ -113,7 +130,7 @@ class JoinedOutline(Outline):
     def _raw_sight(self, number: Tensor, lo: Tensor, hi: Tensor, sinks: Tensor, begin: int) -> Sight:
         segment, nobody = torch.full_like(number, self.levels), torch.zeros_like(number, dtype=torch.bool)
         start = (*self.counts[:-1], begin)
-        return Sight(segment, number, lo, hi, sinks, hi[:-1].clone(), nobody, start, self.borders)
+        return Sight(segment, number, lo, hi, sinks, hi[:-1].clone(), nobody, start, self.borders, self.sink)
 
     def drop(self, tokens: int) -> None:
         """Forget the last tokens, which must be of the suffix."""

@@ -74,6 +74,7 @@ class Subject:
         variants: of which results stand side by side.
         raw_tokens: raw tokens of a training sample.
         chat: how questions are put; None: as they are.
+        raw_cache: where keys and values of raw tokens are kept while answering with gists: device or host.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Subject:
     variants: tuple[Variant, ...]
     raw_tokens: int
     chat: Chat | None = None
+    raw_cache: str = "device"
 
     @property
     def max_position(self) -> int:
@@ -129,7 +131,10 @@ class Subject:
 
         tokenizer, gist = self.tokenizer, variant.recalling("suffix")
         links = tokenizer.link_ids[: gist.links] if variant.linked else ()
-        return Decoder(self.model, gist, tokenizer.reserved_ids, tokenizer.word_starts, link_ids=links)
+        raw_cache = self.raw_cache if gist else "device"  # a dense step reads every raw token
+        return Decoder(
+            self.model, gist, tokenizer.reserved_ids, tokenizer.word_starts, link_ids=links, raw_cache=raw_cache
+        )
 
     def check_length(self, length: int, flag: str) -> None:
         """Raises UserError when a sequence of so many raw tokens is longer than the model is meant for."""
@@ -287,4 +292,5 @@ def _loaded(name: str, found, variants: tuple[Variant, ...], args: Namespace) ->
     model = load_model(found)
     if args.dtype == "bf16":
         model = model.to(torch.bfloat16)
-    return Subject(name, model, found.tokenizer, variants, found.config.data.raw_tokens, chat)
+    raw_cache = vars(args).get("raw_cache", "device")  # commands that write no answers have no such flag
+    return Subject(name, model, found.tokenizer, variants, found.config.data.raw_tokens, chat, raw_cache)

@@ -16,6 +16,7 @@ from unfold.pretrain.evaluate.answering import Reader, show_prompts
 from unfold.pretrain.evaluate.metrics import METRICS
 from unfold.pretrain.evaluate.output import bar_chart, cost_table, make_output, table, write_json
 from unfold.pretrain.evaluate.subject import Subject, add_subject_arguments, load_subject
+from unfold.pretrain.parts import add_raw_cache_argument
 
 if TYPE_CHECKING:
     from unfold.pretrain.evaluate.items import Item
@@ -40,6 +41,7 @@ class Prompt:
 def add_arguments(parser: ArgumentParser) -> None:
     """The sub-command's flags."""
     add_subject_arguments(parser)
+    add_raw_cache_argument(parser)
     parser.add_argument(
         "--tasks",
         type=Path,

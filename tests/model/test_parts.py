@@ -13,6 +13,7 @@ from unfold.model.config import GistConfig, ModelConfig, RopeScaling
 from unfold.model.decode import generation
 from unfold.model.decode.generation import Decoder, Sampling
 from unfold.model.decode.parts import Identity, Part
+from unfold.model.gist import Bundle, Recall, Role, build_layout, interleave
 from unfold.model.layers import Rotary
 from unfold.model.transformer import Transformer
 
@@ -76,7 +77,8 @@ def test_turned_keys_are_those_computed_in_place(kind):
     here, offset = torch.tensor([0, 1, 5, 900, 901]), torch.tensor([0, 7, 120, 3000, 64_123])
     for dtype, bound in ((torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 2**-6)):
         keys = torch.randn(2, 5, config.head_dim, dtype=torch.float64).to(dtype)
-        at = lambda position: Rotary.of(position[None], config).apply(keys.transpose(0, 1)[None])[0].transpose(0, 1)  # noqa: B023
+        factors = lambda position: Rotary.of(position[None], config, dtype)  # noqa: B023
+        at = lambda position: factors(position).apply(keys.transpose(0, 1)[None])[0].transpose(0, 1)  # noqa: B023
         turned = Rotary.turning(here, here + offset, config, dtype).apply(at(here))
         assert (turned - at(here + offset)).abs().max() <= bound * float(keys.abs().max())
 
@@ -117,6 +119,32 @@ def test_other_settings(build, gist):
     parts = [decoder.read_part(tokens) for tokens in texts]
     error = by_parts(decoder, text(3), parts, text(6, 8)) - in_place(decoder, text(3), texts, text(6, 8))
     assert error.abs().max() < 1e-10
+
+
+BUDGETS = {"adaptive": {}, "fixed": {"topk": 2}, "top-p": {"top_p": 0.6}, "by group": {"topk": 2, "share": "group"}}
+
+
+RULES = [("none", "adaptive"), *((recall, budget) for recall in ("suffix", "all") for budget in BUDGETS)]
+SIZES = [("several", (4,)), ("several", (4, 2)), ("several", (3, 2, 2)), ("shorter than the sinks", (4,))]
+
+
+@pytest.mark.parametrize("recall,budget", RULES)
+@pytest.mark.parametrize("name,sizes", SIZES)
+def test_training_gives_the_logits_of_joined_parts(build, name, sizes, budget, recall):
+    """A whole bundle in one forward pass; and its parts read before, the last one first, joined in their order."""
+    gist = GistConfig(sizes, recall=recall, links=2, **BUDGETS[budget])
+    decoder, texts = make(build, gist), documents(DOCUMENTS[name])
+    prefix, suffix = text(5, 7), text(9, 8)
+    raw = np.array([*prefix, *(token for tokens in texts for token in tokens), *suffix])
+    bundle = Bundle(len(prefix), tuple(map(len, texts)))
+    made = interleave(raw, [len(raw)], STARTS, gist, GISTS[: gist.levels], bundles=[bundle], link_ids=decoder.link_ids)
+    row = lambda array: torch.from_numpy(array)[None]
+    layout = build_layout(row(made.level), row(made.doc), gist, row(made.role), row(made.part))
+    recalling = Recall.of(layout, gist, row(made.role == Role.SUFFIX))
+    trained = decoder.model.logits(row(made.ids), layout, recalling)[0, -len(suffix) :]
+    parts = {number: decoder.read_part(tokens) for number, tokens in reversed(list(enumerate(texts)))}
+    joined = by_parts(decoder, prefix, [parts[number] for number in range(len(texts))], suffix)
+    assert (joined - trained).abs().max() < 1e-10
 
 
 def test_any_order_and_any_number_of_times(build):
@@ -165,6 +193,19 @@ def test_joined_and_plain_sequences_go_on_together(build):
     decoder.read_suffix(sequences[0], text(3))
     decoder.read_suffix(sequences[3], text(3))
     assert torch.equal(sequences[0].logits, sequences[3].logits)
+
+
+def test_joining_reads_links_alone(build):
+    """In whatever order: of the tokens that pass through the model none is a document's."""
+    decoder = make(build, GistConfig((4, 2), recall="suffix"))
+    parts = [decoder.read_part(tokens) for tokens in documents(DOCUMENTS["several"])]
+    passed = []
+    decoder.model.embedding.register_forward_hook(lambda module, args, out: passed.extend(args[0].flatten().tolist()))
+    for order in ((0, 1, 2, 3, 4), (4, 2, 0)):
+        sequence = decoder.join([parts[i] for i in order], text(3))
+        decoder.read_suffix(sequence, text(6, 8))
+        assert passed == [*text(3), *decoder.link_ids * len(order), *text(6, 8)]
+        passed.clear()
 
 
 def test_saved_and_loaded(build, tmp_path):

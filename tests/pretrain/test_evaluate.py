@@ -168,6 +168,19 @@ def test_likelihoods_equal_those_of_reading_each_candidate(subject, number):
     assert reader.write(sequence, 5) == reader.write(sequence, 5)
 
 
+@pytest.mark.parametrize("number", [0, 3])
+def test_raw_rows_on_the_host_change_no_answer(subject, number):
+    variant, draw = subject.variants[number], np.random.default_rng(3)
+    context, question = draw.integers(5, 400, 90).tolist(), draw.integers(5, 400, 4).tolist()
+    found = []
+    for raw_cache in ("device", "host"):
+        reader = Reader(dataclasses.replace(subject, raw_cache=raw_cache), variant)
+        assert reader.decoder.raw_on_host == (raw_cache == "host" and variant.mode != "dense")
+        sequence = reader.read(context, question)
+        found.append((reader.write(sequence, 6), reader.weigh(sequence, [[7, 8], [9]])))
+    assert found[0] == found[1]
+
+
 def test_passkey_command(run_dir, tmp_path, capsys):
     flags = [
         "--mode",
