@@ -279,7 +279,7 @@ def _import(args: Namespace, output: Path, levels: int) -> Path:
 
     levels = levels if args.tokenizer else max(4, levels)  # of one that is made now, as many as import makes
     others = {"tokenizer": args.tokenizer, "gist_rows": None, "dtype": None}
-    return import_model(Namespace(input=args.model, output=output, chunk_sizes="", gist_levels=levels, **others))
+    return import_model(Namespace(input=args.model, output=output, chunk_sizes="", gist_levels=levels, links=0, **others))
 
 
 def _loaded(name: str, found, variants: tuple[Variant, ...], args: Namespace) -> Subject:
