@@ -93,7 +93,7 @@ class SupervisedEncoder:
             parts, messages = read_linked_row(row, self._how.fields, self._documents)
             held_out = fraction is not None and is_held_out("".join(parts).encode("utf-8"), fraction)
             return self._render(messages, None, [*map(self._control.checked, parts)]), held_out
-        context, messages, first = read_row(row, self._how)
+        context, messages, first = read_row(row, self._how, self._documents)
         held_out = fraction is not None and is_held_out(context.encode("utf-8") if context else raw, fraction)
         return self._render(messages, first, context), held_out
 
@@ -206,8 +206,10 @@ def _part(documents: list[TokenDocument]) -> Part:
     return Part(np.array(ids, dtype=np.int32), np.array([len(d.ids) for d in documents], dtype=np.int64), spans)
 
 
-def read_row(row: dict, how: SupervisedJob) -> tuple[str | None, list[dict], int | None]:
-    """(context, messages, first) of a row's fields.
+def read_row(
+    row: dict, how: SupervisedJob, template: DocumentTemplate
+) -> tuple[str | None, list[dict], int | None]:
+    """(context, messages, first) of a row's fields. template: of documents that are objects.
 
     Where the row gives no context, messages before the number `first` are it; None: there is none.
 
@@ -215,7 +217,7 @@ def read_row(row: dict, how: SupervisedJob) -> tuple[str | None, list[dict], int
         DataError: something is missing, empty or of another type; the reason alone.
     """
     fields = how.fields
-    context = _context(row, fields)
+    context = _context(row, fields, template)
     if fields.messages in row:
         messages, inner = _messages(row[fields.messages], fields.messages)
         if context is not None and inner is not None:
@@ -249,8 +251,7 @@ def read_linked_row(row: dict, fields: SupervisedFields, template: DocumentTempl
         raise DataError(f"a context under {fields.context!r}, but --linked takes a list under {DOCUMENTS!r}; leave one out")
     if not isinstance(documents, list) or not documents:
         raise DataError(f"no list of documents under {DOCUMENTS!r}, which --linked asks for")
-    what = [f"document {i + 1} of {len(documents)}" for i in range(len(documents))]
-    parts = [template.render(document, name) for document, name in zip(documents, what)]
+    parts = _rendered(documents, template)
     if fields.messages in row:
         messages, inner = _messages(row[fields.messages], fields.messages)
         if inner is not None:
@@ -269,8 +270,18 @@ def read_linked_row(row: dict, fields: SupervisedFields, template: DocumentTempl
     return parts, messages
 
 
-def _context(row: dict, fields: SupervisedFields) -> str | None:
-    texts = [_text_or_list(row[key], key) for key in (fields.context, DOCUMENTS) if key in row]
+def _rendered(documents: list, template: DocumentTemplate) -> list[str]:
+    return [template.render(document, f"document {i} of {len(documents)}") for i, document in enumerate(documents, 1)]
+
+
+def _context(row: dict, fields: SupervisedFields, template: DocumentTemplate) -> str | None:
+    """A context, and documents: texts with empty lines between them, or objects as the template writes them, end to end."""
+    texts = [_text_or_list(row[fields.context], fields.context)] if fields.context in row else []
+    documents = row.get(DOCUMENTS)
+    if isinstance(documents, list) and any(isinstance(document, dict) for document in documents):
+        texts.append("".join(_rendered(documents, template)))
+    elif DOCUMENTS in row:
+        texts.append(_text_or_list(documents, DOCUMENTS))
     return SEPARATOR.join(text for text in texts if text) if texts else None
 
 

@@ -132,9 +132,7 @@ class Subject:
         tokenizer, gist = self.tokenizer, variant.recalling("suffix")
         links = tokenizer.link_ids[: gist.links] if variant.linked else ()
         raw_cache = self.raw_cache if gist else "device"  # a dense step reads every raw token
-        return Decoder(
-            self.model, gist, tokenizer.reserved_ids, tokenizer.word_starts, link_ids=links, raw_cache=raw_cache
-        )
+        return Decoder(self.model, gist, tokenizer.reserved_ids, tokenizer.word_starts, link_ids=links, raw_cache=raw_cache)
 
     def check_length(self, length: int, flag: str) -> None:
         """Raises UserError when a sequence of so many raw tokens is longer than the model is meant for."""
