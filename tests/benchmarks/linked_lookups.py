@@ -26,7 +26,8 @@ from tests.benchmarks.recall_claim.arms import WAYS
 from tests.benchmarks.recall_claim.command import Results, scaled
 from tests.benchmarks.recall_claim.task import LookupTask
 from tests.benchmarks.recall_claim.training import Plan, answered, clone, train_stage
-from unfold.model.gist import Bundle, GistConfig, Recall, build_layout, interleave
+from unfold.model.decode.generation import Decoder
+from unfold.model.gist import Bundle, GistConfig, Recall, Role, build_layout, interleave
 from unfold.model.gist.recall import RECALLS, ROUTES, UNFOLDS_ALL
 from unfold.model.layers import BuildContext
 from unfold.model.transformer import Transformer
@@ -126,15 +127,41 @@ def run_arm(plan: Plan, base: Transformer, sizes: tuple[int, ...], arm: str) -> 
     model = clone(base)
     seconds = train_stage(model, way, trained, gist if way.from_start else alone, plan.forget, [seed, 1])
     seconds += train_stage(model, way, trained, gist, plan.branch, [seed, 2], decay=True)
+    # Last the way of generation: documents are read once and joined, the questions come token by token.
     readings = {
         "linked, recall": answered(model, name, plan, gist),
         "linked, gists alone": answered(model, name, plan, alone),
         "in place, recall": answered(model, name, in_place, gist),
         "in place, dense": answered(model, name, in_place, None),
         "in place, dense, before": answered(base, name, in_place, None),
+        "linked, recall, through the cache": decoded(model, plan, gist),
     }
     outcomes = {how: dict(zip(("one_hop", "two_hop", "loss", "unfolded"), outcome)) for how, outcome in readings.items()}
     return {"arm": arm, "seed": seed, "chunk_sizes": list(sizes), "train_s": round(seconds), "readings": outcomes}
+
+
+@torch.no_grad()
+def decoded(model: Transformer, plan: Plan, gist: GistConfig, samples: int = 32) -> tuple[float, float, float, float]:
+    """As :func:`answered`, through the cache: every document is read by itself, in another order than it is then joined in."""
+    task, starts = plan.task, np.ones(plan.task.vocab_size, bool)
+    gists = range(task.gist_ids, task.gist_ids + 4)
+    decoder = Decoder(model.eval(), gist, gists, starts, link_ids=task.part_links)
+    draw, one, two, loss = np.random.default_rng([model.build.seed, 9]), [], [], 0.0
+    for _ in range(samples):
+        batch = task.batch(draw, 1, gist)
+        raw = batch.ids[0][(batch.layout.level[0] < 0) & (batch.layout.role[0] == Role.PART)].tolist()
+        parts = [decoder.read_part(raw[at : at + task.document]) for at in reversed(range(0, task.context, task.document))]
+        sequence = decoder.join(parts[::-1])
+        answers = torch.zeros_like(batch.ids)
+        for place in range(batch.ids.shape[1] - task.questions, batch.ids.shape[1]):
+            decoder.read_suffix(sequence, [int(batch.ids[0, place])])
+            answers[0, place] = sequence.logits.argmax()
+            loss -= float(sequence.logits.log_softmax(-1)[batch.labels[0, place]])
+        right = task.score(batch, answers)
+        one.append(right[0])
+        two.append(right[1])
+    mean = lambda found: torch.cat(found).float().mean().item()
+    return mean(one), mean(two), loss / (samples * task.questions), 0.0
 
 
 def table(directory: Path) -> Iterator[str]:
