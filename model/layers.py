@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from unfold.model.config import ModelConfig
+from unfold.model.gist.parts import turning
 from unfold.model.parallel.context import ContextParallel
 from unfold.model.parallel.tensor import Alone, ColumnLinear, Group, RowLinear, copy_to_group
 from unfold.model.recompute import Again, Recompute
@@ -166,20 +167,15 @@ class Rotary:
     def turning(cls, here: Tensor, there: Tensor, config: ModelConfig, dtype: torch.dtype) -> Rotary:
         """What turns keys that were rotated for the positions ``here`` into those of the positions ``there``, both [n] int64.
 
-        The quotient of their factors, as complex numbers: so it undoes exactly what was applied, rounding of the angles included,
-        whatever the frequencies and their magnitude are.
-
         Args:
-            dtype: of the keys; factors are of at least fp32.
+            dtype: of the keys.
 
         Returns:
             Factors of shape [n, head_dim / 2], for keys [.., n, head_dim].
         """
-        a, b = (cls.of(position[None], config, dtype) for position in (here, there))
-        cos, sin, to_cos, to_sin = (x[0, :, 0].double() for x in (a.cos, a.sin, b.cos, b.sin))
-        square = cos.square() + sin.square()
-        wide = torch.promote_types(dtype, torch.float32)
-        return cls(((to_cos * cos + to_sin * sin) / square).to(wide), ((to_sin * cos - to_cos * sin) / square).to(wide))
+        factors = [cls.of(position[None], config, dtype) for position in (here, there)]
+        pairs = [(f.cos[0, :, 0], f.sin[0, :, 0]) for f in factors]
+        return cls(*turning(*pairs, torch.promote_types(dtype, torch.float32)))
 
     def apply(self, x: Tensor) -> Tensor:
         """[B, T, H, D] -> same: the first half of a head is rotated against its second half (Hugging Face's convention)."""

@@ -26,7 +26,7 @@ _PUBLIC = {
     "MicroBatch": "model.visibility",
     "Decoder": "model.decode.generation",
     "Sampling": "model.decode.generation",
-    "Part": "model.decode.parts",
+    "Part": "model.gist.parts",
     "PartStore": "model.decode.store",
 }
 __all__ = sorted(_PUBLIC)

@@ -36,7 +36,7 @@ class Rows:
     ):
         held = torch.device("cpu") if on_host else device
         self.buffer = Growable([2, kv_heads, 0, head_dim], 2, dtype, held, pinned=on_host and device.type == "cuda")
-        self.reads, self.device = reads, device
+        self.reads, self.device, self.on_host = reads, device, on_host
 
     def append(self, k: Tensor, v: Tensor) -> None:
         """k, v: [n, Hkv, D]"""

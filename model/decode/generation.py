@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from unfold.model.decode.cache import CachedJoinedOutline, CachedOutline, SequenceCache
-from unfold.model.decode.parts import Identity, Part, check, join
+from unfold.model.decode.parts import identity_of, join, part_of
 from unfold.model.decode.prefill import PrefillAttention
 from unfold.model.decode.step import NewTokens, StepAttention
 from unfold.model.gist import GistConfig, select_rule
 from unfold.model.gist.growing import Feed, GistPlacement, Sight, raw_feed
+from unfold.model.gist.parts import Identity, Part, check_parts
 from unfold.model.transformer import Transformer
 
 PREFILL = 1024  # interleaved tokens read at a time: bounds the memory of a prefill
@@ -113,7 +114,8 @@ class Decoder:
     @cached_property
     def identity(self) -> Identity:
         """Of this model and tokenizer; only the parts that they read can be joined here. Needs gists."""
-        return Identity.of(self.model, self.model.config, self.gist, self.gist_ids, self.word_starts)
+        own = self.gist_ids[: self.gist.levels]
+        return identity_of(self.model, self.model.config, self.gist, own, self.word_starts)
 
     def read_part(self, tokens: Sequence[int]) -> Part:
         """Read a document by itself, closed, to be joined with others by :meth:`join`.
@@ -127,8 +129,7 @@ class Decoder:
             raise ValueError("document: has no token; leave it out")
         sequence = self.start()
         self.read_context(sequence, tokens)
-        part = Part.of(self.identity, sequence.ids, sequence.level, sequence.cache)
-        return part.to(self.device, self.raw_on_host)
+        return part_of(self.identity, tokens, sequence.cache).to(self.device, self.raw_on_host)
 
     @torch.no_grad()
     def join(self, parts: Sequence[Part], prefix: Sequence[int] = ()) -> LiveSequence:
@@ -147,15 +148,8 @@ class Decoder:
         if self.gist is None or self.grow:
             need = "no grow" if self.gist else "a model with gists"
             raise ValueError(f"parts: need {need}; they are read with gists, and what follows them gets none")
-        for number, part in enumerate(parts):
-            check(self.identity, part.identity, f"number {number}")
         links = [link for _ in parts for link in self.link_ids]
-        length, most = len(prefix) + sum(part.raw for part in parts) + len(links), self.model.config.max_position
-        if length > most:
-            raise ValueError(
-                f"parts: {len(parts)} of them take {length} positions with prefix and links, but the model is meant for {most} "
-                "(max_position); join fewer"
-            )
+        check_parts(self.identity, parts, len(prefix) + len(links), self.model.config.max_position, "max_position")
         outline = CachedJoinedOutline(self.gist, len(prefix), [part.shape for part in parts], len(self.link_ids))
         sequence = self._sequence(outline)
         self._check_tokens(prefix)
@@ -163,9 +157,10 @@ class Decoder:
             end = min(start + PREFILL, len(prefix))
             self._read_raw(sequence, prefix[start:end], outline.prefix_sight(start, end))
         for part in parts:
-            sequence.ids += part.ids
-            sequence.level += part.level
-            sequence.recalls += [self.gist.recall == "all" and level < 0 for level in part.level]
+            level, raw = part.shape.level.tolist(), iter(part.ids)
+            sequence.level += level
+            sequence.ids += [next(raw) if l < 0 else self.gist_ids[l] for l in level]
+            sequence.recalls += [self.gist.recall == "all" and l < 0 for l in level]
         if parts:
             join(sequence.cache, parts, self.model.config)
         for start in range(0, len(links), PREFILL):

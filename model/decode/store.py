@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from unfold.model.decode.generation import Decoder
-from unfold.model.decode.parts import Part
+from unfold.model.gist.parts import Part
 
 LIMIT = 4 << 30
 NAME = re.compile(r"[0-9a-f]{64}\.safetensors")

@@ -9,17 +9,13 @@ suffix see one range of each segment and the first so many raw tokens, as every 
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from unfold.model.gist.growing import Folding, Outline, Sight
-
-BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-DIGESTED = 1 << 22  # numbers at a time
 
 
 @dataclass(frozen=True)
@@ -28,7 +24,7 @@ class PartShape:
 
     Attributes:
         counts: items of each segment, those of the top level first, raw tokens last.
-        ends: of each segment of gists, how many items of the segment below stand before each gist: [gists] int64.
+        ends: of each segment of gists, how many items of the segment below stand before each gist: [gists] int64, on the CPU.
     """
 
     counts: tuple[int, ...]
@@ -37,7 +33,7 @@ class PartShape:
     @classmethod
     def of(cls, outline: Outline) -> PartShape:
         """Of a text as it stands."""
-        return cls(tuple(outline.counts), tuple(ends.clone() for ends in outline.borders))
+        return cls(tuple(outline.counts), tuple(ends.to("cpu", copy=True) for ends in outline.borders))
 
     @property
     def raw(self) -> int:
@@ -47,21 +43,17 @@ class PartShape:
     def positions(self, segment: int) -> Tensor:
         """[items] int64, rotary positions in the part: a gist has that of the raw token before it."""
         if segment == len(self.ends):
-            return torch.arange(self.raw, device=self.ends[0].device)
+            return torch.arange(self.raw)
         return self.positions(segment + 1)[self.ends[segment] - 1]
 
-
-def digest(weights: Iterable[tuple[str, Tensor]]) -> str:
-    """A fingerprint of named tensors in which every bit counts, computed where they lie."""
-    total = hashlib.sha256()
-    for name, weight in weights:
-        bits = weight.detach().contiguous().view(BITS[weight.element_size()]).flatten()
-        sums = [torch.zeros(2, dtype=torch.int64, device=bits.device)]
-        for run in bits.split(DIGESTED):  # sums of the bits, plain and weighted by place
-            run = run.long()
-            sums.append(torch.stack([run.sum(), (run * torch.arange(1, len(run) + 1, device=run.device)).sum()]))
-        total.update(f"{name} {tuple(weight.shape)} {weight.dtype} {torch.stack(sums).tolist()}".encode())
-    return total.hexdigest()
+    @property
+    def level(self) -> Tensor:
+        """[tokens] int64, the levels of its tokens in their order; -1 is raw."""
+        levels = len(self.ends)
+        # A gist follows the raw token whose position it shares, and one of a higher level what it closed.
+        own = [torch.full((count,), levels - 1 - s) for s, count in enumerate(self.counts)]
+        place = [self.positions(s) * (levels + 1) + level for s, level in enumerate(own)]
+        return torch.cat(own)[torch.cat(place).argsort()]
 
 
 class JoinedOutline(Outline):
@@ -100,12 +92,20 @@ class JoinedOutline(Outline):
         # Windows do not reach into a part: of the levels below the top, links and suffix alone.
         self.floor = torch.tensor([0, *self.counts[1:]], dtype=torch.int64, device=device)
 
-    def order(self, shapes: Sequence[PartShape], segment: int) -> list[tuple[int, int, int]]:
-        """Which items of which part make up a segment, in order: (part, first, last)."""
-        if segment < self.levels:
-            return [(i, 0, shape.counts[segment]) for i, shape in enumerate(shapes)]
-        heads = [(i, 0, sinks) for i, sinks in enumerate(self.sinks)]
-        return heads + [(i, sinks, shape.raw) for i, (shape, sinks) in enumerate(zip(shapes, self.sinks))]
+    def gather(self, shapes: Sequence[PartShape], segment: int) -> tuple[list[tuple[int, slice]], Tensor, Tensor]:
+        """Which items of which part make up a segment, (part, its items) in order; their positions in the part, and here.
+
+        Both positions are [items] int64; on the CPU, as the shapes are.
+        """
+        order = [(i, slice(0, shape.counts[segment])) for i, shape in enumerate(shapes)]
+        if segment == self.levels:
+            order = [(i, slice(0, sinks)) for i, sinks in enumerate(self.sinks)]
+            order += [(i, slice(sinks, shape.raw)) for i, (shape, sinks) in enumerate(zip(shapes, self.sinks))]
+        order = [(i, items) for i, items in order if items.stop > items.start]
+        positions = [shapes[i].positions(segment)[items] for i, items in order]
+        none = torch.zeros(0, dtype=torch.int64)
+        there = [at + self.offsets[i] for at, (i, _) in zip(positions, order)]
+        return order, torch.cat([none, *positions]), torch.cat([none, *there])
 
     def prefix_sight(self, begin: int, end: int) -> Sight:
         """What tokens ``[begin, end)`` of the prefix see: those before them, and themselves."""

@@ -24,9 +24,10 @@ from transformers.modeling_utils import AttentionInterface
 # transformers 4.57 copies the files that this one imports, and not those that they import.
 from unfold.model.gist.growing import Sight
 from unfold.model.gist.joining import JoinedOutline
+from unfold.model.gist.parts import Identity, Part
 
 from .gist_attention import GistPass
-from .gist_parts import GistPart, identity_of, join
+from .gist_parts import identity_of, join, part_of
 from .gist_sequence import GistSequence, GistSettings
 from .own_kernels import find_kernels
 
@@ -210,24 +211,24 @@ class GistForCausalLM:
         )
         return result.to_tuple() if return_dict is False else result
 
-    def gist_identity(self) -> str:
-        """A fingerprint of the weights and of how gists are put in; only parts that were read with the same can be joined."""
+    def gist_identity(self) -> Identity:
+        """Fingerprints of the weights and of how gists are put in; only parts that were read with the same can be joined."""
         state = [(p.data_ptr(), p._version) for p in self.parameters()]
         if getattr(self, "_identity", (None,))[0] != state:
             self._identity = state, identity_of(self)
         return self._identity[1]
 
     @torch.no_grad()
-    def read_part(self, input_ids: Tensor | Sequence[int]) -> GistPart:
+    def read_part(self, input_ids: Tensor | Sequence[int]) -> Part:
         """Read a document of raw tokens, [n] or [1, n], by itself, to be joined with others by :meth:`join_parts`."""
         tokens = torch.as_tensor(input_ids).flatten().tolist()
         if not tokens:
             raise ValueError("input_ids: a part has no token; leave it out")
         ids = torch.tensor([tokens], device=self.device)
         out = self(ids, gist_query_start=len(tokens), use_cache=True, logits_to_keep=1)
-        return GistPart.of(self.gist_identity(), tokens, out[CACHE].sequences[0])
+        return part_of(self.gist_identity(), tokens, out[CACHE].sequences[0])
 
-    def join_parts(self, parts: Sequence[GistPart], prefix_ids: Tensor | Sequence[int] = ()) -> GistCache:
+    def join_parts(self, parts: Sequence[Part], prefix_ids: Tensor | Sequence[int] = ()) -> GistCache:
         """A cache of a prefix, parts in any order, and their links: the ``past_key_values`` of a question on them.
 
         generate() wants all ids: ``generate(torch.cat([cache.input_ids, question], 1), past_key_values=cache)``. For several

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 
 from unfold.model.config import TRAINING_ONLY, GistConfig
-from unfold.model.gist import growing, joining
+from unfold.model.gist import growing, joining, parts
 from unfold.model.hf.gist_sequence import GistSettings, pack_word_starts
 
 TOKENIZER_FILE = "exported_tokenizer.py"
 TOKENIZER_MAP = {"AutoTokenizer": [None, "exported_tokenizer.PreTrainedTokenizerFast"]}
 FILES = ("modeling_gist.py", "gist_attention.py", "own_kernels.py", "gist_sequence.py", "gist_parts.py")
-SHARED = (growing, joining)  # with generation
+SHARED = (growing, joining, parts)  # with generation
 
 
 def remote_code_files() -> dict[str, str]:

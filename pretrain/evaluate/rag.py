@@ -99,7 +99,7 @@ class LinkedReader(Reader):
         with self.recorder.reading():
             sequence = self.decoder.join(parts, prompt.prefix)
             self.decoder.read_suffix(sequence, prompt.question)
-        reused = sum(len(part.ids) for part in parts)
+        reused = sum(map(len, parts))
         return Answer(self.write(sequence, most), len(sequence.ids) - reused, reused, seconds)
 
 

@@ -24,7 +24,7 @@ import torch
 
 from unfold.model.config import GistConfig, ModelConfig
 from unfold.model.decode.generation import Decoder, Sampling
-from unfold.model.decode.parts import Part
+from unfold.model.gist.parts import Part
 from unfold.model.transformer import build_model
 
 WORDS = 500  # ids from here on are gists and links

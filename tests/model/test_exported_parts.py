@@ -10,7 +10,7 @@ from tests.model import gist_exports
 from tests.model.gist_exports import GISTS, LLAMA, STARTS, load, make_model, text, write_export
 from unfold.model.config import GistConfig, RopeScaling
 from unfold.model.decode.generation import Decoder, Sampling
-from unfold.model.hf.gist_parts import GistPart
+from unfold.model.gist.parts import Part
 
 YARN = RopeScaling("yarn", factor=4.0, original_max_position=64, attention_factor=1.3)
 SHAPES = {
@@ -71,8 +71,8 @@ def test_saved_loaded_and_refused(build, tmp_path):
     _, model = both(build, tmp_path, "llama")
     part, path = model.read_part(text(30)), tmp_path / "a.safetensors"
     part.save(path)
-    again = GistPart.load(path, model)
-    assert again.identity == part.identity and again.input_ids == part.input_ids and again.shape.counts == part.shape.counts
+    again = Part.load(path, model.gist_identity())
+    assert again.identity == part.identity and again.ids == part.ids and again.shape.counts == part.shape.counts
     assert all(torch.equal(a, b) for a, b in zip(again.rows, part.rows))
     with torch.no_grad():
         logits = [model(torch.tensor([text(5)]), past_key_values=model.join_parts([p])).logits for p in (part, again)]
@@ -84,9 +84,9 @@ def test_saved_loaded_and_refused(build, tmp_path):
         model.join_parts([part, part])
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[0, 0] += 1
-    for call in (lambda: model.join_parts([part]), lambda: GistPart.load(path, model)):
-        with pytest.raises(ValueError, match="^part .*: was read by another model, or with other gists"):
+    for call in (lambda: model.join_parts([part]), lambda: Part.load(path, model.gist_identity())):
+        with pytest.raises(ValueError, match="^part .*: was read by another model "):
             call()
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match="^part .*: cannot be read"):
-        GistPart.load(path, model)
+        Part.load(path, model.gist_identity())

@@ -12,8 +12,9 @@ from tests.model.decoding import GISTS, STARTS, VOCAB, text
 from unfold.model.config import GistConfig, ModelConfig, RopeScaling
 from unfold.model.decode import generation
 from unfold.model.decode.generation import Decoder, Sampling
-from unfold.model.decode.parts import Identity, Part
+from unfold.model.decode.parts import identity_of
 from unfold.model.gist import Bundle, Recall, Role, build_layout, interleave
+from unfold.model.gist.parts import Part
 from unfold.model.layers import Rotary
 from unfold.model.transformer import Transformer
 
@@ -216,7 +217,7 @@ def test_saved_and_loaded(build, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
     assert all(torch.equal(a, b) for a, b in zip(again.rows, part.rows)) and again.bytes == part.bytes
     assert all(torch.equal(a, b) for a, b in zip(again.shape.ends, part.shape.ends)) and again.shape.counts == part.shape.counts
-    assert (again.ids, again.level, again.identity, again.raw) == (part.ids, part.level, part.identity, 30)
+    assert (again.ids, again.identity, again.raw, len(again)) == (text(30), part.identity, 30, len(part))
 
 
 def test_parts_of_others_are_refused(build, tmp_path):
@@ -273,7 +274,7 @@ def test_bad_input_is_told_in_one_line(build, tmp_path):
 def test_identity_sees_every_place():
     """Weights that were exchanged have the same sum."""
     model = torch.nn.Linear(4, 4, bias=False)
-    identity = lambda: Identity.of(model, ModelConfig(VOCAB), GistConfig((4,)), GISTS, STARTS)
+    identity = lambda: identity_of(model, ModelConfig(VOCAB), GistConfig((4,)), GISTS[:1], STARTS)
     before = identity()
     with torch.no_grad():
         model.weight[0], model.weight[1] = model.weight[1].clone(), model.weight[0].clone()
@@ -293,6 +294,14 @@ def test_raw_rows_on_the_host_give_the_same(build, gist):
         tokens = list(reader.stream([joined, plain], Sampling(9)))
         written.append((tokens, joined.logits, plain.logits))
     assert written[0][0] == written[1][0]
+    if gist.recall == "suffix":  # a prefill fetches what is unfolded alone
+        values = []
+        for reader in (decoder, host):
+            sequence = reader.join([reader.read_part(text(300, n)) for n in range(2)])
+            before = sequence.cache.reads.values
+            reader.read_suffix(sequence, text(2))
+            values.append(sequence.cache.reads.values - before)
+        assert 2 * values[1] < values[0]
     assert torch.equal(written[0][1], written[1][1]) and torch.equal(written[0][2], written[1][2])
     with pytest.raises(ValueError, match="raw_cache: 'host', but a dense model"):
         Decoder(decoder.model, None, GISTS, STARTS, raw_cache="host")

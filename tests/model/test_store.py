@@ -18,7 +18,7 @@ def decoder(build):
 def test_the_least_recently_used_goes_first(decoder):
     texts = [text(40, n) for n in range(4)]
     size = decoder.read_part(texts[0]).bytes
-    assert size == 2 * 3 * 2 * 8 * 8 * len(decoder.read_part(texts[0]).ids)  # keys and values, layers, heads, dimensions, fp64
+    assert size == 2 * 3 * 2 * 8 * 8 * len(decoder.read_part(texts[0]))  # keys and values, layers, heads, dimensions, fp64
     store = PartStore(decoder, limit=int(2.5 * max(decoder.read_part(t).bytes for t in texts)))
     first = store.get(texts[0])
     assert store.get(list(texts[0])) is first and store.read == 1
