@@ -7,10 +7,12 @@ import pytest
 
 from tests.conftest import module
 from tests.pretrain.test_evaluate_scores import write
+from unfold.model.config import GistConfig
 from unfold.pretrain.command import main
 from unfold.pretrain.errors import UserError
 from unfold.pretrain.evaluate import rag
 from unfold.pretrain.evaluate.documents import Document, read_questions
+from unfold.pretrain.evaluate.subject import make_variants
 
 NQ = {
     "question": "who came?",
@@ -185,6 +187,20 @@ def test_mistakes_end_in_one_line(run_dir, tmp_path, capsys, flags, message):
     status, out, err = evaluate(capsys, "--run-dir", run_dir, "--data", data, "--output", tmp_path / "o", *flags)
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert status == 1 and out == "" and len(errors) == 1 and message in errors[0]
+
+
+def test_linked_modes_are_compared_where_there_are_links():
+    from unfold.data_prep.format.tokenizer import TokenizerInfo
+    from unfold.pretrain.command import build_parser
+
+    parse = lambda kind, *flags: build_parser().parse_args(["evaluate", kind, "--run-dir", "x", "--output", "x", *flags])
+    info = TokenizerInfo("sentencepiece", 20, (10, 11), ("<gist0>", "<gist1>"), 1, 2, 3, "x", (12, 13, 14))
+    names = lambda links, kind="rag", *flags: [
+        v.name for v in make_variants(parse(kind, "--data", "x", *flags), GistConfig((4, 2), links=links), info, "x")
+    ]
+    assert names(3) == ["dense", "forget 4,2", "recall 4,2", "linked forget 4,2", "linked recall 4,2"]
+    assert names(4) == names(3, "perplexity") == ["dense", "forget 4,2", "recall 4,2"]
+    assert names(4, "rag", "--links", "2", "--mode", "linked-recall", "dense") == ["linked recall 4,2", "dense"]
 
 
 def test_linked_documents_are_read_once(run_dir, tmp_path, capsys):
