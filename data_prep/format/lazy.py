@@ -59,6 +59,13 @@ class LazyShard:
         return self._spans.edges[first[document] : first[document + 1]].tolist()
 
     @property
+    def parts(self) -> np.ndarray:
+        """int64 [documents], how many parts each linked context has; 0 for any other document."""
+        if not self.linked:
+            return np.zeros(len(self.lengths), np.int64)
+        return np.maximum(np.diff(self._spans.first_edge) - 1, 0)
+
+    @property
     def _spans(self) -> MappedSpans:
         if self._mapped is None:
             self._mapped = MappedSpans.of(shard_path(self.prefix, SUFFIX), self._header)

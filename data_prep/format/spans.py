@@ -32,7 +32,7 @@ class Spans:
         context: int32 [documents], tokens of the context, which come first; 0 where there is none.
         counts: int32 [documents], answer ranges of each document, at least 1.
         ranges: int32 [sum of counts, 2], tokens [begin, end) of the document that are answers; ascending, apart, after the
-            context, and never the document's first token, which nothing predicts.
+            context, and never the document's first token, which nothing predicts, nor the first one after a linked context.
         edge_counts: int32 [documents], one more than the parts of a linked context; 0 of any other.
         edges: int32 [sum of edge_counts], the tokens of a linked context before the end of its prefix and of each part.
     """
@@ -90,7 +90,8 @@ class Spans:
             return f"spans of {len(self.context)} documents, but there are {len(lengths)}"
         owner = np.repeat(np.arange(len(lengths)), self.counts)
         begin, end = self.ranges[:, 0], self.ranges[:, 1]
-        bad = (begin < np.maximum(self.context[owner], 1)) | (end <= begin) | (end > lengths[owner])
+        first = np.maximum(self.context + (self.edge_counts > 0), 1)
+        bad = (begin < first[owner]) | (end <= begin) | (end > lengths[owner])
         bad[1:] |= (owner[1:] == owner[:-1]) & (begin[1:] < end[:-1])
         wrong = np.concatenate((owner[bad], np.flatnonzero((self.counts < 1) | (self.context < 0))))
         if wrong.size:
