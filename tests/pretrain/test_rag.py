@@ -7,6 +7,7 @@ import pytest
 
 from tests.conftest import module
 from tests.pretrain.test_evaluate_scores import write
+from tests.supervised import add_links, make_linked_shard
 from unfold.model.config import GistConfig
 from unfold.pretrain.command import main
 from unfold.pretrain.errors import UserError
@@ -132,10 +133,20 @@ def test_scores_of_known_answers(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def run_dir(tiny, tmp_path_factory):
+def tokenizer(tiny, tmp_path_factory):
+    return add_links(tiny, tmp_path_factory.mktemp("links") / "tokenizer")
+
+
+@pytest.fixture(scope="module")
+def run_dir(tiny, tokenizer, tmp_path_factory):
+    """A run of one step on linked documents."""
     directory = tmp_path_factory.mktemp("rag")
+    shard = str(make_linked_shard(tokenizer, directory / "shard", 12))
+    data = {"train": [shard], "valid": [], "tokenizer": str(tokenizer), "raw_tokens": 256, "shuffle_parts": True}
     sections = {"model": {"max_position": 256}, "train": {"steps": 1, "valid_every": 0}, "checkpoint": {"every": 1}}
-    module("pretrain", "train", "--config", tiny.config(directory / "c.yaml", **sections), "--run-dir", directory / "run")
+    gist = {"chunk_sizes": [4, 2], "recall": "suffix", "links": 3}
+    config = tiny.config(directory / "c.yaml", **sections, data=data, gist=gist)
+    module("pretrain", "train", "--config", config, "--run-dir", directory / "run")
     return directory / "run"
 
 
@@ -155,7 +166,8 @@ def test_rag_command(run_dir, tmp_path, capsys):
     status, out, _ = evaluate(capsys, *flags, "--documents", 2)
     assert status == 0 and "3 questions on 2 documents each" in out
     result = json.loads((tmp_path / "o" / "rag.json").read_text())
-    assert [r["name"] for r in result["results"]] == ["dense", "forget 4,2", "recall 4,2"]
+    names = [r["name"] for r in result["results"]]
+    assert names == ["dense", "forget 4,2", "recall 4,2", "linked forget 4,2", "linked recall 4,2"]
     lines = [json.loads(line) for line in (tmp_path / "o" / "predictions.jsonl").read_text().splitlines()]
     assert [line["gold"] for line in lines] == [[1], [1], [1]]
     for arm in result["results"]:
@@ -163,8 +175,8 @@ def test_rag_command(run_dir, tmp_path, capsys):
         assert arm["tokens_read"] == pytest.approx(sum(read) / 3)
         scores = [line["written"][arm["name"]]["subspan_em"] for line in lines]
         assert arm["subspan_em"] == pytest.approx(sum(scores) / 3)
-    dense, forget, _ = result["results"]
-    assert forget["tokens_read"] > dense["tokens_read"] and forget["cost"]["first_token_s"] > 0
+    dense, forget, _, _, linked = result["results"]
+    assert linked["tokens_read"] < dense["tokens_read"] + 6 < forget["tokens_read"] + 6 and forget["cost"]["first_token_s"] > 0
     assert (tmp_path / "o" / "rag.png").stat().st_size > 5000
 
 
@@ -178,7 +190,7 @@ def test_rag_command(run_dir, tmp_path, capsys):
         (["--question-template", "?"], "--question-template '?': has no {question}"),
         (["--max-new-tokens", 300], "nq.jsonl:1: its 3 documents (see --documents, --document-tokens): 3"),
         (["--mode", "dense", "--topk", 3], "--topk: sets what recall selects"),
-        (["--mode", "linked-recall"], "--mode linked-recall: documents have 5 links each (gist.links), but"),
+        (["--links", 4, "--mode", "linked-recall"], "--mode linked-recall: documents have 4 links each (gist.links), but"),
         (["--links", -1], "links"),
     ],
 )
@@ -207,7 +219,7 @@ def test_linked_documents_are_read_once(run_dir, tmp_path, capsys):
     """Two questions on the same documents in another order: the second one reads none of them."""
     again = {**NQ, "question": "who left?", "ctxs": NQ["ctxs"][::-1]}
     data = write(tmp_path / "nq.jsonl", NQ, again)
-    flags = ["--run-dir", run_dir, "--data", data, "--mode", "recall", "linked-forget", "linked-recall", "--links", 0]
+    flags = ["--run-dir", run_dir, "--data", data, "--mode", "recall", "linked-forget", "linked-recall"]
     status, out, _ = evaluate(capsys, *flags, "--max-new-tokens", 3, "--output", tmp_path / "o")
     assert status == 0 and "| linked recall 4,2 |" in out
     lines = [json.loads(line)["written"] for line in (tmp_path / "o" / "predictions.jsonl").read_text().splitlines()]
@@ -220,7 +232,7 @@ def test_linked_documents_are_read_once(run_dir, tmp_path, capsys):
     assert linked["linked"] and linked["mode"] == "recall" and linked["cost"]["first_token_s"] > 0
 
 
-def test_linked_questions_are_asked_as_they_are_learned(run_dir, tiny, tmp_path):
+def test_linked_questions_are_asked_as_they_are_learned(run_dir, tokenizer, tmp_path):
     """Prefix, parts and question are those of `tokenize-supervised --linked` of the same row, token by token."""
     from unfold.data_prep.format.shards import open_shard
     from unfold.data_prep.format.spans import Spans
@@ -229,7 +241,7 @@ def test_linked_questions_are_asked_as_they_are_learned(run_dir, tiny, tmp_path)
 
     row = {"prefix": "Be brief.", "question": "Who came?", "answer": "Ann", "documents": PLAIN["documents"]}
     data = write(tmp_path / "train.jsonl", row)
-    output = ["--tokenizer", tiny.tokenizer, "--output", tmp_path / "shard", "--no-plot"]
+    output = ["--tokenizer", tokenizer, "--output", tmp_path / "shard", "--no-plot"]
     module("data_prep", "tokenize-supervised", "--linked", "--template", "plain", "--input", data, *output)
     learned = open_shard(tmp_path / "shard").document(0).tolist()
     path = write(tmp_path / "plain.jsonl", PLAIN)
