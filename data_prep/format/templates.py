@@ -19,10 +19,10 @@ from unfold.data_prep.errors import DataError
 from unfold.data_prep.format.text import read_text
 from unfold.data_prep.format.tokenizer import CHAT_TEMPLATE_FILE, CONFIG_FILE, ControlToken, TokenizerInfo, locate, read_json
 
-CONTEXT_END, ANSWER, ANSWER_END = "\uf8f1", "\uf8f2", "\uf8f3"
+CONTEXT_END, ANSWER, ANSWER_END, PART = "\uf8f1", "\uf8f2", "\uf8f3", "\uf8f6"
 _ESCAPE, _ESCAPE_END = "\uf8f4", "\uf8f5"  # around the number of a control token that stands in a content as mere text
-MARKS = re.compile(f"([{CONTEXT_END}{ANSWER}{ANSWER_END}])")
-RESERVED = re.compile("[\uf8f1-\uf8f5]")
+MARKS = re.compile(f"([{CONTEXT_END}{ANSWER}{ANSWER_END}{PART}])")
+RESERVED = re.compile("[\uf8f1-\uf8f6]")
 SEPARATOR = "\n\n"  # between documents of a context, and between a context and the question in one message
 PLAIN = """\
 {%- for message in messages -%}
@@ -172,9 +172,17 @@ class ControlText:
         Raises:
             DataError: it holds one of the private characters that are used as marks.
         """
-        if found := RESERVED.search(content):
+        return self._pattern.sub(lambda m: f"{_ESCAPE}{self._names.index(m[0])}{_ESCAPE_END}", self.checked(content))
+
+    def checked(self, text: str) -> str:
+        """The text itself.
+
+        Raises:
+            DataError: it holds one of the private characters that are used as marks.
+        """
+        if found := RESERVED.search(text):
             raise DataError(f"holds U+{ord(found[0]):04X}, a private character that marks places here; remove it")
-        return self._pattern.sub(lambda m: f"{_ESCAPE}{self._names.index(m[0])}{_ESCAPE_END}", content)
+        return text
 
     def _restored(self, text: str) -> str:
         return re.sub(f"{_ESCAPE}(\\d+){_ESCAPE_END}", lambda m: self._names[int(m[1])], text)

@@ -113,6 +113,17 @@ def interleave(
     return Interleaved(made.ids, made.level, narrow(doc), made.position + origin, narrow(role), narrow(part))
 
 
+def without_gists(ids: np.ndarray, doc_lengths: Sequence[int], bundles: Sequence[Bundle | None] | None = None) -> Interleaved:
+    """A packed sample for a model without gists, which has no links either: arguments as for :func:`interleave`."""
+    lengths = np.asarray(doc_lengths, dtype=np.int64)
+    nothing = np.zeros(len(lengths), np.int64)
+    runs = linked_runs(ids, lengths, nothing, nothing, bundles or [None] * len(lengths), ())
+    spread = lambda x: np.repeat(x, runs.length).astype(np.int32)
+    first = np.repeat(np.cumsum(runs.length) - runs.length - runs.origin, runs.length)
+    linked = (spread(runs.role), spread(runs.part)) if bundles is not None and any(bundles) else (None, None)
+    return Interleaved(ids, np.full(len(ids), -1, np.int32), spread(runs.doc), np.arange(len(ids)) - first, *linked)
+
+
 def _fill(
     ids: np.ndarray,
     lengths: np.ndarray,

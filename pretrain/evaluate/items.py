@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from unfold.pretrain.errors import UserError
-from unfold.pretrain.evaluate.longbench import GENERAL, LONGBENCH, Kind
+from unfold.pretrain.evaluate.longbench import EVEN, GENERAL, LONGBENCH, Kind
 from unfold.pretrain.evaluate.metrics import METRICS
 from unfold.pretrain.evaluate.texts import read_rows, text_of, texts_of
 
@@ -25,6 +25,7 @@ class Item:
         answers: any of them is right (for ``match_all``: all are asked for).
         classes: of a classification.
         kind: how it is scored.
+        words: of the context, by which the data sets of LongBench-E are scored in parts; None elsewhere.
     """
 
     place: str
@@ -35,6 +36,7 @@ class Item:
     answers: tuple[str, ...]
     classes: tuple[str, ...]
     kind: Kind
+    words: int | None = None
 
 
 DOCUMENTS = "{context}\n\nAnswer the question in a few words, by the documents above.\nQuestion: {input}\nAnswer:"
@@ -75,13 +77,16 @@ def read_items(path: Path, prompts: Mapping[str, str], lengths: Mapping[str, int
 
 
 def _longbench_item(place: str, row: dict, path: Path, prompts: Mapping[str, str]) -> Item:
-    dataset = text_of(place, row, "dataset", path.stem).removesuffix("_e")
-    kind = LONGBENCH.get(dataset, GENERAL)
-    context, question = _fill(
-        place, prompts.get(dataset, kind.prompt), text_of(place, row, "context"), text_of(place, row, "input")
-    )
+    dataset = text_of(place, row, "dataset", path.stem)
+    if path.stem.endswith(EVEN) and not dataset.endswith(EVEN):
+        dataset += EVEN
+    base = dataset.removesuffix(EVEN)
+    kind = LONGBENCH.get(base, GENERAL)
+    texts = [text_of(place, row, name) for name in ("context", "input")]
+    context, question = _fill(place, prompts.get(base, kind.prompt), *texts)
     classes = () if row.get("all_classes") is None else texts_of(place, row, "all_classes")
-    item = Item(place, dataset, context, question, "", texts_of(place, row, "answers"), classes, kind)
+    words = row.get("length") if dataset.endswith(EVEN) and isinstance(row.get("length"), int) else None
+    item = Item(place, dataset, context, question, "", texts_of(place, row, "answers"), classes, kind, words)
     if kind.metrics[0].name == "classification" and not classes:
         raise UserError(f"{place}: has no all_classes, among which {dataset} is classified")
     return item
@@ -129,7 +134,7 @@ def _fill(place: str, prompt: str, context: str, question: str) -> tuple[str, st
 
 def _with_choices(item: Item, lengths: Mapping[str, int], metric: str | None) -> Item:
     metrics = (METRICS[metric],) if metric else item.kind.metrics
-    tokens = lengths.get(item.dataset, item.kind.max_new_tokens)
+    tokens = lengths.get(item.dataset.removesuffix(EVEN), item.kind.max_new_tokens)
     if metrics[0].name == "retrieval" and not all(re.search(r"\d", answer) for answer in item.answers):
         raise UserError(f"{item.place}: the answers have no number, as retrieval asks for")
     return replace(item, kind=replace(item.kind, metrics=metrics, max_new_tokens=tokens))

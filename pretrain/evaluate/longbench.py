@@ -8,6 +8,8 @@ from unfold.pretrain.evaluate.metrics import FIRST_LINE, METRICS, Metric, String
 
 QUESTION_ANSWERING = "{context}\n\nAnswer the question on the text above in a few words.\nQuestion: {input}\nAnswer:"
 QUESTION_ANSWERING_ZH = "{context}\n\n请根据上文简短回答问题。\n问题：{input}\n答案："
+EVEN = "_e"  # ends the names of LongBench-E's data sets, whose contexts are spread evenly over three ranges of length
+RANGES = (("0-4k", 4000), ("4-8k", 8000), ("8k+", None))  # below so many words
 SUMMARY = "{context}\n\nSummarize the text above. {input}\nSummary:"
 CONTINUE = "{context}{input}"
 
@@ -60,3 +62,8 @@ LONGBENCH = {
     "repobench-p": _kind("code_similarity", 64, CONTINUE, chat=False),
 }
 GENERAL = _kind("f1", 64, QUESTION_ANSWERING)
+
+
+def length_range(words: int) -> str:
+    """The range of LongBench-E that a context of so many words falls in."""
+    return next(name for name, below in RANGES if below is None or words < below)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import statistics
 import time
 from argparse import ArgumentParser, Namespace
@@ -11,20 +10,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from unfold.pretrain.data.chat import add_chat_arguments, shown_parts
+from unfold.data_prep.format.documents import DocumentTemplate
+from unfold.data_prep.format.text import spelled
+from unfold.pretrain.data.chat import add_chat_arguments, put_question, shown_parts
 from unfold.pretrain.errors import UserError
 from unfold.pretrain.evaluate.answering import Reader
-from unfold.pretrain.evaluate.documents import Document, DocumentQuestion, read_questions
+from unfold.pretrain.evaluate.documents import DocumentQuestion, read_questions
 from unfold.pretrain.evaluate.metrics import METRICS, Metric
 from unfold.pretrain.evaluate.output import bar_chart, cost_table, make_output, table, write_json
 from unfold.pretrain.evaluate.subject import Subject, Variant, add_subject_arguments, load_subject
 from unfold.pretrain.evaluate.tasks import TOTAL
 from unfold.pretrain.parts import add_raw_cache_argument
 
+# Of a text that is no chat. In a chat nothing introduces the documents but a system message, and the question is put as it is.
 INTRODUCTION = "Answer the question by the documents.\n\n"
-DOCUMENT = "{title}\n{text}\n\n"
-QUESTION = "Question: {question}\nAnswer:"
-FIELD = re.compile(r"\{(\w+)\}")
+QUESTION = "\nQuestion: {question}\nAnswer:"
 SUBSPAN = Metric("subspan_em", METRICS["contains"].score)  # the best over the answers: 'best-subspan exact match'
 SCORES = (SUBSPAN, METRICS["f1"])
 READ = {"tokens_read": "tokens read", "tokens_reused": "reused", "documents_s": "seconds to read documents"}
@@ -118,11 +118,20 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--documents", type=int, metavar="N", help="of each question at most; gold ones stay (default: all)")
     parser.add_argument("--document-tokens", type=int, metavar="N", help="cut longer documents (default: as they are)")
     parser.add_argument("--gold-at", type=int, metavar="N", help="place of the gold document, 0 the first (default: as it is)")
-    parser.add_argument("--introduction", default=INTRODUCTION, metavar="TEXT", help="stands before the documents")
+    parser.add_argument("--introduction", type=spelled, metavar="TEXT", help="stands before the documents (with --chat: nothing)")
     parser.add_argument(
-        "--document-template", default=DOCUMENT, metavar="TEXT", help="with {text} and, if you like, {title}, {number} (from 1)"
+        "--document-template",
+        type=spelled,
+        default="",
+        metavar="TEXT",
+        help="of {title} and {text}, as for tokenize-supervised (default: '{title}\\n{text}\\n', or '{text}\\n')",
     )
-    parser.add_argument("--question-template", default=QUESTION, metavar="TEXT", help="with {question}; follows the documents")
+    parser.add_argument(
+        "--question-template",
+        type=spelled,
+        metavar="TEXT",
+        help="follows the documents (default: '\\nQuestion: {question}\\nAnswer:'; with --chat: '{question}')",
+    )
     parser.add_argument("--max-new-tokens", type=int, default=32, metavar="N", help="longest answer (default 32)")
     parser.add_argument("--limit", type=int, metavar="N", help="questions of each file at most (default: all)")
     add_chat_arguments(parser)
@@ -176,16 +185,12 @@ def _check(args: Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} {value}: is below {least}")
-    templates = {
-        "--document-template": (args.document_template, "text", ("text", "title", "number")),
-        "--question-template": (args.question_template, "question", ("question",)),
-    }
-    for flag, (template, needed, known) in templates.items():
-        fields = FIELD.findall(template)
-        if needed not in fields:
-            raise UserError(f"{flag} {template!r}: has no {{{needed}}}")
-        if unknown := next((name for name in fields if name not in known), None):
-            raise UserError(f"{flag} {template!r}: names {{{unknown}}}; it may name {', '.join(f'{{{name}}}' for name in known)}")
+    if args.question_template is not None and "{question}" not in args.question_template:
+        raise UserError(f"--question-template {args.question_template!r}: has no {{question}}")
+    try:
+        DocumentTemplate(args.document_template)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def _counted(prompts: Sequence[RagPrompt]) -> str:
@@ -199,26 +204,23 @@ def make_prompt(subject: Subject, item: DocumentQuestion, args: Namespace) -> Ra
     Raises:
         UserError: the question and its documents are too long for the model, or the chat template does not take it.
     """
-    question = FIELD.sub(lambda _: item.question, args.question_template)
+    chat = subject.chat
+    introduction = args.introduction if args.introduction is not None else "" if chat else INTRODUCTION
+    question = (args.question_template or ("{question}" if chat else QUESTION)).replace("{question}", item.question)
     try:
-        prefix, asked = subject.prompt(args.introduction, question)
-    except UserError as error:
+        prefix, asked = put_question(subject.encode, chat, introduction, question)
+        template = DocumentTemplate(args.document_template)
+        documents = [{"title": document.title, "text": document.text} for document in item.documents]
+        texts = [template.render(d, f"document {n} of {len(documents)}") for n, d in enumerate(documents, 1)]
+    except (UserError, ValueError) as error:
         raise UserError(f"{item.place}: {error}") from None
-    encode = subject.chat.encode if subject.chat else subject.encode
-    parts = [encode(fill(args.document_template, n, d))[: args.document_tokens] for n, d in enumerate(item.documents, 1)]
+    encode = chat.encode if chat else subject.encode
+    parts = [encode(text)[: args.document_tokens] for text in texts]
     prompt = RagPrompt(item, prefix, parts, asked)
     links = max((variant.gist.links for variant in subject.variants if variant.linked), default=0) * len(parts)
     length = len(prompt.context) + links + len(asked) + args.max_new_tokens
     subject.check_length(length, f"{item.place}: its {len(parts)} documents (see --documents, --document-tokens)")
     return prompt
-
-
-def fill(template: str, number: int, document: Document) -> str:
-    """A document's text. Without a title, the line that would hold nothing else is left out."""
-    if not document.title:
-        template = template.replace("{title}\n", "", 1)
-    fields = {"number": str(number), "title": document.title, "text": document.text}
-    return FIELD.sub(lambda found: fields[found[1]], template)
 
 
 def scores(item: DocumentQuestion, text: str) -> dict[str, float]:

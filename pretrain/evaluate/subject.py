@@ -132,9 +132,7 @@ class Subject:
         tokenizer, gist = self.tokenizer, variant.recalling("suffix")
         links = tokenizer.link_ids[: gist.links] if variant.linked else ()
         raw_cache = self.raw_cache if gist else "device"  # a dense step reads every raw token
-        return Decoder(
-            self.model, gist, tokenizer.reserved_ids, tokenizer.word_starts, link_ids=links, raw_cache=raw_cache
-        )
+        return Decoder(self.model, gist, tokenizer.reserved_ids, tokenizer.word_starts, link_ids=links, raw_cache=raw_cache)
 
     def check_length(self, length: int, flag: str) -> None:
         """Raises UserError when a sequence of so many raw tokens is longer than the model is meant for."""
@@ -279,7 +277,7 @@ def _import(args: Namespace, output: Path, levels: int) -> Path:
 
     levels = levels if args.tokenizer else max(4, levels)  # of one that is made now, as many as import makes
     others = {"tokenizer": args.tokenizer, "gist_rows": None, "dtype": None}
-    return import_model(Namespace(input=args.model, output=output, chunk_sizes="", gist_levels=levels, **others))
+    return import_model(Namespace(input=args.model, output=output, chunk_sizes="", gist_levels=levels, links=0, **others))
 
 
 def _loaded(name: str, found, variants: tuple[Variant, ...], args: Namespace) -> Subject:

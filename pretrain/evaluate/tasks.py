@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from unfold.pretrain.data.chat import add_chat_arguments
 from unfold.pretrain.errors import UserError
 from unfold.pretrain.evaluate.answering import Reader, show_prompts
+from unfold.pretrain.evaluate.longbench import RANGES, length_range
 from unfold.pretrain.evaluate.metrics import METRICS
 from unfold.pretrain.evaluate.output import bar_chart, cost_table, make_output, table, write_json
 from unfold.pretrain.evaluate.subject import Subject, add_subject_arguments, load_subject
@@ -173,7 +174,19 @@ def summary(prompts: Sequence[Prompt], answers: Sequence[str]) -> dict:
         means = {metric: statistics.fmean(values[metric] for _, values in several if metric in values) for metric in metrics}
         truncated = sum(bool(prompt.left_out) for prompt, _ in several)
         datasets[name] = {"score": means[metrics[0]], "metrics": means, "questions": len(several), "truncated": truncated}
+        if parts := _by_length(several):
+            datasets[name]["by_length"] = parts
     return {"score": statistics.fmean(entry["score"] for entry in datasets.values()), "datasets": datasets}
+
+
+def _by_length(several: Sequence[tuple[Prompt, dict[str, float]]]) -> dict[str, dict]:
+    """Scores of the ranges of length, where a data set is scored by them (LongBench-E)."""
+    found: dict[str, list[float]] = {}
+    for prompt, values in several:
+        if prompt.item.words is not None:
+            found.setdefault(length_range(prompt.item.words), []).append(next(iter(values.values())))
+    scored = [(name, found[name]) for name, _ in RANGES if name in found]
+    return {name: {"score": statistics.fmean(values), "questions": len(values)} for name, values in scored}
 
 
 def write_predictions(path: Path, prompts: Sequence[Prompt], answers: dict[str, list[str]]) -> None:
@@ -201,5 +214,8 @@ def rows(results: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
         for metric in entry["metrics"]:
             figures = [f"{r['datasets'][name]['metrics'][metric]:.2f}" for r in results]
             body.append([name, metric, str(entry["questions"]), str(entry["truncated"]), *figures])
+        for part, of_part in entry.get("by_length", {}).items():
+            figures = [f"{r['datasets'][name]['by_length'][part]['score']:.2f}" for r in results]
+            body.append([f"{name} {part}", next(iter(entry["metrics"])), str(of_part["questions"]), "", *figures])
     totals = [f"{r['score']:.2f}" for r in results]
     return head, [*body, [TOTAL, "", "", "", *totals]]

@@ -122,7 +122,8 @@ def test_longbench_layout(tmp_path):
     assert (first.place, first.dataset, first.kind.max_new_tokens) == (f"{path}:1", "hotpotqa", 32)
     assert first.context == LONGBENCH["context"]  # what the context holds is no mark of the prompt
     assert first.question.endswith("Question: Who?\nAnswer:")
-    assert (second.place, second.dataset, second.kind.max_new_tokens) == (f"{path}:3", "gov_report", 7)
+    assert (second.place, second.dataset, second.kind.max_new_tokens) == (f"{path}:3", "gov_report_e", 7)
+    assert (first.words, second.words) == (None, 3)
     assert second.kind.metrics[0].name == "rouge_l"
     given = read(path, prompts={"hotpotqa": "Read {context} and say: {input} Say"})[0]
     assert given.context == "Read " + LONGBENCH["context"] and given.question == " and say: Who? Say"
@@ -229,6 +230,18 @@ def test_means_of_a_known_model(tmp_path):
     assert body[0] == ["hotpotqa", "f1", "2", "1", "70.00"] and body[-1][-1] == "35.00"
     lines = list(table(head, body))
     assert len({len(line) for line in lines}) == 1 and len(lines) == len(body) + 2
+
+
+def test_longbench_e_is_scored_by_length(tmp_path):
+    rows = [{**LONGBENCH, "length": length, "answers": [who]} for length, who in ((3999, "Ann"), (10, "Bob"), (8000, "Ann"))]
+    items = read(write(tmp_path / "hotpotqa_e.jsonl", *rows))
+    result = tasks.summary([tasks.Prompt(item, [1], [1], 0) for item in items], ["Ann"] * 3)
+    entry = result["datasets"]["hotpotqa_e"]
+    assert entry["by_length"] == {"0-4k": {"score": 50, "questions": 2}, "8k+": {"score": 100, "questions": 1}}
+    assert entry["score"] == pytest.approx(200 / 3)
+    _, body = tasks.rows([{"name": "dense", **result}])
+    assert [row[0] for row in body] == ["hotpotqa_e", "hotpotqa_e 0-4k", "hotpotqa_e 8k+", "mean of data sets"]
+    assert body[1] == ["hotpotqa_e 0-4k", "f1", "2", "", "50.00"]
 
 
 class Oracle:
