@@ -162,8 +162,8 @@ def _from_run(args: Namespace, prompts: list[str]) -> Iterator[tuple[int, str]]:
                 first = decoder.join([store.get(tokens) for tokens in documents], put[0][0])
         else:
             first = decoder.start()
-        if context is not None and not texts:
-            decoder.read_context(first, put[0][0])
+            if context is not None:
+                decoder.read_context(first, put[0][0])
         # The context is read once, whatever the number of questions.
         sequences = [first, *(copy.deepcopy(first) for _ in prompts[1:])]
         for sequence, (_, question) in zip(sequences, put):
