@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from unfold.data_prep.format.text import encodable, read_text
-from unfold.pretrain.data.chat import add_chat_arguments, load_chat, put_question, shown_prompt
+from unfold.pretrain.data.chat import add_chat_arguments, load_bos, load_chat, put_question, shown_prompt
 from unfold.pretrain.errors import UserError
 from unfold.pretrain.parts import add_document_arguments, check_documents, link_ids_of, open_store, refused, shown_documents
 
@@ -127,10 +127,10 @@ def _from_run(args: Namespace, prompts: list[str]) -> Iterator[tuple[int, str]]:
     run = find_run(args.run_dir, args.step)
     info, tokenizer = run.tokenizer, run.tokenizer.tokenizer()
     encode: Callable[[str], list[int]] = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
-    chat = load_chat(args, info)
+    chat, bos = load_chat(args, info), load_bos(args, info)
     # Of each prompt (context, question); the context, with what a template writes before it, is the same for all.
-    put = [put_question(encode, chat, context, prompt) for prompt in prompts]
-    if not all(question for _, question in put):
+    put = [put_question(encode, chat, bos, context, prompt) for prompt in prompts]
+    if not all(encode(prompt) for prompt in prompts):
         raise UserError(f"{'--prompt' if args.prompt else '--prompt-file'}: has no token; give some text")
     documents = [encode(text) for text in texts]
     if args.show_prompt:
@@ -193,8 +193,9 @@ def _from_export(args: Namespace, prompts: list[str]) -> Iterator[tuple[int, str
 
     tokenizer = AutoTokenizer.from_pretrained(directory)
     encode: Callable[[str], list[int]] = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
-    chat = load_chat(args, _tokenizer_of_export(directory, tokenizer))
-    put = [put_question(encode, chat, None, prompt)[1] for prompt in prompts]
+    info = _tokenizer_of_export(directory, tokenizer)
+    chat, bos = load_chat(args, info), load_bos(args, info)
+    put = [put_question(encode, chat, bos, None, prompt)[1] for prompt in prompts]
     if args.show_prompt:
         show = lambda ids: tokenizer.decode(ids, skip_special_tokens=False)
         yield from ((n, "\n".join(shown_prompt(show, (), ids, "is read without gists"))) for n, ids in enumerate(put))

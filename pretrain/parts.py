@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from unfold.model.config import GistConfig
+from unfold.pretrain.data.chat import shown_parts
 from unfold.pretrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -105,8 +106,5 @@ def shown_documents(
     """Lines for people: what is read, in its parts. decode: ids to text, control tokens by name."""
     kinds = [("prefix", prefix, "as it is; documents do not see it")]
     kinds += [(f"document {i}", ids, "by itself, once; folded and closed") for i, ids in enumerate(documents, 1)]
-    for name, ids, how in [*kinds, ("question", question, "recalls among all documents")]:
-        if ids:
-            yield f"[{name}: {len(ids):,} tokens; {how}]"
-            yield decode(ids)
-    yield "[answer]"
+    kinds.append(("question", question, "recalls among all documents"))
+    yield from shown_parts(decode, [kind for kind in kinds if kind[1]])

@@ -34,6 +34,11 @@ def add_chat_arguments(parser: ArgumentParser) -> None:
         help="put questions as a user's message of the tokenizer's chat template; a FILE.jinja, or 'plain', is taken instead",
     )
     parser.add_argument("--system", metavar="TEXT", help="with --chat: the system message (default: what the template says)")
+    parser.add_argument(
+        "--bos",
+        action="store_true",
+        help="begin what no template writes with the beginning-of-text token (default: nothing)",
+    )
     parser.add_argument("--show-prompt", action="store_true", help="print what would be read, and which part is folded; then end")
 
 
@@ -47,6 +52,15 @@ def load_chat(args: Namespace, tokenizer: RunTokenizer) -> Chat | None:
     if system is not None and not chat:
         raise UserError("--system: needs --chat; a text that is no chat has no system message")
     return Chat(tokenizer, None if chat == OWN else chat, system) if chat else None
+
+
+def load_bos(args: Namespace, tokenizer: RunTokenizer) -> tuple[int, ...]:
+    """What begins a text that no template writes. Raises UserError where --bos asks for a token that there is not."""
+    if not vars(args).get("bos"):
+        return ()
+    if tokenizer.bos_id is None:
+        raise UserError("--bos: the tokenizer has no beginning-of-text token; leave it out")
+    return (tokenizer.bos_id,)
 
 
 class Chat:
@@ -125,15 +139,18 @@ class Chat:
 
 
 def put_question(
-    encode: Callable[[str], list[int]], chat: Chat | None, context: str | None, question: str
+    encode: Callable[[str], list[int]], chat: Chat | None, bos: Sequence[int], context: str | None, question: str
 ) -> tuple[list[int], list[int]]:
     """Context and question of a user as :meth:`Chat.prompt` gives them; without a chat, each as it is.
 
-    encode: text to ids.
+    Args:
+        encode: text to ids.
+        bos: begins what is read without a chat.
+        context: None: there is none, and all is question.
     """
     if chat:
         return chat.prompt(context, question, separator=SEPARATOR)
-    return [] if context is None else encode(context), encode(question)
+    return ([], [*bos, *encode(question)]) if context is None else ([*bos, *encode(context)], encode(question))
 
 
 def shown_prompt(

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from unfold.data_prep.format.documents import DocumentTemplate
+from unfold.data_prep.format.templates import SEPARATOR
 from unfold.data_prep.format.text import spelled
-from unfold.pretrain.data.chat import add_chat_arguments, put_question, shown_parts
+from unfold.pretrain.data.chat import add_chat_arguments, shown_parts
 from unfold.pretrain.errors import UserError
 from unfold.pretrain.evaluate.answering import Reader
 from unfold.pretrain.evaluate.documents import DocumentQuestion, read_questions
@@ -210,7 +211,7 @@ def make_prompt(subject: Subject, item: DocumentQuestion, args: Namespace) -> Ra
     introduction = args.introduction if args.introduction is not None else "" if chat else INTRODUCTION
     question = (args.question_template or ("{question}" if chat else QUESTION)).replace("{question}", item.question)
     try:
-        prefix, asked = put_question(subject.encode, chat, introduction, question)
+        prefix, asked = subject.prompt(introduction, question, separator=SEPARATOR)
         template = DocumentTemplate(args.document_template)
         documents = [{"title": document.title, "text": document.text} for document in item.documents]
         texts = [template.render(d, f"document {n} of {len(documents)}") for n, d in enumerate(documents, 1)]

@@ -74,6 +74,7 @@ class Subject:
         variants: of which results stand side by side.
         raw_tokens: raw tokens of a training sample.
         chat: how questions are put; None: as they are.
+        bos: begins what is read without a chat template.
         raw_cache: where keys and values of raw tokens are kept while answering with gists: device or host.
     """
 
@@ -84,6 +85,7 @@ class Subject:
     raw_tokens: int
     chat: Chat | None = None
     raw_cache: str = "device"
+    bos: tuple[int, ...] = ()
 
     @property
     def max_position(self) -> int:
@@ -105,20 +107,23 @@ class Subject:
         """The text of ids, control tokens by name."""
         return self._codec.decode(list(ids), skip_special_tokens=False)
 
-    def prompt(self, context: str, question: str, opening: str = "", chat: bool = True) -> tuple[list[int], list[int]]:
+    def prompt(
+        self, context: str, question: str, opening: str = "", chat: bool = True, separator: str = ""
+    ) -> tuple[list[int], list[int]]:
         """Ids of a context and of what follows it.
 
         Args:
             context, question: texts that follow each other.
             opening: the answer's first words.
             chat: whether a chat template is used, if there is one.
+            separator: stands between the two in a chat.
 
         Raises:
             UserError: the chat template does not take it.
         """
         if self.chat and chat:
-            return self.chat.prompt(context, question, opening)
-        return self.encode(context), self.encode(question + opening)
+            return self.chat.prompt(context, question, opening, separator)
+        return [*self.bos, *self.encode(context)], self.encode(question + opening)
 
     def continuation(self, before: str, text: str) -> list[int]:
         """Ids of ``text`` as it is written after ``before``."""
@@ -284,11 +289,11 @@ def _loaded(name: str, found, variants: tuple[Variant, ...], args: Namespace) ->
     import torch
 
     from unfold.pretrain.checkpoint.load import load_model
-    from unfold.pretrain.data.chat import load_chat
+    from unfold.pretrain.data.chat import load_bos, load_chat
 
-    chat = load_chat(args, found.tokenizer)
+    chat, bos = load_chat(args, found.tokenizer), load_bos(args, found.tokenizer)
     model = load_model(found)
     if args.dtype == "bf16":
         model = model.to(torch.bfloat16)
     raw_cache = vars(args).get("raw_cache", "device")  # commands that write no answers have no such flag
-    return Subject(name, model, found.tokenizer, variants, found.config.data.raw_tokens, chat, raw_cache)
+    return Subject(name, model, found.tokenizer, variants, found.config.data.raw_tokens, chat, raw_cache, bos)

@@ -1,7 +1,9 @@
 """Chat templates in evaluation and generation: what is read, and which part of it is folded."""
 
+import dataclasses
 import json
 import shutil
+from argparse import Namespace
 
 import pytest
 from transformers import AutoTokenizer
@@ -9,7 +11,7 @@ from transformers import AutoTokenizer
 from tests.conftest import module
 from tests.pretrain.test_evaluate_scores import LONGBENCH, RULER, write
 from unfold.pretrain.command import main
-from unfold.pretrain.data.chat import Chat
+from unfold.pretrain.data.chat import Chat, load_bos
 from unfold.pretrain.data.tokenizer import load_tokenizer
 from unfold.pretrain.errors import UserError
 
@@ -123,6 +125,19 @@ def test_a_passkey_in_a_chat(run_dir, tmp_path, capsys):
     assert out.index("There is a pass key hidden") < out.index("[question: ")
     few = ["--trials", 1, "--digits", 2, "--candidates", 3, "--mode", "forget"]
     assert command(capsys, *flags, *few)[0] == 0
+
+
+def test_texts_may_begin_with_their_token(run_dir, tokenizer, tmp_path, capsys):
+    """Where no template writes it: --bos. Context and question are the same otherwise."""
+    path = write(tmp_path / "x.jsonl", {**LONGBENCH, "dataset": "triviaqa"})
+    flags = ["evaluate", "tasks", "--run-dir", run_dir, "--tasks", path, "--output", tmp_path / "o", "--show-prompt"]
+    plain, begun, few = (command(capsys, *flags, *more)[1] for more in ([], ["--bos"], ["--bos", "--chat"]))
+    n = int(plain.split("[context: ")[1].split()[0])
+    assert begun == few == plain.replace(f"[context: {n} tokens", f"[context: {n + 1} tokens").replace("Ann came", "<s>Ann came")
+    prompt = ["generate", "--run-dir", run_dir, "--prompt", "When?", "--show-prompt", "--bos"]
+    assert "\n<s>When?\n[answer]" in command(capsys, *prompt)[1]
+    with pytest.raises(UserError, match="--bos: the tokenizer has no beginning-of-text token"):
+        load_bos(Namespace(bos=True), dataclasses.replace(tokenizer, bos_id=None))
 
 
 def test_generate_in_a_chat(run_dir, tmp_path, capsys):
