@@ -6,6 +6,7 @@ import os
 import re
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from unfold.model.decode.generation import Decoder
@@ -51,6 +52,8 @@ class PartStore:
             part = self.decoder.read_part(tokens)
             self.read += 1
             self._save(name, part)
+        if part.bytes > self.limit:
+            return part
         self._parts[name] = part
         self.bytes += part.bytes
         while self.bytes > self.limit:
@@ -69,8 +72,12 @@ class PartStore:
         if not self.directory or part.bytes > self.limit:
             return
         part.save(self.directory / f"{name}.safetensors")
-        files = [path for path in self.directory.iterdir() if NAME.fullmatch(path.name)]
-        used = sorted((path.stat().st_mtime_ns, path.stat().st_size, path) for path in files)
+        used = []
+        for path in self.directory.iterdir():
+            with suppress(FileNotFoundError):  # another process may have removed it
+                if NAME.fullmatch(path.name):
+                    used.append((path.stat().st_mtime_ns, path.stat().st_size, path))
+        used.sort()
         total = sum(size for _, size, _ in used)
         for _, size, path in used[:-1]:  # the last one is the new one
             if total <= self.limit:

@@ -26,8 +26,8 @@ from unfold.model.gist.growing import Sight
 from unfold.model.gist.joining import JoinedOutline
 from unfold.model.gist.parts import Identity, Part
 
+from .documents import identity_of, join, part_of
 from .gist_attention import GistPass
-from .gist_parts import identity_of, join, part_of
 from .gist_sequence import GistSequence, GistSettings
 from .own_kernels import find_kernels
 

@@ -15,7 +15,7 @@ from unfold.model.hf.gist_sequence import GistSettings, pack_word_starts
 
 TOKENIZER_FILE = "exported_tokenizer.py"
 TOKENIZER_MAP = {"AutoTokenizer": [None, "exported_tokenizer.PreTrainedTokenizerFast"]}
-FILES = ("modeling_gist.py", "gist_attention.py", "own_kernels.py", "gist_sequence.py", "gist_parts.py")
+FILES = ("modeling_gist.py", "gist_attention.py", "own_kernels.py", "gist_sequence.py", "documents.py")
 SHARED = (growing, joining, parts)  # with generation
 
 

@@ -84,31 +84,35 @@ def test_turned_keys_are_those_computed_in_place(kind):
         assert (turned - at(here + offset)).abs().max() <= bound * float(keys.abs().max())
 
 
-@pytest.mark.parametrize("recall", ["none", "suffix"])
 @pytest.mark.parametrize("kind", ROTARY)
-def test_every_rotary_kind(build, kind, recall):
+def test_every_rotary_kind(build, kind):
     """In fp32 and fp64; where the suffix recalls, everything is unfolded."""
-    gist = GistConfig((4, 2), recall=recall, topk=10**6)
+    texts, prefix, suffix = documents(DOCUMENTS["several"]), text(5, 7), text(9, 8)
     for dtype, bound in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
-        decoder = make(build, gist, dtype=dtype, **ROTARY[kind])
-        texts = documents(DOCUMENTS["several"])
+        decoder = make(build, GistConfig((4, 2), topk=10**6), dtype=dtype, **ROTARY[kind])
         parts = [decoder.read_part(tokens) for tokens in texts]
-        prefix, suffix = text(5, 7), text(9, 8)
-        error = by_parts(decoder, prefix, parts, suffix) - in_place(decoder, prefix, texts, suffix)
-        assert error.abs().max() < bound
+        for reader in (decoder, recalling(decoder)):
+            error = by_parts(reader, prefix, parts, suffix) - in_place(reader, prefix, texts, suffix)
+            assert error.abs().max() < bound
 
 
-@pytest.mark.parametrize("recall", ["none", "suffix"])
-@pytest.mark.parametrize("prefix,links", [(0, 0), (4, 0), (0, 5), (11, 1)])
+def recalling(decoder: Decoder, links: int = 2) -> Decoder:
+    """The same where suffixes recall; parts are the same."""
+    gist = dataclasses.replace(decoder.gist, recall="suffix")
+    return Decoder(decoder.model, gist, GISTS, STARTS, link_ids=LINKS[:links])
+
+
 @pytest.mark.parametrize("sizes,sink,n_prev", [((4,), 3, 1), ((4, 2), 3, 1), ((3, 2, 2), 2, 0), ((4, 2), 0, 2)])
 @pytest.mark.parametrize("name", DOCUMENTS)
-def test_every_shape(build, name, sizes, sink, n_prev, prefix, links, recall):
-    decoder = make(build, GistConfig(sizes, sink=sink, n_prev=n_prev, recall=recall, topk=10**6), links)
-    texts = documents(DOCUMENTS[name])
-    parts = [decoder.read_part(tokens) for tokens in texts]
-    before, suffix = text(prefix, 7), text(6, 8)
-    error = by_parts(decoder, before, parts, suffix) - in_place(decoder, before, texts, suffix)
-    assert error.abs().max() < 1e-10
+def test_every_shape(build, name, sizes, sink, n_prev):
+    decoder, texts = make(build, GistConfig(sizes, sink=sink, n_prev=n_prev, topk=10**6)), documents(DOCUMENTS[name])
+    parts, suffix = [decoder.read_part(tokens) for tokens in texts], text(6, 8)
+    for prefix, links, recall in ((0, 0, True), (4, 0, False), (0, 5, True), (11, 1, True), (2, 3, False)):
+        reader = recalling(decoder, links) if recall else decoder
+        reader.link_ids = list(LINKS[:links])
+        before = text(prefix, 7)
+        error = by_parts(reader, before, parts, suffix) - in_place(reader, before, texts, suffix)
+        assert error.abs().max() < 1e-10, (prefix, links, recall)
 
 
 OTHERS = [GistConfig((4, 2), own_group=True), GistConfig((4, 2), recall="suffix", unfold_all=True, recall_from=2)]

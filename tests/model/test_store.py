@@ -31,8 +31,10 @@ def test_the_least_recently_used_goes_first(decoder):
 
 
 def test_what_is_larger_than_the_limit_is_used_and_not_kept(decoder, tmp_path):
-    store = PartStore(decoder, 100, tmp_path)
-    assert store.get(text(40)).raw == 40 and store.bytes == 0 and not list(tmp_path.iterdir())
+    store = PartStore(decoder, decoder.read_part(text(40)).bytes, tmp_path)
+    kept = store.get(text(40))
+    assert store.get(text(80)).raw == 80 and store.read == 2 and len(list(tmp_path.iterdir())) == 1
+    assert store.get(text(40)) is kept and store.get(text(80)).raw == 80 and store.read == 3
 
 
 def test_a_directory_outlives_the_store(decoder, tmp_path):
