@@ -91,11 +91,16 @@ class LinkedReader(Reader):
 
         super().__init__(subject, variant)
         self._store = PartStore(self.decoder)
+        self.decoder.identity  # noqa: B018  computed once, which is no document's cost
 
     def answer(self, prompt: RagPrompt, most: int) -> Answer:
         """What is written."""
+        import torch  # late: this module is imported by every command
+
         began = time.perf_counter()
         parts = [self._store.get(part) for part in prompt.parts]
+        if self.decoder.device.type == "cuda":
+            torch.cuda.synchronize(self.decoder.device)
         seconds = time.perf_counter() - began
         with self.recorder.reading():
             sequence = self.decoder.join(parts, prompt.prefix)

@@ -9,6 +9,7 @@ from tests.conftest import module
 from tests.pretrain.test_evaluate_scores import write
 from tests.supervised import add_links, make_linked_shard
 from unfold.model.config import GistConfig
+from unfold.model.decode.generation import Decoder
 from unfold.pretrain.command import main
 from unfold.pretrain.errors import UserError
 from unfold.pretrain.evaluate import rag
@@ -215,8 +216,10 @@ def test_linked_modes_are_compared_where_there_are_links():
     assert names(4, "rag", "--links", "2", "--mode", "linked-recall", "dense") == ["linked recall 4,2", "dense"]
 
 
-def test_linked_documents_are_read_once(run_dir, tmp_path, capsys):
+def test_linked_documents_are_read_once(run_dir, tmp_path, capsys, monkeypatch):
     """Two questions on the same documents in another order: the second one reads none of them."""
+    read_part, documents = Decoder.read_part, []
+    monkeypatch.setattr(Decoder, "read_part", lambda self, tokens: documents.append(tokens) or read_part(self, tokens))
     again = {**NQ, "question": "who left?", "ctxs": NQ["ctxs"][::-1]}
     data = write(tmp_path / "nq.jsonl", NQ, again)
     flags = ["--run-dir", run_dir, "--data", data, "--mode", "recall", "linked-forget", "linked-recall"]
@@ -225,7 +228,9 @@ def test_linked_documents_are_read_once(run_dir, tmp_path, capsys):
     lines = [json.loads(line)["written"] for line in (tmp_path / "o" / "predictions.jsonl").read_text().splitlines()]
     for first, second in ([line[name] for line in lines] for name in ("linked forget 4,2", "linked recall 4,2")):
         assert first["tokens_reused"] == second["tokens_reused"] > 0 and first["tokens_read"] > 0
-        assert first["documents_s"] > 10 * second["documents_s"]
+        assert first["documents_s"] > 0
+    # In each linked mode three for the question that does not count, and three for the others.
+    assert len(documents) == 12 and documents[:3] == documents[3:6] == documents[6:9]
     joined = lines[0]["recall 4,2"]
     assert joined["tokens_reused"] == joined["documents_s"] == 0
     linked = json.loads((tmp_path / "o" / "rag.json").read_text())["results"][2]
