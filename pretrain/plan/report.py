@@ -116,8 +116,7 @@ def _time(plan: Plan, dense: Plan | None) -> Iterator[str]:
     yield _columns("  useful TFLOP", *(f"{p.flops.total / 1e12:,.2f}" for p in plans))
     yield _columns("    of which attention", *(f"{p.flops.attention / 1e12:,.2f}" for p in plans))
     if plan.division.context > 1:
-        context = plan.division.context
-        yield _columns("  busiest context rank / mean", *(f"{p.sample.imbalance(context):.3f}" for p in plans))
+        yield _columns("  busiest context rank over mean", *(f"{p.sample.imbalance:.3f}" for p in plans))
     if plan.time is None:
         yield "  the GPU's peak is not known: name a --gpu for times"
     else:

@@ -107,8 +107,8 @@ def _attention(config: RunConfig, kept: Activations, layers: int, longer: float)
     sample, width = kept.sample, config.model.heads // kept.tensor * config.model.head_dim
     dense = config.model.attention == "dense"
     forward, backward = (DENSE_FORWARD, DENSE_BACKWARD) if dense else (GIST_FORWARD, GIST_BACKWARD)
-    each = layers * kept.samples * longer
-    there, back = (each * r.seconds(sample.near, sample.busiest, width, n) for r, n in ((forward, 4), (backward, 8)))
+    each, pairs = layers * kept.samples * longer, sample.keys * sample.imbalance / kept.context
+    there, back = (each * r.seconds(sample.near, pairs, width, n) for r, n in ((forward, 4), (backward, 8)))
     again = there if config.train.activation_checkpointing == "full" else 0.0
     return Twice(there + back + again, again)
 

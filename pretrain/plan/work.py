@@ -58,26 +58,23 @@ class SampleSize:
         tokens: raw tokens and gists.
         length: that, padded to the batch's fixed length.
         keys: (query, key) pairs that one layer's attention computes: the sum of hi - lo over all queries and segments.
-        busiest: those of the context rank that has most, for all heads; under ulysses, which divides heads, a rank's part.
         near: tokens of the sequence that the busiest rank of a context-parallel group attends over, its own included.
         sent: tokens whose keys and values a rank sends to each of the others, per layer.
         key_rows: keys in level-sorted order, sink copies included, of that sequence.
         segments: ranges per query.
+        imbalance: most (query, key) pairs of a rank that shares the sequence over the mean of them all; 1 under ulysses, which
+            divides heads.
     """
 
     raw: int
     tokens: int
     length: int
     keys: int
-    busiest: int
     near: int
     sent: int
     key_rows: int
     segments: int
-
-    def imbalance(self, context: int) -> float:
-        """Pairs of the busiest of so many context ranks over those of the mean."""
-        return self.busiest * context / self.keys
+    imbalance: float
 
 
 def measure_sample(config: RunConfig, attention: str | None = None) -> SampleSize:
@@ -89,19 +86,19 @@ def measure_sample(config: RunConfig, attention: str | None = None) -> SampleSiz
     longest = raw if dense else max_interleaved_length(raw, gist.chunk_sizes)
     length = -(-longest // multiple) * multiple
     if dense:
-        keys = raw * (raw + 1) // 2
-        return SampleSize(raw, raw, length, keys, -(-keys // parallel.context), length // parallel.context, 0, length, 2)
+        return SampleSize(raw, raw, length, raw * (raw + 1) // 2, length // parallel.context, 0, length, 2, 1.0)
     layout, tokens = _lay_out(raw, length, gist)
     pairs = _visible_pairs(layout, tokens)
     keys, held = int(pairs[-1]), length // parallel.context
     if parallel.context == 1 or parallel.context_method == "ulysses":
         rows = layout.intervals.rows.shape[1] // parallel.context
-        busiest = -(-keys // parallel.context)
-        return SampleSize(raw, tokens, length, keys, busiest, held, 0, rows, gist.levels + 2)
-    busiest = max(pairs_of(pairs, part) for part in contiguous_parts(length, parallel.context))
+        return SampleSize(raw, tokens, length, keys, held, 0, rows, gist.levels + 2, 1.0)
+    most = max(pairs_of(pairs, part) for part in contiguous_parts(length, parallel.context))
     plan = make_plan(layout, parallel.context - 1, parallel.context)  # the last rank receives most
     near, sent = plan.layout.intervals, plan.exports.exported.shape[1]
-    return SampleSize(raw, tokens, length, keys, busiest, near.tokens, sent, near.rows.shape[1], gist.levels + 2)
+    return SampleSize(
+        raw, tokens, length, keys, near.tokens, sent, near.rows.shape[1], gist.levels + 2, most * parallel.context / keys
+    )
 
 
 Part = list[tuple[int, int]]  # tokens that a rank holds of a sequence: [start, stop) of each slice

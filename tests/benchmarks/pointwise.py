@@ -30,9 +30,8 @@ def main() -> None:
     with torch.device("meta"):
         layer = Layer(config.model, BuildContext.alone(), 0).to(torch.bfloat16)
         moved = count_layer(layer, config.model, 1, length)
-    print(
-        f"{length:,} tokens: {sum(moved.kernels.values())} kernels, {moved.total / 1e9:.1f} GB, {moved.total / length:,.0f} bytes a token"
-    )
+    kernels, each = sum(moved.kernels.values()), moved.total / length
+    print(f"{length:,} tokens: {kernels} kernels, {moved.total / 1e9:.1f} GB, {each:,.0f} bytes a token")
     print("| operation | kernels | GB |\n|---|---|---|")
     for name, size in moved.bytes.most_common():
         print(f"| {name} | {moved.kernels[name]} | {size / 1e9:.1f} |")
