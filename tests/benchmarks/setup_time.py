@@ -1,4 +1,4 @@
-"""What preparing a long sample costs on one CPU thread: gists, layout, the kernels' plan, the exchange of context ranks, the loader.
+"""What preparing a long sample costs on one CPU thread: gists, layout, kernels' plans, the exchange of context ranks.
 
     python -m tests.benchmarks.setup_time [--raw 65536 262144 1048576]
 
@@ -58,17 +58,13 @@ def main() -> None:
     torch.set_num_threads(1)
     config = GistConfig((8, 4))
     measure(4096, config)  # compiles insertion
-    print(
-        "| raw tokens | insertion, s | layout, s | kernels' plans, s | exchange, s | bytes a token: layout | plans | exchange |"
-    )
+    print("| raw tokens | insertion, s | layout, s | kernels' plans, s | exchange, s | layout, bytes/token | plans | exchange |")
     print("|---|---|---|---|---|---|---|---|")
     for raw in args.raw:
         f = measure(raw, config)
+        seconds = (f"{f[name]:.3f}" for name in ("insertion", "layout", "plans", "exchange"))
         sizes = (f"{f[name] / raw:,.0f}" for name in ("layout bytes", "plans bytes", "exchange bytes"))
-        print(
-            f"| {raw:,} | {f['insertion']:.3f} | {f['layout']:.3f} | {f['plans']:.3f} | {f['exchange']:.3f} | {' | '.join(sizes)} |",
-            flush=True,
-        )
+        print(f"| {raw:,} | {' | '.join((*seconds, *sizes))} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Run by test_scale.py: one rank of a large run, started by itself: fake process groups, and tensors that have shapes but no memory.
+"""Run by test_scale.py: one rank of a large run, started by itself: fake process groups, tensors without memory.
 
-Everything that :func:`unfold.pretrain.train.engine.build_engine` does is done: modules, groups, DeepSpeed's engine and its division of
-the optimizer; nothing is computed. Prints one JSON line.
+Everything that :func:`unfold.pretrain.train.engine.build_engine` does is done: modules, groups, DeepSpeed's engine and its
+division of the optimizer; nothing is computed. Prints one JSON line.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Large runs, started rank by rank in shape (tests/parallel/in_shape.py): bytes as planned, start-up work that grows more slowly than
-the number of ranks."""
+"""Large runs, started rank by rank in shape (tests/parallel/in_shape.py): bytes as planned, start-up work that grows more
+slowly than the number of ranks."""
 
 from __future__ import annotations
 
