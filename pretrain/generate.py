@@ -147,7 +147,8 @@ def _from_run(args: Namespace, prompts: list[str]) -> Iterator[tuple[int, str]]:
     if args.recall:
         gist = dataclasses.replace(gist, recall=args.recall)
     if gist is None and (texts or args.raw_cache == "host"):
-        raise UserError(f"{'--document' if texts else '--raw-cache host'}: {args.run_dir} was trained with dense attention")
+        flag, instead = ("--document", "give the texts as one --context-file") if texts else ("--raw-cache host", "leave it out")
+        raise UserError(f"{flag}: {args.run_dir} was trained with dense attention, without gists; {instead}")
     from unfold.model.decode.cost import Recorder  # heavy libraries only after the arguments are checked
     from unfold.model.decode.generation import Decoder
     from unfold.model.decode.text import stream_text
