@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from megatron.core.model_parallel_config import ModelParallelConfig
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from unfold.model.config import ModelConfig
 from unfold.model.gist.parts import turning
 from unfold.model.parallel.context import ContextParallel
+from unfold.model.parallel.megatron import ModelParallelConfig
 from unfold.model.parallel.tensor import Alone, ColumnLinear, Group, RowLinear, copy_to_group
 from unfold.model.recompute import Again, Recompute
 
@@ -68,9 +68,7 @@ class BuildContext:
 
         return init
 
-    def column(
-        self, name: str, inputs: int, outputs: int, std: float, stride: int = 1, bias: bool = False
-    ) -> ColumnLinear:
+    def column(self, name: str, inputs: int, outputs: int, std: float, stride: int = 1, bias: bool = False) -> ColumnLinear:
         """A linear layer with its outputs split over the tensor-parallel group; a bias starts at zero."""
         return ColumnLinear(
             inputs,
