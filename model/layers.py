@@ -49,6 +49,10 @@ class BuildContext:
         """Whether sequence parallelism has an effect."""
         return self.sequence_parallel and self.tp_group.size() > 1
 
+    def own_part(self, x: Tensor) -> Tensor:
+        """What this rank holds of a tensor [B, T] of whole samples, under context parallelism."""
+        return x if self.context is None else self.context.part(x, 1)
+
     def megatron(self) -> ModelParallelConfig:
         """The configuration of megatron-core's layers. Weights are made on CPU in fp32, alike under every layout."""
         return ModelParallelConfig(
@@ -67,9 +71,7 @@ class BuildContext:
 
         return init
 
-    def column(
-        self, name: str, inputs: int, outputs: int, std: float, stride: int = 1, bias: bool = False
-    ) -> ColumnLinear:
+    def column(self, name: str, inputs: int, outputs: int, std: float, stride: int = 1, bias: bool = False) -> ColumnLinear:
         """A linear layer with its outputs split over the tensor-parallel group; a bias starts at zero."""
         return ColumnLinear(
             inputs,

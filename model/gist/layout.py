@@ -6,18 +6,20 @@ document. The same few tensor operations serve CPU and GPU, any number of levels
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from unfold.kernels.common.plans import Planned, to_device
 from unfold.kernels.intervals import Intervals
 from unfold.model.config import GistConfig
 
 
 @dataclass(frozen=True)
-class Layout:
+class Layout(Planned):
     """What is derived from an interleaved micro-batch, shared by all layers.
 
     Attributes:
@@ -25,16 +27,29 @@ class Layout:
         doc: [B, T] int, number of the document within its sample, -1 for padding.
         position: [B, T] int64, rotary position.
         intervals: what each token sees under the compressed mask; padding sees itself.
+        host: the same on the host, where this was copied from it.
     """
 
     level: Tensor
     doc: Tensor
     position: Tensor
     intervals: Intervals
+    host: Layout | None = field(default=None, repr=False, compare=False)
 
-    @cached_property
+    @property
+    def plans(self) -> dict[Hashable, Any]:
+        return self.intervals.plans
+
+    @property
+    def device(self) -> torch.device:
+        return self.level.device
+
+    @property
     def document_spans(self) -> list[tuple[int, int, int]]:
         """(sample, first token, end) of every document of the micro-batch."""
+        return self.planned("document spans", Layout._find_document_spans)
+
+    def _find_document_spans(self) -> list[tuple[int, int, int]]:
         spans = []
         for sample, doc in enumerate(self.doc):
             values, lengths = torch.unique_consecutive(doc, return_counts=True)
@@ -45,9 +60,12 @@ class Layout:
         return spans
 
     def to(self, device: torch.device | str) -> Layout:
-        """The same layout on another device."""
-        move = lambda x: x.to(device, non_blocking=True)
-        return Layout(move(self.level), move(self.doc), move(self.position), self.intervals.to(device))
+        """The same layout on a device: this one, if it is there."""
+        level = to_device(self.level, device)
+        if level is self.level:
+            return self
+        doc, position = (to_device(x, device) for x in (self.doc, self.position))
+        return Layout(level, doc, position, self.intervals.to(device), self if self.device.type == "cpu" else None)
 
 
 def build_layout(level: Tensor, doc: Tensor, config: GistConfig | None) -> Layout:

@@ -126,7 +126,7 @@ def _pipeline(config: RunConfig, build: BuildContext, parallel: Parallel) -> Pip
     topology = PipeModelDataParallelTopology(
         num_pp=parallel.stages, num_mp=parallel.tensor_group.size(), num_dp=parallel.replica_group.size()
     )
-    shared = StageAttention(config.model, config.folding, build)
+    shared = StageAttention(config.model, build)
     model = PipelineModule(
         layer_specs(config.model, build, shared),
         topology=topology,
@@ -172,4 +172,3 @@ def set_learning_rate(engine: deepspeed.DeepSpeedEngine, rate: float) -> None:
     """Set the rate of every parameter group; that of Muon's matrices follows the same schedule from its own peak."""
     for group in engine.optimizer.param_groups:
         group["lr"] = rate * group.get("rate_factor", 1.0)
-
