@@ -34,7 +34,7 @@ class Planned:
 
 
 def to_device(x: Tensor, device: torch.device | str) -> Tensor:
-    """A tensor on a device; on its way to a GPU it is pinned first, since a copy from pageable memory waits for the GPU's queue."""
+    """A tensor on a device. On its way to a GPU it is pinned first: a copy from pageable memory waits for the GPU's queue."""
     if x.device.type == "cpu" and torch.device(device).type == "cuda" and not x.is_pinned():
         x = x.pin_memory()
     return x.to(device, non_blocking=True)

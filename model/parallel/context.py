@@ -1,7 +1,7 @@
-"""One sequence over several ranks: each holds a contiguous part of every interleaved sample.
+"""One sequence over several ranks: each holds a part of every interleaved sample (:mod:`unfold.model.parallel.division`).
 
 ``gists`` sends what the method lets later ranks see and nothing else: gists, sinks and the raw tokens of the last chunks
-before a border. Each rank gathers these keys and values once per layer (one differentiable all-gather), puts them before
+before its slices. Each rank gathers these keys and values once per layer (one differentiable all-gather), puts them before
 its own and attends over that short sequence with the ordinary operation, whose ranges are mapped row by row; so it is
 exact by construction. Recall adds the chunks that are selected (:mod:`unfold.model.parallel.recall`). ``ulysses`` is
 DeepSpeed-Ulysses: it trades the sequence for heads, and any attention runs unchanged.
@@ -18,9 +18,10 @@ from torch.distributed import ProcessGroup
 
 from unfold.kernels.tree import GistTree
 from unfold.model.gist import Layout, Recall, recalls_in
+from unfold.model.parallel.division import Division
 from unfold.model.parallel.recall import RecallPlan, make_recall_plan, recall_over_ranks
-from unfold.model.parallel.route import own_queries, routing_loss_over_ranks
-from unfold.model.parallel.rows import Exports, Kept, seen_by_part, take
+from unfold.model.parallel.route import rank_plan, routing_loss_over_ranks
+from unfold.model.parallel.rows import Exports, Kept, seen_by, take
 from unfold.model.parallel.tensor import gather_sequence
 
 METHODS = ("gists", "ulysses")
@@ -55,20 +56,23 @@ class ContextParallel:
     method: str
     traffic: ContextTraffic = field(default_factory=ContextTraffic, compare=False)
 
+    def division(self, tokens: int) -> Division:
+        """Who holds which of a sample's tokens. Ulysses puts the ranks' parts one after another."""
+        return Division(self.group.size(), tokens, 1 if self.method == "ulysses" else 2)
+
     def part(self, x: Tensor, dim: int) -> Tensor:
-        """This rank's contiguous part of a tensor that covers whole samples along ``dim``."""
-        assert x.shape[dim] % self.group.size() == 0, "the padded length is a multiple of the ranks"
-        return x.chunk(self.group.size(), dim)[self.group.rank()]
+        """What this rank holds of a tensor that covers whole samples along ``dim``."""
+        return self.division(x.shape[dim]).part(x, dim, self.group.rank())
 
     def plan(self, layout: Layout) -> ExchangePlan:
         """Who sends what in a micro-batch; made once, shared by its layers."""
-        key = ("context parallel", self.group.size(), self.group.rank())
-        return layout.intervals.memo(key, lambda: make_plan(layout, self.group.rank(), self.group.size()))
+        division, rank = self.division(layout.intervals.tokens), self.group.rank()
+        return layout.planned(("context parallel", division, rank), lambda whole: make_plan(whole, division, rank))
 
     def recall_plan(self, tree: GistTree) -> RecallPlan:
         """The same for layers that recall."""
-        key = ("context parallel recall", self.group.size(), self.group.rank())
-        return tree.others.memo(key, lambda: make_recall_plan(tree, self.group.rank(), self.group.size()))
+        division, rank = self.division(tree.others.tokens), self.group.rank()
+        return tree.planned(("context parallel recall", division, rank), lambda whole: make_recall_plan(whole, division, rank))
 
     def gather(self, keys_values: Tensor, exports: Exports) -> Tensor:
         """This rank's keys and values [B, T / n, 2 Hkv, D] and after them the ranks' exports: [B, T / n + n E, 2 Hkv, D]."""
@@ -124,9 +128,12 @@ class ContextAttention:
         routing = recall.routing
         if routing is None or not torch.is_grad_enabled():
             return out
-        mine = own_queries(routing.routed, context.group.rank(), context.group.size())
-        asking, k = q.detach().flatten(0, 1).index_select(0, mine), keys_values[:, :, : keys_values.shape[2] // 2]
-        return routing.take(index, routing_loss_over_ranks(asking, k, routing.routed, context.group, far=routing.far), out)
+        k = keys_values[:, :, : keys_values.shape[2] // 2]
+        division = context.division(routing.routed.tree.others.tokens)
+        mine = rank_plan(routing.routed, q.shape[2] // k.shape[2], division, context.group.rank()).mine
+        asking = q.detach().flatten(0, 1).index_select(0, mine)
+        loss = routing_loss_over_ranks(asking, k, routing.routed, division, context.group, far=routing.far)
+        return routing.take(index, loss, out)
 
 
 @dataclass(frozen=True)
@@ -150,17 +157,16 @@ class ExchangePlan:
     tokens_held: int
 
 
-def make_plan(layout: Layout, rank: int, size: int) -> ExchangePlan:
+def make_plan(layout: Layout, division: Division, rank: int) -> ExchangePlan:
     """The plan of one rank; every rank derives it from the whole layout, so nothing needs to be negotiated."""
-    intervals = layout.intervals
-    held = intervals.tokens // size
-    first = rank * held
-    exports = Exports.of(torch.stack([seen_by_part(intervals, r * held, (r + 1) * held) for r in range(size)]), rank)
-    kept = Kept.of(exports.has[rank], intervals, first, held)
+    intervals, homes = layout.intervals, division.homes(layout.device)
+    seen = torch.stack([seen_by(intervals, homes.tokens_of(r)) for r in range(division.ranks)])
+    exports = Exports.of(seen, homes, rank)
+    kept = Kept.of(exports.has[rank], intervals, homes.tokens_of(rank))
     near = kept.near
     filled = torch.arange(kept.length, device=near.device) < kept.mask.sum(-1, keepdim=True)
-    is_own = filled & (near >= first) & (near < first + held)
-    query_source = torch.where(is_own, near - first, held)
+    is_own = filled & (homes.rank[near] == rank)
+    query_source = torch.where(is_own, homes.place[near], division.held)
     short = kept.intervals(intervals)
     near_layout = Layout(layout.level.gather(1, near), layout.doc.gather(1, near), layout.position.gather(1, near), short)
-    return ExchangePlan(exports, exports.source.gather(1, near), query_source, kept.own, near_layout, held)
+    return ExchangePlan(exports, exports.source.gather(1, near), query_source, kept.own, near_layout, division.held)

@@ -25,12 +25,15 @@ from unfold.pretrain.parallel import Parallel
 def deepspeed_config(config: RunConfig, data_size: int) -> dict:
     """The DeepSpeed configuration of a run."""
     parallel = config.parallel
-    zero = {"stage": parallel.zero, "overlap_comm": False}
+    # Gradients go to their owners, and under ZeRO-3 weights come, beside the computation. A pipeline knows nothing of it, and
+    # without streams of a GPU there is nothing to gain.
+    zero = {"stage": parallel.zero, "overlap_comm": torch.cuda.is_available() and parallel.pipeline == 1}
     if parallel.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu"}
     if parallel.offload == "all":
         zero["offload_param"] = {"device": "cpu"}
-    return {
+    reduce = {} if parallel.reduce == "precision" else {"communication_data_type": parallel.reduce}
+    return reduce | {
         "train_micro_batch_size_per_gpu": config.train.micro_batch,
         "gradient_accumulation_steps": accumulation_steps(config, data_size),
         "gradient_clipping": config.train.clip,

@@ -54,8 +54,7 @@ def open_inputs(config: RunConfig) -> Inputs:
     tokenizer = load_tokenizer(config.data.tokenizer, gist.levels if gist else 0)
     config = with_vocab_size(config, tokenizer.vocab_size)
 
-    # Every rank that shares a sequence holds an equal part of it.
-    length_multiple = config.parallel.context * (config.parallel.tensor if config.parallel.sequence else 1)
+    length_multiple = config.parallel.length_multiple
 
     def builder(prefixes: tuple[str, ...], setting: str) -> BatchBuilder:
         source = TokenSource(prefixes, config.data.raw_tokens, config.train.seed, tokenizer, setting, config.data.cache)

@@ -20,7 +20,7 @@ TOLERANCE = 1e-12
 
 
 def padded_case(name: str, multiple: int):
-    """A case padded to a multiple of the ranks: layout, config, tree; in those of plain text every raw token recalls."""
+    """A case padded to a multiple of the slices: layout, config, tree; in those of plain text every raw token recalls."""
     if name in SUFFIX_CASES:
         layout, config, recalls = suffix_layout(name)
     else:
@@ -32,7 +32,7 @@ def padded_case(name: str, multiple: int):
 
 
 def check(name: str, rule_name: str, share: str, context: ContextParallel) -> None:
-    layout, config, tree = padded_case(name, context.group.size())
+    layout, config, tree = padded_case(name, 2 * context.group.size())
     rule = make_rule(rule_name, config, share)
     q, k, v, d_out = random_qkv(layout, 4, 2, 8, torch.float64)
     want, read = recall_attention(q, k, v, tree, rule)
@@ -54,7 +54,7 @@ def check(name: str, rule_name: str, share: str, context: ContextParallel) -> No
 
 def check_first_layer(context: ContextParallel) -> None:
     """Layers before the first that recalls forget."""
-    layout, config, tree = padded_case("own group, closed context", context.group.size())
+    layout, config, tree = padded_case("own group, closed context", 2 * context.group.size())
     q, k, v, _ = (x.detach() for x in random_qkv(layout, 4, 2, 8, torch.float64))
     recall = Recall(tree, make_rule("fixed", config, "head"), first_layer=2)
     attend = ContextAttention(context, partial(MicroBatchAttention, "gist"), layout, recall)

@@ -14,11 +14,12 @@ from unfold.kernels.compressed import compressed_attention
 from unfold.model.gist import GistConfig, build_layout, interleave
 from unfold.model.parallel import context as subject
 from unfold.model.parallel.context import ContextParallel, make_plan
+from unfold.model.parallel.division import Division
 from unfold.model.parallel.rows import take
 
 
 def padded(layout, config, multiple):
-    """The layout padded to a multiple of the number of ranks."""
+    """The layout padded to a multiple of the slices."""
     extra = -layout.level.shape[1] % multiple
     pad = lambda x: torch.nn.functional.pad(x, (0, extra), value=-1)
     return build_layout(pad(layout.level), pad(layout.doc), config)
@@ -26,8 +27,9 @@ def padded(layout, config, multiple):
 
 def play(layout, q, k, v, size):
     """What the ranks would compute, their all-gather done by indexing."""
-    plans = [make_plan(layout, rank, size) for rank in range(size)]
-    parts = [x.chunk(size, 1) for x in (q, k, v)]
+    division = Division(size, layout.intervals.tokens)
+    plans = [make_plan(layout, division, rank) for rank in range(size)]
+    parts = [[division.part(x, 1, rank) for rank in range(size)] for x in (q, k, v)]
     received = torch.stack([take(torch.cat([parts[1][r], parts[2][r]], 2), plans[r].exports.exported) for r in range(size)])
     outs = []
     for rank, plan in enumerate(plans):
@@ -36,14 +38,14 @@ def play(layout, q, k, v, size):
         k_near, v_near = take(pool, plan.source).split(k.shape[2], 2)
         q_near = take(torch.cat([parts[0][rank], torch.zeros_like(parts[0][rank][:, :1])], 1), plan.query_source)
         outs.append(take(compressed_attention(q_near, k_near, v_near, plan.layout.intervals), plan.own))
-    return torch.cat(outs, 1)
+    return division.joined(outs, 1)
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.parametrize("name", CASES)
 def test_ranks_together_compute_the_whole(name, size):
     layout, config = make_layout(name)
-    layout = padded(layout, config, size)
+    layout = padded(layout, config, 2 * size)
     q, k, v, d_out = random_qkv(layout, 4, 2, 8, torch.float64)
     want = compressed_attention(q, k, v, layout.intervals)
     got = play(layout, q, k, v, size)
@@ -60,11 +62,11 @@ def test_what_is_sent_approaches_the_compression_ratio(chunk_sizes):
     raw = 16384
     sample = interleave(np.zeros(raw, np.int64), [raw], np.ones(1, bool), config, range(1, 1 + config.levels))
     level, doc = (torch.from_numpy(x)[None] for x in (sample.level, sample.doc))
-    layout = padded(build_layout(level, doc, config), config, 4)
-    plan = make_plan(layout, 1, 4)
+    layout = padded(build_layout(level, doc, config), config, 8)
+    plan = make_plan(layout, Division(4, layout.intervals.tokens), 1)
     top_gists_held = plan.tokens_held / len(sample.ids) * (sample.level == config.levels - 1).sum()
-    # Beyond the top-level gists: sinks, the last chunks and the last sections before the border.
-    border = config.sink + 2 * sum(chunk_sizes) + 8
+    # Beyond the top-level gists, of each slice: sinks, the last chunks and the last sections before its border.
+    border = 2 * (config.sink + 2 * sum(chunk_sizes) + 8)
     assert top_gists_held - 1 <= plan.exports.sent <= top_gists_held + border
 
 
@@ -77,7 +79,8 @@ def test_the_ratio_of_bytes_approaches_the_compression_ratio(monkeypatch):
         config = GistConfig((8, 4))
         sample = interleave(np.zeros(raw, np.int64), [raw], np.ones(1, bool), config, [1, 2])
         level, doc = (torch.from_numpy(x)[None] for x in (sample.level, sample.doc))
-        plan = make_plan(padded(build_layout(level, doc, config), config, 4), 1, 4)
+        layout = padded(build_layout(level, doc, config), config, 8)
+        plan = make_plan(layout, Division(4, layout.intervals.tokens), 1)
         context = ContextParallel(FourRanks(), "gists")
         context.gather(torch.zeros(1, plan.tokens_held, 4, 8), plan.exports)
         counted = context.traffic.take()
