@@ -29,9 +29,10 @@ class DenseTeacher:
         self._build, self._added = build, batch.added
         samples = batch.added.samples
         self._chosen, layout = batch.layout.planned(("taught", samples), lambda whole: _taught(whole, samples))
-        self._attend: Attend = attention_for("gist", layout, None, build.context)
-        self._rotary = Rotary.of(build.own_part(layout.position), config)
-        raw = build.own_part((layout.level < 0) & (layout.doc >= 0)).t()
+        self._attend: Attend = attention_for("gist", layout, None, build.part_of(batch.layout))
+        part = lambda x: build.own_part(x, batch.layout)
+        self._rotary = Rotary.of(part(layout.position), config)
+        raw = part((layout.level < 0) & (layout.doc >= 0)).t()
         if build.sequence_split:
             raw = raw.chunk(build.tp_group.size())[build.tp_group.rank()]
         self._raw = raw[..., None]  # [T, samples, 1]

@@ -105,8 +105,8 @@ class Transformer(nn.Module):
         self, ids: Tensor, layout: Layout, recall: Recall | None = None, teacher: DenseTeacher | None = None
     ) -> Tensor:
         """[B, T] -> [T, B, hidden] after the final norm; under context parallelism this rank's part of T."""
-        attend = attention_for(self.config.attention, layout, recall, self.build.context)
-        ids, position = map(self.build.own_part, (ids, layout.position))
+        attend = attention_for(self.config.attention, layout, recall, self.build.part_of(layout))
+        ids, position = (self.build.own_part(x, layout) for x in (ids, layout.position))
         return self.run_layers(ids, position, attend, teacher)
 
     def run_layers(self, ids: Tensor, position: Tensor, attend: Attend, teacher: DenseTeacher | None = None) -> Tensor:
@@ -135,7 +135,8 @@ class Transformer(nn.Module):
         teacher = DenseTeacher(batch, self.config, self.build) if added and added.samples else None
         hidden = self.final_states(batch.ids, batch.layout, batch.recall, teacher)
         samples = added.samples if added and added.logits else ()
-        targets = batch.planned(("targets", samples), lambda whole: Targets.of(self.build.own_part(whole.labels), samples))
+        mine = lambda whole: self.build.own_part(whole.labels, whole.layout)
+        targets = batch.planned(("targets", samples), lambda whole: Targets.of(mine(whole), samples))
         loss = token_loss_sum(hidden, targets, self.head_weight, self.build, added, teacher and teacher.state)
         return teacher.added_to(loss) if teacher else loss
 

@@ -21,7 +21,7 @@ from unfold.kernels.compressed import compressed_attention
 from unfold.kernels.route import routing_loss
 from unfold.kernels.unfold import recall_attention
 from unfold.model.gist import Layout, Recall, recalls_in
-from unfold.model.parallel.context import ContextAttention, ContextParallel
+from unfold.model.parallel.context import ContextAttention, ContextPart
 
 IGNORED = -100  # label of a position that has no target
 
@@ -93,17 +93,17 @@ class MicroBatch(Planned):
         return replace(self, ids=ids, labels=labels, layout=layout, recall=recall, host=host)
 
 
-def attention_for(kind: str, layout: Layout, recall: Recall | None = None, context: ContextParallel | None = None) -> Attend:
+def attention_for(kind: str, layout: Layout, recall: Recall | None = None, part: ContextPart | None = None) -> Attend:
     """The attention of a model's layers in one micro-batch.
 
     Args:
         kind: of the layers, see :class:`MicroBatchAttention`.
         layout, recall: of the whole samples.
-        context: how these are spread over ranks; None where every rank has all of them.
+        part: of these, what this rank holds; None where every rank has all of them.
     """
-    if context is None:
+    if part is None:
         return MicroBatchAttention(kind, layout, recall)
-    return ContextAttention(context, partial(MicroBatchAttention, kind), layout, recall)
+    return ContextAttention(part, partial(MicroBatchAttention, kind), layout, recall)
 
 
 @dataclass(frozen=True)

@@ -56,23 +56,16 @@ class ContextParallel:
     method: str
     traffic: ContextTraffic = field(default_factory=ContextTraffic, compare=False)
 
-    def division(self, tokens: int) -> Division:
-        """Who holds which of a sample's tokens. Ulysses puts the ranks' parts one after another."""
-        return Division(self.group.size(), tokens, 1 if self.method == "ulysses" else 2)
+    def of(self, layout: Layout) -> ContextPart:
+        """This rank's part of a micro-batch."""
+        size = self.group.size()
 
-    def part(self, x: Tensor, dim: int) -> Tensor:
-        """What this rank holds of a tensor that covers whole samples along ``dim``."""
-        return self.division(x.shape[dim]).part(x, dim, self.group.rank())
+        def divide(whole: Layout) -> Division:
+            if self.method == "ulysses":  # it puts the ranks' parts one after another
+                return Division.in_a_row(whole.intervals.tokens, size)
+            return Division.even(whole.intervals, size)
 
-    def plan(self, layout: Layout) -> ExchangePlan:
-        """Who sends what in a micro-batch; made once, shared by its layers."""
-        division, rank = self.division(layout.intervals.tokens), self.group.rank()
-        return layout.planned(("context parallel", division, rank), lambda whole: make_plan(whole, division, rank))
-
-    def recall_plan(self, tree: GistTree) -> RecallPlan:
-        """The same for layers that recall."""
-        division, rank = self.division(tree.others.tokens), self.group.rank()
-        return tree.planned(("context parallel recall", division, rank), lambda whole: make_recall_plan(whole, division, rank))
+        return ContextPart(self, layout.planned(("division", size, self.method), divide))
 
     def gather(self, keys_values: Tensor, exports: Exports) -> Tensor:
         """This rank's keys and values [B, T / n, 2 Hkv, D] and after them the ranks' exports: [B, T / n + n E, 2 Hkv, D]."""
@@ -86,32 +79,59 @@ class ContextParallel:
 
 
 @dataclass(frozen=True)
+class ContextPart:
+    """This rank's part of a micro-batch: how it is spread, and who holds which tokens."""
+
+    context: ContextParallel
+    division: Division
+
+    @property
+    def rank(self) -> int:
+        return self.context.group.rank()
+
+    def take(self, x: Tensor, dim: int) -> Tensor:
+        """What this rank holds of a tensor that covers whole samples along ``dim``."""
+        return self.division.part(x, dim, self.rank)
+
+    def plan(self, layout: Layout) -> ExchangePlan:
+        """Who sends what in a micro-batch; made once, shared by its layers."""
+        key = ("context parallel", self.division, self.rank)
+        return layout.planned(key, lambda whole: make_plan(whole, self.division, self.rank))
+
+    def recall_plan(self, tree: GistTree) -> RecallPlan:
+        """The same for layers that recall."""
+        key = ("context parallel recall", self.division, self.rank)
+        return tree.planned(key, lambda whole: make_recall_plan(whole, self.division, self.rank))
+
+
+@dataclass(frozen=True)
 class ContextAttention:
     """Attention of this rank's queries over whole sequences that are spread over the ranks.
 
     Attributes:
-        context: how they are spread.
+        part: this rank's, of the samples.
         make: (layout, recall) -> attention (layer index, q, k, v) -> out among tokens that are all here.
         layout, recall: of the whole samples, alike on all ranks.
     """
 
-    context: ContextParallel
+    part: ContextPart
     make: Callable
     layout: Layout
     recall: Recall | None
 
     def __call__(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [B, T / n, H, D], k, v [B, T / n, Hkv, D] -> [B, T / n, H, D], all of this rank's part."""
-        if self.context.method == "ulysses":
+        context = self.part.context
+        if context.method == "ulysses":
             from deepspeed.sequence.layer import DistributedAttention
 
             whole = self.make(self.layout, self.recall)
-            return DistributedAttention(lambda *qkv: whole(index, *qkv), self.context.group)(q, k, v, 0)
+            return DistributedAttention(lambda *qkv: whole(index, *qkv), context.group)(q, k, v, 0)
         keys_values = torch.cat([k, v], 2)  # [B, T / n, 2 Hkv, D]
         if self.recall is not None and recalls_in(index, self.recall.first_layer):
             return self._with_recall(index, q, keys_values)
-        plan = self.context.plan(self.layout)
-        pool = self.context.gather(keys_values, plan.exports)
+        plan = self.part.plan(self.layout)
+        pool = context.gather(keys_values, plan.exports)
         k_near, v_near = take(pool, plan.source).split(k.shape[2], 2)
         blank = q.new_zeros(q.shape[0], 1, *q.shape[2:])
         q_near = take(torch.cat([q, blank], 1), plan.query_source)
@@ -119,8 +139,8 @@ class ContextAttention:
         return take(out, plan.own)
 
     def _with_recall(self, index: int, q: Tensor, keys_values: Tensor) -> Tensor:
-        context, recall = self.context, self.recall
-        plan = context.recall_plan(recall.tree)
+        context, recall = self.part.context, self.recall
+        plan = self.part.recall_plan(recall.tree)
         pool = context.gather(keys_values, plan.exports)
         out, read, sent = recall_over_ranks(plan, recall.rule, q, pool, context.group)
         recall.note(index, read)
@@ -129,10 +149,9 @@ class ContextAttention:
         if routing is None or not torch.is_grad_enabled():
             return out
         k = keys_values[:, :, : keys_values.shape[2] // 2]
-        division = context.division(routing.routed.tree.others.tokens)
-        mine = rank_plan(routing.routed, q.shape[2] // k.shape[2], division, context.group.rank()).mine
+        mine = rank_plan(routing.routed, q.shape[2] // k.shape[2], self.part.division, self.part.rank).mine
         asking = q.detach().flatten(0, 1).index_select(0, mine)
-        loss = routing_loss_over_ranks(asking, k, routing.routed, division, context.group, far=routing.far)
+        loss = routing_loss_over_ranks(asking, k, routing.routed, self.part.division, context.group, far=routing.far)
         return routing.take(index, loss, out)
 
 

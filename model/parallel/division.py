@@ -1,18 +1,21 @@
-"""How a sequence is divided over ranks: which tokens of every sample each of them holds.
+"""How the samples of a micro-batch are divided over ranks: which of their tokens each of them holds.
 
-Later tokens see more gists than earlier ones. So a rank holds two slices of 2 n equal ones, one from the front and one from the
-back, the i-th and the i-th last: then all have the same work, in one long document exactly. Where every rank attends to whole
-sequences (Ulysses) a rank holds one slice.
+Later tokens of a document see more gists than earlier ones, so equal parts one after another are unequal work: twice the mean
+for the last of many ranks in one long document. Here a rank holds several short slices instead, and which ones follows from what
+their tokens see: the slice with most work goes to the rank with least, until all have equally many. All ranks know the layout,
+so all find the same. Where every rank attends to whole sequences (Ulysses) a rank holds one slice, and ranks follow one another.
 """
 
 from __future__ import annotations
 
+import heapq
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from unfold.kernels.intervals import Intervals
+from unfold.model.config import CONTEXT_SLICES
 
 
 @dataclass(frozen=True)
@@ -20,17 +23,43 @@ class Division:
     """Every sample's T tokens over n ranks; a rank holds its tokens in their order.
 
     Attributes:
-        ranks: n.
-        tokens: T, a multiple of n x slices.
-        slices: of a rank, 1 or 2.
+        tokens: T, a multiple of n x slices of a rank.
+        numbers: of each rank which slices, counted from the first token, it holds; ascending, equally many.
     """
 
-    ranks: int
     tokens: int
-    slices: int = 2
+    numbers: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def in_a_row(cls, tokens: int, ranks: int) -> Division:
+        """One slice per rank, in the order of the ranks."""
+        return cls(tokens, tuple((rank,) for rank in range(ranks)))
+
+    @classmethod
+    def even(cls, intervals: Intervals, ranks: int) -> Division:
+        """CONTEXT_SLICES per rank, so that all have the same work while forgetting, as far as whole slices can."""
+        count = ranks * CONTEXT_SLICES
+        work = seen_by_tokens(intervals).unflatten(0, (count, -1)).sum(1).tolist()
+        numbers: list[list[int]] = [[] for _ in range(ranks)]
+        open_ranks = [(0, rank) for rank in range(ranks)]
+        for number in sorted(range(count), key=lambda n: (-work[n], n)):
+            done, rank = heapq.heappop(open_ranks)
+            numbers[rank].append(number)
+            if len(numbers[rank]) < CONTEXT_SLICES:
+                heapq.heappush(open_ranks, (done + work[number], rank))
+        return cls(intervals.tokens, tuple(tuple(sorted(own)) for own in numbers))
 
     def __post_init__(self):
-        assert self.slices in (1, 2) and self.tokens % (self.ranks * self.slices) == 0, f"{self} leaves tokens over"
+        assert self.tokens % (self.ranks * self.slices) == 0, f"{self} leaves tokens over"
+
+    @property
+    def ranks(self) -> int:
+        return len(self.numbers)
+
+    @property
+    def slices(self) -> int:
+        """Of a rank."""
+        return len(self.numbers[0])
 
     @property
     def held(self) -> int:
@@ -42,13 +71,9 @@ class Division:
         """Tokens of a slice."""
         return self.held // self.slices
 
-    def numbers(self, rank: int) -> tuple[int, ...]:
-        """Which slices of all, counted from the first token, a rank holds."""
-        return (rank, 2 * self.ranks - 1 - rank)[: self.slices]
-
     def spans(self, rank: int) -> list[tuple[int, int]]:
         """The tokens ``[start, stop)`` of a rank's slices."""
-        return [(n * self.length, (n + 1) * self.length) for n in self.numbers(rank)]
+        return [(n * self.length, (n + 1) * self.length) for n in self.numbers[rank]]
 
     def part(self, x: Tensor, dim: int, rank: int) -> Tensor:
         """What a rank holds of a tensor that covers whole samples along ``dim``."""
@@ -58,8 +83,8 @@ class Division:
     def joined(self, parts: list[Tensor], dim: int) -> Tensor:
         """Whole samples from the parts of all ranks: the inverse of :meth:`part`."""
         pieces = {}
-        for rank, part in enumerate(parts):
-            pieces |= zip(self.numbers(rank), part.chunk(self.slices, dim))
+        for own, part in zip(self.numbers, parts):
+            pieces |= zip(own, part.chunk(self.slices, dim))
         return torch.cat([pieces[number] for number in sorted(pieces)], dim)
 
     def homes(self, device: torch.device | str = "cpu") -> Homes:
@@ -103,15 +128,19 @@ class Homes:
         return self.order[rank * self.held : (rank + 1) * self.held]
 
 
+def seen_by_tokens(intervals: Intervals) -> Tensor:
+    """int64 [T], keys that a token sees while forgetting, summed over the samples."""
+    return (intervals.hi - intervals.lo).sum((0, 1), dtype=torch.int64)
+
+
 def visible_pairs(intervals: Intervals, division: Division) -> list[int]:
     """(query, key) pairs that one layer's attention computes on every rank while forgetting, in all samples."""
-    return sum_by_rank((intervals.hi - intervals.lo).sum((0, 1), dtype=torch.int64), division)
+    return sum_by_rank(seen_by_tokens(intervals), division)
 
 
 def sum_by_rank(numbers: Tensor, division: Division) -> list[int]:
     """Sums over the tokens of every rank. numbers: int64 [T]."""
-    before = torch.nn.functional.pad(numbers.cumsum(0), (1, 0)).tolist()
-    return [sum(before[stop] - before[start] for start, stop in division.spans(rank)) for rank in range(division.ranks)]
+    return [int(division.part(numbers, 0, rank).sum()) for rank in range(division.ranks)]
 
 
 def imbalance(pairs: list[int]) -> float:

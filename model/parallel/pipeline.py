@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from unfold.model.config import ModelConfig
 from unfold.model.layers import BuildContext, RMSNorm, Rotary
 from unfold.model.loss import Targets, token_loss_sum
+from unfold.model.parallel.context import ContextParallel
 from unfold.model.transformer import Embedding, Layer
 from unfold.model.visibility import AddedLosses, Attend, MicroBatch, attention_for
 
@@ -60,25 +61,19 @@ class StageAttention:
 
     def targets(self) -> tuple[Targets, AddedLosses | None]:
         """What the micro-batch that has passed the layers is to predict, and what it learns beside."""
-        planned = self._batch.planned("targets", lambda whole: Targets.of(self._build.own_part(whole.labels)))
-        return planned, self._batch.added
+        make = lambda whole: Targets.of(self._build.own_part(whole.labels, whole.layout))
+        return self._batch.planned("targets", make), self._batch.added
 
     def _begin(self) -> None:
         self._batch = batch = self._left.pop().to(self._device)
-        attend = attention_for(self._config.attention, batch.layout, batch.recall, self._build.context)
-        self._shared = Rotary.of(self._build.own_part(batch.layout.position), self._config), attend
+        layout = batch.layout
+        attend = attention_for(self._config.attention, layout, batch.recall, self._build.part_of(layout))
+        self._shared = Rotary.of(self._build.own_part(layout.position, layout), self._config), attend
 
     def _finish(self) -> None:
         if self._batch is not None and self._done is not None:
             self._done(self._batch)
         self._batch, self._layer = None, -1
-
-
-class EmbeddingStage(Embedding):
-    """First layer: ids [B, T] -> x [T, B, hidden]."""
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return super().forward(self.build.own_part(ids))
 
 
 class LayerStage(Layer):
@@ -103,7 +98,7 @@ class HeadStage(nn.Module):
         return x, self.head.weight
 
 
-def _tied_head(embedding: EmbeddingStage, x: Tensor) -> tuple[Tensor, Tensor]:
+def _tied_head(embedding: Embedding, x: Tensor) -> tuple[Tensor, Tensor]:
     return x, embedding.weight
 
 
@@ -112,8 +107,8 @@ def layer_specs(config: ModelConfig, build: BuildContext, shared: StageAttention
     layers = [LayerSpec(LayerStage, config, build, i, shared) for i in range(config.layers)]
     norm = LayerSpec(RMSNorm, config.hidden_size, config.norm_eps, build)
     if not config.tied_embeddings:
-        return [LayerSpec(EmbeddingStage, config, build), *layers, norm, LayerSpec(HeadStage, config, build)]
-    tied = partial(TiedLayerSpec, TIED, EmbeddingStage, config, build, tied_weight_attr=["weight"])
+        return [LayerSpec(Embedding, config, build), *layers, norm, LayerSpec(HeadStage, config, build)]
+    tied = partial(TiedLayerSpec, TIED, Embedding, config, build, tied_weight_attr=["weight"])
     return [tied(), *layers, norm, tied(forward_fn=_tied_head)]
 
 
@@ -124,9 +119,10 @@ def stage_loss(build: BuildContext, shared: StageAttention, outputs: tuple[Tenso
     return token_loss_sum(hidden, targets, weight, build, added) * factor
 
 
-def stage_inputs(batch: MicroBatch, factor: float) -> tuple[Tensor, Tensor]:
-    """A micro-batch as DeepSpeed's pipeline takes it: ids, factor of the loss."""
-    return batch.ids, torch.tensor(factor)
+def stage_inputs(batch: MicroBatch, factor: float, context: ContextParallel | None) -> tuple[Tensor, Tensor]:
+    """A micro-batch as DeepSpeed's pipeline takes it: this rank's ids, factor of the loss."""
+    ids = batch.ids if context is None else context.of(batch.layout).take(batch.ids, 1)
+    return ids, torch.tensor(factor)
 
 
 def canonical_name(layers: int) -> Callable[[str], str]:

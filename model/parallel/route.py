@@ -83,8 +83,8 @@ def _adds(tree: GistTree, own: list[list[SampleRows]], division: Division, rank:
     """``adds`` by sample: [S, n, S, L, B]."""
     adds = torch.zeros(division.slices, division.ranks, division.slices, tree.levels, tree.others.batch)
     for other in range(division.ranks):
-        for j, (number, span) in enumerate(zip(division.numbers(other), division.spans(other))):
-            for i, mine in enumerate(division.numbers(rank)):
+        for j, (number, span) in enumerate(zip(division.numbers[other], division.spans(other))):
+            for i, mine in enumerate(division.numbers[rank]):
                 if number >= mine:
                     continue
                 for b, here in enumerate(own[i]):

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import yaml
 
-from unfold.model.config import GistConfig, ModelConfig
+from unfold.model.config import CONTEXT_SLICES, GistConfig, ModelConfig
 from unfold.model.settings import (
     Bounds,
     Count,
@@ -153,7 +153,7 @@ class ParallelConfig(Settings):
     @property
     def length_multiple(self) -> int:
         """What a sample's padded length is a multiple of: ranks that share sequences hold equal slices of them."""
-        slices = self.context * (2 if self.context > 1 and self.context_method == "gists" else 1)
+        slices = self.context * (CONTEXT_SLICES if self.context > 1 and self.context_method == "gists" else 1)
         return slices * (self.tensor if self.sequence else 1)
 
     def misfits(self) -> list[str]:

@@ -181,7 +181,7 @@ def _pipeline(
     factor = parallel.replica_group.size() * len(batches) / tokens
     weighed = [replace(b, recall=b.recall and b.recall.weighing(scale)) for b in batches]
     with engine.module.stage_attention.passing(weighed, parallel.device, lambda batch: tally.add(batch.recall)):
-        loss = engine.train_batch(iter([stage_inputs(batch, factor) for batch in batches]))
+        loss = engine.train_batch(iter([stage_inputs(batch, factor, engine.module.context_parallel) for batch in batches]))
     work.mark()
     return loss.detach()
 
@@ -208,7 +208,7 @@ def validation_loss(engine: deepspeed.DeepSpeedEngine, batches: Sequence[MicroBa
     tokens = parallel.sum_over_data(sum(int((b.labels != IGNORED).sum()) for b in batches))
     if parallel.stages > 1:
         factor = parallel.replica_group.size() * len(batches) / tokens
-        inputs = iter([stage_inputs(batch, factor) for batch in batches])
+        inputs = iter([stage_inputs(batch, factor, engine.module.context_parallel) for batch in batches])
         engine.reset_activation_shape()  # a validation batch is one sample, whatever train.micro_batch is
         with engine.module.stage_attention.passing(batches, parallel.device):
             mean = engine.eval_batch(inputs, num_micro_batches=len(batches)).item()

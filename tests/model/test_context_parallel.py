@@ -11,6 +11,7 @@ from tests.conftest import run
 from tests.kernels.cases import CASES, make_layout, random_qkv
 from tests.kernels.recall_cases import SUFFIX_CASES
 from unfold.kernels.compressed import compressed_attention
+from unfold.model.config import CONTEXT_SLICES
 from unfold.model.gist import GistConfig, build_layout, interleave
 from unfold.model.parallel import context as subject
 from unfold.model.parallel.context import ContextParallel, make_plan
@@ -27,7 +28,7 @@ def padded(layout, config, multiple):
 
 def play(layout, q, k, v, size):
     """What the ranks would compute, their all-gather done by indexing."""
-    division = Division(size, layout.intervals.tokens)
+    division = Division.even(layout.intervals, size)
     plans = [make_plan(layout, division, rank) for rank in range(size)]
     parts = [[division.part(x, 1, rank) for rank in range(size)] for x in (q, k, v)]
     received = torch.stack([take(torch.cat([parts[1][r], parts[2][r]], 2), plans[r].exports.exported) for r in range(size)])
@@ -45,7 +46,7 @@ def play(layout, q, k, v, size):
 @pytest.mark.parametrize("name", CASES)
 def test_ranks_together_compute_the_whole(name, size):
     layout, config = make_layout(name)
-    layout = padded(layout, config, 2 * size)
+    layout = padded(layout, config, CONTEXT_SLICES * size)
     q, k, v, d_out = random_qkv(layout, 4, 2, 8, torch.float64)
     want = compressed_attention(q, k, v, layout.intervals)
     got = play(layout, q, k, v, size)
@@ -62,11 +63,11 @@ def test_what_is_sent_approaches_the_compression_ratio(chunk_sizes):
     raw = 16384
     sample = interleave(np.zeros(raw, np.int64), [raw], np.ones(1, bool), config, range(1, 1 + config.levels))
     level, doc = (torch.from_numpy(x)[None] for x in (sample.level, sample.doc))
-    layout = padded(build_layout(level, doc, config), config, 8)
-    plan = make_plan(layout, Division(4, layout.intervals.tokens), 1)
+    layout = padded(build_layout(level, doc, config), config, 4 * CONTEXT_SLICES)
+    plan = make_plan(layout, Division.even(layout.intervals, 4), 1)
     top_gists_held = plan.tokens_held / len(sample.ids) * (sample.level == config.levels - 1).sum()
     # Beyond the top-level gists, of each slice: sinks, the last chunks and the last sections before its border.
-    border = 2 * (config.sink + 2 * sum(chunk_sizes) + 8)
+    border = CONTEXT_SLICES * (config.sink + 2 * sum(chunk_sizes) + 8)
     assert top_gists_held - 1 <= plan.exports.sent <= top_gists_held + border
 
 
@@ -79,8 +80,8 @@ def test_the_ratio_of_bytes_approaches_the_compression_ratio(monkeypatch):
         config = GistConfig((8, 4))
         sample = interleave(np.zeros(raw, np.int64), [raw], np.ones(1, bool), config, [1, 2])
         level, doc = (torch.from_numpy(x)[None] for x in (sample.level, sample.doc))
-        layout = padded(build_layout(level, doc, config), config, 8)
-        plan = make_plan(layout, Division(4, layout.intervals.tokens), 1)
+        layout = padded(build_layout(level, doc, config), config, 4 * CONTEXT_SLICES)
+        plan = make_plan(layout, Division.even(layout.intervals, 4), 1)
         context = ContextParallel(FourRanks(), "gists")
         context.gather(torch.zeros(1, plan.tokens_held, 4, 8), plan.exports)
         counted = context.traffic.take()

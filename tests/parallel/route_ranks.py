@@ -10,6 +10,7 @@ import torch.distributed as dist
 from tests.forked import run_ranks
 from tests.kernels.route_cases import ALL, make_routed, queries_and_keys
 from unfold.kernels.route import cpu, routing_loss
+from unfold.model.config import CONTEXT_SLICES
 from unfold.model.parallel.division import Division
 from unfold.model.parallel.route import rank_plan, routing_loss_over_ranks
 
@@ -19,8 +20,8 @@ TOLERANCE = dict(rtol=1e-10, atol=1e-10)
 def check(name: str, far: bool, share: float) -> int:
     """Compare one case; returns how many slices a group of it spans at most."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    layout, routed = make_routed(name, share=share, multiple=2 * size)
-    division = Division(size, layout.level.shape[1])
+    layout, routed = make_routed(name, share=share, multiple=CONTEXT_SLICES * size)
+    division = Division.even(layout.intervals, size)
     q, k = queries_and_keys(layout, routed, 4, 2, 8, torch.float64)
     want = routing_loss(q, k, routed, far=far)
     gradient = torch.autograd.grad(2 * want, k)[0]
