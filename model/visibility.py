@@ -20,7 +20,7 @@ from unfold.kernels.common.plans import Planned, to_device
 from unfold.kernels.compressed import compressed_attention
 from unfold.kernels.route import routing_loss
 from unfold.kernels.unfold import recall_attention
-from unfold.model.gist import Layout, Recall, recalls_in
+from unfold.model.gist import Layout, Recall, dense_layout, recalls_in
 from unfold.model.parallel.context import ContextAttention, ContextPart
 
 IGNORED = -100  # label of a position that has no target
@@ -180,8 +180,11 @@ class Documents:
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     """Causal attention within each document: the baseline. On a GPU in 16 bits one call of PyTorch's flash attention.
 
-    Args and result as :func:`unfold.kernels.compressed.compressed_attention`; padding attends to nothing and gets zeros.
+    Of a bundle see :func:`unfold.model.gist.dense_layout`. Args and result as
+    :func:`unfold.kernels.compressed.compressed_attention`; what padding gets means nothing.
     """
+    if layout.role is not None:  # what links and suffixes see is no square
+        return compressed_attention(q, k, v, layout.planned("dense", lambda whole: dense_layout(whole).intervals))
     documents = layout.planned("documents", Documents.of)
     flat = [x.flatten(0, 1) for x in (q, k, v)]  # [B * T, H, D]
     attend = _documents_at_once if q.is_cuda and q.element_size() == 2 else _document_by_document

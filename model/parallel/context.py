@@ -67,6 +67,14 @@ class ContextParallel:
 
         return ContextPart(self, layout.planned(("division", size, self.method), divide))
 
+    def prepare(self, layout: Layout, recall: Recall | None) -> None:
+        """Make what :meth:`of` and the layers will ask for, where it can be done ahead."""
+        part = self.of(layout)
+        if self.method == "gists":
+            part.plan(layout)
+            if recall is not None:
+                part.recall_plan(recall.tree)
+
     def gather(self, keys_values: Tensor, exports: Exports) -> Tensor:
         """This rank's keys and values [B, T / n, 2 Hkv, D] and after them the ranks' exports: [B, T / n + n E, 2 Hkv, D]."""
         exported = take(keys_values, exports.exported)

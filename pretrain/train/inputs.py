@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from unfold.kernels.common.plans import pinned
+from unfold.model.parallel.context import ContextParallel
 from unfold.model.visibility import MicroBatch
 from unfold.pretrain.config import RunConfig, gist_at, with_vocab_size
 from unfold.pretrain.data.samples import BatchBuilder, TokenSource, step_samples
@@ -29,7 +31,15 @@ class Inputs:
             indices = step_samples(step, train.global_batch, train.micro_batch, parallel.data_rank, parallel.data_size)
             numbers = [[number(i) for i in micro_batch] for micro_batch in indices]
             stage = gist_at(self.config, step + 1)
-            yield [replace(self.train.build(n, stage), distilled=self._distilled(n)) for n in numbers]
+            made = (replace(self.train.build(n, stage), distilled=self._distilled(n)) for n in numbers)
+            yield [self._ready(batch, parallel) for batch in made]
+
+    def _ready(self, batch: MicroBatch, parallel: Parallel) -> MicroBatch:
+        """With what can be worked out ahead of its step: who sends what to whom; for a GPU in pinned memory."""
+        if parallel.context_group.size() > 1:
+            context = ContextParallel(parallel.context_group, self.config.parallel.context_method)
+            context.prepare(batch.layout, batch.recall)
+        return pinned(batch) if parallel.device.type == "cuda" else batch
 
     def _distilled(self, numbers: list[int]) -> tuple[int, ...]:
         """Which samples of a micro-batch learn from dense attention: by their global numbers, so the same under every layout."""
@@ -56,11 +66,17 @@ def open_inputs(config: RunConfig) -> Inputs:
 
     length_multiple = config.parallel.length_multiple
 
-    def builder(prefixes: tuple[str, ...], setting: str) -> BatchBuilder:
+    def builder(prefixes: tuple[str, ...], setting: str, shuffle_parts: bool = False) -> BatchBuilder:
         source = TokenSource(prefixes, config.data.raw_tokens, config.train.seed, tokenizer, setting, config.data.cache)
-        return BatchBuilder(source, gist, tokenizer, length_multiple, config.train.seed)
+        source.check_positions(gist.links if gist else 0, config.model.max_position, setting)
+        return BatchBuilder(source, gist, tokenizer, length_multiple, config.train.seed, shuffle_parts)
 
-    train = builder(config.data.train, "data.train")
+    train = builder(config.data.train, "data.train", config.data.shuffle_parts)
+    if config.data.shuffle_parts and not train.source.linked:
+        raise UserError(
+            "data.shuffle_parts: true, but no shard of data.train has linked contexts; make shards with "
+            "`python -m data_prep tokenize-supervised --linked`, or leave it out"
+        )
     if gist and gist.recall == "suffix" and not train.source.supervised:
         raise UserError(
             "gist.recall: suffix, but no shard of data.train says where a suffix begins; make shards with "

@@ -8,6 +8,9 @@ import torch
 
 from tests.conftest import run
 from tests.waits import Waits
+from unfold.kernels.common.plans import pinned
+from unfold.model.gist import GistConfig, Recall, build_layout
+from unfold.model.visibility import MicroBatch
 
 # DeepSpeed's own reading of the norm and of overflows, once per update; and what the CPU's operations of recall read of a layer's
 # selection (those of a GPU are counted in tests/kernels).
@@ -29,6 +32,24 @@ def test_a_step_waits_once_and_at_its_end():
             ours = {place for place in ours if not place.startswith(OF_THE_CPU)}
         (place,) = ours
         assert place.startswith("train/step.py") and by_place[place] == 1, (way, by_place)
+
+
+def test_what_goes_to_a_gpu_is_pinned_once(monkeypatch):
+    """Plans that were made ahead included; what stands in several places is one tensor afterwards too."""
+    config = GistConfig((4, 2), recall="all")
+    level = torch.tensor([[-1, -1, -1, -1, 0] * 6])
+    layout = build_layout(level, torch.zeros_like(level), config)
+    ids = torch.zeros_like(level)
+    batch = MicroBatch(ids, ids, layout, Recall.of(layout, config))
+    assert batch.layout.document_spans == [(0, 0, 30)]
+    batch.planned("something", lambda whole: (whole.ids, {"more": whole.labels}))
+    copies = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: copies.append(x.clone()) or copies[-1])
+    held = pinned(batch)
+    assert held.ids is held.labels is held.plans["something"][0] is held.plans["something"][1]["more"] is not ids
+    assert held.layout.intervals.rows is held.recall.tree.others.rows and len({id(x) for x in copies}) == len(copies)
+    assert torch.equal(held.recall.tree.child_lo, batch.recall.tree.child_lo) and held.layout.document_spans == [(0, 0, 30)]
+    assert held.recall.rule == batch.recall.rule and held.host is None
 
 
 def test_everything_that_waits_is_counted(monkeypatch):
