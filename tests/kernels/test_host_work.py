@@ -2,6 +2,7 @@
 
 import importlib.util
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,11 +13,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 from triton.runtime import interpreter
 
 from tests.kernels.interpreter import compute_like_a_gpu, in_the_interpreter
-from tests.kernels.recall_cases import make_layout
+from tests.kernels.test_variants import micro_batch
 from tests.waits import Waits
 from unfold.kernels.select import SelectRule
 from unfold.kernels.unfold import recall_attention
-from unfold.model.gist import build_recall
 
 
 class Launches:
@@ -42,10 +42,7 @@ def test_a_recalling_layer_reads_the_lengths_of_its_lists_alone(monkeypatch):
     compute_like_a_gpu(monkeypatch)
     waits = Waits(monkeypatch)
     launches = Launches(waits, monkeypatch)
-    layout, config = make_layout("packed documents")
-    whole = build_recall(layout, config, layout.text)
-    tokens = layout.level.shape[1]
-    leaves = [torch.randn(len(layout.level), tokens, heads, 64, requires_grad=True) for heads in (2, 1, 1)]
+    leaves, _, whole = micro_batch(np.random.default_rng(0), 1)
     counts = []
     for layer in range(2):  # the first one of a micro-batch also makes the plans that all share
         with waits:
@@ -63,5 +60,5 @@ def test_a_recalling_layer_reads_the_lengths_of_its_lists_alone(monkeypatch):
         places = {place.split(":")[0] for _, place in waits.where}
         assert places == {"select/triton.py", "unfold/turn.py"}, waits.where
     print("HOST", counts)
-    assert all(forward == config.levels and backward == 1 for _, _, forward, _, _, backward in counts), counts
+    assert all(forward == whole.levels and backward == 1 for _, _, forward, _, _, backward in counts), counts
     assert counts[1][0] <= 150 and counts[1][3] <= 120, counts
