@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections import Counter
 from pathlib import Path
@@ -9,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -23,8 +23,8 @@ READING = {
     aten.bincount, aten.equal, aten.is_nonzero,
 }  # fmt: skip
 INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
-METHODS = {Tensor.tolist, Tensor.numpy, Tensor.cpu, Tensor.__array__}
-MAKING = {torch.tensor, torch.as_tensor}
+METHODS = ("tolist", "numpy", "cpu", "__array__")  # that read a tensor without an operation
+MAKING = ("tensor", "as_tensor")  # where they name a device, they copy numbers of Python to it
 
 
 class Waits(TorchDispatchMode):
@@ -41,19 +41,35 @@ class Waits(TorchDispatchMode):
         self.where: Counter[tuple[str, str]] = Counter()
         self.operations = 0
         self._there: dict[int, StorageWeakRef] = {}
-        self._methods = _Methods(self)
+        self._active = False
+        # By name, not by a mode: those for functions do not hold in backward.
+        for name in METHODS:
+            read = lambda args, kwargs: self.holds(args[0])
+            monkeypatch.setattr(Tensor, name, self._watched(getattr(Tensor, name), read))
+        for name in MAKING:
+            read = lambda args, kwargs: kwargs.get("device") is not None
+            monkeypatch.setattr(torch, name, self._watched(getattr(torch, name), read))
         original = plans.to_device
         for module in list(sys.modules.values()):
             if getattr(module, "to_device", None) is original:
                 monkeypatch.setattr(module, "to_device", self.to_device)
 
     def __enter__(self):
-        self._methods.__enter__()
+        self._active = True
         return super().__enter__()
 
     def __exit__(self, *error):
         super().__exit__(*error)
-        self._methods.__exit__(*error)
+        self._active = False
+
+    def _watched(self, function, waits):
+        @functools.wraps(function)
+        def watched(*args, **kwargs):
+            if self._active and waits(args, kwargs):
+                self.waits(function.__name__)
+            return function(*args, **kwargs)
+
+        return watched
 
     def to_device(self, x: Tensor, device: torch.device | str | None = None) -> Tensor:
         """A copy "on the GPU"."""
@@ -91,18 +107,3 @@ class Waits(TorchDispatchMode):
                 if isinstance(x, Tensor):
                     self.mark(x)
         return out
-
-
-class _Methods(TorchFunctionMode):
-    """What reads a tensor without an operation, and copies of Python's numbers to a device, which wait as well."""
-
-    def __init__(self, waits: Waits):
-        super().__init__()
-        self._waits = waits
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        read = func in METHODS and self._waits.holds(args)
-        if read or (func in MAKING and kwargs.get("device") is not None):
-            self._waits.waits(func.__name__)
-        return func(*args, **kwargs)
