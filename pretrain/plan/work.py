@@ -6,12 +6,12 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from unfold.model.config import GistConfig, ModelConfig
 from unfold.model.gist import Layout, build_layout, interleave, max_interleaved_length
 from unfold.model.hf.names import model_entries
 from unfold.model.parallel.context import make_plan
+from unfold.model.parallel.division import Division, imbalance, visible_pairs
 from unfold.pretrain.config import RunConfig
 
 
@@ -62,8 +62,7 @@ class SampleSize:
         sent: tokens whose keys and values a rank sends to each of the others, per layer.
         key_rows: keys in level-sorted order, sink copies included, of that sequence.
         segments: ranges per query.
-        imbalance: most (query, key) pairs of a rank that shares the sequence over the mean of them all; 1 under ulysses, which
-            divides heads.
+        imbalance: most (query, key) pairs of a rank that shares the sequence over the mean of them all.
     """
 
     raw: int
@@ -74,7 +73,7 @@ class SampleSize:
     sent: int
     key_rows: int
     segments: int
-    imbalance: float
+    imbalance: float = 1.0
 
 
 def measure_sample(config: RunConfig, attention: str | None = None) -> SampleSize:
@@ -82,37 +81,22 @@ def measure_sample(config: RunConfig, attention: str | None = None) -> SampleSiz
     parallel, raw = config.parallel, config.data.raw_tokens
     dense = (attention or config.model.attention) == "dense"
     gist = GistConfig((raw,)) if dense else config.gist
-    multiple = parallel.context * (parallel.tensor if parallel.sequence else 1)
+    multiple = parallel.length_multiple
     longest = raw if dense else max_interleaved_length(raw, gist.chunk_sizes)
     length = -(-longest // multiple) * multiple
     if dense:
-        return SampleSize(raw, raw, length, raw * (raw + 1) // 2, length // parallel.context, 0, length, 2, 1.0)
+        return SampleSize(raw, raw, length, raw * (raw + 1) // 2, length // parallel.context, 0, length, 2)
     layout, tokens = _lay_out(raw, length, gist)
-    pairs = _visible_pairs(layout, tokens)
-    keys, held = int(pairs[-1]), length // parallel.context
+    keys = _visible_keys(layout, tokens)
+    held = length // parallel.context
     if parallel.context == 1 or parallel.context_method == "ulysses":
         rows = layout.intervals.rows.shape[1] // parallel.context
-        return SampleSize(raw, tokens, length, keys, held, 0, rows, gist.levels + 2, 1.0)
-    most = max(pairs_of(pairs, part) for part in contiguous_parts(length, parallel.context))
-    plan = make_plan(layout, parallel.context - 1, parallel.context)  # the last rank receives most
+        return SampleSize(raw, tokens, length, keys, held, 0, rows, gist.levels + 2)
+    division = Division.even(layout.intervals, parallel.context)
+    plan = make_plan(layout, division, 0)  # the first rank takes the slice that sees most
     near, sent = plan.layout.intervals, plan.exports.exported.shape[1]
-    return SampleSize(
-        raw, tokens, length, keys, near.tokens, sent, near.rows.shape[1], gist.levels + 2, most * parallel.context / keys
-    )
-
-
-Part = list[tuple[int, int]]  # tokens that a rank holds of a sequence: [start, stop) of each slice
-
-
-def contiguous_parts(length: int, ranks: int) -> list[Part]:
-    """The division of a sequence in which each rank holds one slice, in their order."""
-    held = length // ranks
-    return [[(rank * held, (rank + 1) * held)] for rank in range(ranks)]
-
-
-def pairs_of(pairs: Tensor, part: Part) -> int:
-    """Pairs that a rank's queries see. pairs: int64 [length + 1], those of all queries before each."""
-    return int(sum(pairs[stop] - pairs[start] for start, stop in part))
+    uneven = imbalance(visible_pairs(layout.intervals, division))
+    return SampleSize(raw, tokens, length, keys, near.tokens, sent, near.rows.shape[1], gist.levels + 2, uneven)
 
 
 def _lay_out(raw: int, length: int, gist: GistConfig) -> tuple[Layout, int]:
@@ -123,12 +107,10 @@ def _lay_out(raw: int, length: int, gist: GistConfig) -> tuple[Layout, int]:
     return build_layout(pad(made.level), pad(made.doc), gist), tokens
 
 
-def _visible_pairs(layout: Layout, tokens: int) -> Tensor:
-    """Pairs of all queries before each, int64 [length + 1]: hi - lo summed over segments, none for padding (it sees itself)."""
+def _visible_keys(layout: Layout, tokens: int) -> int:
+    """The sum of hi - lo over the first ``tokens`` queries (padding sees itself, which is no work)."""
     intervals = layout.intervals
-    of_query = (intervals.hi - intervals.lo)[0].sum(0, dtype=torch.int64)
-    of_query[tokens:] = 0
-    return torch.nn.functional.pad(of_query.cumsum(0), (1, 0))
+    return int((intervals.hi - intervals.lo)[..., :tokens].sum(dtype=torch.int64))
 
 
 @dataclass(frozen=True)

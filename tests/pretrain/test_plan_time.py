@@ -16,6 +16,7 @@ from tests.pretrain.test_plan import CONFIGS, SHAPES, configuration, header_comm
 from unfold.model.config import GistConfig, ModelConfig
 from unfold.model.layers import BuildContext
 from unfold.model.loss import token_loss_sum
+from unfold.model.parallel.division import Division
 from unfold.model.recompute import Offload, Recompute
 from unfold.model.transformer import Transformer
 from unfold.pretrain.command import main
@@ -28,7 +29,7 @@ from unfold.pretrain.plan.memory import layers_peak
 from unfold.pretrain.plan.moved import Moved
 from unfold.pretrain.plan.pointwise import Pointwise, count_layer, loss_bytes
 from unfold.pretrain.plan.roofline import product_flops
-from unfold.pretrain.plan.work import contiguous_parts, measure_sample
+from unfold.pretrain.plan.work import measure_sample
 
 GPU_FILES = ROOT / "docs" / "benchmarks" / "gpu"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -163,12 +164,12 @@ def test_a_step_takes_little_more_than_its_parts(name, attention):
 
 
 def test_a_rank_of_context_parallelism_has_the_pairs_of_its_queries():
-    config = configuration(SHAPES["biases"], raw=150)
+    config = configuration(SHAPES["biases"], raw=3 + 8 * 15)  # 168 tokens: nothing is padded
     config = replace(config, parallel=replace(config.parallel, context=2))
-    sample = measure_sample(config)
-    mask = micro_batch(config, 1).layout.intervals.dense_mask()[0]
-    parts = [sum(int(mask[a:b].sum()) for a, b in part) for part in contiguous_parts(sample.length, 2)]
-    assert sample.imbalance == pytest.approx(max(parts) / (sum(parts) / 2))
+    sample, intervals = measure_sample(config), micro_batch(config, 1).layout.intervals
+    seen, division = intervals.dense_mask()[0].sum(-1), Division.even(intervals, 2)
+    parts = [sum(int(seen[a:b].sum()) for a, b in division.spans(rank)) for rank in range(2)]
+    assert sample.length == len(seen) and sample.imbalance == pytest.approx(max(parts) / (sum(parts) / 2))
     ulysses = replace(config, parallel=replace(config.parallel, context_method="ulysses"))
     assert measure_sample(ulysses).imbalance == 1
 
