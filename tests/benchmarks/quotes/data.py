@@ -56,7 +56,35 @@ class Quoting:
         return ids, tags
 
 
-def make_data(root: Path, vocab_size: int, quotings: dict[str, tuple[Quoting, int]], valid: int, texts: list[Path]) -> None:
+@dataclass(frozen=True)
+class Repeating:
+    """Documents of one length: a short piece of text, again and again. Copying is learned far faster here than from quotes.
+
+    Attributes:
+        raw_tokens: of a document.
+        least, most: tokens of the piece, drawn evenly.
+    """
+
+    raw_tokens: int = 64
+    least: int = 6
+    most: int = 20
+
+    def documents(self, text: Shard, count: int, key: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """As :meth:`Quoting.documents`; all but the first piece are its quotes."""
+        draw = np.random.default_rng(key)
+        ids, tags = (np.empty((count, self.raw_tokens), np.int64) for _ in range(2))
+        for row in range(count):
+            length = int(draw.integers(self.least, self.most + 1))
+            document = int(draw.choice(np.flatnonzero(text.lengths > length)))
+            start = int(text.starts[document] + draw.integers(0, text.lengths[document] - length))
+            ids[row] = np.resize(text.tokens[start : start + length], self.raw_tokens)
+            tags[row] = np.where(np.arange(self.raw_tokens) < length, PLAIN, np.arange(self.raw_tokens) % length)
+        return ids, tags
+
+
+def make_data(
+    root: Path, vocab_size: int, quotings: dict[str, tuple[Quoting | Repeating, int]], valid: int, texts: list[Path]
+) -> None:
     """Tokenizer, shards of text and of text that quotes, and the tags of the validation documents; what is there stays.
 
     Args:
