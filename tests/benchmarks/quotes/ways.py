@@ -58,9 +58,11 @@ def ways_of(chunk_sizes: tuple[int, ...]) -> dict[str, Way]:
         "recipe": Way("taught to route, everything unfolded in the first third", ROUTED, WIDE),
         "share": Way("the same, and in a quarter of the samples to the end", shares, WIDE),
         "shrink": Way("taught to route, budgets that shrink by stages", ROUTED, shrinking(ratio)),
-        "logits": Way("taught to route, and by dense attention's logits", {**shares, "distill.logits": 1.0}, WIDE),
+        "logits": Way("a quarter to the end, and taught by dense attention's logits", {**shares, "distill.logits": 1.0}, WIDE),
         "everything": Way("everything unfolded (bound)", {**ALL, "gist.unfold_all": True}),
-        "hidden": Way("taught to route, and by dense attention's hidden states", {**shares, "distill.hidden": 1.0}, WIDE),
+        "hidden": Way(
+            "a quarter to the end, and taught by dense attention's hidden states", {**shares, "distill.hidden": 1.0}, WIDE
+        ),
         "twice": Way("taught to route, twice the budget (bound)", {**ROUTED, "gist.budget_ratio": max(1, ratio // 2)}, WIDE),
         "four": Way("taught to route, four times the budget (bound)", {**ROUTED, "gist.budget_ratio": max(1, ratio // 4)}, WIDE),
         "longer": Way("taught to route, twice the steps", ROUTED, WIDE, longer=2.0),
