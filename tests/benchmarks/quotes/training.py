@@ -41,7 +41,7 @@ class Plan:
     Attributes:
         short: what the dense model learns to copy from first, almost alone: quotes in text teach it too little at the start.
         quoting: what all ways are trained and measured on.
-        short_steps, base_steps: of the dense model in short and in whole samples. Copying came suddenly, after about 500 steps.
+        short_steps, base_steps: of the dense model in short and in whole samples. Copying came at about step 500.
         steps: of each way.
         batch: raw tokens of a step.
         evaluated: validation documents that quote, and windows of plain text.
