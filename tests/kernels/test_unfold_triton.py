@@ -219,7 +219,7 @@ def test_lists_of_blocks_hold_the_selection(name, size):
 @pytest.mark.skipif(not GPU, reason="no GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("dim", HEAD_DIMS)
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", SOME[:3])
 def test_all_dimensions_on_a_gpu(name, dim, dtype):
     check(name, 8, 2, dim, dtype)
 
