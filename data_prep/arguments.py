@@ -3,6 +3,8 @@
 import argparse
 from typing import NoReturn
 
+from unfold.data_prep.format.text import spelled
+
 MOST = 10**15  # no count or size of this program comes near
 # Of supervised data; the names of unfold.data_prep.corpus.fields.SupervisedFields, which is not imported for --help alone.
 SUPERVISED_KEYS = {
@@ -94,11 +96,6 @@ def sizes(text: str) -> tuple[int, ...]:
     if not all(part.strip().isdecimal() and int(part) for part in parts):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of sizes of at least 1, such as 8,4")
     return tuple(int(part) for part in parts)
-
-
-def spelled(text: str) -> str:
-    """A text in which backslash-n, -t and -r may be written out."""
-    return text.replace("\\n", "\n").replace("\\t", "\t").replace("\\r", "\r")
 
 
 def separator(text: str) -> str:

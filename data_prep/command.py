@@ -122,7 +122,7 @@ def run_stats(args: argparse.Namespace) -> int:
 
 def run_tokenize(args: argparse.Namespace) -> int:
     """Make shards."""
-    from unfold.data_prep.templates import find_template
+    from unfold.data_prep.format.templates import find_template
 
     template = find_template(args.template, args.tokenizer)
     return make_shards(args, min_tokens=args.min_tokens, template=template)
@@ -130,8 +130,8 @@ def run_tokenize(args: argparse.Namespace) -> int:
 
 def run_tokenize_supervised(args: argparse.Namespace) -> int:
     """Make shards of questions and answers."""
+    from unfold.data_prep.format.templates import find_template
     from unfold.data_prep.supervised import SupervisedJob
-    from unfold.data_prep.templates import find_template
 
     if args.truncate and not args.max_tokens:
         raise DataError(f"--truncate {args.truncate}: needs --max-tokens, to which contexts are cut")

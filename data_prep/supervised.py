@@ -13,13 +13,23 @@ from unfold.data_prep.corpus.messages import read_messages
 from unfold.data_prep.errors import DataError
 from unfold.data_prep.format.documents import DocumentTemplate
 from unfold.data_prep.format.spans import Spans
+from unfold.data_prep.format.templates import (
+    ANSWER,
+    ANSWER_END,
+    CONTEXT_END,
+    PART,
+    SEPARATOR,
+    ChatTemplate,
+    ControlText,
+    Piece,
+    insert_context,
+    special_tokens,
+)
 from unfold.data_prep.format.text import encodable
 from unfold.data_prep.format.tokenizer import Tokenizer
 from unfold.data_prep.journal import Counts
-from unfold.data_prep.templates import ANSWER, ANSWER_END, CONTEXT_END, PART, ChatTemplate, ControlText, Piece, special_tokens
 
 CONTEXT_ROLES = ("context", DOCUMENTS)
-SEPARATOR = "\n\n"  # between documents of a context, and between a context and the question in one message
 
 
 @dataclass
@@ -45,8 +55,10 @@ class SupervisedEncoder:
 
     def __init__(self, job: EncodeJob, supervised: SupervisedJob, tokenizer: Tokenizer):
         self._job, self._how, self._tokenizer = job, supervised, tokenizer
-        self._template = ChatTemplate(supervised.template, supervised.template_name, special_tokens(tokenizer))
-        self._control = ControlText(tokenizer)
+        self._template = ChatTemplate(
+            supervised.template, supervised.template_name, special_tokens(tokenizer.control, tokenizer.info)
+        )
+        self._control = ControlText(tokenizer.control)
         self._documents = DocumentTemplate(supervised.document_template)
 
     def __call__(self, rows: Sequence[str]) -> EncodedBatch:
@@ -81,7 +93,7 @@ class SupervisedEncoder:
             parts, messages = read_linked_row(row, self._how.fields, self._documents)
             held_out = fraction is not None and is_held_out("".join(parts).encode("utf-8"), fraction)
             return self._render(messages, None, [*map(self._control.checked, parts)]), held_out
-        context, messages, first = read_row(row, self._how)
+        context, messages, first = read_row(row, self._how, self._documents)
         held_out = fraction is not None and is_held_out(context.encode("utf-8") if context else raw, fraction)
         return self._render(messages, first, context), held_out
 
@@ -90,9 +102,9 @@ class SupervisedEncoder:
         messages = [{**message, "content": self._control.escape(message["content"])} for message in messages]
         parts = context if isinstance(context, list) else []
         if parts:  # only their places go through the template, so that it alters none of them
-            _insert_context(messages, PART * len(parts), self._template.takes_context)
+            insert_context(messages, PART * len(parts), self._template.takes_context)
         elif context is not None:
-            _insert_context(messages, self._control.escape(context), self._template.takes_context)
+            insert_context(messages, self._control.escape(context), self._template.takes_context)
         elif first is not None:
             messages[first]["content"] = CONTEXT_END + messages[first]["content"]
         learned = messages if first is None else messages[first:]
@@ -194,17 +206,10 @@ def _part(documents: list[TokenDocument]) -> Part:
     return Part(np.array(ids, dtype=np.int32), np.array([len(d.ids) for d in documents], dtype=np.int64), spans)
 
 
-def _insert_context(messages: list[dict], context: str, as_message: bool) -> None:
-    """Put the context, its end marked, before the first user message: as a message of its own, or into it."""
-    first = next(i for i, message in enumerate(messages) if message["role"] == "user")
-    if as_message:
-        messages.insert(first, {"role": "context", "content": context + CONTEXT_END})
-    else:
-        messages[first]["content"] = context + CONTEXT_END + SEPARATOR + messages[first]["content"]
-
-
-def read_row(row: dict, how: SupervisedJob) -> tuple[str | None, list[dict], int | None]:
-    """(context, messages, first) of a row's fields.
+def read_row(
+    row: dict, how: SupervisedJob, template: DocumentTemplate
+) -> tuple[str | None, list[dict], int | None]:
+    """(context, messages, first) of a row's fields. template: of documents that are objects.
 
     Where the row gives no context, messages before the number `first` are it; None: there is none.
 
@@ -212,7 +217,7 @@ def read_row(row: dict, how: SupervisedJob) -> tuple[str | None, list[dict], int
         DataError: something is missing, empty or of another type; the reason alone.
     """
     fields = how.fields
-    context = _context(row, fields)
+    context = _context(row, fields, template)
     if fields.messages in row:
         messages, inner = _messages(row[fields.messages], fields.messages)
         if context is not None and inner is not None:
@@ -246,8 +251,7 @@ def read_linked_row(row: dict, fields: SupervisedFields, template: DocumentTempl
         raise DataError(f"a context under {fields.context!r}, but --linked takes a list under {DOCUMENTS!r}; leave one out")
     if not isinstance(documents, list) or not documents:
         raise DataError(f"no list of documents under {DOCUMENTS!r}, which --linked asks for")
-    what = [f"document {i + 1} of {len(documents)}" for i in range(len(documents))]
-    parts = [template.render(document, name) for document, name in zip(documents, what)]
+    parts = _rendered(documents, template)
     if fields.messages in row:
         messages, inner = _messages(row[fields.messages], fields.messages)
         if inner is not None:
@@ -266,8 +270,18 @@ def read_linked_row(row: dict, fields: SupervisedFields, template: DocumentTempl
     return parts, messages
 
 
-def _context(row: dict, fields: SupervisedFields) -> str | None:
-    texts = [_text_or_list(row[key], key) for key in (fields.context, DOCUMENTS) if key in row]
+def _rendered(documents: list, template: DocumentTemplate) -> list[str]:
+    return [template.render(document, f"document {i} of {len(documents)}") for i, document in enumerate(documents, 1)]
+
+
+def _context(row: dict, fields: SupervisedFields, template: DocumentTemplate) -> str | None:
+    """A context, and documents: texts with empty lines between them, or objects as the template writes them, end to end."""
+    texts = [_text_or_list(row[fields.context], fields.context)] if fields.context in row else []
+    documents = row.get(DOCUMENTS)
+    if isinstance(documents, list) and any(isinstance(document, dict) for document in documents):
+        texts.append("".join(_rendered(documents, template)))
+    elif DOCUMENTS in row:
+        texts.append(_text_or_list(documents, DOCUMENTS))
     return SEPARATOR.join(text for text in texts if text) if texts else None
 
 

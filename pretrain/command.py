@@ -55,7 +55,7 @@ def build_parser(name: str = NAME, programs: Mapping[str, str] | None = None) ->
     plan = commands.add_parser("plan", help="memory, communication and time of a run on a cluster, without GPUs")
     add_plan_arguments(plan)
 
-    add_evaluate_arguments(commands.add_parser("evaluate", help="measure a model: perplexity, passkey, tasks"))
+    add_evaluate_arguments(commands.add_parser("evaluate", help="measure a model: perplexity, passkey, tasks, documents"))
 
     report = commands.add_parser("report", help="write report.html for one run, or for several to compare")
     report.add_argument("run_dirs", type=Path, nargs="+", metavar="DIR")

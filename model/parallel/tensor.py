@@ -15,7 +15,10 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core.tensor_parallel import (
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from unfold.model.parallel.megatron import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
@@ -24,8 +27,6 @@ from megatron.core.tensor_parallel import (
     linear_with_grad_accumulation_and_async_allreduce,
     reduce_from_tensor_model_parallel_region,
 )
-from torch import Tensor
-from torch.distributed import ProcessGroup
 
 
 class Alone:
@@ -119,9 +120,7 @@ class ColumnLinear(ColumnParallelLinear):
         return column_product(x, weight, self.tp_group, self.sequence_split, bias)
 
 
-def column_product(
-    x: Tensor, weight: Tensor, group: Group, input_is_gathered: bool, bias: Tensor | None = None
-) -> Tensor:
+def column_product(x: Tensor, weight: Tensor, group: Group, input_is_gathered: bool, bias: Tensor | None = None) -> Tensor:
     """x [.., inputs], equal on all ranks, times this rank's rows of a weight, plus its bias -> [.., outputs / n].
 
     input_is_gathered: x comes from :func:`gather_sequence`, whose backward sums the gradient over ranks; else it is done here.
@@ -144,9 +143,7 @@ class RowLinear(RowParallelLinear):
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The same with a weight and a bias in place of its own."""
-        partial = linear_with_grad_accumulation_and_async_allreduce(
-            x, weight, None, False, False, False, tp_group=self.tp_group
-        )
+        partial = linear_with_grad_accumulation_and_async_allreduce(x, weight, None, False, False, False, tp_group=self.tp_group)
         if self.sequence_split:
             out = scatter_sum_sequence(partial, self.tp_group)
             if bias is not None:  # added to each rank's part of the sequence: their gradients are summed
