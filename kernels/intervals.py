@@ -8,16 +8,18 @@ not hold the token already, so every key counts once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from unfold.kernels.common.plans import Planned, to_device
+
 
 @dataclass(frozen=True)
-class Intervals:
+class Intervals(Planned):
     """Per query, per segment, a range ``[lo, hi)`` of rows of the level-sorted key buffer.
 
     ``B`` samples of ``T`` interleaved tokens each; ``S = levels + 2`` segments; ``R >= T`` rows (tokens, then sink copies).
@@ -29,6 +31,7 @@ class Intervals:
         lo, hi: [B, S, T] int32, the range of rows that a query sees in a segment; empty where ``lo == hi``.
         segment_start: [B, S + 1] int32, the first row of each segment, and R.
         plans: what :meth:`memo` keeps; shared by all layers of a micro-batch.
+        host: the same on the host, where these were copied from it.
     """
 
     rows: Tensor
@@ -37,6 +40,11 @@ class Intervals:
     hi: Tensor
     segment_start: Tensor
     plans: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
+    host: Intervals | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.rows.device
 
     @property
     def batch(self) -> int:
@@ -51,13 +59,16 @@ class Intervals:
         return self.lo.shape[2]
 
     def to(self, device: torch.device | str) -> Intervals:
-        """The same intervals on another device."""
-        names = ("rows", "row_of", "lo", "hi", "segment_start")
-        return Intervals(*(getattr(self, n).to(device, non_blocking=True) for n in names))
+        """The same intervals on a device: these, if they are there."""
+        rows = to_device(self.rows, device)
+        if rows is self.rows:
+            return self
+        others = (to_device(getattr(self, n), device) for n in ("row_of", "lo", "hi", "segment_start"))
+        return Intervals(rows, *others, host=self if self.device.type == "cpu" else None)
 
     def without(self, queries: Tensor) -> Intervals:
         """The same row space, in which the tokens of ``queries`` (bool [B, T]) see nothing: their output is zero."""
-        return replace(self, hi=torch.where(queries[:, None], self.lo, self.hi), plans={})
+        return replace(self, hi=torch.where(queries[:, None], self.lo, self.hi), plans={}, host=None)
 
     def dense_mask(self) -> Tensor:
         """bool [B, T, T], True where query (dim 1) sees key (dim 2). T x T memory: for tests and people, small T only."""
@@ -71,13 +82,7 @@ class Intervals:
 
     def plan(self, block: int) -> list[list[QueryBlock]]:
         """For each sample, its queries in blocks of ``block``, with the key ranges that hold all they see."""
-        return self.memo(("query blocks", block), lambda: plan_blocks(self.lo, self.hi, block))
-
-    def memo(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """What ``make`` returned the first time this key was asked for: plans are made once per micro-batch."""
-        if key not in self.plans:
-            self.plans[key] = make()
-        return self.plans[key]
+        return self.planned(("query blocks", block), lambda whole: plan_blocks(whole.lo, whole.hi, block))
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,19 @@ per gist, and what a query starts from is a few integers per segment: O(T) memor
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from unfold.kernels.common.plans import Planned, to_device
 from unfold.kernels.intervals import Intervals, QueryBlock, plan_blocks
 
 
 @dataclass(frozen=True)
-class GistTree:
+class GistTree(Planned):
     """The gists' children, and the ``N`` recalling queries of a micro-batch with their ranges of rows.
 
     ``B`` samples of ``T`` tokens, ``L`` gist levels; segments (0 is the top level, L - 1 level 0, L raw tokens, L + 1 sink
@@ -33,6 +36,7 @@ class GistTree:
             the n_prev previous chunks up to itself; in the sink segment the sinks that those do not hold.
         tail: [L, N] int32, where the gists before the query begin whose parent is not closed yet; ``lo`` at the top.
         span: [N] int32, interleaved tokens of the query's document up to and including the query.
+        host: the same on the host, where this was copied from it.
     """
 
     others: Intervals
@@ -45,6 +49,15 @@ class GistTree:
     hi: Tensor
     tail: Tensor
     span: Tensor
+    host: GistTree | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def plans(self) -> dict[Hashable, Any]:
+        return self.others.plans
+
+    @property
+    def device(self) -> torch.device:
+        return self.tokens.device
 
     @property
     def levels(self) -> int:
@@ -55,19 +68,18 @@ class GistTree:
         return self.tokens.shape[0]
 
     def to(self, device: torch.device | str) -> GistTree:
-        """The same tree on another device."""
-        move = lambda *names: (getattr(self, n).to(device, non_blocking=True) for n in names)
-        return GistTree(
-            self.others.to(device),
-            *move("child_lo", "child_hi", "parent", "tokens"),
-            self.splits,
-            *move("lo", "hi", "tail", "span"),
-        )
+        """The same tree on a device: this one, if it is there."""
+        others = self.others.to(device)
+        if others is self.others:
+            return self
+        move = lambda *names: (to_device(getattr(self, n), device) for n in names)
+        before, after = move("child_lo", "child_hi", "parent", "tokens"), move("lo", "hi", "tail", "span")
+        return GistTree(others, *before, self.splits, *after, self if self.device.type == "cpu" else None)
 
     def plan(self, block: int) -> list[list[QueryBlock]]:
         """For each sample, its recalling queries (numbered 0 .. N-1) in blocks, with the rows that their ranges span."""
-        make = lambda: [self._plan_sample(b, block) for b in range(self.others.batch)]
-        return self.others.memo(("recalling query blocks", block), make)
+        make = lambda tree: [tree._plan_sample(b, block) for b in range(tree.others.batch)]
+        return self.planned(("recalling query blocks", block), make)
 
     def _plan_sample(self, sample: int, block: int) -> list[QueryBlock]:
         first, last = self.splits[sample : sample + 2]

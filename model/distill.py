@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from unfold.model.config import ModelConfig
-from unfold.model.gist import dense_layout
+from unfold.model.gist import Layout, dense_layout
 from unfold.model.layers import BuildContext, Rotary
 from unfold.model.parallel.tensor import sum_over_group
 from unfold.model.visibility import Attend, MicroBatch, attention_for
@@ -27,13 +27,10 @@ class DenseTeacher:
 
     def __init__(self, batch: MicroBatch, config: ModelConfig, build: BuildContext):
         self._build, self._added = build, batch.added
-        # None: all of the micro-batch, whose hidden states then need no copy.
-        chosen = torch.tensor(batch.added.samples, device=batch.ids.device)
-        self._chosen = None if len(chosen) == len(batch.ids) else chosen
-        layout = dense_layout(batch.layout, self._chosen)
-        context = build.context
-        part = lambda x: context.part(x, 1) if context else x
-        self._attend: Attend = attention_for("gist", layout, None, context)
+        samples = batch.added.samples
+        self._chosen, layout = batch.layout.planned(("taught", samples), lambda whole: _taught(whole, samples))
+        self._attend: Attend = attention_for("gist", layout, None, build.part_of(batch.layout))
+        part = lambda x: build.own_part(x, batch.layout)
         self._config, self._position = config, part(layout.position)
         raw = part((layout.level < 0) & (layout.doc >= 0)).t()
         if build.sequence_split:
@@ -69,6 +66,12 @@ class DenseTeacher:
 
     def _of_samples(self, x: Tensor) -> Tensor:
         return x if self._chosen is None else x.index_select(1, self._chosen)
+
+
+def _taught(layout: Layout, samples: tuple[int, ...]) -> tuple[Tensor | None, Layout]:
+    """Which samples of a micro-batch are wanted, None for all, whose hidden states then need no copy; and their dense layout."""
+    chosen = None if len(samples) == len(layout.doc) else torch.tensor(samples, device=layout.device)
+    return chosen, dense_layout(layout, chosen)
 
 
 class _Distance(torch.autograd.Function):

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from unfold.model.config import ModelConfig
+from unfold.model.gist import Layout
 from unfold.model.gist.parts import turning
-from unfold.model.parallel.context import ContextParallel
+from unfold.model.parallel.context import ContextParallel, ContextPart
 from unfold.model.parallel.megatron import ModelParallelConfig
 from unfold.model.parallel.tensor import Alone, ColumnLinear, Group, RowLinear, copy_to_group
 from unfold.model.recompute import Again, Recompute
@@ -49,6 +50,15 @@ class BuildContext:
     def sequence_split(self) -> bool:
         """Whether sequence parallelism has an effect."""
         return self.sequence_parallel and self.tp_group.size() > 1
+
+    def part_of(self, layout: Layout) -> ContextPart | None:
+        """What of a micro-batch this rank holds under context parallelism; None: all."""
+        return None if self.context is None else self.context.of(layout)
+
+    def own_part(self, x: Tensor, layout: Layout) -> Tensor:
+        """That of a tensor [B, T] of the micro-batch with this layout."""
+        part = self.part_of(layout)
+        return x if part is None else part.take(x, 1)
 
     def megatron(self) -> ModelParallelConfig:
         """The configuration of megatron-core's layers. Weights are made on CPU in fp32, alike under every layout."""

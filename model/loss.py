@@ -8,6 +8,8 @@ multiplied with afterwards; PyTorch's linear_cross_entropy knows no split vocabu
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -19,9 +21,35 @@ from unfold.model.visibility import IGNORED, AddedLosses
 CHUNK = 1024  # rows whose logits are there at a time
 
 
+@dataclass(frozen=True)
+class Targets:
+    """Which hidden states reach the head, in this order, and what they are to predict. N places with a target.
+
+    Attributes:
+        places: int64 [N], of [T * B]; those of the samples that have a teacher come first.
+        ids: int64 [N].
+        taught: int64 [M], where those first ones stand in [T * samples].
+    """
+
+    places: Tensor
+    ids: Tensor
+    taught: Tensor
+
+    @classmethod
+    def of(cls, labels: Tensor, samples: tuple[int, ...] = ()) -> Targets:
+        """labels: [B, T], from which sizes are read; samples: those that have a teacher."""
+        labels = labels.t()  # [T, B]
+        has = labels != IGNORED
+        first = torch.zeros_like(has)
+        first[:, samples] = has[:, samples]
+        places = torch.cat([x.flatten().nonzero()[:, 0] for x in (first, has & ~first)])
+        ids = labels.flatten().index_select(0, places)
+        return cls(places, ids, has[:, samples].flatten().nonzero()[:, 0])
+
+
 def token_loss_sum(
     hidden: Tensor,
-    labels: Tensor,
+    targets: Targets,
     weight: Tensor,
     build: BuildContext,
     added: AddedLosses | None = None,
@@ -33,7 +61,7 @@ def token_loss_sum(
 
     Args:
         hidden: [T, B, hidden] after the final norm (T / n under sequence parallelism).
-        labels: [B, T].
+        targets: of the same T and B.
         weight: this rank's rows of the head, [vocab / n, hidden].
         added: what else is learned from logits; its sums are filled in.
         teacher: [T, samples, hidden], what ``hidden`` of ``added.samples`` is under dense attention; needed if ``added.logits``.
@@ -41,33 +69,23 @@ def token_loss_sum(
     added = added or AddedLosses()
     if build.sequence_split:
         hidden = gather_sequence(hidden, build.tp_group)
-    targets = labels.t()  # [T, B]
-    order, taught = (targets != IGNORED).flatten().nonzero()[:, 0], None
+    taught = None
     if added.logits:
         if build.sequence_split:
             teacher = gather_sequence(teacher, build.tp_group)
-        order, taught = _taught_first(targets != IGNORED, added.samples, teacher)
-    rows = hidden.flatten(0, 1).index_select(0, order)
+        taught = teacher.flatten(0, 1).index_select(0, targets.taught)
+    rows = hidden.flatten(0, 1).index_select(0, targets.places)
     if not build.sequence_split:  # else the gathering's backward sums the gradients over the ranks
         rows = copy_to_group(rows, build.tp_group)
-    chosen = targets.flatten().index_select(0, order)
     wants_gradient = torch.is_grad_enabled()
     loss, squared, divergence = _Losses.apply(
-        rows, weight, chosen, taught, added.z, added.logits, build.tp_group, wants_gradient
+        rows, weight, targets.ids, taught, added.z, added.logits, build.tp_group, wants_gradient
     )
     if added.z:
         added.note("z", squared)
     if added.logits:
         added.note("logits", divergence)
     return loss
-
-
-def _taught_first(has_target: Tensor, samples: tuple[int, ...], teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Places (of [T * B]) with a target, those of ``samples`` before the others; and the teacher's rows of the first."""
-    taught = torch.zeros_like(has_target)
-    taught[:, samples] = has_target[:, samples]
-    order = torch.cat([x.flatten().nonzero()[:, 0] for x in (taught, has_target & ~taught)])
-    return order, teacher.flatten(0, 1)[has_target[:, samples].flatten()]
 
 
 class _Losses(torch.autograd.Function):

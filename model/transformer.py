@@ -16,7 +16,7 @@ from unfold.model.config import ModelConfig
 from unfold.model.distill import DenseTeacher
 from unfold.model.gist import Layout, Recall
 from unfold.model.layers import MLP, BuildContext, RMSNorm, Rotary
-from unfold.model.loss import token_loss_sum
+from unfold.model.loss import Targets, token_loss_sum
 from unfold.model.parallel.tensor import VocabularyEmbedding, column_product, gather_outputs, gather_sequence
 from unfold.model.recompute import Again, computed_again
 from unfold.model.visibility import Attend, MicroBatch, attention_for
@@ -105,9 +105,8 @@ class Transformer(nn.Module):
         self, ids: Tensor, layout: Layout, recall: Recall | None = None, teacher: DenseTeacher | None = None
     ) -> Tensor:
         """[B, T] -> [T, B, hidden] after the final norm; under context parallelism this rank's part of T."""
-        context = self.build.context
-        attend = attention_for(self.config.attention, layout, recall, context)
-        ids, position = (context.part(x, 1) if context else x for x in (ids, layout.position))
+        attend = attention_for(self.config.attention, layout, recall, self.build.part_of(layout))
+        ids, position = (self.build.own_part(x, layout) for x in (ids, layout.position))
         return self.run_layers(ids, position, attend, teacher)
 
     def run_layers(self, ids: Tensor, position: Tensor, attend: Attend, teacher: DenseTeacher | None = None) -> Tensor:
@@ -135,8 +134,10 @@ class Transformer(nn.Module):
         added = batch.added
         teacher = DenseTeacher(batch, self.config, self.build) if added and added.samples else None
         hidden = self.final_states(batch.ids, batch.layout, batch.recall, teacher)
-        labels = self.build.context.part(batch.labels, 1) if self.build.context else batch.labels
-        loss = token_loss_sum(hidden, labels, self.head_weight, self.build, added, teacher and teacher.state)
+        samples = added.samples if added and added.logits else ()
+        mine = lambda whole: self.build.own_part(whole.labels, whole.layout)
+        targets = batch.planned(("targets", samples), lambda whole: Targets.of(mine(whole), samples))
+        loss = token_loss_sum(hidden, targets, self.head_weight, self.build, added, teacher and teacher.state)
         return teacher.added_to(loss) if teacher else loss
 
     @torch.no_grad()

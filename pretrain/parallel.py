@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import datetime
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from unfold.model.parallel.megatron import parallel_state
@@ -24,6 +26,7 @@ class Parallel:
         rank, world: global rank and number of ranks.
         device: where this rank computes.
         data_group: ranks that see different samples, with the same part of the model and of every sequence.
+        host_group: the same ranks, for numbers that lie in host memory: adding these up waits for no GPU.
         replica_group: ranks that hold the same part of the model: data_group x context_group. Gradients are averaged over
             it, and ZeRO partitions over it.
         tensor_group: ranks that share every layer.
@@ -35,6 +38,7 @@ class Parallel:
     world: int
     device: torch.device
     data_group: ProcessGroup
+    host_group: ProcessGroup
     replica_group: ProcessGroup
     tensor_group: ProcessGroup
     context_group: ProcessGroup
@@ -59,25 +63,28 @@ class Parallel:
         return ModelParallelUnit(self)
 
     def sum_over_data(self, value: float) -> float:
-        """Sum of a number over the data-parallel ranks; fp64, in rank order, so the same on every run."""
-        return self._sum(value, self.data_group)
-
-    def sum_over_replicas(self, value: float) -> float:
-        """Sum of a number over the data- and context-parallel ranks; as :meth:`sum_over_data`."""
-        return self._sum(value, self.replica_group)
-
-    def sum_over_layers(self, value: float) -> float:
-        """Sum over the replicas and the pipeline's stages of a number that tensor-parallel ranks have alike."""
-        return self.sum_over_parts(value) / self.tensor_group.size()
-
-    def sum_over_parts(self, value: float) -> float:
-        """Sum of a number over all ranks, each of which holds a part of it."""
-        return self._sum(value, dist.group.WORLD)
-
-    def _sum(self, value: float, group: ProcessGroup) -> float:
-        total = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total, group=group)
+        """Sum of a number that hosts know over the data-parallel ranks; fp64, in rank order, so the same on every run."""
+        total = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(total, group=self.host_group)
         return total.item()
+
+    def sum_over_replicas(self, values: Sequence[float | Tensor]) -> Tensor:
+        """Sums of numbers over the data- and context-parallel ranks: fp64 [numbers] on the device, which nobody waits for."""
+        return self._sums(values, self.replica_group)
+
+    def sum_over_parts(self, values: Sequence[float | Tensor]) -> Tensor:
+        """The same over all ranks, each of which holds a part of them."""
+        return self._sums(values, dist.group.WORLD)
+
+    def vector(self, values: Sequence[float | Tensor]) -> Tensor:
+        """Numbers, some of which may be on the device already: fp64 [numbers] there."""
+        number = lambda x: x.double() if isinstance(x, Tensor) else torch.full((), x, dtype=torch.float64, device=self.device)
+        return torch.stack([number(x) for x in values])
+
+    def _sums(self, values: Sequence[float | Tensor], group: ProcessGroup) -> Tensor:
+        total = self.vector(values)
+        dist.all_reduce(total, group=group)
+        return total
 
 
 class ModelParallelUnit:
@@ -151,6 +158,7 @@ def initialize(config: ParallelConfig) -> Parallel:
         world=world,
         device=device,
         data_group=parallel_state.get_data_parallel_group(),
+        host_group=parallel_state.get_data_parallel_group_gloo(),
         replica_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         tensor_group=tensor_group,
         context_group=parallel_state.get_context_parallel_group(),

@@ -93,9 +93,9 @@ def row_plan(intervals: Intervals, group: int, tile_rows: int, tile_keys: int) -
 
 
 def key_plan(intervals: Intervals, sink_keys: int, top_keys: int, local_keys: int) -> KeyPlan:
-    """The (memoised) plan of the d_k, d_v kernel with these block sizes. Its sizes are read from the device: one sync."""
+    """The (memoised) plan of the d_k, d_v kernel with these block sizes. Its sizes are read."""
     key = ("key plan", sink_keys, top_keys, local_keys)
-    return intervals.memo(key, lambda: _key_plan(intervals, sink_keys, top_keys, local_keys))
+    return intervals.planned(key, lambda whole: _key_plan(whole, sink_keys, top_keys, local_keys))
 
 
 def key_rows(intervals: Intervals) -> Tensor:

@@ -24,9 +24,11 @@ MOST_SCORES = 2**25
 HIDDEN = -1e30  # finite: a column that sees nothing must not compute inf - inf
 
 
-def rows_of(routed: Routed, group: int, part: tuple[int, int] | None = None) -> list[SampleRows]:
-    """The (memoised) rows of every sample, or of the tokens ``part`` of every sample, in blocks for this device and group."""
-    scores = SCORES.get(routed.first.device.type, MOST_SCORES)
+def rows_of(
+    routed: Routed, group: int, part: tuple[int, int] | None = None, device: torch.device | None = None
+) -> list[SampleRows]:
+    """The (memoised) rows of every sample, or of its tokens ``part``, in blocks for a device (that of ``routed``) and group."""
+    scores = SCORES.get((device or routed.device).type, MOST_SCORES)
     return sample_rows(routed, QUERIES, max(1, scores // (QUERIES * group)), part)
 
 

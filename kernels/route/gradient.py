@@ -11,7 +11,7 @@ from unfold.kernels.route.queries import Routed
 
 def gists_of(routed: Routed) -> int:
     """The (memoised) gists of the sample that has most."""
-    return routed.memo("gists", lambda: int(routed.tree.others.segment_start[:, routed.tree.levels].max()))
+    return routed.planned("gists", lambda whole: int(whole.tree.others.segment_start[:, whole.tree.levels].max()))
 
 
 def wants_gradient(k: Tensor) -> bool:

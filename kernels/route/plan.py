@@ -36,7 +36,7 @@ class RoutePlan:
 
 def route_plan(routed: Routed, queries: int, tile: int) -> RoutePlan:
     """The (memoised) plan: blocks of at most ``queries`` queries, tiles of ``tile`` gists."""
-    return routed.memo(("route plan", queries, tile), lambda: _route_plan(routed, queries, tile))
+    return routed.planned(("route plan", queries, tile), lambda whole: _route_plan(whole, queries, tile))
 
 
 def _route_plan(routed: Routed, queries: int, tile: int) -> RoutePlan:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from unfold.kernels.common.plans import Planned, to_device
 from unfold.kernels.tree import GistTree
 
 
 @dataclass(frozen=True)
-class Routed:
+class Routed(Planned):
     """The ``M`` sampled queries of a micro-batch and where their documents' raw tokens begin.
 
     Attributes:
@@ -21,18 +22,21 @@ class Routed:
         first: [M] int32, the first raw row of each query's document.
         plans: what :meth:`memo` keeps, shared by all layers of a micro-batch. Not those of ``tree.others``: a tree with
             other queries may share them.
+        host: the same on the host, where this was copied from it.
     """
 
     tree: GistTree
     first: Tensor
     plans: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
+    host: Routed | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.first.device
 
     def to(self, device: torch.device | str) -> Routed:
-        """The same on another device."""
-        return Routed(self.tree.to(device), self.first.to(device, non_blocking=True))
-
-    def memo(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """What ``make`` returned the first time this key was asked for: plans are made once per micro-batch."""
-        if key not in self.plans:
-            self.plans[key] = make()
-        return self.plans[key]
+        """The same on a device: this one, if it is there."""
+        first = to_device(self.first, device)
+        if first is self.first:
+            return self
+        return Routed(self.tree.to(device), first, host=self if self.device.type == "cpu" else None)

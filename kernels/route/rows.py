@@ -114,8 +114,8 @@ def sample_rows(routed: Routed, queries: int, raw_rows: int, part: tuple[int, in
 
     part: the tokens of every sample that are here; all of them when None.
     """
-    make = lambda: [_sample(routed, b, queries, raw_rows, part) for b in range(routed.tree.others.batch)]
-    return routed.memo(("rows of routing", queries, raw_rows, part), make)
+    make = lambda whole: [_sample(whole, b, queries, raw_rows, part) for b in range(whole.tree.others.batch)]
+    return routed.planned(("rows of routing", queries, raw_rows, part), make)
 
 
 def _sample(routed: Routed, sample: int, queries: int, raw_rows: int, part: tuple[int, int] | None) -> SampleRows:

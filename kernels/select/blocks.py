@@ -80,9 +80,9 @@ class BlockLists:
 
 
 def query_blocks(tree: GistTree, size: int) -> QueryBlocks:
-    """The (memoised) blocks of at most ``size`` queries. Their number is read from the device: one sync per micro-batch."""
+    """The (memoised) blocks of at most ``size`` queries. Their number is read."""
     assert 1 <= size <= BITS
-    return tree.others.memo(("query blocks of recall", size), lambda: _query_blocks(tree, size))
+    return tree.planned(("query blocks of recall", size), lambda whole: _query_blocks(whole, size))
 
 
 def _query_blocks(tree: GistTree, size: int) -> QueryBlocks:

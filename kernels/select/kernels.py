@@ -52,24 +52,6 @@ def block_rows(
     return tl.load(p_blocks + i_block * 3 + 2), m_row, o_query, o_q
 
 
-@kernel
-def span_kernel(p_lo, p_hi, p_blocks, p_spans, BQ: tl.constexpr):
-    """Per block the first of the rows that its queries' ranges [lo, hi) span, and how many these are: p_spans [blocks, 2] int32.
-
-    Grid: (blocks,).
-    """
-    p_blocks += tl.program_id(0) * 3
-    i_first = tl.load(p_blocks)
-    o_query = i_first + tl.arange(0, BQ)
-    m_query = o_query < tl.load(p_blocks + 1)
-    b_lo = tl.load(p_lo + o_query, mask=m_query, other=0)
-    b_hi = tl.load(p_hi + o_query, mask=m_query, other=0)
-    i_span = tl.min(tl.where(b_hi > b_lo, b_lo, MOST), 0)
-    span = tl.maximum(tl.max(tl.where(b_hi > b_lo, b_hi, 0), 0) - i_span, 0)
-    tl.store(p_spans + tl.program_id(0) * 2, tl.where(span > 0, i_span, 0))
-    tl.store(p_spans + tl.program_id(0) * 2 + 1, span)
-
-
 @triton.jit
 def _load_slice(p_x, o_x, m_x, i_dim, D: tl.constexpr, BS: tl.constexpr):
     """Tile [n, BS], the elements from i_dim on of rows that begin at offsets o_x [n]; zero outside the mask and beyond D."""

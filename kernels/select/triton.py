@@ -152,13 +152,15 @@ def select_lists(
     return BlockLists(blocks, firsts, *items, levels[-1].start, levels[-1].places, sizes, k.shape[1])
 
 
-def _spans(tree: GistTree, blocks: QueryBlocks) -> tuple[Tensor, int]:
+def _spans(tree: GistTree, size: int) -> tuple[Tensor, int]:
     """[L, blocks, 2] int32: per level the first gist that needs no selected parent and how many there are; room at the top."""
-    spans = blocks.table.new_empty(tree.levels, len(blocks.table), 2)
-    for s in range(tree.levels):
-        kernels.span_kernel[(len(blocks.table),)](
-            tree.tail[s], tree.hi[s], blocks.table, spans[s], BQ=triton.next_power_of_2(blocks.size)
-        )
+    table = query_blocks(tree, size).table
+    query = torch.minimum(table[:, :1] + torch.arange(size, device=tree.device), table[:, 1:2] - 1)  # [blocks, size]
+    lo, hi = tree.tail[:, query], tree.hi[: tree.levels, query]
+    some = hi > lo
+    end = hi.masked_fill(~some, 0).amax(-1)  # [L, blocks]
+    first = lo.masked_fill(~some, torch.iinfo(lo.dtype).max).amin(-1).masked_fill_(end == 0, 0)
+    spans = torch.stack([first, end - first], -1).contiguous()
     return spans, _room(int(spans[0, :, 1].amax()))
 
 
@@ -172,7 +174,8 @@ class _Search:
     def __init__(self, q: Tensor, k: Tensor, tree: GistTree, rule: SelectRule, blocks: QueryBlocks, tiles: SelectTiles):
         self.q, self.k, self.tree, self.rule, self.blocks = q, k, tree, rule, blocks
         check_flat(tail=tree.tail, hi=tree.hi, child_lo=tree.child_lo, child_hi=tree.child_hi, blocks=blocks.table)
-        self.spans, self.top_room = tree.others.memo(("spans of candidates", blocks.size), lambda: _spans(tree, blocks))
+        make = lambda whole: _spans(whole, blocks.size)
+        self.spans, self.top_room = tree.planned(("spans of candidates", blocks.size), make)
         self.group = q.shape[1] // k.shape[1]
         self.summed = self.group if rule.share == "group" else 1
         self.tiles = tiles.fit(blocks.size * self.group // self.summed)

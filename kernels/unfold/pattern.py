@@ -47,7 +47,7 @@ class Chunks:
 
 def chunks_of(tree: GistTree) -> Chunks:
     """The chunks of a micro-batch; made once."""
-    return tree.others.memo("chunks", lambda: _chunks_of(tree))
+    return tree.planned("chunks", _chunks_of)
 
 
 def _chunks_of(tree: GistTree) -> Chunks:

@@ -15,11 +15,15 @@ from unfold.kernels.tree import GistTree
 
 
 def longest_chunk(tree: GistTree) -> int:
-    """Most raw tokens behind a level-0 gist (memoised: one sync per micro-batch)."""
-    row = torch.arange(tree.others.tokens, device=tree.tokens.device)
+    """Most raw tokens behind a level-0 gist (memoised)."""
+    return tree.planned("longest chunk", _longest_chunk)
+
+
+def _longest_chunk(tree: GistTree) -> int:
+    row = torch.arange(tree.others.tokens, device=tree.device)
     start = tree.others.segment_start[:, tree.levels - 1 : tree.levels + 1]
     of_level_0 = (row >= start[:, :1]) & (row < start[:, 1:])
-    return tree.others.memo("longest chunk", lambda: int(((tree.child_hi - tree.child_lo) * of_level_0).amax()))
+    return int(((tree.child_hi - tree.child_lo) * of_level_0).amax())
 
 
 def near_items(tree: GistTree, tile_keys: int) -> tuple[Tensor, Tensor, KeyItems]:
@@ -29,7 +33,7 @@ def near_items(tree: GistTree, tile_keys: int) -> tuple[Tensor, Tensor, KeyItems
         lo, hi [S, N] int32 with S = 3 * B segments (gists, which nobody sees by range; raw tokens; sinks; of sample 0, ..), and
         the items of all rows, so that the rows of gists are written too (as zero). Memoised.
     """
-    return tree.others.memo(("near items", tile_keys), lambda: _near_items(tree, tile_keys))
+    return tree.planned(("near items", tile_keys), lambda whole: _near_items(whole, tile_keys))
 
 
 def _near_items(tree: GistTree, tile_keys: int) -> tuple[Tensor, Tensor, KeyItems]:

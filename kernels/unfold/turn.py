@@ -287,5 +287,5 @@ def turned_lists(tree: GistTree, lists: BlockLists, chunk_keys: int, upper_keys:
 
 
 def _gist_rows(tree: GistTree) -> int:
-    """Rows that all gists of a sample stand in, at least one (memoised: one sync per micro-batch)."""
-    return tree.others.memo("gist rows", lambda: max(1, int(tree.others.segment_start[:, tree.levels].amax())))
+    """Rows that all gists of a sample stand in, at least one (memoised)."""
+    return tree.planned("gist rows", lambda whole: max(1, int(whole.others.segment_start[:, whole.levels].amax())))

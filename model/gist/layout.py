@@ -6,19 +6,22 @@ document. The same few tensor operations serve CPU and GPU, any number of levels
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from unfold.kernels.common.plans import Planned, to_device
 from unfold.kernels.intervals import Intervals
 from unfold.model.config import GistConfig
 from unfold.model.gist.linked import Role, Units, see_parts, sink_copies, unit_of
 
 
 @dataclass(frozen=True)
-class Layout:
+class Layout(Planned):
     """What is derived from an interleaved micro-batch, shared by all layers.
 
     Attributes:
@@ -27,6 +30,7 @@ class Layout:
         position: [B, T] int64, rotary position.
         intervals: what each token sees under the compressed mask; padding sees itself.
         role, part: [B, T] int of a micro-batch with bundles, as :class:`unfold.model.gist.Interleaved` has them; else None.
+        host: the same on the host, where this was copied from it.
     """
 
     level: Tensor
@@ -35,6 +39,7 @@ class Layout:
     intervals: Intervals
     role: Tensor | None = None
     part: Tensor | None = None
+    host: Layout | None = field(default=None, repr=False, compare=False)
 
     @property
     def text(self) -> Tensor:
@@ -51,9 +56,20 @@ class Layout:
         own = document_starts(unit_of(self.doc, self.role, self.part))
         return own if self.role is None else torch.where(self.role >= Role.LINK, document_starts(self.doc), own)
 
-    @cached_property
+    @property
+    def plans(self) -> dict[Hashable, Any]:
+        return self.intervals.plans
+
+    @property
+    def device(self) -> torch.device:
+        return self.level.device
+
+    @property
     def document_spans(self) -> list[tuple[int, int, int]]:
         """(sample, first token, end) of every document of the micro-batch."""
+        return self.planned("document spans", Layout._find_document_spans)
+
+    def _find_document_spans(self) -> list[tuple[int, int, int]]:
         spans = []
         for sample, doc in enumerate(self.doc):
             values, lengths = torch.unique_consecutive(doc, return_counts=True)
@@ -64,10 +80,14 @@ class Layout:
         return spans
 
     def to(self, device: torch.device | str) -> Layout:
-        """The same layout on another device."""
-        move = lambda x: x.to(device, non_blocking=True)
-        optional = (x if x is None else move(x) for x in (self.role, self.part))
-        return Layout(move(self.level), move(self.doc), move(self.position), self.intervals.to(device), *optional)
+        """The same layout on a device: this one, if it is there."""
+        level = to_device(self.level, device)
+        if level is self.level:
+            return self
+        doc, position = (to_device(x, device) for x in (self.doc, self.position))
+        optional = (x if x is None else to_device(x, device) for x in (self.role, self.part))
+        host = self if self.device.type == "cpu" else None
+        return Layout(level, doc, position, self.intervals.to(device), *optional, host)
 
 
 def build_layout(

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from unfold.kernels.common.plans import moved, to_device
 from unfold.kernels.intervals import Intervals
 from unfold.kernels.route import Routed
 from unfold.kernels.select import SelectRule
@@ -88,23 +89,34 @@ class Recall:
         return self.tree.queries + (self.wide[0] if self.wide else 0)
 
     def weighing(self, route_scale: float) -> Recall:
-        """The same, whose routing losses weigh so much."""
-        return replace(self, routing=self.routing and replace(self.routing, scale=route_scale))
+        """The same for one pass, whose routing losses weigh so much: no layer has read anything yet."""
+        return replace(self, routing=self.routing and replace(self.routing, scale=route_scale, losses={}), stats={})
 
     def note(self, index: int, read: RecallStats) -> None:
         """Keep what a layer's selecting queries read, together with those that unfold everything."""
         if self.wide is not None:
             wide, everything = self.wide
             part = wide / self.queries
-            mix = lambda a, b: a + part * (b.to(a.device) - a)
+            mix = lambda a, b: a + part * (b - a)
             read = RecallStats(mix(read.unfolded, everything.unfolded), mix(read.selected, everything.selected))
         self.stats[index] = read
+
+    def read(self) -> Tensor | None:
+        """What the layers read since, on their device: float64 [2], raw tokens and gists summed over queries and layers.
+
+        None: no layer recalled.
+        """
+        if not self.stats:
+            return None
+        read = list(self.stats.values())
+        unfolded, selected = torch.stack([r.unfolded for r in read]), torch.stack([r.selected for r in read])
+        return self.queries * torch.stack([unfolded.double().sum(), selected.double().sum()])
 
     def to(self, device: torch.device | str) -> Recall:
         """The same on another device."""
         routing = self.routing and self.routing.to(device)
-        flags = self.flags if self.flags is None else self.flags.to(device, non_blocking=True)
-        return Recall(self.tree.to(device), self.rule, self.first_layer, flags, self.wide, routing)
+        flags = None if self.flags is None else to_device(self.flags, device)
+        return replace(self, tree=self.tree.to(device), flags=flags, wide=moved(self.wide, device), routing=routing)
 
 
 def recalling_tokens(layout: Layout, config: GistConfig, suffix: Tensor | None = None) -> Tensor:
@@ -207,7 +219,7 @@ def _widened(layout: Layout, others: Intervals, wide: Tensor) -> Intervals:
     lo, hi = others.lo.clone(), others.hi.clone()
     lo[:, :-1] = torch.where(wide[:, None], first_rows(layout), lo[:, :-1])
     lo[:, -1] = torch.where(wide, hi[:, -1], lo[:, -1])  # sinks are among the raw tokens
-    return replace(others, lo=lo, hi=hi, plans={})
+    return replace(others, lo=lo, hi=hi, plans={}, host=None)
 
 
 def _families(layout: Layout, ends: Tensor, first: Tensor, sink: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ class Routing:
 
     def to(self, device: torch.device | str) -> Routing:
         """The same on another device."""
-        return Routing(self.routed.to(device), self.far, self.scale)
+        return replace(self, routed=self.routed.to(device))
 
     def take(self, index: int, loss: Tensor, out: Tensor) -> Tensor:
         """Keep a layer's loss; returns its attention's output, whose backward brings the loss its gradient."""

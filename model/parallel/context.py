@@ -1,7 +1,7 @@
-"""One sequence over several ranks: each holds a contiguous part of every interleaved sample.
+"""One sequence over several ranks: each holds a part of every interleaved sample (:mod:`unfold.model.parallel.division`).
 
 ``gists`` sends what the method lets later ranks see and nothing else: gists, sinks and the raw tokens of the last chunks
-before a border. Each rank gathers these keys and values once per layer (one differentiable all-gather), puts them before
+before its slices. Each rank gathers these keys and values once per layer (one differentiable all-gather), puts them before
 its own and attends over that short sequence with the ordinary operation, whose ranges are mapped row by row; so it is
 exact by construction. Recall adds the chunks that are selected (:mod:`unfold.model.parallel.recall`). ``ulysses`` is
 DeepSpeed-Ulysses: it trades the sequence for heads, and any attention runs unchanged.
@@ -18,9 +18,10 @@ from torch.distributed import ProcessGroup
 
 from unfold.kernels.tree import GistTree
 from unfold.model.gist import Layout, Recall, recalls_in
+from unfold.model.parallel.division import Division
 from unfold.model.parallel.recall import RecallPlan, make_recall_plan, recall_over_ranks
-from unfold.model.parallel.route import own_queries, routing_loss_over_ranks
-from unfold.model.parallel.rows import Exports, Kept, seen_by_part, take
+from unfold.model.parallel.route import rank_plan, routing_loss_over_ranks
+from unfold.model.parallel.rows import Exports, Kept, seen_by, take
 from unfold.model.parallel.tensor import gather_sequence
 
 METHODS = ("gists", "ulysses")
@@ -55,20 +56,24 @@ class ContextParallel:
     method: str
     traffic: ContextTraffic = field(default_factory=ContextTraffic, compare=False)
 
-    def part(self, x: Tensor, dim: int) -> Tensor:
-        """This rank's contiguous part of a tensor that covers whole samples along ``dim``."""
-        assert x.shape[dim] % self.group.size() == 0, "the padded length is a multiple of the ranks"
-        return x.chunk(self.group.size(), dim)[self.group.rank()]
+    def of(self, layout: Layout) -> ContextPart:
+        """This rank's part of a micro-batch."""
+        size = self.group.size()
 
-    def plan(self, layout: Layout) -> ExchangePlan:
-        """Who sends what in a micro-batch; made once, shared by its layers."""
-        key = ("context parallel", self.group.size(), self.group.rank())
-        return layout.intervals.memo(key, lambda: make_plan(layout, self.group.rank(), self.group.size()))
+        def divide(whole: Layout) -> Division:
+            if self.method == "ulysses":  # it puts the ranks' parts one after another
+                return Division.in_a_row(whole.intervals.tokens, size)
+            return Division.even(whole.intervals, size)
 
-    def recall_plan(self, tree: GistTree) -> RecallPlan:
-        """The same for layers that recall."""
-        key = ("context parallel recall", self.group.size(), self.group.rank())
-        return tree.others.memo(key, lambda: make_recall_plan(tree, self.group.rank(), self.group.size()))
+        return ContextPart(self, layout.planned(("division", size, self.method), divide))
+
+    def prepare(self, layout: Layout, recall: Recall | None) -> None:
+        """Make what :meth:`of` and the layers will ask for, where it can be done ahead."""
+        part = self.of(layout)
+        if self.method == "gists":
+            part.plan(layout)
+            if recall is not None:
+                part.recall_plan(recall.tree)
 
     def gather(self, keys_values: Tensor, exports: Exports) -> Tensor:
         """This rank's keys and values [B, T / n, 2 Hkv, D] and after them the ranks' exports: [B, T / n + n E, 2 Hkv, D]."""
@@ -82,32 +87,59 @@ class ContextParallel:
 
 
 @dataclass(frozen=True)
+class ContextPart:
+    """This rank's part of a micro-batch: how it is spread, and who holds which tokens."""
+
+    context: ContextParallel
+    division: Division
+
+    @property
+    def rank(self) -> int:
+        return self.context.group.rank()
+
+    def take(self, x: Tensor, dim: int) -> Tensor:
+        """What this rank holds of a tensor that covers whole samples along ``dim``."""
+        return self.division.part(x, dim, self.rank)
+
+    def plan(self, layout: Layout) -> ExchangePlan:
+        """Who sends what in a micro-batch; made once, shared by its layers."""
+        key = ("context parallel", self.division, self.rank)
+        return layout.planned(key, lambda whole: make_plan(whole, self.division, self.rank))
+
+    def recall_plan(self, tree: GistTree) -> RecallPlan:
+        """The same for layers that recall."""
+        key = ("context parallel recall", self.division, self.rank)
+        return tree.planned(key, lambda whole: make_recall_plan(whole, self.division, self.rank))
+
+
+@dataclass(frozen=True)
 class ContextAttention:
     """Attention of this rank's queries over whole sequences that are spread over the ranks.
 
     Attributes:
-        context: how they are spread.
+        part: this rank's, of the samples.
         make: (layout, recall) -> attention (layer index, q, k, v) -> out among tokens that are all here.
         layout, recall: of the whole samples, alike on all ranks.
     """
 
-    context: ContextParallel
+    part: ContextPart
     make: Callable
     layout: Layout
     recall: Recall | None
 
     def __call__(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [B, T / n, H, D], k, v [B, T / n, Hkv, D] -> [B, T / n, H, D], all of this rank's part."""
-        if self.context.method == "ulysses":
+        context = self.part.context
+        if context.method == "ulysses":
             from deepspeed.sequence.layer import DistributedAttention
 
             whole = self.make(self.layout, self.recall)
-            return DistributedAttention(lambda *qkv: whole(index, *qkv), self.context.group)(q, k, v, 0)
+            return DistributedAttention(lambda *qkv: whole(index, *qkv), context.group)(q, k, v, 0)
         keys_values = torch.cat([k, v], 2)  # [B, T / n, 2 Hkv, D]
         if self.recall is not None and recalls_in(index, self.recall.first_layer):
             return self._with_recall(index, q, keys_values)
-        plan = self.context.plan(self.layout)
-        pool = self.context.gather(keys_values, plan.exports)
+        plan = self.part.plan(self.layout)
+        pool = context.gather(keys_values, plan.exports)
         k_near, v_near = take(pool, plan.source).split(k.shape[2], 2)
         blank = q.new_zeros(q.shape[0], 1, *q.shape[2:])
         q_near = take(torch.cat([q, blank], 1), plan.query_source)
@@ -115,8 +147,8 @@ class ContextAttention:
         return take(out, plan.own)
 
     def _with_recall(self, index: int, q: Tensor, keys_values: Tensor) -> Tensor:
-        context, recall = self.context, self.recall
-        plan = context.recall_plan(recall.tree)
+        context, recall = self.part.context, self.recall
+        plan = self.part.recall_plan(recall.tree)
         pool = context.gather(keys_values, plan.exports)
         out, read, sent = recall_over_ranks(plan, recall.rule, q, pool, context.group)
         recall.note(index, read)
@@ -124,9 +156,11 @@ class ContextAttention:
         routing = recall.routing
         if routing is None or not torch.is_grad_enabled():
             return out
-        mine = own_queries(routing.routed, context.group.rank(), context.group.size())
-        asking, k = q.detach().flatten(0, 1).index_select(0, mine), keys_values[:, :, : keys_values.shape[2] // 2]
-        return routing.take(index, routing_loss_over_ranks(asking, k, routing.routed, context.group, far=routing.far), out)
+        k = keys_values[:, :, : keys_values.shape[2] // 2]
+        mine = rank_plan(routing.routed, q.shape[2] // k.shape[2], self.part.division, self.part.rank).mine
+        asking = q.detach().flatten(0, 1).index_select(0, mine)
+        loss = routing_loss_over_ranks(asking, k, routing.routed, self.part.division, context.group, far=routing.far)
+        return routing.take(index, loss, out)
 
 
 @dataclass(frozen=True)
@@ -150,17 +184,16 @@ class ExchangePlan:
     tokens_held: int
 
 
-def make_plan(layout: Layout, rank: int, size: int) -> ExchangePlan:
+def make_plan(layout: Layout, division: Division, rank: int) -> ExchangePlan:
     """The plan of one rank; every rank derives it from the whole layout, so nothing needs to be negotiated."""
-    intervals = layout.intervals
-    held = intervals.tokens // size
-    first = rank * held
-    exports = Exports.of(torch.stack([seen_by_part(intervals, r * held, (r + 1) * held) for r in range(size)]), rank)
-    kept = Kept.of(exports.has[rank], intervals, first, held)
+    intervals, homes = layout.intervals, division.homes(layout.device)
+    seen = torch.stack([seen_by(intervals, homes.tokens_of(r)) for r in range(division.ranks)])
+    exports = Exports.of(seen, homes, rank)
+    kept = Kept.of(exports.has[rank], intervals, homes.tokens_of(rank))
     near = kept.near
     filled = torch.arange(kept.length, device=near.device) < kept.mask.sum(-1, keepdim=True)
-    is_own = filled & (near >= first) & (near < first + held)
-    query_source = torch.where(is_own, near - first, held)
+    is_own = filled & (homes.rank[near] == rank)
+    query_source = torch.where(is_own, homes.place[near], division.held)
     short = kept.intervals(intervals)
     near_layout = Layout(layout.level.gather(1, near), layout.doc.gather(1, near), layout.position.gather(1, near), short)
-    return ExchangePlan(exports, exports.source.gather(1, near), query_source, kept.own, near_layout, held)
+    return ExchangePlan(exports, exports.source.gather(1, near), query_source, kept.own, near_layout, division.held)

@@ -1,25 +1,23 @@
 """The decoder as a list of layer specifications for DeepSpeed's PipelineModule.
 
-Between stages travel the residual stream and a few integers per token: its level, its document, whether it recalls and, where
-contexts may be linked, its role and part. From these every stage rebuilds the layout once per micro-batch; so nothing that grows
-faster than the sequence is sent.
-Labels are read by the last stage itself.
+Between stages travels the residual stream alone: every stage reads and lays out the micro-batches itself.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
 from deepspeed.pipe import LayerSpec, TiedLayerSpec
 from torch import Tensor, nn
 
-from unfold.model.config import GistConfig, ModelConfig
-from unfold.model.gist import Recall, build_layout
+from unfold.model.config import ModelConfig
 from unfold.model.layers import BuildContext, RMSNorm, Rotary
-from unfold.model.loss import token_loss_sum
+from unfold.model.loss import Targets, token_loss_sum
+from unfold.model.parallel.context import ContextParallel
 from unfold.model.transformer import Embedding, Layer
 from unfold.model.visibility import AddedLosses, Attend, MicroBatch, attention_for
 
@@ -27,72 +25,66 @@ TIED = "embedding"  # key of the weight that the first and the last stage share
 
 
 class StageAttention:
-    """What the layers of one stage share: rotary factors and who sees whom, remade for each micro-batch.
+    """What the layers of one stage share: the micro-batch that passes them, its rotary factors and who sees whom.
 
-    Attributes:
-        gist: how tokens recall in the step at hand.
-        route_scale: what the routing losses of the step at hand weigh (see :class:`unfold.model.gist.recall.Routing`).
-        added: what the step at hand learns beside the next token (of an :class:`AddedLosses` its ``z`` alone).
-        recalls: of the micro-batches since they were last taken: what the stage's layers read, and their routing losses.
+    Every stage has all micro-batches of a step, read from the shards and laid out on its own host, so between stages nothing
+    but the residual stream is sent, and no size is read from a GPU.
     """
 
-    def __init__(self, config: ModelConfig, gist: GistConfig | None, build: BuildContext):
+    def __init__(self, config: ModelConfig, build: BuildContext):
         self._config, self._build = config, build
-        self.gist, self.route_scale = gist, 0.0
-        self.added: AddedLosses | None = None
-        self.recalls: list[Recall] = []
-        self._made: tuple[Tensor, Rotary, Attend] | None = None
+        self._left: list[MicroBatch] = []
+        self._layer = -1
+        self._batch: MicroBatch | None = None
+        self._done: Callable[[MicroBatch], None] | None = None
 
-    def for_micro_batch(self, structure: Tensor) -> tuple[Rotary, Attend]:
-        """structure: [3 or 5, B, T] int32, level, document and flags of recall, role and part (see :func:`stage_inputs`)."""
-        # A stage's layers take a micro-batch one after another; what is kept stays alive, so the same memory is the same one.
-        if self._made is None or self._made[0].data_ptr() != structure.data_ptr():
-            self._made = structure, *self._make(structure)
-        return self._made[1:]
+    @contextmanager
+    def passing(
+        self, batches: Sequence[MicroBatch], device: torch.device, done: Callable[[MicroBatch], None] | None = None
+    ) -> Iterator[None]:
+        """While the pipeline runs over these micro-batches. done: told of each that has passed the stage's layers."""
+        self._left, self._device, self._done = list(reversed(batches)), device, done
+        try:
+            yield
+            self._finish()
+        finally:
+            self._left, self._layer, self._batch, self._shared = [], -1, None, None
 
-    def take_recalls(self) -> list[Recall]:
-        """Those of the micro-batches so far; it begins again without any."""
-        taken, self.recalls = self.recalls, []
-        self._made = None
-        return taken
+    def for_layer(self, index: int) -> tuple[Rotary, Attend]:
+        """What a layer needs in the forward pass of the micro-batch that has come to it."""
+        if index <= self._layer:  # a stage's layers take a micro-batch one after another: this is the next one
+            self._finish()
+        if self._batch is None:
+            self._begin()
+        self._layer = index
+        return self._shared
 
-    def _make(self, structure: Tensor) -> tuple[Rotary, Attend]:
-        level, doc, flags, *linked = structure
-        layout = build_layout(level, doc, self.gist, *linked)
-        recall = Recall.from_flags(layout, self.gist, flags, self.route_scale) if flags.any() else None
-        if recall is not None:
-            self.recalls.append(recall)
-        context = self._build.context
-        position = context.part(layout.position, 1) if context else layout.position
-        return Rotary.of(position, self._config), attention_for(self._config.attention, layout, recall, context)
+    def targets(self) -> tuple[Targets, AddedLosses | None]:
+        """What the micro-batch that has passed the layers is to predict, and what it learns beside."""
+        make = lambda whole: Targets.of(self._build.own_part(whole.labels, whole.layout))
+        return self._batch.planned("targets", make), self._batch.added
 
+    def _begin(self) -> None:
+        self._batch = batch = self._left.pop().to(self._device)
+        layout = batch.layout
+        attend = attention_for(self._config.attention, layout, batch.recall, self._build.part_of(layout))
+        self._shared = Rotary.of(self._build.own_part(layout.position, layout), self._config), attend
 
-class EmbeddingStage(Embedding):
-    """First layer: (ids [B, T], structure) -> (x [T, B, hidden], structure)."""
-
-    def forward(self, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        ids, structure = inputs
-        context = self.build.context
-        return super().forward(context.part(ids, 1) if context else ids), structure
+    def _finish(self) -> None:
+        if self._batch is not None and self._done is not None:
+            self._done(self._batch)
+        self._batch, self._layer = None, -1
 
 
 class LayerStage(Layer):
-    """(x, structure) -> (x, structure)"""
+    """x -> x, for whatever micro-batch passes."""
 
     def __init__(self, config: ModelConfig, build: BuildContext, index: int, shared: StageAttention):
         super().__init__(config, build, index)
         self._shared = shared
 
-    def forward(self, inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        x, structure = inputs
-        return super().forward(x, *self._shared.for_micro_batch(structure)), structure
-
-
-class FinalNormStage(RMSNorm):
-    """(x, structure) -> x after the final norm."""
-
-    def forward(self, inputs: tuple[Tensor, Tensor]) -> Tensor:
-        return super().forward(inputs[0])
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x, *self._shared.for_layer(self.attention.index))
 
 
 class HeadStage(nn.Module):
@@ -106,38 +98,31 @@ class HeadStage(nn.Module):
         return x, self.head.weight
 
 
-def _tied_head(embedding: EmbeddingStage, x: Tensor) -> tuple[Tensor, Tensor]:
+def _tied_head(embedding: Embedding, x: Tensor) -> tuple[Tensor, Tensor]:
     return x, embedding.weight
 
 
 def layer_specs(config: ModelConfig, build: BuildContext, shared: StageAttention) -> list[LayerSpec]:
     """The model's layers, to be spread over stages by the type :class:`LayerStage`."""
     layers = [LayerSpec(LayerStage, config, build, i, shared) for i in range(config.layers)]
-    norm = LayerSpec(FinalNormStage, config.hidden_size, config.norm_eps, build)
+    norm = LayerSpec(RMSNorm, config.hidden_size, config.norm_eps, build)
     if not config.tied_embeddings:
-        return [LayerSpec(EmbeddingStage, config, build), *layers, norm, LayerSpec(HeadStage, config, build)]
-    tied = partial(TiedLayerSpec, TIED, EmbeddingStage, config, build, tied_weight_attr=["weight"])
+        return [LayerSpec(Embedding, config, build), *layers, norm, LayerSpec(HeadStage, config, build)]
+    tied = partial(TiedLayerSpec, TIED, Embedding, config, build, tied_weight_attr=["weight"])
     return [tied(), *layers, norm, tied(forward_fn=_tied_head)]
 
 
-def stage_loss(
-    build: BuildContext, shared: StageAttention, outputs: tuple[Tensor, Tensor], targets: tuple[Tensor, Tensor]
-) -> Tensor:
-    """outputs: (hidden, head weight) of the last stage; targets: (labels [B, T], factor). The scaled sum of token losses."""
+def stage_loss(build: BuildContext, shared: StageAttention, outputs: tuple[Tensor, Tensor], factor: Tensor) -> Tensor:
+    """outputs: (hidden, head weight) of the last stage; factor: of the loss. The scaled sum of token losses."""
     hidden, weight = outputs
-    labels, factor = targets
-    if build.context:
-        labels = build.context.part(labels, 1)
-    return token_loss_sum(hidden, labels, weight, build, shared.added) * factor
+    targets, added = shared.targets()
+    return token_loss_sum(hidden, targets, weight, build, added) * factor
 
 
-def stage_inputs(batch: MicroBatch, factor: float) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """A micro-batch as DeepSpeed's pipeline takes it: ((ids, structure), (labels, factor of the loss))."""
-    layout = batch.layout
-    level, doc = layout.level.to(torch.int32), layout.doc.to(torch.int32)
-    flags = batch.recall.flags if batch.recall else torch.zeros_like(level)
-    linked = [] if layout.role is None else [layout.role.to(torch.int32), layout.part.to(torch.int32)]
-    return (batch.ids, torch.stack([level, doc, flags, *linked])), (batch.labels, torch.tensor(factor))
+def stage_inputs(batch: MicroBatch, factor: float, context: ContextParallel | None) -> tuple[Tensor, Tensor]:
+    """A micro-batch as DeepSpeed's pipeline takes it: this rank's ids, factor of the loss."""
+    ids = batch.ids if context is None else context.of(batch.layout).take(batch.ids, 1)
+    return ids, torch.tensor(factor)
 
 
 def canonical_name(layers: int) -> Callable[[str], str]:

@@ -21,7 +21,8 @@ from unfold.kernels.select import Selection, SelectRule, select_gists
 from unfold.kernels.tree import GistTree
 from unfold.kernels.unfold import RecallStats, unfold_attention
 from unfold.kernels.unfold.op import recall_stats
-from unfold.model.parallel.rows import Exports, Kept, queries_of_part, seen_by_part, seen_tokens, take
+from unfold.model.parallel.division import Division, Homes
+from unfold.model.parallel.rows import Exports, Kept, queries_among, seen_by, seen_tokens, take
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class RecallPlan:
         share: this rank's part of all recalling queries of the micro-batch, times the ranks.
         chunk: [B, T] int64, by token: number of the level-0 gist (of its sample) that closed it; -1 for none.
         chunks: level-0 gists of the sample that has most.
+        homes: where each token is held.
     """
 
     exports: Exports
@@ -46,30 +48,30 @@ class RecallPlan:
     share: float
     chunk: Tensor
     chunks: int
+    homes: Homes
 
 
-def make_recall_plan(tree: GistTree, rank: int, size: int) -> RecallPlan:
+def make_recall_plan(tree: GistTree, division: Division, rank: int) -> RecallPlan:
     """The plan of one rank, from the tree of the whole samples."""
-    intervals = tree.others
+    intervals, homes = tree.others, division.homes(tree.device)
     tokens, levels = intervals.tokens, tree.levels
-    held = tokens // size
-    parts = [queries_of_part(tree, r * held, (r + 1) * held) for r in range(size)]
+    parts = [queries_among(tree, homes.rank == r) for r in range(division.ranks)]
     seen = []
     for r, part in enumerate(parts):
         sample = (part.tokens // tokens).repeat(levels + 2)
         recalled = seen_tokens(intervals, sample, part.lo.flatten(), part.hi.flatten())
-        seen.append(seen_by_part(intervals, r * held, (r + 1) * held) | recalled)
-    exports = Exports.of(torch.stack(seen), rank)
-    kept = Kept.of(exports.has[rank], intervals, rank * held, held)
+        seen.append(seen_by(intervals, homes.tokens_of(r)) | recalled)
+    exports = Exports.of(torch.stack(seen), homes, rank)
+    kept = Kept.of(exports.has[rank], intervals, homes.tokens_of(rank))
     mine = parts[rank]
-    queries = mine.tokens // tokens * held + mine.tokens % tokens - rank * held
+    queries = mine.tokens // tokens * homes.held + homes.place[mine.tokens % tokens]
 
     first, last = intervals.segment_start[:, levels - 1 : levels + 1, None].long().unbind(1)
     closed_by = tree.parent.gather(1, intervals.row_of).long()  # [B, T] by token
     is_raw = intervals.row_of >= last
     chunk = torch.where(is_raw & (closed_by >= 0), closed_by - first, -1)
-    share = size * mine.queries / max(1, tree.queries)  # none where all unfold everything
-    return RecallPlan(exports, kept, mine, kept.tree(mine), queries, share, chunk, int((last - first).max()))
+    share = division.ranks * mine.queries / max(1, tree.queries)  # none where all unfold everything
+    return RecallPlan(exports, kept, mine, kept.tree(mine), queries, share, chunk, int((last - first).max()), homes)
 
 
 def wanted_chunks(plan: RecallPlan, selection: Selection) -> Tensor:
@@ -108,19 +110,17 @@ class Fetch:
 
 def make_fetch(plan: RecallPlan, wanted: Tensor, rank: int) -> Fetch:
     """wanted: uint8 [n, B, chunks], of all ranks. Every rank derives the same numbers from it."""
-    size, batch, _ = wanted.shape
-    tokens = plan.chunk.shape[1]
-    held = tokens // size
+    size, homes = len(wanted), plan.homes
     padded = torch.nn.functional.pad(wanted, (0, 1)) > 0  # the last column stands for tokens that no chunk holds
     column = torch.where(plan.chunk >= 0, plan.chunk, plan.chunks)
     missing = padded.gather(2, column.expand(size, -1, -1)) & ~plan.exports.has  # [n, B, T]
-    counts = missing.view(size, batch, size, held).sum((1, 3)).tolist()  # [to][from]
-    to, sample, token = missing[:, :, rank * held : (rank + 1) * held].nonzero(as_tuple=True)
-    arrived = missing[rank]
-    by_home = arrived.view(batch, size, held).transpose(0, 1)
-    rows = (by_home.flatten().cumsum(0) - 1).view(size, batch, held).transpose(0, 1).reshape(batch, tokens)
+    by_home = homes.by_rank(missing)  # [n, B, n, T / n]
+    counts = by_home.sum((1, 3)).tolist()  # [to][from]
+    _, sample, place = by_home[:, :, rank].nonzero(as_tuple=True)
+    from_home = by_home[rank].transpose(0, 1)  # [n, B, T / n]
+    rows = homes.by_token((from_home.flatten().cumsum(0) - 1).view_as(from_home).transpose(0, 1))
     sent = [row[rank] for row in counts]
-    return Fetch(sample * held + token, sent, counts[rank], arrived, rows, sum(map(sum, counts)))
+    return Fetch(sample * homes.held + place, sent, counts[rank], missing[rank], rows, sum(map(sum, counts)))
 
 
 class _ExchangeRows(torch.autograd.Function):
@@ -177,7 +177,7 @@ def recall_over_ranks(
         [B, T / n, H, D]; what this rank's queries read, weighted so that the mean over ranks is that of all queries; and the
         bytes that this rank sent.
     """
-    kept, tree, held = plan.kept, plan.short, plan.kept.held
+    kept, tree, held = plan.kept, plan.short, plan.homes.held
     k, v = take(pool, plan.exports.source.gather(1, kept.near)).chunk(2, 2)
     k, v = k.contiguous(), v.contiguous()
     own = kept.own[..., None, None].expand(-1, -1, *q.shape[2:])
@@ -208,7 +208,7 @@ def recall_over_ranks(
 def _with_fetched(plan: RecallPlan, fetch: Fetch, pool: Tensor, received: Tensor) -> tuple[GistTree, Tensor, Tensor]:
     """The tree of all that is here now, whose gists stand in the rows of ``plan.short``, and its keys and values."""
     batch, places = pool.shape[:2]
-    kept = Kept.of(plan.kept.mask | fetch.arrived, plan.tree.others, plan.kept.first, plan.kept.held)
+    kept = Kept.of(plan.kept.mask | fetch.arrived, plan.tree.others, plan.kept.tokens)
     sample = torch.arange(batch, device=pool.device)[:, None]
     source = torch.where(fetch.arrived, batch * places + fetch.rows, sample * places + plan.exports.source)
     every = torch.cat([pool.flatten(0, 1), received])

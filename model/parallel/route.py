@@ -1,8 +1,8 @@
 """The routing loss over sequences that are spread over ranks: every rank scores its own keys against all sampled queries.
 
 The queries are few, so all ranks get them. A teacher's softmax, and a student's, then need the largest score and the sum of
-exponentials of all ranks. Chunk masses stay where their gists are; a group that is open at the end of a rank's part hands what
-of its mass lies there to the rank that holds its gist, one number per level, query and head. No collective is differentiated:
+exponentials of all ranks. Chunk masses stay where their gists are; a group that is open at the end of a slice hands what of
+its mass lies there to the rank that holds its gist, one number per level, query and head. No collective is differentiated:
 only gists get a gradient, each on the rank that holds it, and forward knows it. Exact but for the order of sums.
 """
 
@@ -21,23 +21,28 @@ from unfold.kernels.route import Routed
 from unfold.kernels.route.cpu import Hidden, columns_of, masses, rows_of, segment_keys, student_loss, student_scores, teacher
 from unfold.kernels.route.gradient import wants_gradient, with_gradient
 from unfold.kernels.route.rows import RoutedBlock, SampleRows, rows_here
+from unfold.kernels.tree import GistTree
+from unfold.model.parallel.division import Division
 
 
 @dataclass(frozen=True)
 class RankPlan:
-    """What one rank knows of a micro-batch before anything is scored; M sampled queries in all, n ranks.
+    """What one rank knows of a micro-batch before anything is scored; M sampled queries in all, n ranks of S slices each.
 
     Attributes:
-        rows: what it holds of every sample.
-        mine: [m] int64, the sampled queries of its own part as ``sample * T / n + token``.
+        rows: per slice of its own, what it holds of every sample.
+        starts: per slice the tokens before it, less those of the rank's slices before it: a token's place is that much less.
+        mine: [m] int64, the sampled queries of its own part as ``sample * T / n + place``.
         most: sampled queries of the rank that has most.
         order: [M] int64, where each query lies among what is gathered, ``rank * most + number``.
-        adds: [n, L, M] fp32, 1 where another rank's open group of a gist segment is closed by this rank's first gist there, by
-            the query's sample.
-        tokens: [B, T / n] int64, the tokens of its part, sorted by level.
+        adds: [S, n, S, L, M] fp32, 1 where the open group of another slice (rank, slice) is closed, in a gist segment, by the
+            first gist there of an own slice, by the query's sample.
+        tokens: [B, T / n] int64, places of the tokens of its part: the gists of its slices, each sorted by level, then the
+            raw tokens.
     """
 
-    rows: list[SampleRows]
+    rows: tuple[list[SampleRows], ...]
+    starts: tuple[int, ...]
     mine: Tensor
     most: int
     order: Tensor
@@ -45,59 +50,77 @@ class RankPlan:
     tokens: Tensor
 
 
-def rank_plan(routed: Routed, group: int, rank: int, size: int) -> RankPlan:
+def rank_plan(routed: Routed, group: int, division: Division, rank: int) -> RankPlan:
     """The (memoised) plan of one rank, from the whole samples, which all ranks know. group: query heads per KV head."""
-    return routed.memo(("routing over ranks", group, rank, size), lambda: _rank_plan(routed, group, rank, size))
+    make = lambda whole: _rank_plan(whole, group, division, rank, routed.device)
+    return routed.planned(("routing over ranks", group, division, rank), make)
 
 
-def _rank_plan(routed: Routed, group: int, rank: int, size: int) -> RankPlan:
-    tree = routed.tree
-    held = tree.others.tokens // size
-    own = rows_of(routed, group, (rank * held, (rank + 1) * held))
+def _rank_plan(routed: Routed, group: int, division: Division, rank: int, device: torch.device) -> RankPlan:
+    """device: where scores are computed."""
+    tree, homes = routed.tree, division.homes(routed.device)
+    spans = division.spans(rank)
+    own = [rows_of(routed, group, span, device) for span in spans]
     sample, token = tree.tokens // tree.others.tokens, tree.tokens % tree.others.tokens
-    home = token // held
-    is_home = home == torch.arange(size, device=home.device)[:, None]  # [n, M]
+    home = homes.rank[token]
+    is_home = home == torch.arange(division.ranks, device=home.device)[:, None]  # [n, M]
     number = (is_home.cumsum(1) - 1).gather(0, home[None])[0]
     most = int(is_home.sum(1).max())
     mine = is_home[rank].nonzero()[:, 0]
-
-    adds = torch.zeros(size, tree.levels, tree.others.batch)
-    for r in range(rank):
-        for b, here in enumerate(own):
-            there, _ = rows_here(tree, b, (r * held, (r + 1) * held))
-            for s, (first, last) in enumerate(here.rows[:-1]):
-                adds[r, s, b] = first < last and there[s][1] == first
-    tokens = [torch.cat([tree.others.rows[b, slice(*r)] for r in here.rows]) for b, here in enumerate(own)]
+    starts = tuple(start - i * division.length for i, (start, _) in enumerate(spans))
     return RankPlan(
-        own,
-        sample[mine] * held + token[mine] - rank * held,
+        tuple(own),
+        starts,
+        sample[mine] * division.held + homes.place[token[mine]],
         most,
         home * most + number,
-        adds.to(home.device)[:, :, sample],
-        torch.stack(tokens) - rank * held,
+        _adds(tree, own, division, rank).to(home.device)[..., sample],
+        torch.stack([_tokens_by_level(tree, own, starts, b) for b in range(tree.others.batch)]),
     )
 
 
-def own_queries(routed: Routed, rank: int, size: int) -> Tensor:
-    """[m] int64, this rank's sampled queries as ``sample * T / n + token`` of its part, in the order that q takes."""
-    tokens = routed.tree.others.tokens
-    held = tokens // size
-    sample, token = routed.tree.tokens // tokens, routed.tree.tokens % tokens
-    mine = token // held == rank
-    return (sample * held + token - rank * held)[mine]
+def _adds(tree: GistTree, own: list[list[SampleRows]], division: Division, rank: int) -> Tensor:
+    """``adds`` by sample: [S, n, S, L, B]."""
+    adds = torch.zeros(division.slices, division.ranks, division.slices, tree.levels, tree.others.batch)
+    for other in range(division.ranks):
+        for j, (number, span) in enumerate(zip(division.numbers[other], division.spans(other))):
+            for i, mine in enumerate(division.numbers[rank]):
+                if number >= mine:
+                    continue
+                for b, here in enumerate(own[i]):
+                    there, _ = rows_here(tree, b, span)
+                    for s, (first, last) in enumerate(here.rows[:-1]):
+                        adds[i, other, j, s, b] = first < last and there[s][1] == first
+    return adds
+
+
+def _tokens_by_level(tree: GistTree, own: list[list[SampleRows]], starts: tuple[int, ...], sample: int) -> Tensor:
+    """``tokens`` of one sample."""
+    rows = tree.others.rows[sample]
+    places = lambda i, segments: [rows[slice(*r)] - starts[i] for r in own[i][sample].rows[segments]]
+    gists = [x for i in range(len(own)) for x in places(i, slice(None, -1))]
+    return torch.cat([*gists, *(x for i in range(len(own)) for x in places(i, slice(-1, None)))])
 
 
 def routing_loss_over_ranks(
-    q: Tensor, k: Tensor, routed: Routed, group: ProcessGroup, *, far: bool = False, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    routed: Routed,
+    division: Division,
+    group: ProcessGroup,
+    *,
+    far: bool = False,
+    scale: float | None = None,
 ) -> Tensor:
     """This rank's share of :func:`kernels.route.routing_loss`; the shares of all ranks add up to it. All ranks call it alike.
 
     Args:
-        q: [m, H, D], this rank's sampled queries: those of :func:`own_queries`, in that order. Never gets a gradient.
+        q: [m, H, D], this rank's sampled queries: ``mine`` of its :class:`RankPlan`. Never gets a gradient.
         k: [B, T / n, Hkv, D], the keys of this rank's part. Its gists get the gradient of the whole loss, all ranks' shares,
             times what backward hands to this rank's share: the same everywhere, if the shares are added up.
         routed: of the whole samples, alike on all ranks.
-        group: the context-parallel group, in the order of the parts.
+        division: of the samples over the ranks.
+        group: the context-parallel group.
         far, scale: as there.
 
     Returns:
@@ -106,24 +129,27 @@ def routing_loss_over_ranks(
     Raises:
         ValueError: a shape or dtype that does not fit, naming the argument.
     """
-    size, rank = group.size(), group.rank()
-    _check(q, k, routed, rank, size)
+    _check_keys(k, routed, division)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    plan = rank_plan(routed, q.shape[1] // k.shape[2], rank, size)
+    plan = rank_plan(routed, q.shape[1] // k.shape[2], division, group.rank())
+    _check_queries(q, k, plan)
     wanted = wants_gradient(k)
     with torch.no_grad():
         share, d_gists = _Share(_gather_queries(q, plan, group), k, routed, plan, group, far, scale).compute(wanted)
     return with_gradient(k, share, d_gists, plan.tokens[:, : d_gists.shape[1]])
 
 
-def _check(q: Tensor, k: Tensor, routed: Routed, rank: int, size: int) -> None:
-    tree = routed.tree
-    if tree.others.tokens % size:
-        raise ValueError(f"routed: {tree.others.tokens} tokens per sample, expected a multiple of the {size} ranks")
-    shape = (tree.others.batch, tree.others.tokens // size)
+def _check_keys(k: Tensor, routed: Routed, division: Division) -> None:
+    others = routed.tree.others
+    if others.tokens != division.tokens:
+        raise ValueError(f"routed: {others.tokens} tokens per sample, but {division.tokens} were divided over the ranks")
+    shape = (others.batch, division.held)
     if k.dim() != 4 or k.shape[:2] != shape:
         raise ValueError(f"k: shape {tuple(k.shape)}, expected [{shape[0]}, {shape[1]}, Hkv, D], the keys of this rank's part")
-    count = len(own_queries(routed, rank, size))
+
+
+def _check_queries(q: Tensor, k: Tensor, plan: RankPlan) -> None:
+    count = len(plan.mine)
     if q.dim() != 3 or q.shape[0] != count or q.shape[2] != k.shape[3] or q.shape[1] % k.shape[2]:
         raise ValueError(
             f"q: shape {tuple(q.shape)}, expected [{count}, H, {k.shape[3]}], this rank's sampled queries, "
@@ -147,13 +173,14 @@ class _Piece:
     """A block of queries of one KV head against what is here of their sample.
 
     Attributes:
-        rows, block, head: which.
+        number, rows, block, head: which; number: of the rank's slices.
         columns: [columns, D], the queries times the scale.
         keys: per gist segment [gists, D].
         hidden: what the columns do not have.
         mass: [level-0 slots of the span, columns], then per gist segment: first relative to this rank's largest score.
     """
 
+    number: int
     rows: SampleRows
     block: RoutedBlock
     head: int
@@ -182,16 +209,18 @@ class _Share:
         self.wide = torch.promote_types(q.dtype, torch.float32)
 
     def compute(self, wanted: bool) -> tuple[Tensor, Tensor]:
-        """The share, a scalar, and, if wanted, the gradient of its level-sorted gists, [B, gists, Hkv, D]."""
+        """The share, a scalar, and, if wanted, the gradient of its gists as the plan's tokens have them, [B, gists, Hkv, D]."""
         share = torch.zeros((), dtype=self.wide, device=self.q.device)
-        counts = [sum(last - first for first, last in rows.rows[:-1]) for rows in self.plan.rows]
+        gists = [[sum(last - first for first, last in rows.rows[:-1]) for rows in own] for own in self.plan.rows]
         batch, _, kv_heads, dim = self.k.shape
-        d_gists = torch.zeros(batch, kv_heads, max(counts), dim, dtype=self.wide, device=self.q.device)
+        most = max(sum(counts) for counts in zip(*gists))
+        d_gists = torch.zeros(batch, kv_heads, most, dim, dtype=self.wide, device=self.q.device)
         if len(self.q):  # else nobody of the group has anything to exchange
             pieces = self._teach()
             log_sum, whole = self._close(pieces)
             for piece in pieces:
-                share += self._learn(piece, log_sum, whole, d_gists if wanted else None)
+                begin = sum(counts[piece.rows.sample] for counts in gists[: piece.number])
+                share += self._learn(piece, log_sum, whole, begin, d_gists if wanted else None)
         return share, d_gists.transpose(1, 2)
 
     def _numbers(self, *shape: int, fill: float = 0.0) -> Tensor:
@@ -208,28 +237,31 @@ class _Share:
 
     def _teach(self) -> list[_Piece]:
         """All pieces, with the teacher's masses of what is here: shares of all ranks' raw tokens."""
-        top, total = self._numbers(fill=-math.inf), self._numbers()
+        slices = len(self.plan.rows)
+        top, total = self._numbers(slices, fill=-math.inf), self._numbers(slices)
         pieces = []
-        first_token = self.group.rank() * self.k.shape[1]
-        for rows in self.plan.rows:
-            keys = segment_keys(self.k, rows, self.routed, first_token)
-            for block in rows.blocks:
-                hidden = Hidden.of(block, self.per_head, self.far)
-                for h in range(self.k.shape[2]):
-                    columns = columns_of(self.q, block, h, self.k.shape[2], self.scale)
-                    own = [x[h] for x in keys]
-                    largest, summed, chunks = teacher(columns, own[-1], block, hidden)
-                    # Of the raw rows nothing is needed any more.
-                    pieces.append(_Piece(rows, block, h, columns, own[:-1], replace(hidden, raw=[]), [chunks]))
-                    self._put(top, pieces[-1], largest)
-                    self._put(total, pieces[-1], summed)
-        own_top = top.clone()
-        dist.all_reduce(top, dist.ReduceOp.MAX, group=self.group)
-        total *= (own_top - top).exp_()
-        dist.all_reduce(total, group=self.group)
-        factor = (own_top - top).exp_().div_(total)
+        for i, own in enumerate(self.plan.rows):
+            for rows in own:
+                keys = segment_keys(self.k, rows, self.routed, self.plan.starts[i])
+                for block in rows.blocks:
+                    hidden = Hidden.of(block, self.per_head, self.far)
+                    for h in range(self.k.shape[2]):
+                        columns = columns_of(self.q, block, h, self.k.shape[2], self.scale)
+                        here = [x[h] for x in keys]
+                        largest, summed, chunks = teacher(columns, here[-1], block, hidden)
+                        # Of the raw rows nothing is needed any more.
+                        piece = _Piece(i, rows, block, h, columns, here[:-1], replace(hidden, raw=[]), [chunks])
+                        self._put(top[i], piece, largest)
+                        self._put(total[i], piece, summed)
+                        pieces.append(piece)
+        highest = top.amax(0)
+        dist.all_reduce(highest, dist.ReduceOp.MAX, group=self.group)
+        factor = (top - highest).exp_()  # [S, M, H]
+        whole = (total * factor).sum(0)
+        dist.all_reduce(whole, group=self.group)
+        factor /= whole
         for piece in pieces:
-            chunks = piece.mass.pop().mul_(self._get(factor, piece))
+            chunks = piece.mass.pop().mul_(self._get(factor[piece.number], piece))
             piece.mass.extend(masses(chunks, piece.block, piece.hidden))
         return pieces
 
@@ -238,35 +270,38 @@ class _Share:
 
         Both [L, M, H].
         """
-        still_open, top, sums = self._numbers(self.levels), self._numbers(self.levels), self._numbers(2, self.levels)
+        slices = len(self.plan.rows)
+        still_open, top = self._numbers(slices, self.levels), self._numbers(slices, self.levels)
+        sums = self._numbers(2, slices, self.levels)
         for piece in pieces:
+            i = piece.number
             for s, first, last in piece.gists():
                 _, largest, summed = student_scores(
                     piece.columns, piece.keys[s][first:last], piece.hidden.gists[s][: last - first]
                 )
-                self._put(top[s], piece, largest)
-                self._put(sums[0, s], piece, summed)
-                self._put(sums[1, s], piece, piece.mass[s].sum(0))
+                self._put(top[i, s], piece, largest)
+                self._put(sums[0, i, s], piece, summed)
+                self._put(sums[1, i, s], piece, piece.mass[s].sum(0))
                 if last < piece.block.spans[s][1]:
-                    self._put(still_open[s], piece, piece.mass[s][last - first])
-        everyone = self._numbers(self.group.size(), self.levels)
+                    self._put(still_open[i, s], piece, piece.mass[s][last - first])
+        everyone = self._numbers(self.group.size(), slices, self.levels)
         dist.all_gather_into_tensor(everyone.flatten(0, 1), still_open, group=self.group)
-        closed = (everyone * self.plan.adds[..., None]).sum(0)  # [L, M, H]
+        closed = (everyone * self.plan.adds[..., None]).sum((1, 2))  # [S, L, M, H]
         for piece in pieces:
             for s, first, last in piece.gists():
                 if first == 0 < last:
-                    piece.mass[s][0] += self._get(closed[s], piece)
-        own_top = top.clone()
-        dist.all_reduce(top, dist.ReduceOp.MAX, group=self.group)
-        sums[0] *= (own_top - top).exp_()
+                    piece.mass[s][0] += self._get(closed[piece.number, s], piece)
+        highest = top.amax(0)
+        dist.all_reduce(highest, dist.ReduceOp.MAX, group=self.group)
+        sums[0] *= (top - highest).exp_()
+        sums = sums.sum(1)
         dist.all_reduce(sums, group=self.group)
         # Where no rank has a gist the sum is 0; no mass is there either, so any finite number will do.
-        return top + sums[0].log().clamp_(min=0), sums[1]
+        return highest + sums[0].log().clamp_(min=0), sums[1]
 
-    def _learn(self, piece: _Piece, log_sum: Tensor, whole: Tensor, d_gists: Tensor | None) -> Tensor:
-        """The loss of a piece's own gists, a scalar; adds to their gradient [B, Hkv, gists, D]."""
+    def _learn(self, piece: _Piece, log_sum: Tensor, whole: Tensor, begin: int, d_gists: Tensor | None) -> Tensor:
+        """The loss of a piece's own gists, a scalar; adds to their gradient [B, Hkv, gists, D], where they begin at ``begin``."""
         loss = torch.zeros((), dtype=self.wide, device=self.q.device)
-        begin = 0
         for s, first, last in piece.gists():
             if last > first:
                 hidden, keys = piece.hidden.gists[s][: last - first], piece.keys[s][first:last]

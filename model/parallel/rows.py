@@ -13,6 +13,7 @@ from torch import Tensor
 
 from unfold.kernels.intervals import Intervals
 from unfold.kernels.tree import GistTree
+from unfold.model.parallel.division import Homes
 
 
 def seen_tokens(intervals: Intervals, sample: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
@@ -26,11 +27,11 @@ def seen_tokens(intervals: Intervals, sample: Tensor, lo: Tensor, hi: Tensor) ->
     return seen.scatter_add_(1, intervals.rows, seen_rows.int()) > 0
 
 
-def seen_by_part(intervals: Intervals, start: int, stop: int) -> Tensor:
-    """The tokens that the queries ``[start, stop)`` of every sample see: bool [B, T]."""
-    lo, hi = (x[:, :, start:stop].flatten() for x in (intervals.lo, intervals.hi))
-    each = len(lo) // intervals.batch
-    return seen_tokens(intervals, torch.arange(intervals.batch, device=lo.device).repeat_interleave(each), lo, hi)
+def seen_by(intervals: Intervals, queries: Tensor) -> Tensor:
+    """The tokens that some queries of every sample see: bool [B, T]. queries: [n] int64, tokens."""
+    lo, hi = (x.index_select(2, queries).flatten() for x in (intervals.lo, intervals.hi))
+    sample = torch.arange(intervals.batch, device=lo.device)[:, None].expand(-1, len(lo) // intervals.batch)
+    return seen_tokens(intervals, sample.flatten(), lo, hi)
 
 
 def padded_indices(masks: Tensor, length: int) -> Tensor:
@@ -57,22 +58,17 @@ class Exports:
     sent: int
 
     @classmethod
-    def of(cls, seen: Tensor, rank: int) -> Exports:
+    def of(cls, seen: Tensor, homes: Homes, rank: int) -> Exports:
         """seen: bool [n, B, T], what the queries of each rank see; alike on all ranks, so nothing needs to be negotiated."""
-        size, batch, tokens = seen.shape
-        held = tokens // size
-        index = torch.arange(tokens, device=seen.device)
-        home = index // held  # the rank that holds a token
-        local = (home == torch.arange(size, device=seen.device)[:, None])[:, None]  # [n, 1, T]
+        local = (homes.rank == torch.arange(homes.ranks, device=seen.device)[:, None])[:, None]  # [n, 1, T]
         exports = (seen & ~local).any(0)  # [B, T], seen by another rank than its own
-        by_rank = exports & local  # [n, B, T]
+        by_rank = homes.by_rank(exports)  # [B, n, T / n]
         most = max(1, int(by_rank.sum(-1).max()))
-        exported = padded_indices(by_rank[rank], most)
-        exported = torch.where(by_rank[rank].any(-1, keepdim=True), exported - rank * held, 0)
-        before = torch.nn.functional.pad(by_rank.sum(-1).cumsum(0).T[:, :-1], (1, 0)).gather(1, home.expand(batch, -1))
-        remote = held + home * most + exports.cumsum(-1) - 1 - before
-        source = torch.where(home == rank, index - rank * held, remote)
-        return cls(exported, source, seen | local, int(by_rank[rank].sum(-1).max()))
+        exported = padded_indices(by_rank[:, rank], most)
+        exported = torch.where(by_rank[:, rank].any(-1, keepdim=True), exported, 0)
+        number = homes.by_token(by_rank.cumsum(-1) - 1)  # among what its rank exports
+        source = torch.where(homes.rank == rank, homes.place, homes.held + homes.rank * most + number)
+        return cls(exported, source, seen | local, int(by_rank[:, rank].sum(-1).max()))
 
 
 @dataclass(frozen=True)
@@ -83,7 +79,7 @@ class Kept:
         mask: bool [B, T], which tokens.
         near: [B, N] int64, the token in each place; places beyond a sample's kept tokens repeat its first one.
         place: [B, T] int64, the place of each kept token.
-        first, held: this rank's own tokens are ``first .. first + held`` of every sample.
+        tokens: [T / n] int64, this rank's own tokens of every sample, ascending.
         rows_before: [B, T + 1] int64, kept rows before a row of the whole sequence.
         target: [B, T] int64, the new row of each row outside the sink segment; N for one that is dropped.
     """
@@ -91,19 +87,18 @@ class Kept:
     mask: Tensor
     near: Tensor
     place: Tensor
-    first: int
-    held: int
+    tokens: Tensor
     rows_before: Tensor
     target: Tensor
 
     @classmethod
-    def of(cls, mask: Tensor, intervals: Intervals, first: int, held: int) -> Kept:
-        """mask: bool [B, T] of the tokens of ``intervals``."""
+    def of(cls, mask: Tensor, intervals: Intervals, tokens: Tensor) -> Kept:
+        """mask: bool [B, T] of the tokens of ``intervals``; tokens: this rank's own."""
         length = int(mask.sum(-1).max())
         kept_rows = mask.gather(1, intervals.rows[:, : intervals.tokens])
         before = torch.nn.functional.pad(kept_rows.cumsum(1), (1, 0))
         target = torch.where(kept_rows, before[:, :-1], length)
-        return cls(mask, padded_indices(mask, length), mask.cumsum(-1) - 1, first, held, before, target)
+        return cls(mask, padded_indices(mask, length), mask.cumsum(-1) - 1, tokens, before, target)
 
     @property
     def length(self) -> int:
@@ -111,8 +106,8 @@ class Kept:
 
     @property
     def own(self) -> Tensor:
-        """[B, held] int64, places of this rank's tokens."""
-        return self.place[:, self.first : self.first + self.held]
+        """[B, T / n] int64, places of this rank's tokens."""
+        return self.place.index_select(1, self.tokens)
 
     def by_row(self, values: Tensor, empty: int) -> Tensor:
         """[B, T] by row of the whole sequence -> [B, N] by new row; ``empty`` in rows beyond a sample's kept tokens."""
@@ -132,7 +127,7 @@ class Kept:
         row_of = torch.empty_like(rows).scatter_(1, rows, torch.arange(length, device=device).expand(batch, -1))
         ends, own = [], self.own[:, None].expand(-1, segments, -1)
         for bound in (whole.lo, whole.hi):
-            mine = bound[:, :, self.first : self.first + self.held].long()  # [B, S, T / n]
+            mine = bound.index_select(2, self.tokens).long()  # [B, S, T / n]
             inner = self.rows_before[:, None].expand(-1, segments - 1, -1).gather(2, mine[:, :-1])
             mapped = torch.cat([inner, mine[:, -1:] - tokens + length], 1).to(torch.int32)
             full = torch.zeros(batch, segments, length, dtype=torch.int32, device=device)
@@ -142,7 +137,7 @@ class Kept:
         return Intervals(torch.cat([rows, sinks], 1), row_of, *ends, torch.cat([start, tail], 1).to(torch.int32))
 
     def tree(self, whole: GistTree) -> GistTree:
-        """The tree of the kept tokens, for the queries of ``whole``: :func:`queries_of_part` leaves this rank's.
+        """The tree of the kept tokens, for the queries of ``whole``: :func:`queries_among` leaves this rank's.
 
         What stands behind a gist is right where all of it is kept.
         """
@@ -159,10 +154,9 @@ class Kept:
         return GistTree(others, child_lo, child_hi, parent, at, whole.splits, lo, hi, mapped(whole.tail), whole.span)
 
 
-def queries_of_part(tree: GistTree, start: int, stop: int) -> GistTree:
-    """The same tree with the recalling queries among the tokens ``[start, stop)`` of every sample alone."""
-    token = tree.tokens % tree.others.tokens
-    mine = ((token >= start) & (token < stop)).nonzero()[:, 0]
+def queries_among(tree: GistTree, chosen: Tensor) -> GistTree:
+    """The same tree with the recalling queries among some tokens of every sample alone: bool [T]."""
+    mine = chosen[tree.tokens % tree.others.tokens].nonzero()[:, 0]
     counts = torch.bincount(tree.tokens[mine] // tree.others.tokens, minlength=tree.others.batch)
     splits = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).tolist()
     lo, hi, tail = (x.index_select(1, mine) for x in (tree.lo, tree.hi, tree.tail))

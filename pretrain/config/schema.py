@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import yaml
 
-from unfold.model.config import GistConfig, ModelConfig
+from unfold.model.config import CONTEXT_SLICES, GistConfig, ModelConfig
 from unfold.model.settings import (
     Bounds,
     Count,
@@ -148,7 +148,16 @@ class ParallelConfig(Settings):
     offload: Literal["none", "optimizer", "all"] = option(
         "none", "what ZeRO keeps in host memory: none, optimizer, or all (parameters too; zero: 3)"
     )
+    reduce: Literal["precision", "fp32", "bf16"] = option(
+        "precision", "what gradients are sent in when ranks add them up: precision (of the run), fp32 or bf16"
+    )
     timeout_minutes: Positive = option(30.0, "a collective that takes longer ends the run")
+
+    @property
+    def length_multiple(self) -> int:
+        """What a sample's padded length is a multiple of: ranks that share sequences hold equal slices of them."""
+        slices = self.context * (CONTEXT_SLICES if self.context > 1 and self.context_method == "gists" else 1)
+        return slices * (self.tensor if self.sequence else 1)
 
     def misfits(self) -> list[str]:
         errors = []

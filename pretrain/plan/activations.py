@@ -104,8 +104,8 @@ class Activations:
         element, heads = self.element, self.model.heads // self.tensor
         queries = element * self._query_width * self.tokens
         keys = element * self._key_width * self.tokens
-        if self.model.attention == "dense":  # q, k, v, each document's output, one log-sum per head; the output again
-            return self.residual() + 2 * keys + 3 * queries + FP32 * heads * self.tokens
+        if self.model.attention == "dense":  # q, k, v, each document's output, one log-sum per head; the joined output
+            return self.residual() + 2 * keys + (2 if self._one_call else 3) * queries + FP32 * heads * self.tokens
         if not self.gpu:
             return self.residual() + 2 * keys + 2 * queries + 2 * FP32 * heads * self.tokens
         return self.residual() + self._kernel() + (queries if self.exchange else 0)
@@ -116,8 +116,9 @@ class Activations:
             return 0
         queries, keys = self._query_width, self._key_width
         inputs = queries + keys
-        if self.element == FP32:  # keys are a view of the fused projection, which attention keeps but for the GPU's kernel
-            inputs = queries + (queries + 2 * keys if self.gpu and self.model.attention == "gist" else 0)
+        if self.element == FP32:  # keys are a view of the fused projection, which attention keeps where it takes it as it is
+            copied = self.gpu if self.model.attention == "gist" else self.samples > 1
+            inputs = queries + (queries + 2 * keys if copied else 0)
         heads = (self.model.heads + self.model.kv_heads) // self.tensor
         return (FP32 * inputs + self.element * (queries + keys) + FP32 * heads) * self.tokens
 
@@ -127,12 +128,18 @@ class Activations:
         queries = element * self._query_width * self.tokens
         keys = element * self._key_width * self.tokens
         if self.model.attention == "dense":
-            # q, k, the fused projection that v is a view of, each document's output, one log-sum per head; the output again.
-            return queries + keys + (queries + 2 * keys) + queries + FP32 * heads * self.tokens + queries
+            # q, k, v (of one sample a view of the fused projection), the output, one log-sum per head; the joined output.
+            values = keys if self.samples > 1 else queries + 2 * keys
+            return queries + keys + values + FP32 * heads * self.tokens + queries * (1 if self._one_call else 2)
         if not self.gpu:  # the same view of the projection, maximum and sum per head; the output is computed again
             return queries + keys + (queries + 2 * keys) + 2 * FP32 * heads * self.tokens + queries
         copied = self.samples > 1 or self.exchange  # else the kernel's output is the projection's input as it is
         return self._kernel() + (queries if copied else 0)
+
+    @property
+    def _one_call(self) -> bool:
+        """Whether dense attention is one call for all documents, whose outputs need no joining."""
+        return self.gpu and self.element < FP32
 
     def _kernel(self) -> int:
         """The GPU's: queries and output, keys and values in level-sorted order, and statistics."""

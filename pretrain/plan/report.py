@@ -98,6 +98,8 @@ def _time(plan: Plan, dense: Plan | None) -> Iterator[str]:
     yield _columns("  raw tokens", *(f"{train.global_batch * raw:,}" for _ in plans))
     yield _columns("  raw tokens and gists", *(f"{train.global_batch * p.sample.tokens:,}" for p in plans))
     yield _columns("  visible keys per query, mean", *(f"{p.sample.keys / p.sample.tokens:,.0f}" for p in plans))
+    if plan.division.context > 1:
+        yield _columns("  busiest context rank over mean", *(f"{p.sample.imbalance:.3f}" for p in plans))
     yield _columns("  useful TFLOP", *(f"{p.flops.total / 1e12:,.2f}" for p in plans))
     yield _columns("    of which attention", *(f"{p.flops.attention / 1e12:,.2f}" for p in plans))
     if plan.step_seconds is None:

@@ -46,9 +46,8 @@ def plan_traffic(config: RunConfig, sample: SampleSize, replicas: int, micro_bat
         found.append(Traffic("context", layers * (attended + 1) * _context_exchange(config, kept), model_span))
     if parallel.pipeline > 1:
         # A stage between two others sends on the residual stream, and back its gradient; with two stages each does one of both.
-        structure = 3 * FP32 * kept.samples * sample.length
         directions = 2 if parallel.pipeline > 2 else 1
-        found.append(Traffic("pipeline", micro_batches * (directions * kept.residual() + structure), ranks))
+        found.append(Traffic("pipeline", micro_batches * directions * kept.residual(), ranks))
         if config.model.tied_embeddings:
             size = FP32 * count_parameters(config.model, parallel.tensor).embedding
             found.append(Traffic("tied embedding", size, ranks))  # an all-reduce between two
@@ -71,16 +70,17 @@ def _replica_traffic(config: RunConfig, replicas: int, micro_batches: int, span:
         return []
     parallel, element = config.parallel, element_size(config)
     stages = parallel.pipeline
+    reduced = {"precision": element, "fp32": FP32, "bf16": FP32 // 2}[parallel.reduce]
     parameters = max(count_parameters(config.model, parallel.tensor, s, stages).total for s in range(stages))
-    once = _ring(replicas) * parameters * element
+    once, gradient = (_ring(replicas) * parameters * size for size in (element, reduced))
     if parallel.zero == 3:
         return [
-            Traffic("gradients (reduce-scatter)", round(once * micro_batches), span),
+            Traffic("gradients (reduce-scatter)", round(gradient * micro_batches), span),
             Traffic("ZeRO-3 parameters (all-gather)", round(2 * once * micro_batches), span),
         ]
     # DeepSpeed all-reduces buckets of gradients also where a rank keeps a part alone (use_multi_rank_bucket_allreduce).
     times = micro_batches if parallel.zero == 2 else 1
-    gradients = Traffic("gradients (all-reduce)", round(2 * once * times), span)
+    gradients = Traffic("gradients (all-reduce)", round(2 * gradient * times), span)
     return [gradients, Traffic("updated parameters (all-gather)", round(once), span)]
 
 

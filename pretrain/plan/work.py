@@ -11,6 +11,7 @@ from unfold.model.config import GistConfig, ModelConfig
 from unfold.model.gist import Layout, build_layout, interleave, max_interleaved_length
 from unfold.model.hf.names import model_entries
 from unfold.model.parallel.context import make_plan
+from unfold.model.parallel.division import Division, imbalance, visible_pairs
 from unfold.pretrain.config import RunConfig
 
 
@@ -61,6 +62,7 @@ class SampleSize:
         sent: tokens whose keys and values a rank sends to each of the others, per layer.
         key_rows: keys in level-sorted order, sink copies included, of that sequence.
         segments: ranges per query.
+        imbalance: most (query, key) pairs of a rank that shares the sequence over the mean of them all.
     """
 
     raw: int
@@ -71,6 +73,7 @@ class SampleSize:
     sent: int
     key_rows: int
     segments: int
+    imbalance: float = 1.0
 
 
 def measure_sample(config: RunConfig, attention: str | None = None) -> SampleSize:
@@ -78,7 +81,7 @@ def measure_sample(config: RunConfig, attention: str | None = None) -> SampleSiz
     parallel, raw = config.parallel, config.data.raw_tokens
     dense = (attention or config.model.attention) == "dense"
     gist = GistConfig((raw,)) if dense else config.gist
-    multiple = parallel.context * (parallel.tensor if parallel.sequence else 1)
+    multiple = parallel.length_multiple
     longest = raw if dense else max_interleaved_length(raw, gist.chunk_sizes)
     length = -(-longest // multiple) * multiple
     if dense:
@@ -89,9 +92,11 @@ def measure_sample(config: RunConfig, attention: str | None = None) -> SampleSiz
     if parallel.context == 1 or parallel.context_method == "ulysses":
         rows = layout.intervals.rows.shape[1] // parallel.context
         return SampleSize(raw, tokens, length, keys, held, 0, rows, gist.levels + 2)
-    plan = make_plan(layout, parallel.context - 1, parallel.context)  # the last rank receives most
-    near = plan.layout.intervals
-    return SampleSize(raw, tokens, length, keys, near.tokens, plan.exports.exported.shape[1], near.rows.shape[1], gist.levels + 2)
+    division = Division.even(layout.intervals, parallel.context)
+    plan = make_plan(layout, division, 0)  # the first rank takes the slice that sees most
+    near, sent = plan.layout.intervals, plan.exports.exported.shape[1]
+    uneven = imbalance(visible_pairs(layout.intervals, division))
+    return SampleSize(raw, tokens, length, keys, near.tokens, sent, near.rows.shape[1], gist.levels + 2, uneven)
 
 
 def _lay_out(raw: int, length: int, gist: GistConfig) -> tuple[Layout, int]:

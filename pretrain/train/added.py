@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import deepspeed
+from torch import Tensor
 
 from unfold.model.config import ModelConfig
 from unfold.model.visibility import IGNORED, AddedLosses, MicroBatch
@@ -53,13 +54,10 @@ class Added:
         taught = _taught(batches, engine, parallel)
         return [_with_terms(batch, weights, is_taught) for batch, is_taught in zip(batches, taught)], divisors
 
-    def means(self, batches: Sequence[MicroBatch], divisors: dict[str, float], parallel: Parallel) -> dict[str, float]:
-        """A step's metrics, from what its micro-batches came to."""
+    def shares(self, batches: Sequence[MicroBatch], divisors: dict[str, float]) -> dict[str, float | Tensor]:
+        """What this rank's micro-batches add to a step's metrics; tensor-parallel ranks have it alike."""
         sums = [batch.added.sums for batch in batches if divisors and batch.added]
-        return {
-            METRICS[name]: parallel.sum_over_layers(sum(float(s[name]) for s in sums if name in s)) / divisor
-            for name, divisor in divisors.items()
-        }
+        return {METRICS[name]: sum(s[name].double() for s in sums if name in s) / divisor for name, divisor in divisors.items()}
 
 
 NOTHING_ADDED = Added()

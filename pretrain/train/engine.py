@@ -25,12 +25,15 @@ from unfold.pretrain.parallel import Parallel
 def deepspeed_config(config: RunConfig, data_size: int) -> dict:
     """The DeepSpeed configuration of a run."""
     parallel = config.parallel
-    zero = {"stage": parallel.zero, "overlap_comm": False}
+    # Gradients go to their owners, and under ZeRO-3 weights come, beside the computation. A pipeline knows nothing of it, and
+    # without streams of a GPU there is nothing to gain.
+    zero = {"stage": parallel.zero, "overlap_comm": torch.cuda.is_available() and parallel.pipeline == 1}
     if parallel.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu"}
     if parallel.offload == "all":
         zero["offload_param"] = {"device": "cpu"}
-    return {
+    reduce = {} if parallel.reduce == "precision" else {"communication_data_type": parallel.reduce}
+    return reduce | {
         "train_micro_batch_size_per_gpu": config.train.micro_batch,
         "gradient_accumulation_steps": accumulation_steps(config, data_size),
         "gradient_clipping": config.train.clip,
@@ -126,7 +129,7 @@ def _pipeline(config: RunConfig, build: BuildContext, parallel: Parallel) -> Pip
     topology = PipeModelDataParallelTopology(
         num_pp=parallel.stages, num_mp=parallel.tensor_group.size(), num_dp=parallel.replica_group.size()
     )
-    shared = StageAttention(config.model, config.folding, build)
+    shared = StageAttention(config.model, build)
     model = PipelineModule(
         layer_specs(config.model, build, shared),
         topology=topology,
@@ -172,4 +175,3 @@ def set_learning_rate(engine: deepspeed.DeepSpeedEngine, rate: float) -> None:
     """Set the rate of every parameter group; that of Muon's matrices follows the same schedule from its own peak."""
     for group in engine.optimizer.param_groups:
         group["lr"] = rate * group.get("rate_factor", 1.0)
-

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from unfold.kernels.common.plans import pinned
+from unfold.model.parallel.context import ContextParallel
 from unfold.model.visibility import MicroBatch
 from unfold.pretrain.config import RunConfig, gist_at, with_vocab_size
 from unfold.pretrain.data.samples import BatchBuilder, TokenSource, step_samples
@@ -29,7 +31,15 @@ class Inputs:
             indices = step_samples(step, train.global_batch, train.micro_batch, parallel.data_rank, parallel.data_size)
             numbers = [[number(i) for i in micro_batch] for micro_batch in indices]
             stage = gist_at(self.config, step + 1)
-            yield [replace(self.train.build(n, stage), distilled=self._distilled(n)) for n in numbers]
+            made = (replace(self.train.build(n, stage), distilled=self._distilled(n)) for n in numbers)
+            yield [self._ready(batch, parallel) for batch in made]
+
+    def _ready(self, batch: MicroBatch, parallel: Parallel) -> MicroBatch:
+        """With what can be worked out ahead of its step: who sends what to whom; for a GPU in pinned memory."""
+        if parallel.context_group.size() > 1:
+            context = ContextParallel(parallel.context_group, self.config.parallel.context_method)
+            context.prepare(batch.layout, batch.recall)
+        return pinned(batch) if parallel.device.type == "cuda" else batch
 
     def _distilled(self, numbers: list[int]) -> tuple[int, ...]:
         """Which samples of a micro-batch learn from dense attention: by their global numbers, so the same under every layout."""
@@ -54,8 +64,7 @@ def open_inputs(config: RunConfig) -> Inputs:
     tokenizer = load_tokenizer(config.data.tokenizer, gist.levels if gist else 0)
     config = with_vocab_size(config, tokenizer.vocab_size)
 
-    # Every rank that shares a sequence holds an equal part of it.
-    length_multiple = config.parallel.context * (config.parallel.tensor if config.parallel.sequence else 1)
+    length_multiple = config.parallel.length_multiple
 
     def builder(prefixes: tuple[str, ...], setting: str, shuffle_parts: bool = False) -> BatchBuilder:
         source = TokenSource(prefixes, config.data.raw_tokens, config.train.seed, tokenizer, setting, config.data.cache)

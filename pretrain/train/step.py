@@ -9,9 +9,11 @@ from dataclasses import dataclass, replace
 
 import deepspeed
 import torch
+from torch import Tensor
 
 from unfold.model.config import GistConfig, ModelConfig
 from unfold.model.gist import Recall, recalls_in
+from unfold.model.parallel.context import ContextTraffic
 from unfold.model.parallel.pipeline import stage_inputs
 from unfold.model.visibility import IGNORED, MicroBatch
 from unfold.pretrain.parallel import Parallel
@@ -62,61 +64,129 @@ def train_step(
     averages over both, so each micro-batch's sum is scaled by (ranks x micro-batches / tokens of the global batch). So does
     every sampled query of the routing loss.
 
+    A GPU is never waited for before all its work of the step is queued: losses and statistics stay there until the end.
+
     gist: how the model recalls in this step; None where it is dense. added: what it learns beside the next token.
     """
     tokens = parallel.sum_over_data(sum(int((b.labels != IGNORED).sum()) for b in batches))
-    factor = parallel.replica_group.size() * len(batches) / tokens
     terms = _routing_terms(batches, parallel, model, gist)
     # It does not pass through DeepSpeed's mean over micro-batches.
     scale = gist.route_loss * parallel.replica_group.size() / terms if terms else 0.0
     batches, divisors = added.to_step(batches, engine, parallel, model, tokens)
-    if parallel.stages > 1:
-        result = _pipeline_step(engine, batches, parallel, factor, int(tokens), gist, scale, terms)
-        return replace(result, added=added.means(batches, divisors, parallel))
-    began, local_sum, recalls = time.monotonic(), 0.0, []
+    tally, work = Tally(), Stopwatch(parallel.device)
+    run = _pipeline if parallel.stages > 1 else _micro_batches
+    loss = run(engine, batches, parallel, tokens, scale, tally, work)
+    shares, traffic = tally.shares | added.shares(batches, divisors), _context_traffic(engine)
+    if traffic:  # in a pipeline that of the first stage
+        sent = traffic.sent / traffic.exchanges / parallel.replica_group.size()
+        shares["sent"] = 0.0 if parallel.stage else sent
+    # One sum over all ranks and one wait, for all figures together.
+    totals = parallel.sum_over_parts(list(shares.values()))
+    skipped, norm = bool(engine.optimizer.overflow), engine.get_global_grad_norm()
+    loss, norm, *totals = torch.cat([parallel.vector([loss, norm]), totals]).tolist()
+    # All but the routing losses are alike on the ranks that share a layer.
+    means = {name: total / parallel.tensor_group.size() for name, total in zip(shares, totals)}
+    queries, unfolded, selected, route = (means.pop(name) for name in Tally.NAMES)
+    return StepResult(
+        loss=loss,
+        grad_norm=norm,
+        loss_tokens=int(tokens),
+        unfolded=unfolded / queries if queries else None,
+        selected=selected / queries if queries else None,
+        route_loss=route * parallel.tensor_group.size() / terms if terms else None,
+        context=(means.pop("sent"), traffic.whole / traffic.exchanges) if traffic else None,
+        added=means,
+        skipped=skipped,
+        busy_s=work.seconds(),
+    )
+
+
+class Tally:
+    """What a rank's micro-batches add to a step's figures; numbers stay where they were computed."""
+
+    NAMES = ("queries", "unfolded", "selected", "route")
+
+    def __init__(self):
+        self.shares: dict[str, float | Tensor] = dict.fromkeys(self.NAMES, 0.0)
+
+    def add(self, recall: Recall | None) -> None:
+        """A micro-batch has passed all layers. Recalling queries count once per layer, and what they read in each."""
+        if recall is None:
+            return
+        read, losses = recall.read(), list(recall.routing.losses.values()) if recall.routing else []
+        if read is not None:
+            found = recall.queries * len(recall.stats), *read, torch.stack(losses).double().sum() if losses else 0.0
+            self.shares = {name: self.shares[name] + more for name, more in zip(self.NAMES, found)}
+
+
+class Stopwatch:
+    """Seconds from here to a mark that a rank worked; on a GPU its own time, which is read when nothing is left to wait for."""
+
+    def __init__(self, device: torch.device):
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
+        self._times: list[float] = []
+        self.mark()
+
+    def mark(self) -> None:
+        """The beginning, then the end."""
+        if self._events:
+            self._events[len(self._times)].record()
+        self._times.append(time.monotonic())
+
+    def seconds(self) -> float:
+        """Between the two."""
+        begin, end = self._times
+        return self._events[0].elapsed_time(self._events[1]) / 1000 if self._events else end - begin
+
+
+def _micro_batches(
+    engine: deepspeed.DeepSpeedEngine,
+    batches: Sequence[MicroBatch],
+    parallel: Parallel,
+    tokens: float,
+    scale: float,
+    tally: Tally,
+    work: Stopwatch,
+) -> Tensor:
+    """Forward, backward and the update; the mean loss over all loss tokens, on the device."""
+    summed = 0.0
+    factor = parallel.replica_group.size() * len(batches) / tokens
     for index, batch in enumerate(batches):
         batch = batch.to(parallel.device)
         if batch.recall:
             batch = replace(batch, recall=batch.recall.weighing(scale))
-            recalls.append(batch.recall)
         loss = engine(batch)
-        local_sum += loss.item()
+        summed = summed + loss.detach().double()
         if index + 1 == len(batches):
-            busy = time.monotonic() - began
-            mean = parallel.sum_over_replicas(local_sum) / tokens
-            if not math.isfinite(mean):
-                # DeepSpeed skips a step whose gradient is not finite. This makes it so wherever the bad loss arose.
-                factor = math.nan
+            work.mark()
+            mean = parallel.sum_over_replicas([summed])[0] / tokens
+            # DeepSpeed skips a step whose gradient is not finite. This makes it so wherever the bad loss arose.
+            factor = torch.full_like(loss, factor).masked_fill(~mean.isfinite(), math.nan)
         engine.backward(loss * factor)
         engine.step()
-    read, more = _what_was_read(recalls, parallel, terms), added.means(batches, divisors, parallel)
-    skipped, sent = bool(engine.optimizer.overflow), _context_bytes(engine, parallel)
-    return StepResult(mean, float(engine.get_global_grad_norm()), int(tokens), *read, more, sent, skipped, busy)
+        tally.add(batch.recall)
+    return mean
 
 
-def _pipeline_step(
+def _pipeline(
     engine: deepspeed.PipelineEngine,
     batches: Sequence[MicroBatch],
     parallel: Parallel,
-    factor: float,
-    tokens: int,
-    gist: GistConfig | None,
+    tokens: float,
     scale: float,
-    terms: float,
-) -> StepResult:
+    tally: Tally,
+    work: Stopwatch,
+) -> Tensor:
     """The same through DeepSpeed's pipeline, which averages the scaled losses over micro-batches and ranks itself."""
-    began, shared = time.monotonic(), engine.module.stage_attention
-    shared.gist, shared.route_scale, shared.added = gist, scale, batches[0].added
-    loss = engine.train_batch(iter([stage_inputs(batch, factor) for batch in batches])).item()
-    skipped, sent = bool(engine.optimizer.overflow), _context_bytes(engine, parallel)
-    norm, busy = float(engine.get_global_grad_norm()), time.monotonic() - began
-    read = _what_was_read(shared.take_recalls(), parallel, terms)
-    return StepResult(loss, norm, tokens, *read, {}, sent, skipped, busy)
+    factor = parallel.replica_group.size() * len(batches) / tokens
+    weighed = [replace(b, recall=b.recall and b.recall.weighing(scale)) for b in batches]
+    with engine.module.stage_attention.passing(weighed, parallel.device, lambda batch: tally.add(batch.recall)):
+        loss = engine.train_batch(iter([stage_inputs(batch, factor, engine.module.context_parallel) for batch in batches]))
+    work.mark()
+    return loss.detach()
 
 
-def _routing_terms(
-    batches: Sequence[MicroBatch], parallel: Parallel, model: ModelConfig, gist: GistConfig | None
-) -> float:
+def _routing_terms(batches: Sequence[MicroBatch], parallel: Parallel, model: ModelConfig, gist: GistConfig | None) -> float:
     """Sampled queries of the global batch x heads x layers that recall: what the routing loss is a mean over; 0 without it."""
     if gist is None or gist.route_loss == 0:
         return 0.0
@@ -125,54 +195,26 @@ def _routing_terms(
     return parallel.sum_over_data(sum(sampled)) * model.heads * layers
 
 
-def _what_was_read(
-    recalls: Sequence[Recall], parallel: Parallel, terms: float
-) -> tuple[float | None, float | None, float | None]:
-    """``unfolded``, ``selected`` and ``route_loss`` of a step's result, from what this rank's layers left behind."""
-    stats, count = [0.0, 0.0], 0
-    for recall in recalls:
-        for read in recall.stats.values():
-            stats[0] += recall.queries * float(read.unfolded)
-            stats[1] += recall.queries * float(read.selected.sum())
-            count += recall.queries
-    # A rank without a suffix in its samples takes part all the same.
-    count = parallel.sum_over_layers(count)
-    means = [parallel.sum_over_layers(x) / count for x in stats] if count else [None, None]
-    if not terms:
-        return *means, None
-    routed = [recall.routing for recall in recalls if recall.routing]
-    mine = sum(float(loss) for routing in routed for loss in routing.losses.values())
-    return *means, parallel.sum_over_parts(mine) / terms
-
-
-def _context_bytes(engine: deepspeed.DeepSpeedEngine, parallel: Parallel) -> tuple[float, float] | None:
-    """``context`` of a step's result. The counters begin anew; what a validation sent goes with the step after it."""
+def _context_traffic(engine: deepspeed.DeepSpeedEngine) -> ContextTraffic | None:
+    """What ``context`` of a step's result is made of; a validation's goes with the step after it."""
     context = engine.module.context_parallel
-    if context is None or context.method != "gists":
-        return None
-    counted = context.traffic.take()
-    sent = parallel.sum_over_replicas(counted.sent) / parallel.replica_group.size()
-    return sent / counted.exchanges, counted.whole / counted.exchanges
+    return context.traffic.take() if context is not None and context.method == "gists" else None
 
 
 @torch.no_grad()
-def validation_loss(
-    engine: deepspeed.DeepSpeedEngine, batches: Sequence[MicroBatch], parallel: Parallel, gist: GistConfig | None
-) -> float:
-    """Mean cross-entropy in nats over all loss tokens of the ranks' batches. gist: how the model recalls in them."""
+def validation_loss(engine: deepspeed.DeepSpeedEngine, batches: Sequence[MicroBatch], parallel: Parallel) -> float:
+    """Mean cross-entropy in nats over all loss tokens of the ranks' batches."""
     engine.eval()
-    if parallel.stages > 1:
-        engine.module.stage_attention.gist, engine.module.stage_attention.added = gist, None
     tokens = parallel.sum_over_data(sum(int((b.labels != IGNORED).sum()) for b in batches))
     if parallel.stages > 1:
         factor = parallel.replica_group.size() * len(batches) / tokens
-        inputs = iter([stage_inputs(batch, factor) for batch in batches])
+        inputs = iter([stage_inputs(batch, factor, engine.module.context_parallel) for batch in batches])
         engine.reset_activation_shape()  # a validation batch is one sample, whatever train.micro_batch is
-        mean = engine.eval_batch(inputs, num_micro_batches=len(batches)).item()
+        with engine.module.stage_attention.passing(batches, parallel.device):
+            mean = engine.eval_batch(inputs, num_micro_batches=len(batches)).item()
         engine.reset_activation_shape()
-        engine.module.stage_attention.take_recalls()  # a validation's are not a step's
     else:
-        total = sum(engine(batch.to(parallel.device)).item() for batch in batches)
-        mean = parallel.sum_over_replicas(total) / tokens
+        total = sum(engine(batch.to(parallel.device)).double() for batch in batches)
+        mean = parallel.sum_over_replicas([total]).item() / tokens
     engine.train()
     return mean

@@ -197,7 +197,7 @@ class Trainer:
         mass = AttentionMass(gist.levels) if gist and monitor.attention_mass else None
         routing = RoutingMeasure(gist, self.config.model.layers) if gist and gist.recall != "none" and monitor.routing else None
         with looking(self.engine.module, *(measure.look for measure in (mass, routing) if measure)):
-            loss = validation_loss(self.engine, self.inputs.valid_batches(self.parallel), self.parallel, gist)
+            loss = validation_loss(self.engine, self.inputs.valid_batches(self.parallel), self.parallel)
         self.records.say(f"step {step}: validation loss {loss:.4f}")
         found = {"valid_loss": loss}
         if mass and (shares := mass.shares(self.parallel)):

@@ -20,7 +20,7 @@ from megatron.core.tensor_parallel.cross_entropy import VocabParallelCrossEntrop
 from tests.benchmarks.compressed_cpu import resident_mb
 from unfold.model import loss as loss_module
 from unfold.model.layers import BuildContext
-from unfold.model.loss import token_loss_sum
+from unfold.model.loss import Targets, token_loss_sum
 from unfold.model.visibility import AddedLosses
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -60,7 +60,9 @@ def measure(way: str, vocab: int, rows: int, hidden: int, dtype: torch.dtype) ->
     if way == "with logits":
         loss = _WithLogits.apply((states[:, 0] @ weight.t()).float(), labels[0]).sum()
     else:
-        loss = token_loss_sum(states, labels, weight, BuildContext.alone(), added, teacher)
+        loss = token_loss_sum(
+            states, Targets.of(labels, added.samples if added else ()), weight, BuildContext.alone(), added, teacher
+        )
     (loss / rows).backward()
     return time.process_time() - start, resident_mb("VmHWM") - before
 

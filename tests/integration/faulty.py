@@ -31,8 +31,8 @@ def spoil(factor_of: dict[int, float]) -> None:
                 loss = loss * factor
         return loss
 
-    def spoiled_inputs(batch, factor):
-        return stage_inputs(batch, factor * math.prod(f for ids, f in marked if batch.ids is ids))
+    def spoiled_inputs(batch, factor, context):
+        return stage_inputs(batch, factor * math.prod(f for ids, f in marked if batch.ids is ids), context)
 
     BatchBuilder.build, Transformer.forward = marking_build, spoiled_forward
     step.stage_inputs = spoiled_inputs  # what a pipeline is fed with

@@ -13,6 +13,7 @@ from tests.kernels.cases import padded
 from tests.kernels.recall_cases import CASES, RULES, SUFFIX_CASES, make_layout, make_rule, random_qkv, suffix_layout
 from unfold.kernels.compressed import compressed_attention
 from unfold.kernels.unfold import recall_attention
+from unfold.model.config import CONTEXT_SLICES
 from unfold.model.gist import Recall, build_recall
 from unfold.model.parallel.context import ContextAttention, ContextParallel
 from unfold.model.visibility import MicroBatchAttention
@@ -21,7 +22,7 @@ TOLERANCE = 1e-12
 
 
 def padded_case(name: str, multiple: int):
-    """A case padded to a multiple of the ranks: layout, config, tree; in those of plain text every raw token recalls."""
+    """A case padded to a multiple of the slices: layout, config, tree; in those of plain text every raw token recalls."""
     if name in SUFFIX_CASES:
         layout, config, recalls = suffix_layout(name)
     else:
@@ -33,15 +34,16 @@ def padded_case(name: str, multiple: int):
 
 
 def check(name: str, rule_name: str, share: str, context: ContextParallel) -> None:
-    layout, config, tree = padded_case(name, context.group.size())
+    layout, config, tree = padded_case(name, CONTEXT_SLICES * context.group.size())
     rule = make_rule(rule_name, config, share)
     q, k, v, d_out = random_qkv(layout, 4, 2, 8, torch.float64)
     want, read = recall_attention(q, k, v, tree, rule)
     grads = torch.autograd.grad(want, (q, k, v), d_out)
 
-    part = lambda x: context.part(x, 1)
+    own = context.of(layout)
+    part = lambda x: own.take(x, 1)
     recall = Recall(tree, rule)
-    attend = ContextAttention(context, None, layout, recall)  # the layer before it would need what makes attention
+    attend = ContextAttention(own, None, layout, recall)  # the layer before it would need what makes attention
     mine = [part(x).detach().clone().requires_grad_() for x in (q, k, v)]
     got = attend(1, *mine)
     pairs = [(got, part(want)), *zip(torch.autograd.grad(got, mine, part(d_out)), map(part, grads))]
@@ -55,14 +57,15 @@ def check(name: str, rule_name: str, share: str, context: ContextParallel) -> No
 
 def check_first_layer(context: ContextParallel) -> None:
     """Layers before the first that recalls forget."""
-    layout, config, tree = padded_case("own group, closed context", context.group.size())
+    layout, config, tree = padded_case("own group, closed context", CONTEXT_SLICES * context.group.size())
     q, k, v, _ = (x.detach() for x in random_qkv(layout, 4, 2, 8, torch.float64))
     recall = Recall(tree, make_rule("fixed", config, "head"), first_layer=2)
-    attend = ContextAttention(context, partial(MicroBatchAttention, "gist"), layout, recall)
+    own = context.of(layout)
+    attend = ContextAttention(own, partial(MicroBatchAttention, "gist"), layout, recall)
     forgetting, recalling = compressed_attention(q, k, v, layout.intervals), recall_attention(q, k, v, tree, recall.rule)[0]
     for index, want in ((1, forgetting), (2, recalling)):
-        got = attend(index, *(context.part(x, 1) for x in (q, k, v)))
-        torch.testing.assert_close(got, context.part(want, 1), atol=TOLERANCE, rtol=0)
+        got = attend(index, *(own.take(x, 1) for x in (q, k, v)))
+        torch.testing.assert_close(got, own.take(want, 1), atol=TOLERANCE, rtol=0)
 
 
 def rank_main(rank: int, size: int, store: str) -> None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from unfold.model import loss as loss_module
 from unfold.model.layers import BuildContext
-from unfold.model.loss import _Losses, token_loss_sum
+from unfold.model.loss import Targets, _Losses, token_loss_sum
 from unfold.model.visibility import IGNORED, AddedLosses
 
 T, B, HIDDEN, VOCAB = 20, 3, 16, 48
@@ -43,7 +43,7 @@ def test_values_and_gradients_are_those_of_plain_pytorch(monkeypatch, chunk, z, 
     monkeypatch.setattr(loss_module, "CHUNK", chunk)
     hidden, weight, labels, teacher = problem()
     added = AddedLosses(z=z, logits=divergence, samples=SAMPLES)
-    loss = token_loss_sum(hidden, labels, weight, BuildContext.alone(), added, teacher)
+    loss = token_loss_sum(hidden, Targets.of(labels, SAMPLES), weight, BuildContext.alone(), added, teacher)
     cross_entropy, squared, kl = plain(hidden, weight, labels, teacher)
     torch.testing.assert_close(loss, cross_entropy, atol=TOLERANCE, rtol=TOLERANCE)
     assert added.sums.keys() == {name for name, weighs in (("z", z), ("logits", divergence)) if weighs}
@@ -60,9 +60,9 @@ def test_a_teacher_that_agrees_teaches_nothing():
     hidden, weight, labels, _ = problem(torch.float32)
     added = AddedLosses(logits=5.0, samples=SAMPLES)
     teacher = hidden.detach()[:, list(SAMPLES)]
-    loss = token_loss_sum(hidden, labels, weight, BuildContext.alone(), added, teacher)
+    loss = token_loss_sum(hidden, Targets.of(labels, SAMPLES), weight, BuildContext.alone(), added, teacher)
     assert added.sums["logits"] == 0
-    alone = token_loss_sum(hidden, labels, weight, BuildContext.alone())
+    alone = token_loss_sum(hidden, Targets.of(labels), weight, BuildContext.alone())
     for got, want in zip(*(torch.autograd.grad(x, (hidden, weight)) for x in (loss, alone))):
         torch.testing.assert_close(got, want, atol=2e-5, rtol=0)
 
@@ -77,7 +77,7 @@ def test_16_bits_are_as_exact_as_plain_pytorch(monkeypatch):
     exact = [x.detach().requires_grad_() for x in exact]
     true = torch.autograd.grad(entropy(*exact) / 3, exact)
     near = torch.autograd.grad(entropy(hidden, weight) / 3, (hidden, weight))
-    ours = torch.autograd.grad(token_loss_sum(hidden, labels, weight, BuildContext.alone()) / 3, (hidden, weight))
+    ours = torch.autograd.grad(token_loss_sum(hidden, Targets.of(labels), weight, BuildContext.alone()) / 3, (hidden, weight))
     for got, other, want in zip(ours, near, true):
         assert got.dtype == torch.bfloat16
         assert (got - want).norm() <= 2 * (other - want).norm()
@@ -136,13 +136,13 @@ def _loss_and_gradients(rows, weight, targets, taught, group):
 
 def test_nothing_to_predict():
     hidden, weight, labels, _ = problem()
-    loss = token_loss_sum(hidden, torch.full_like(labels, IGNORED), weight, BuildContext.alone())
+    loss = token_loss_sum(hidden, Targets.of(torch.full_like(labels, IGNORED)), weight, BuildContext.alone())
     assert loss == 0 and all(not g.any() for g in torch.autograd.grad(loss, (hidden, weight)))
 
 
 def test_without_gradients_none_is_made(monkeypatch):
     hidden, weight, labels, _ = problem()
-    want = token_loss_sum(hidden, labels, weight, BuildContext.alone())
+    want = token_loss_sum(hidden, Targets.of(labels), weight, BuildContext.alone())
     monkeypatch.setattr(loss_module, "_add_product", lambda *a: pytest.fail("a gradient was made"))
     with torch.no_grad():
-        assert token_loss_sum(hidden, labels, weight, BuildContext.alone()) == want
+        assert token_loss_sum(hidden, Targets.of(labels), weight, BuildContext.alone()) == want

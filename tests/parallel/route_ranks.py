@@ -10,41 +10,45 @@ import torch.distributed as dist
 from tests.forked import run_ranks
 from tests.kernels.route_cases import ALL, make_routed, queries_and_keys
 from unfold.kernels.route import cpu, routing_loss
-from unfold.model.parallel.route import own_queries, routing_loss_over_ranks
+from unfold.model.config import CONTEXT_SLICES
+from unfold.model.parallel.division import Division
+from unfold.model.parallel.route import rank_plan, routing_loss_over_ranks
 
 TOLERANCE = dict(rtol=1e-10, atol=1e-10)
 
 
 def check(name: str, far: bool, share: float) -> int:
-    """Compare one case; returns how many ranks a group of it spans at most."""
+    """Compare one case; returns how many slices a group of it spans at most."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    layout, routed = make_routed(name, share=share, multiple=size)
+    layout, routed = make_routed(name, share=share, multiple=CONTEXT_SLICES * size)
+    division = Division.even(layout.intervals, size)
     q, k = queries_and_keys(layout, routed, 4, 2, 8, torch.float64)
     want = routing_loss(q, k, routed, far=far)
     gradient = torch.autograd.grad(2 * want, k)[0]
 
-    part = lambda x: x.chunk(size, 1)[rank]
+    part = lambda x: division.part(x, 1, rank)
     every = torch.zeros(*layout.level.shape, 4, 8, dtype=q.dtype)
     every.flatten(0, 1)[routed.tree.tokens] = q
-    mine = part(every).flatten(0, 1)[own_queries(routed, rank, size)]
+    mine = part(every).flatten(0, 1)[rank_plan(routed, 2, division, rank).mine]
     own = part(k).detach().clone().requires_grad_()
-    got = routing_loss_over_ranks(mine, own, routed, dist.group.WORLD, far=far)
+    over_ranks = lambda: routing_loss_over_ranks(mine, own, routed, division, dist.group.WORLD, far=far)
+    got = over_ranks()
     torch.testing.assert_close(torch.autograd.grad(2 * got, own)[0], part(gradient), **TOLERANCE)
     total = got.detach().clone()
     dist.all_reduce(total)
     torch.testing.assert_close(total, want.detach(), **TOLERANCE)
     with torch.no_grad():
-        assert torch.equal(routing_loss_over_ranks(mine, own, routed, dist.group.WORLD, far=far), got.detach())
-    return ranks_of_a_group(routed, layout.level.shape[1] // size)
+        assert torch.equal(over_ranks(), got.detach())
+    return slices_of_a_group(routed, division.length)
 
 
-def ranks_of_a_group(routed, held: int) -> int:
-    """Over how many ranks a group reaches, from its first member to its gist, of the group with most."""
+def slices_of_a_group(routed, length: int) -> int:
+    """Over how many slices a group reaches, from its first member to its gist, of the group with most."""
     tree, most = routed.tree, 1
     for b in range(tree.others.batch):
         for row in range(int(tree.others.segment_start[b, tree.levels])):
             if tree.child_hi[b, row] > tree.child_lo[b, row]:
-                first, last = (int(tree.others.rows[b, r]) // held for r in (int(tree.child_lo[b, row]), row))
+                first, last = (int(tree.others.rows[b, r]) // length for r in (int(tree.child_lo[b, row]), row))
                 most = max(most, last - first + 1)
     return most
 

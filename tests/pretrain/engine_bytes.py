@@ -26,6 +26,7 @@ LAYOUTS = {
     "muon": {"zero": 1},  # first: DeepSpeed goes on to use an mpu of an engine before, and Muon brings none
     "zero 1": {"zero": 1},
     "zero 2": {"zero": 2},
+    "zero 2, fp32 reduction": {"zero": 2, "reduce": "fp32"},
     "zero 3": {"zero": 3},
     "tensor 2": {"tensor": 2},
     "pipeline 2": {"pipeline": 2},

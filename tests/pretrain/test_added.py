@@ -12,7 +12,7 @@ from unfold.pretrain.train.added import NOTHING_ADDED, Added
 from unfold.pretrain.train.inputs import Inputs
 
 MODEL = SimpleNamespace(hidden_size=8, layers=2)
-TWICE = SimpleNamespace(sum_over_data=lambda x: 2 * x, sum_over_layers=lambda x: 2 * x)
+TWICE = SimpleNamespace(sum_over_data=lambda x: 2 * x)
 
 
 def batch(targets: int, distilled=(0,), samples=1) -> MicroBatch:
@@ -31,7 +31,7 @@ def engine(zero: int):
 def test_nothing_is_touched_where_nothing_is_added():
     batches = [batch(3)]
     assert NOTHING_ADDED.to_step(batches, None, None, MODEL, 6.0) == (batches, {})
-    assert NOTHING_ADDED.means(batches, {}, None) == {}
+    assert NOTHING_ADDED.shares(batches, {}) == {}
 
 
 def test_every_term_is_a_mean_over_its_tokens():
@@ -44,7 +44,8 @@ def test_every_term_is_a_mean_over_its_tokens():
     taught.added.note("logits", torch.tensor(9.0))
     for each in (taught, other):
         each.added.note("z", torch.tensor(5.0))
-    assert added.means([taught, other], divisors, TWICE) == {"z_loss": 1.0, "distill_logits": 3.0, "distill_hidden": 0.0}
+    shares = added.shares([taught, other], divisors)  # of two ranks
+    assert shares == {"z_loss": 0.5, "distill_logits": 1.5, "distill_hidden": 0.0}
 
 
 def test_under_zero_3_ranks_keep_each_other_company():

@@ -35,15 +35,18 @@ class FakeEngine:
         return 1.5
 
 
-TWICE = lambda x: 2 * x
+VECTOR = lambda values: torch.stack([torch.as_tensor(x).double() for x in values])
 PARALLEL = SimpleNamespace(
     data_size=2,
     stages=1,
-    device="cpu",
-    sum_over_data=TWICE,
-    sum_over_replicas=TWICE,
-    sum_over_layers=TWICE,
+    stage=0,
+    device=torch.device("cpu"),
+    sum_over_data=lambda x: 2 * x,
+    sum_over_replicas=lambda values: 2 * VECTOR(values),
+    sum_over_parts=lambda values: 2 * VECTOR(values),
+    vector=VECTOR,
     replica_group=SimpleNamespace(size=lambda: 2),
+    tensor_group=SimpleNamespace(size=lambda: 1),
 )
 MODEL = ModelConfig()
 

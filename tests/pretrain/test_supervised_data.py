@@ -10,7 +10,6 @@ import torch
 
 from tests.supervised import make_shard
 from unfold.model.gist import GistConfig
-from unfold.model.parallel.pipeline import stage_inputs
 from unfold.model.visibility import IGNORED
 from unfold.pretrain.config import load_config
 from unfold.pretrain.data.packing import pack
@@ -137,15 +136,6 @@ def test_plain_text_in_a_blend_has_no_suffix(tiny, shard, tokenizer):
     assert int((batch.labels != IGNORED).sum()) == R - len(pieces) and alone.length < builder.length
     both = builder.build([plain, other])
     assert both.recall.tree.splits[1] == 0 < both.recall.tree.splits[2]
-
-
-def test_pipeline_stages_hear_who_recalls(shard, tokenizer):
-    builder = BatchBuilder(source(tokenizer, shard), GistConfig((4, 2), recall="suffix"), tokenizer)
-    batch = builder.build([0, 1])
-    (_, structure), _ = stage_inputs(batch, 1.0)
-    assert structure[2].flatten().nonzero()[:, 0].tolist() == batch.recall.tree.tokens.tolist()
-    (_, structure), _ = stage_inputs(builder.build([0, 1], GistConfig((4, 2))), 1.0)
-    assert not structure[2].any()
 
 
 def copy(shard, to):

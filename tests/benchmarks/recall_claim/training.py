@@ -19,7 +19,7 @@ from tests.benchmarks.recall_claim.arms import DENSE, WAYS, Way, dense_arm, gist
 from tests.benchmarks.recall_claim.task import LookupTask
 from unfold.model.config import GistConfig, ModelConfig
 from unfold.model.layers import BuildContext
-from unfold.model.loss import token_loss_sum
+from unfold.model.loss import Targets, token_loss_sum
 from unfold.model.transformer import Transformer
 from unfold.model.visibility import IGNORED, MicroBatch
 
@@ -149,7 +149,7 @@ def train_stage(
 def loss_of(model: Transformer, way: Way | None, gist: GistConfig | None, batch: MicroBatch, draw: torch.Generator) -> Tensor:
     """Mean cross-entropy of the answers and the mean routing loss, scalar."""
     attend = dense_arm(batch) if way is None else gist_arm(way, gist, batch, model.config.heads, model.config.kv_heads, draw)
-    losses = token_loss_sum(states(model, attend, batch), batch.labels, model.head_weight, model.build)
+    losses = token_loss_sum(states(model, attend, batch), Targets.of(batch.labels), model.head_weight, model.build)
     loss = losses / (batch.labels != IGNORED).sum()
     if way is not None and attend.routed:
         queries = batch.recall.routing.routed.tree.queries
