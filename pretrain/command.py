@@ -43,6 +43,9 @@ def build_parser(name: str = NAME, programs: Mapping[str, str] | None = None) ->
         "--max-shard-size", default="5GB", metavar="SIZE", help="a safetensors file that is full gets no further tensor (5GB)"
     )
     export.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the weights (default: the run's precision)")
+    export.add_argument(
+        "--adapter", type=Path, metavar="BASE_DIR", help="write the run's adapters alone, for PEFT, beside this exported model"
+    )
 
     importing = commands.add_parser("import", help="make a checkpoint of a Hugging Face directory, for train.init_from")
     add_import_arguments(importing)
@@ -117,6 +120,11 @@ def _train(args: argparse.Namespace) -> Iterator[str]:
 
 def _export(args: argparse.Namespace) -> Iterator[str]:
     _log_to_stderr()
+    if args.adapter:
+        from unfold.pretrain.hf.adapter import export_adapter
+
+        export_adapter(args.run_dir, args.step, args.output, args.adapter)
+        return iter(())
     from unfold.pretrain.hf.export import export
 
     export(args.run_dir, args.step, args.output, args.dtype, args.max_shard_size)

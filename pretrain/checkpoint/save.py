@@ -12,6 +12,7 @@ import os
 import shutil
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,12 +32,13 @@ from unfold.pretrain.checkpoint.manifest import (
     sync_directory,
     write_atomically,
 )
-from unfold.pretrain.checkpoint.state import ADAM_STEP, RECTANGLES, adam_step, fragments
+from unfold.pretrain.checkpoint.state import ADAM_STEP, adam_step, fragments
 from unfold.pretrain.checkpoint.tensors import Chunk, write_tensor_file
 from unfold.pretrain.config import CheckpointConfig
 from unfold.pretrain.parallel import Parallel
 
 POLL_SECONDS = 0.05
+LEAST_FILES = 3  # of a rank: a run of a matrix's elements is up to three rectangles
 
 
 @dataclass(frozen=True)
@@ -85,16 +87,20 @@ class _Staging:
             torch.cuda.current_stream().synchronize()
 
     def files(self) -> dict[str, list[Chunk]]:
-        """What was copied as {file name: chunks}; empty files are left out."""
-        parts: list[list[Chunk]] = [list(self._small), *([] for _ in range(RECTANGLES - 1))]
-        begin = 0
+        """What was copied as {file name: chunks}; empty files are left out. A file holds one rectangle of a tensor at most."""
+        parts: list[list[Chunk]] = [list(self._small), *([] for _ in range(LEAST_FILES - 1))]
+        begin, seen = 0, Counter()
         for fragment in self._fragments:
             values = self._buffer[begin : begin + fragment.values.numel()]
             begin += fragment.values.numel()
             chunk = Chunk(fragment.name, fragment.offsets, fragment.shape, torch.float32, lambda values=values: values)
-            parts[fragment.which].append(chunk)
+            which = seen[fragment.name]
+            seen[fragment.name] += 1
+            if which == len(parts):
+                parts.append([])
+            parts[which].append(chunk)
         rank = self._parallel.rank
-        names = [f"shard-{rank + 1:05d}-model-{i + 1:05d}-of-{RECTANGLES:05d}.safetensors" for i in range(RECTANGLES)]
+        names = [f"shard-{rank + 1:05d}-model-{i + 1:05d}-of-{len(parts):05d}.safetensors" for i in range(len(parts))]
         return {name: chunks for name, chunks in zip(names, parts) if chunks}
 
 

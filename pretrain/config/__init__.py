@@ -26,6 +26,7 @@ from unfold.pretrain.config.schema import (
     gist_at,
 )
 from unfold.pretrain.config.stages import StageConfig
+from unfold.pretrain.config.trained import RateConfig
 from unfold.pretrain.config.yaml_text import read_yaml
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "MonitorConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "RateConfig",
     "RunConfig",
     "ScheduleConfig",
     "TrainConfig",

@@ -12,7 +12,9 @@ import deepspeed
 from unfold.model.visibility import MicroBatch
 from unfold.pretrain import parallel as parallel_groups
 from unfold.pretrain.checkpoint.resume import check_run_dir, locked_on_all, prepare_run_dir, warm_start
+from unfold.pretrain.checkpoint.state import load_adapter
 from unfold.pretrain.config import RunConfig, accumulation_steps, gist_at
+from unfold.pretrain.hf.adapter import read_adapter
 from unfold.pretrain.monitor.attention_mass import AttentionMass
 from unfold.pretrain.monitor.metrics import print_line
 from unfold.pretrain.monitor.probe import looking
@@ -30,6 +32,7 @@ from unfold.pretrain.train.prefetch import prefetch
 from unfold.pretrain.train.records import Records
 from unfold.pretrain.train.served import refuse_unserved
 from unfold.pretrain.train.step import StepResult, train_step, validation_loss
+from unfold.pretrain.train.trainable import check_trainable
 from unfold.pretrain.train.watch import StepWatch
 
 
@@ -37,6 +40,7 @@ def train(config: RunConfig, run_dir: Path) -> None:
     """Train, or go on training, in ``run_dir``. Every rank calls it."""
     inputs = open_inputs(config)
     config = inputs.config
+    check_trainable(config)
     allowed = check_run_dir(run_dir, config)
     deepspeed.utils.logger.setLevel(logging.WARNING)
     with Signals() as signals:
@@ -70,7 +74,7 @@ class Trainer:
         self.history = History(inputs, run_dir, parallel)
         if parallel.is_main:
             prepare_run_dir(run_dir, self.config, inputs.tokenizer)
-        self.engine = build_engine(self.config, parallel)
+        self.engine = build_engine(self.config, parallel, inputs.tokenizer.reserved_ids)
         limit_groups(60 * self.config.parallel.timeout_minutes)
         self.records = Records(self.config, run_dir, self.engine, parallel, say)
         self.watch = StepWatch(self.config, run_dir, parallel, watchdog, say)
@@ -103,6 +107,10 @@ class Trainer:
             path, model = Path(self.config.train.init_from), self.config.model
             source, note = warm_start(path, self.inputs.tokenizer, model, self.engine, self.parallel)
             say(f"weights from {source}{f', with other rotary positions: {note}' if note else ''}")
+        if self.config.lora.init_from:
+            adapter = Path(self.config.lora.init_from)
+            load_adapter(self.engine, self.parallel, read_adapter(adapter, self.config))
+            say(f"adapters from {adapter}")
         return 0
 
     def _steps(self, done: int) -> str:

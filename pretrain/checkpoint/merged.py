@@ -1,0 +1,74 @@
+"""A checkpoint's weights as a model without adapters has them: each adapter's product is added to what it stands beside."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from unfold.model.config import LoraConfig, ModelConfig
+from unfold.model.lora import A, B, fused_layers
+from unfold.pretrain.checkpoint.tensors import TensorDirectory
+from unfold.pretrain.config import RunConfig
+
+MATRIX = re.compile(r"model\.(layers\.\d+)\.(.+)\.weight(?:\.(\d+))?")  # the last: of gate and up, which of them
+
+
+def weights_of(directory: Path, config: RunConfig) -> TensorDirectory:
+    """The tensors of a run's checkpoint, adapters merged where it has some. Raises UserError as TensorDirectory."""
+    return MergedTensors(directory, config.model, config.lora) if config.lora.rank else TensorDirectory(directory)
+
+
+def adapter_parts(
+    tensors: TensorDirectory, layer: str, part: str, model: ModelConfig, lora: LoraConfig
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """The adapters beside one linear layer of ours: {number among the layers that it holds: (A [rank, in], B [out, rank])}
+
+    layer, part: such as ``layers.3``, ``attention.qkv``.
+    """
+    fused = fused_layers(model)[part]
+    chosen = fused.targeted(lora.targets)
+    if not chosen:
+        return {}
+    prefix = f"model.{layer}.{part}"
+    a = tensors.read(f"{prefix}.{A}").split(lora.rank)
+    if fused.groups == 1 and len(chosen) > 1:  # a checkpoint holds each of them by itself
+        b = [tensors.read(f"{prefix}.{B}.{i}") for i in range(len(chosen))]
+    else:
+        b = fused.apart(tensors.read(f"{prefix}.{B}"), chosen)
+    return dict(zip(chosen, zip(a, b)))
+
+
+class MergedTensors(TensorDirectory):
+    """Reads the matrices of a checkpoint with its adapters merged into them."""
+
+    def __init__(self, directory: Path, model: ModelConfig, lora: LoraConfig):
+        super().__init__(directory)
+        self._model, self._lora, self._fused = model, lora, fused_layers(model)
+
+    def read(self, name: str, offsets: Sequence[int] | None = None, shape: Sequence[int] | None = None) -> Tensor:
+        """A rectangle of a tensor, by default all of it."""
+        result = super().read(name, offsets, shape)
+        found = MATRIX.fullmatch(name)
+        if found is None or found[2] not in self._fused:
+            return result
+        beside = adapter_parts(super(), found[1], found[2], self._model, self._lora)
+        if found[3] is not None:
+            beside = {0: beside[int(found[3])]} if int(found[3]) in beside else {}
+        if not beside:
+            return result
+        (row, column), (rows, columns) = offsets or (0, 0), result.shape
+        delta = torch.zeros(rows, columns)
+        for whole, a in self._products(found[2], beside, found[3] is not None):
+            delta += whole[row : row + rows] @ a[:, column : column + columns]
+        return (result.float() + self._lora.scale * delta).to(result.dtype)
+
+    def _products(self, part: str, beside: dict[int, tuple[Tensor, Tensor]], alone: bool):
+        """(B over all rows of the matrix, A) of each adapter."""
+        fused = self._fused[part]
+        for i, (a, b) in beside.items():
+            parts = [b if j == i else None for j in range(len(fused.names))]
+            yield b if alone else fused.in_place(parts, 0), a
