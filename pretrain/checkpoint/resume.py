@@ -34,7 +34,7 @@ from unfold.pretrain.config import RunConfig, changes_on_resume, parse_saved, sa
 from unfold.pretrain.data.tokenizer import RunTokenizer, load_tokenizer
 from unfold.pretrain.errors import UserError
 from unfold.pretrain.parallel import Parallel
-from unfold.pretrain.safety.alive import HEARTBEATS, LOCK
+from unfold.pretrain.safety.alive import HEARTBEATS, LOCK, STACKS
 from unfold.pretrain.safety.faults import Quarantine, Rollback
 
 LOCK_SECONDS = 15.0
@@ -49,7 +49,7 @@ def check_run_dir(run_dir: Path, config: RunConfig) -> list[str]:
         raise UserError(f"--run-dir {run_dir}: is a file")
     saved = run_dir / "config.yaml"
     if not saved.exists():
-        ours = (LOCK, HEARTBEATS, "launch")  # a start that was killed before it wrote anything else; a job's script and log
+        ours = (LOCK, HEARTBEATS, STACKS, "launch")  # a start that was killed before it wrote more; a job's script and log
         if run_dir.is_dir() and any(path.name not in ours for path in run_dir.iterdir()):
             raise UserError(f"--run-dir {run_dir}: is not empty and holds no run (no config.yaml); name another directory")
         return []

@@ -17,11 +17,13 @@ from unfold.pretrain.config import RunConfig, accumulation_steps, gist_at
 from unfold.pretrain.hf.adapter import read_adapter
 from unfold.pretrain.monitor.attention_mass import AttentionMass
 from unfold.pretrain.monitor.metrics import print_line
+from unfold.pretrain.monitor.norms import NormWatch
 from unfold.pretrain.monitor.probe import looking
 from unfold.pretrain.monitor.routing import RoutingMeasure
 from unfold.pretrain.monitor.throughput import RankUsage
 from unfold.pretrain.parallel import Parallel
 from unfold.pretrain.safety.faults import finite_or_none
+from unfold.pretrain.safety.flight import record_collectives
 from unfold.pretrain.safety.signals import TIME_LIMIT, Boundary, Signals, agree, take_request, time_is_up
 from unfold.pretrain.safety.watchdog import Watchdog, limit_groups
 from unfold.pretrain.train.added import Added
@@ -43,6 +45,7 @@ def train(config: RunConfig, run_dir: Path) -> None:
     check_trainable(config)
     allowed = check_run_dir(run_dir, config)
     deepspeed.utils.logger.setLevel(logging.WARNING)
+    record_collectives(config.monitor.flight_recorder, run_dir)
     with Signals() as signals:
         parallel = parallel_groups.initialize(config.parallel)
         try:
@@ -77,6 +80,8 @@ class Trainer:
         self.engine = build_engine(self.config, parallel, inputs.tokenizer.reserved_ids)
         limit_groups(60 * self.config.parallel.timeout_minutes)
         self.records = Records(self.config, run_dir, self.engine, parallel, say)
+        monitor = self.config.monitor
+        self.norms = NormWatch(self.engine, parallel, self.config.model.layers, monitor.norms_every, self.config.train.clip)
         self.watch = StepWatch(self.config, run_dir, parallel, watchdog, say)
 
     def to_the_end(self) -> None:
@@ -93,6 +98,7 @@ class Trainer:
                 self.watchdog.beat(fault.step, "rollback")
                 done = self.history.go_back(fault, self.engine, self.records.say)
         self.records.close()
+        self.watch.close()
         if stop:
             self.records.say(f"stopped by {stop}; the state is saved, the same command goes on from there")
 
@@ -129,6 +135,7 @@ class Trainer:
                 agreed = self._agree(step, result, *watch.report(micro_batches, result))
                 times, found = watch.end(step, agreed)
                 metrics = self._metrics(step, result, rate, times) | found
+                metrics |= self.norms.metrics(result.grad_norm, result.skipped)
                 last = step == config.train.steps
                 if self._validation_due(step, last):
                     with watch.aside(step, "validation"):
@@ -148,7 +155,8 @@ class Trainer:
         set_learning_rate(self.engine, rate)
         gist = gist_at(self.config, step)
         added = Added(self.config.train.z_loss, self.config.distill)
-        return train_step(self.engine, micro_batches, self.parallel, self.config.model, gist, added), rate
+        with self.norms.over(step):
+            return train_step(self.engine, micro_batches, self.parallel, self.config.model, gist, added), rate
 
     def _agree(self, step: int, result: StepResult, busy: float, usage: RankUsage) -> Boundary:
         """Exchange wishes and faults with the other ranks; raises FaultyStep when a fault calls for it."""
@@ -202,14 +210,17 @@ class Trainer:
 
     def _validate(self, step: int) -> dict:
         gist, monitor = self.config.folding, self.config.monitor
-        mass = AttentionMass(gist.levels) if gist and monitor.attention_mass else None
+        logits = self.config.model.layers if monitor.attention_logits else 0
+        mass = AttentionMass(gist.levels, logits) if gist and (monitor.attention_mass or logits) else None
         routing = RoutingMeasure(gist, self.config.model.layers) if gist and gist.recall != "none" and monitor.routing else None
         with looking(self.engine.module, *(measure.look for measure in (mass, routing) if measure)):
             loss = validation_loss(self.engine, self.inputs.valid_batches(self.parallel), self.parallel, gist)
         self.records.say(f"step {step}: validation loss {loss:.4f}")
         found = {"valid_loss": loss}
-        if mass and (shares := mass.shares(self.parallel)):
+        if mass and (shares := mass.shares(self.parallel)) and monitor.attention_mass:
             found["attention_mass"] = shares
+        if logits and mass and (figures := mass.logits(self.parallel)):
+            found["attention_logits"] = figures
         if routing:
             routing.reduce(self.parallel)
             if by_layer := routing.by_layer():
