@@ -47,6 +47,7 @@ class Variant:
     def __init__(self, config: str, overrides: list[str]):
         from unfold.pretrain import parallel
         from unfold.pretrain.config import load_config
+        from unfold.pretrain.monitor.norms import NormWatch
         from unfold.pretrain.train.engine import build_engine, set_learning_rate
         from unfold.pretrain.train.inputs import open_inputs
 
@@ -56,6 +57,8 @@ class Variant:
         set_learning_rate(self.engine, self.config.optimizer.lr)
         self.batches = self.inputs.batches(0, lambda n: n, self.parallel)
         self.seconds: list[float] = []
+        watched = self.config.model.layers, self.config.monitor.norms_every, self.config.train.clip
+        self.norms = NormWatch(self.engine, self.parallel, *watched)
         self.folder = Path(tempfile.mkdtemp())
 
     def step(self) -> None:
@@ -65,7 +68,9 @@ class Variant:
         batches = next(self.batches)
         clock = self._clock()
         added = Added(self.config.train.z_loss, self.config.distill)
-        train_step(self.engine, batches, self.parallel, self.config.model, self.config.folding, added)
+        with self.norms.over(len(self.seconds) + 1):
+            result = train_step(self.engine, batches, self.parallel, self.config.model, self.config.folding, added)
+        self.norms.metrics(result.grad_norm, result.skipped)
         self.seconds.append(self._clock() - clock)
 
     def _clock(self) -> float:
