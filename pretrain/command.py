@@ -55,6 +55,14 @@ def build_parser(name: str = NAME, programs: Mapping[str, str] | None = None) ->
 
     add_checkpoints_arguments(commands.add_parser("checkpoints", help="list, verify, show, prune or convert checkpoints"))
 
+    average = commands.add_parser("average", help="average the weights of a run's checkpoints, or take the average that it kept")
+    average.add_argument("--run-dir", type=Path, required=True, metavar="DIR")
+    which = average.add_mutually_exclusive_group(required=True)
+    which.add_argument("--last", type=int, metavar="N", help="of the N newest whole checkpoints")
+    which.add_argument("--steps", type=int, nargs="+", metavar="N", help="of the checkpoints of these steps")
+    which.add_argument("--exponential", action="store_true", help="the one that checkpoint.average_decay kept, of the newest")
+    average.add_argument("--output", type=Path, required=True, metavar="DIR", help="directory to make, like that of import")
+
     plan = commands.add_parser("plan", help="memory, communication and time of a run on a cluster, without GPUs")
     add_plan_arguments(plan)
 
@@ -153,6 +161,13 @@ def _checkpoints(args: argparse.Namespace) -> Iterator[str]:
     return (f"{line}\n" for line in run_command(args))
 
 
+def _average(args: argparse.Namespace) -> Iterator[str]:
+    _log_to_stderr()
+    from unfold.pretrain.checkpoint.average import average
+
+    yield f"{average(args.run_dir, args.last, args.steps, args.output)}\n"
+
+
 def _plan(args: argparse.Namespace) -> Iterator[str]:
     _log_to_stderr()
     return (f"{line}\n" for line in plan_command(args))
@@ -184,6 +199,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], Iterator[str]]] = {
     "import": _import,
     "generate": _generate,
     "checkpoints": _checkpoints,
+    "average": _average,
     "plan": _plan,
     "evaluate": _evaluate,
     "report": _report,

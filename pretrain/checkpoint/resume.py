@@ -28,7 +28,7 @@ from unfold.pretrain.checkpoint.manifest import (
     write_atomically,
 )
 from unfold.pretrain.checkpoint.merged import MergedTensors
-from unfold.pretrain.checkpoint.state import load_state
+from unfold.pretrain.checkpoint.state import RunningAverage, load_state
 from unfold.pretrain.checkpoint.tensors import TensorDirectory
 from unfold.pretrain.config import RunConfig, changes_on_resume, parse_saved, saved_settings
 from unfold.pretrain.data.tokenizer import RunTokenizer, load_tokenizer
@@ -155,6 +155,7 @@ def load_newest(
     engine: deepspeed.DeepSpeedEngine,
     parallel: Parallel,
     say: Callable[[str], None],
+    average: RunningAverage | None = None,
 ) -> Manifest | None:
     """Load the newest checkpoint that is whole and has not learned from quarantined samples; None when there is none.
 
@@ -168,7 +169,7 @@ def load_newest(
     if differing:
         raise UserError(f"--run-dir {run_dir}: the run was made with another {' and '.join(differing)}; use a new run directory")
     tensors = TensorDirectory(directory)
-    load_state(engine, parallel, tensors, weights_only=False)
+    load_state(engine, parallel, tensors, weights_only=False, average=average)
     if manifest.world == parallel.world:  # another number of ranks has other generators; it begins with its seed
         _restore_random_states(tensors, parallel)
     return manifest

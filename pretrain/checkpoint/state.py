@@ -27,6 +27,7 @@ from unfold.pretrain.parallel import Parallel
 
 KINDS = ("model", "exp_avg", "exp_avg_sq")
 MUON_KINDS = ("model", "momentum_buffer")
+AVERAGE = "average"
 ADAM_STEP = "optimizer.step"
 
 
@@ -136,8 +137,42 @@ def _is_split(parameter: nn.Parameter) -> bool:
     return getattr(parameter, "tensor_model_parallel", False)
 
 
-def fragments(engine: deepspeed.DeepSpeedEngine, parallel: Parallel) -> Iterator[Fragment]:
-    """Everything of weights and optimizer that this rank holds."""
+class RunningAverage:
+    """The exponential average of a run's trained weights: ``average += (1 - decay) * (weight - average)`` after every update.
+
+    It lies beside the fp32 weights that each rank's optimizer holds, so it needs no communication.
+    """
+
+    def __init__(self, decay: float):
+        """decay: 0 keeps none."""
+        self._decay = decay
+        self._held: dict[int, tuple[Tensor, Tensor]] = {}  # address of weights -> (these weights, their average), flat
+
+    def __bool__(self) -> bool:
+        return self._decay > 0
+
+    def of(self, weights: Tensor) -> Tensor:
+        """The average of these weights of the optimizer, which begins with them; always the same memory."""
+        if weights.data_ptr() not in self._held:
+            self._held[weights.data_ptr()] = weights, weights.detach().clone()
+        return self._held[weights.data_ptr()][1]
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Begin with the weights as they are."""
+        for weights, average in self._held.values():
+            average.copy_(weights)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """The weights were updated."""
+        if self._held:
+            weights, averages = zip(*self._held.values())
+            torch._foreach_lerp_(averages, weights, 1 - self._decay)
+
+
+def fragments(engine: deepspeed.DeepSpeedEngine, parallel: Parallel, average: RunningAverage | None = None) -> Iterator[Fragment]:
+    """Everything of weights and optimizer that this rank holds, and of their average where there is one."""
     tensor_rank, tensor_size = parallel.tensor_group.rank(), parallel.tensor_group.size()
     rename = getattr(engine.module, "canonical_name", str)  # a pipeline numbers its layers in its own way
     parameters = {rename(name): parameter for name, parameter in engine.module.named_parameters()}
@@ -157,6 +192,10 @@ def fragments(engine: deepspeed.DeepSpeedEngine, parallel: Parallel) -> Iterator
                 where = [part for place in standing for part in _without_rows(place, ids)]
             for first, run, writes in _runs(engine, parallel, parameter, kind):
                 yield from _cut(kind, where, first, run, owner and writes)
+        if average and parameter.requires_grad:  # it stands where the moments do
+            for first, run, writes in _runs(engine, parallel, parameter, "model"):
+                if len(run):
+                    yield from _cut(AVERAGE, where, first, average.of(run), owner and writes)
 
 
 def _kinds(parameter: nn.Parameter) -> tuple[str, ...]:
@@ -202,13 +241,22 @@ def adam_step(engine: deepspeed.DeepSpeedEngine) -> Tensor:
 
 
 @torch.no_grad()
-def load_state(engine: deepspeed.DeepSpeedEngine, parallel: Parallel, source: TensorDirectory, weights_only: bool) -> None:
+def load_state(
+    engine: deepspeed.DeepSpeedEngine,
+    parallel: Parallel,
+    source: TensorDirectory,
+    weights_only: bool,
+    average: RunningAverage | None = None,
+) -> None:
     """Fill weights and, unless ``weights_only``, optimizer state and adapters from a checkpoint's tensors. A collective.
+
+    average: filled too; where the checkpoint has none, or ``weights_only``, it begins with the weights.
 
     Raises:
         UserError: a tensor is missing or of another shape.
     """
-    for fragment in fragments(engine, parallel):
+    stored = not weights_only and any(name.startswith(f"{AVERAGE}.") for name in source.shapes)
+    for fragment in fragments(engine, parallel, average if stored else None):
         if weights_only and (not fragment.name.startswith("model.") or _of_adapter(fragment.name)):
             continue
         source.expect(fragment.name, fragment.whole)
@@ -218,6 +266,8 @@ def load_state(engine: deepspeed.DeepSpeedEngine, parallel: Parallel, source: Te
         source.expect(ADAM_STEP, (1,))
         for adam in _adam_states(engine):
             adam["step"].copy_(source.read(ADAM_STEP)[0])
+    if average and not stored:
+        average.begin()
     _refresh_compute_weights(engine)
 
 

@@ -1,6 +1,7 @@
 """The configuration of a run: what it consists of, how it is read and written, and what may change when a run is resumed."""
 
 from unfold.pretrain.config.distill import DistillConfig
+from unfold.pretrain.config.evaluation import EvaluationConfig
 from unfold.pretrain.config.read import (
     FREE_ON_RESUME,
     add_overrides,
@@ -34,6 +35,7 @@ __all__ = [
     "FREE_ON_RESUME",
     "CheckpointConfig",
     "DistillConfig",
+    "EvaluationConfig",
     "FaultConfig",
     "MonitorConfig",
     "OptimizerConfig",

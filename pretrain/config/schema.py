@@ -21,6 +21,7 @@ from unfold.model.settings import (
     option,
 )
 from unfold.pretrain.config.distill import DistillConfig
+from unfold.pretrain.config.evaluation import EvaluationConfig
 from unfold.pretrain.config.monitor import MonitorConfig
 from unfold.pretrain.config.stages import StageConfig, stage_at, stage_errors
 from unfold.pretrain.config.trained import RateConfig, pattern_errors
@@ -177,6 +178,9 @@ class CheckpointConfig(Settings):
     keep_every: Natural = option(0, "checkpoints at multiples of so many steps are kept for good; 0: none")
     background: bool = option(True, "training goes on while the copied state is written; needs host memory for one copy")
     deadline_minutes: Positive = option(30.0, "a save that takes longer has failed; the ranks that are late are named")
+    average_decay: Decay = option(
+        0.0, "keep an exponential average of the trained weights with this decay per step, in every checkpoint; 0: none"
+    )
     stop_after_minutes: NotNegative = option(0.0, "save and stop when the process has run so long (a job's time limit); 0: never")
 
 
@@ -211,6 +215,7 @@ class RunConfig(Settings):
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     faults: FaultConfig = field(default_factory=FaultConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     precision: Literal["fp32", "bf16"] = option(

@@ -83,7 +83,7 @@ def _written(run: FoundRun) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
     found: dict[str, Tensor] = {}
     for i in range(config.model.layers):
         for part, fused in fused_layers(config.model).items():
-            for j, (a, b) in adapter_parts(tensors, f"layers.{i}", part, config.model, config.lora).items():
+            for j, (a, b) in adapter_parts(tensors.read, f"layers.{i}", part, config.model, config.lora).items():
                 module = _module(i, fused.names[j])
                 found |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
     rows: dict[str, list[int]] = {}

@@ -36,7 +36,7 @@ class MetricsFile:
     def __init__(self, path: Path, step: int):
         kept = [line for line in read_metrics(path, told=True) if line["step"] <= step] if path.exists() else []
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._path, self._waiting, self.trouble = path, b"", ""
+        self.path, self._waiting, self.trouble = path, b"", ""
         self._file = open(path, "ab", buffering=0)
 
     def write(self, metrics: dict) -> str:
@@ -45,13 +45,21 @@ class MetricsFile:
         before, self.trouble = self.trouble, self._flush()
         return self.trouble if not before else ""
 
+    def replace_last(self, metrics: dict) -> None:
+        """Write the last line anew."""
+        self._flush()
+        kept = [*read_metrics(self.path)[:-1], metrics]
+        self._file.close()
+        write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file = open(self.path, "ab", buffering=0)
+
     def _flush(self) -> str:
         try:
             while self._waiting:
                 written = self._file.write(self._waiting)
                 self._waiting = self._waiting[written:]  # a disk that fills up takes a part; the rest follows on
         except OSError as error:
-            return f"{self._path}: cannot be written ({error.strerror})"
+            return f"{self.path}: cannot be written ({error.strerror})"
         return ""
 
     def close(self) -> None:
@@ -248,6 +256,14 @@ class Outputs:
             if log:
                 log.write(metrics)
         self.progress.step(metrics)
+
+    def write_beside(self, metrics: dict) -> None:
+        """What was found after the last step's line was written: added to that line, and sent on."""
+        last = read_metrics(self.metrics.path)[-1] | metrics
+        self.metrics.replace_last(last)
+        for log in (self._wandb, self._tensorboard):
+            if log:
+                log.write(metrics | {"step": last["step"]})
 
     def close(self) -> None:
         self.progress.close()

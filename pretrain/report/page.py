@@ -138,7 +138,11 @@ def charts(runs: list[Run]) -> tuple[list[Chart], int]:
             parted[prefix].append(key)
     parts = {key for keys in parted.values() for key in keys}
     parted = {prefix: _some_layers(keys) for prefix, keys in parted.items()}
-    others = [key for key in there if key not in KNOWN and key not in parts and not key.startswith(NOT_DRAWN)]
+    others = [
+        key
+        for key in there
+        if key not in KNOWN and key not in parts and not key.startswith(NOT_DRAWN) and not key.endswith(".of_step")
+    ]
     shown = others[:MOST_OTHERS]
     total = len(runs) * (len(shown) + len(parts) + 5)
     # One bucket takes about 35 bytes per axis in the pictures and 45 in the script's data.

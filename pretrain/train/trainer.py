@@ -12,7 +12,7 @@ import deepspeed
 from unfold.model.visibility import MicroBatch
 from unfold.pretrain import parallel as parallel_groups
 from unfold.pretrain.checkpoint.resume import check_run_dir, locked_on_all, prepare_run_dir, warm_start
-from unfold.pretrain.checkpoint.state import load_adapter
+from unfold.pretrain.checkpoint.state import RunningAverage, load_adapter
 from unfold.pretrain.config import RunConfig, accumulation_steps, gist_at
 from unfold.pretrain.hf.adapter import read_adapter
 from unfold.pretrain.monitor.attention_mass import AttentionMass
@@ -79,7 +79,9 @@ class Trainer:
             prepare_run_dir(run_dir, self.config, inputs.tokenizer)
         self.engine = build_engine(self.config, parallel, inputs.tokenizer.reserved_ids)
         limit_groups(60 * self.config.parallel.timeout_minutes)
-        self.records = Records(self.config, run_dir, self.engine, parallel, say)
+        self.average = RunningAverage(self.config.checkpoint.average_decay)
+        self.history.average = self.average
+        self.records = Records(self.config, run_dir, self.engine, parallel, say, self.average)
         monitor = self.config.monitor
         self.norms = NormWatch(self.engine, parallel, self.config.model.layers, monitor.norms_every, self.config.train.clip)
         self.watch = StepWatch(self.config, run_dir, parallel, watchdog, say)
@@ -97,7 +99,7 @@ class Trainer:
                 self.records.settle()
                 self.watchdog.beat(fault.step, "rollback")
                 done = self.history.go_back(fault, self.engine, self.records.say)
-        self.records.close()
+        self.records.close(stopped=bool(stop))
         self.watch.close()
         if stop:
             self.records.say(f"stopped by {stop}; the state is saved, the same command goes on from there")
@@ -112,10 +114,12 @@ class Trainer:
         if self.config.train.init_from:
             path, model = Path(self.config.train.init_from), self.config.model
             source, note = warm_start(path, self.inputs.tokenizer, model, self.engine, self.parallel)
+            self.average.begin()
             say(f"weights from {source}{f', with other rotary positions: {note}' if note else ''}")
         if self.config.lora.init_from:
             adapter = Path(self.config.lora.init_from)
             load_adapter(self.engine, self.parallel, read_adapter(adapter, self.config))
+            self.average.begin()
             say(f"adapters from {adapter}")
         return 0
 
@@ -140,7 +144,10 @@ class Trainer:
                 if self._validation_due(step, last):
                     with watch.aside(step, "validation"):
                         metrics |= self._validate(step)
-                if last or agreed.stop or agreed.save or step % config.checkpoint.every == 0:
+                if config.evaluation.every and step % config.evaluation.every == 0 and self.inputs.sources:
+                    with watch.aside(step, "evaluation"):
+                        metrics["source_loss"] = self._source_losses()
+                if last or agreed.stop or agreed.save or saves_at(config, step):
                     with watch.aside(step, "saving"):
                         self.records.save(self.history.manifest(step), metrics)
                 else:
@@ -156,7 +163,10 @@ class Trainer:
         gist = gist_at(self.config, step)
         added = Added(self.config.train.z_loss, self.config.distill)
         with self.norms.over(step):
-            return train_step(self.engine, micro_batches, self.parallel, self.config.model, gist, added), rate
+            result = train_step(self.engine, micro_batches, self.parallel, self.config.model, gist, added)
+        if not result.skipped:
+            self.average.update()
+        return result, rate
 
     def _agree(self, step: int, result: StepResult, busy: float, usage: RankUsage) -> Boundary:
         """Exchange wishes and faults with the other ranks; raises FaultyStep when a fault calls for it."""
@@ -208,6 +218,11 @@ class Trainer:
         every = self.config.train.valid_every
         return bool(self.inputs.valid) and (last or bool(every) and step % every == 0)
 
+    def _source_losses(self) -> dict[str, float]:
+        """Validation losses of the held-out sources."""
+        batches = self.inputs.source_batches(self.parallel)
+        return {name: validation_loss(self.engine, those, self.parallel, self.config.folding) for name, those in batches}
+
     def _validate(self, step: int) -> dict:
         gist, monitor = self.config.folding, self.config.monitor
         logits = self.config.model.layers if monitor.attention_logits else 0
@@ -226,6 +241,14 @@ class Trainer:
             if by_layer := routing.by_layer():
                 found |= {"routing": routing.overall(), "routing_by_layer": by_layer}
         return found
+
+
+def saves_at(config: RunConfig, step: int) -> bool:
+    """Whether a checkpoint is due after a step (counted from 1), by itself or to be evaluated or exported."""
+    evaluation = config.evaluation
+    evaluated = evaluation.every and evaluation.commands and step % evaluation.every == 0
+    exported = evaluation.export_every and step % evaluation.export_every == 0
+    return bool(step % config.checkpoint.every == 0 or evaluated or exported)
 
 
 def _silent(text: str) -> None:
