@@ -1,4 +1,4 @@
-"""Evaluation and export beside a run: when they begin, what becomes of their results and failures. The processes are stand-ins."""
+"""Evaluation and export beside a run: when they begin, what becomes of their results and failures; with stand-ins."""
 
 from __future__ import annotations
 
