@@ -3,6 +3,8 @@
 import argparse
 from typing import NoReturn
 
+from unfold.data_prep.format.text import spelled
+
 MOST = 10**15  # no count or size of this program comes near
 # Of supervised data; the names of unfold.data_prep.corpus.fields.SupervisedFields, which is not imported for --help alone.
 SUPERVISED_KEYS = {
@@ -11,6 +13,7 @@ SUPERVISED_KEYS = {
     "answer": "the answer",
     "turns": "a list of questions and answers",
     "messages": "the messages of a chat",
+    "prefix": "the text before linked documents",
 }
 
 
@@ -43,6 +46,11 @@ def at_least(text: str, low: int) -> int:
     if value > MOST:
         raise argparse.ArgumentTypeError(f"{value} is beyond any sense; at most {MOST:.0e}")
     return value
+
+
+def add_links(parser, text: str) -> None:
+    """--links, the number of link tokens."""
+    parser.add_argument("--links", type=count, default=0, metavar="N", help=text)
 
 
 def gist_levels(text: str) -> int:
@@ -92,7 +100,7 @@ def sizes(text: str) -> tuple[int, ...]:
 
 def separator(text: str) -> str:
     """A document separator; backslash-n, -t and -r may be written out."""
-    value = text.replace("\\n", "\n").replace("\\t", "\t").replace("\\r", "\r")
+    value = spelled(text)
     if not value:
         raise argparse.ArgumentTypeError("must not be empty; leave it out where each file is one document")
     return value
@@ -146,10 +154,11 @@ def add_train_tokenizer(commands) -> None:
         description="Train a sentencepiece tokenizer on a corpus and write a tokenizer directory.",
     )
     add_corpus_options(p)
-    vocab_help = "number of ids in all: pieces, 256 bytes, unk, bos, eos, pad, gists and user symbols"
+    vocab_help = "number of ids in all: pieces, 256 bytes, unk, bos, eos, pad, gists, links and user symbols"
     p.add_argument("--vocab-size", type=positive, required=True, metavar="N", help=vocab_help)
     p.add_argument("--output", required=True, metavar="DIR")
     p.add_argument("--gist-levels", type=gist_levels, default=4, metavar="L", help="number of gist tokens (default: 4)")
+    add_links(p, "number of link tokens, for linked contexts (default: 0; the paper's 5)")
     p.add_argument("--model-type", choices=("bpe", "unigram"), default="bpe", help="default: bpe")
     symbols_help = "pieces that are always kept whole, such as '<|user|>'"
     p.add_argument("--user-symbols", nargs="+", action="extend", default=[], metavar="S", help=symbols_help)
@@ -174,6 +183,7 @@ def add_import_tokenizer(commands) -> None:
     p.add_argument("--output", required=True, metavar="DIR")
     levels_help = "gist tokens to have in the end; those that are missing are appended (default: 4)"
     p.add_argument("--gist-levels", type=gist_levels, default=4, metavar="L", help=levels_help)
+    add_links(p, "link tokens to have in the end, for linked contexts; missing ones are appended (default: 0; the paper's 5)")
     for role in ("bos", "eos", "pad"):
         p.add_argument(f"--{role}-token", metavar="TOKEN", help=f"the {role} token, where a tokenizer.json names none")
     p.add_argument("--overwrite", action="store_true", help="replace an existing tokenizer directory")
@@ -221,8 +231,9 @@ def add_tokenize_supervised(commands) -> None:
     p = commands.add_parser(
         "tokenize-supervised",
         help="turn contexts with questions and answers, or chats, into token shards",
-        description="Turn rows of {context, question, answer}, {context, turns: [{question, answer} ..]} or {messages} into "
-        "token shards that also say (PREFIX.spans) where each context ends and which tokens are answers.",
+        description="Turn rows of {context, question, answer}, {context, turns: [{question, answer} ..]} or {messages}, with "
+        "--linked of {documents, question, answer}, into token shards that also say (PREFIX.spans) where each context ends and "
+        "which tokens are answers.",
     )
     add_input_options(p)
     for name, what in SUPERVISED_KEYS.items():
@@ -238,6 +249,10 @@ def add_tokenize_supervised(commands) -> None:
     p.add_argument("--max-tokens", type=count, default=0, metavar="N", help=longest_help)
     truncate_help = "cut contexts so that documents hold --max-tokens, at their start or in the middle, and count them"
     p.add_argument("--truncate", choices=("start", "middle"), default="", help=truncate_help)
+    linked_help = "read the texts, or {title, text}, under 'documents' one by one, as parts that are joined (linked contexts)"
+    p.add_argument("--linked", action="store_true", help=linked_help)
+    document_help = "how --linked writes a document, its fields in braces (default: '{title}\\n{text}\\n', or '{text}\\n')"
+    p.add_argument("--document-template", type=spelled, default="", metavar="TEXT", help=document_help)
     question_help = "a document with a question (what stands before an answer, after the context) of more cannot be used"
     p.add_argument("--max-question", type=count, default=0, metavar="N", help=question_help)
 

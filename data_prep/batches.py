@@ -53,6 +53,8 @@ class SupervisedJob:
     allow_empty_context: bool = False
     max_question: int = 0  # tokens between a context or an answer and the next answer; 0: no bound
     truncate: str = ""  # what of a context that is too long is left out: "start", "middle"; "" refuses it
+    linked: bool = False  # the documents of a row are read one by one, not joined to one context
+    document_template: str = ""  # how a linked document is written (`format.documents`)
 
 
 @dataclass(frozen=True)

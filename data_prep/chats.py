@@ -6,8 +6,8 @@ import numpy as np
 
 from unfold.data_prep.corpus.messages import called, read_messages
 from unfold.data_prep.errors import DataError
+from unfold.data_prep.format.templates import ChatTemplate, ControlText, special_tokens
 from unfold.data_prep.format.tokenizer import Tokenizer
-from unfold.data_prep.templates import ChatTemplate, ControlText, special_tokens
 
 
 class ChatEncoder:
@@ -18,8 +18,8 @@ class ChatEncoder:
     """
 
     def __init__(self, template: tuple[str, str], tokenizer: Tokenizer):
-        self._template = ChatTemplate(*template, special_tokens(tokenizer))
-        self._control, self._tokenizer = ControlText(tokenizer), tokenizer
+        self._template = ChatTemplate(*template, special_tokens(tokenizer.control, tokenizer.info))
+        self._control, self._tokenizer = ControlText(tokenizer.control), tokenizer
 
     def encode(self, chat: str) -> np.ndarray:
         """Ids, int32 [tokens], of a chat's messages as JSON text.

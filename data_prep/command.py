@@ -43,6 +43,7 @@ def run_train_tokenizer(args: argparse.Namespace) -> int:
         args.output,
         vocab_size=args.vocab_size,
         gist_levels=args.gist_levels,
+        links=args.links,
         model_type=args.model_type,
         user_symbols=tuple(args.user_symbols),
         split_digits=args.split_digits,
@@ -59,9 +60,8 @@ def run_import_tokenizer(args: argparse.Namespace) -> int:
     from unfold.data_prep.tokenization.adopt import import_tokenizer
 
     roles = {f"{r}_token": getattr(args, f"{r}_token") for r in ("bos", "eos", "pad") if getattr(args, f"{r}_token")}
-    info = import_tokenizer(
-        args.input, args.output, gist_levels=args.gist_levels, roles=roles, overwrite=args.overwrite
-    )
+    wanted = {"gist_levels": args.gist_levels, "links": args.links}
+    info = import_tokenizer(args.input, args.output, **wanted, roles=roles, overwrite=args.overwrite)
     print_tokenizer(args.output, info)
     return 0
 
@@ -69,7 +69,8 @@ def run_import_tokenizer(args: argparse.Namespace) -> int:
 def print_tokenizer(output: str, info) -> None:
     """Say what was written."""
     gists = ", ".join(f"{t} = {i}" for t, i in zip(info.gist_tokens, info.gist_ids, strict=True)) or "none"
-    print(f"{output}: {info.kind}, {info.vocab_size:,} ids, gists: {gists}; hash {info.hash[:12]}..")
+    links = f", links: {', '.join(map(str, info.link_ids))}" if info.link_ids else ""
+    print(f"{output}: {info.kind}, {info.vocab_size:,} ids, gists: {gists}{links}; hash {info.hash[:12]}..")
 
 
 def run_clean(args: argparse.Namespace) -> int:
@@ -105,6 +106,8 @@ def run_stats(args: argparse.Namespace) -> int:
         totals["context_tokens"] = sum(int(spans.context.sum(dtype=np.int64)) for spans in supervised)
         totals["answers"] = sum(len(spans.ranges) for spans in supervised)
         totals["answer_tokens"] = sum(spans.loss_tokens for spans in supervised)
+        if linked := sum(spans.parts for spans in supervised):
+            totals["linked_documents"] = linked
     if args.json:
         print(json.dumps({**totals, "lengths": length_statistics(lengths)}))
     else:
@@ -119,7 +122,7 @@ def run_stats(args: argparse.Namespace) -> int:
 
 def run_tokenize(args: argparse.Namespace) -> int:
     """Make shards."""
-    from unfold.data_prep.templates import find_template
+    from unfold.data_prep.format.templates import find_template
 
     template = find_template(args.template, args.tokenizer)
     return make_shards(args, min_tokens=args.min_tokens, template=template)
@@ -127,14 +130,18 @@ def run_tokenize(args: argparse.Namespace) -> int:
 
 def run_tokenize_supervised(args: argparse.Namespace) -> int:
     """Make shards of questions and answers."""
+    from unfold.data_prep.format.templates import find_template
     from unfold.data_prep.supervised import SupervisedJob
-    from unfold.data_prep.templates import find_template
 
     if args.truncate and not args.max_tokens:
         raise DataError(f"--truncate {args.truncate}: needs --max-tokens, to which contexts are cut")
+    if args.document_template and not args.linked:
+        raise DataError(f"--document-template {args.document_template!r}: writes linked documents; give --linked, too")
+    if args.linked and args.truncate:
+        raise DataError(f"--truncate {args.truncate}: cuts contexts, but linked documents are taken whole; leave it out")
     corpus = find_corpus(args)
     template = find_template(args.template, args.tokenizer)
-    names = ("chat_context", "allow_empty_context", "max_question", "truncate")
+    names = ("chat_context", "allow_empty_context", "max_question", "truncate", "linked", "document_template")
     job = SupervisedJob(corpus[0].fields, *template, **{name: getattr(args, name) for name in names})
     return make_shards(args, corpus, supervised=job)
 

@@ -62,11 +62,14 @@ def describe_shard(
 def marked_text(shard: Shard, i: int, tokenizer: Tokenizer, chunk_sizes: Sequence[int] = ()) -> str:
     """Document i as text, without its end-of-document id.
 
-    Of a supervised shard `[context ends]` and `[answer]`..`[/answer]` are put in, for ``chunk_sizes`` the gists.
+    Of a supervised shard `[context ends]` and `[answer]`..`[/answer]` are put in, before each part of a linked context
+    `[document 1]` and so on, for ``chunk_sizes`` the gists.
     """
     ids, spans = shard.document(i), shard.spans
-    marks = gist_marks(ids, int(spans.context[i]) if spans else -1, tokenizer, chunk_sizes) if chunk_sizes else []
+    edges = spans[i : i + 1].edges.tolist() if spans else []
+    marks = gist_marks(ids, int(spans.context[i]) if spans else -1, edges, tokenizer, chunk_sizes) if chunk_sizes else []
     if spans:
+        marks += [(edge, f"[document {j}]") for j, edge in enumerate(edges[:-1], 1)]
         marks.append((int(spans.context[i]), "[context ends]"))
         for begin, end in spans[i : i + 1].ranges.tolist():
             marks += [(begin, "[answer]"), (end, "[/answer]")]
@@ -77,20 +80,24 @@ def marked_text(shard: Shard, i: int, tokenizer: Tokenizer, chunk_sizes: Sequenc
     return text + tokenizer.decode(ids[at:].tolist())
 
 
-def gist_marks(ids: np.ndarray, context: int, tokenizer: Tokenizer, chunk_sizes: Sequence[int]) -> list[tuple[int, str]]:
+def gist_marks(
+    ids: np.ndarray, context: int, edges: Sequence[int], tokenizer: Tokenizer, chunk_sizes: Sequence[int]
+) -> list[tuple[int, str]]:
     """(raw tokens before it, its name) of each gist that a model with these chunk sizes would see in a document.
 
-    context: tokens of the closed context, -1 for a document that is all text. Where gists go is decided in one place, the
-    model's; this is the one thing of it that data_prep uses.
+    context: tokens of the closed context, -1 for a document that is all text; edges: of a linked one. Where gists go is decided
+    in one place, the model's; this is the one thing of it that data_prep uses.
     """
-    from unfold.model.gist import GistConfig, interleave
+    from unfold.model.gist import Bundle, GistConfig, interleave
 
     try:
-        config = GistConfig(tuple(chunk_sizes))
+        config = GistConfig(tuple(chunk_sizes), links=0)  # links stand for no text of a shard
     except ValueError as e:
         raise DataError(f"--chunk-sizes: {e}") from None
     levels = range(config.levels)
-    made = interleave(ids.astype(np.int64), [len(ids)], tokenizer.word_starts(), config, levels, contexts=[context])
+    bundle = Bundle(edges[0], tuple(np.diff(edges).tolist())) if edges else None
+    where = {"contexts": [-1 if bundle else context], "bundles": [bundle]}
+    made = interleave(ids.astype(np.int64), [len(ids)], tokenizer.word_starts(), config, levels, **where)
     before = np.cumsum(made.level < 0)
     return [(int(before[at]), f"<gist{made.level[at]}>") for at in np.flatnonzero(made.level >= 0)]
 
@@ -98,9 +105,10 @@ def gist_marks(ids: np.ndarray, context: int, tokenizer: Tokenizer, chunk_sizes:
 def span_figures(spans: Spans, tokens: int) -> str:
     """One line on contexts and answers of documents that hold so many tokens."""
     context, answers = int(spans.context.sum(dtype=np.int64)), spans.loss_tokens
+    linked = f", {spans.parts:,} linked documents" if spans.parts else ""
     return (
         f"supervised: {len(spans.ranges):,} answers with {answers:,} tokens ({answers / tokens:.1%}), contexts of "
-        f"{context:,} tokens ({context / tokens:.1%}), longest {int(spans.context.max()):,}"
+        f"{context:,} tokens ({context / tokens:.1%}), longest {int(spans.context.max()):,}{linked}"
     )
 
 

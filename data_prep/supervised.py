@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -11,14 +11,25 @@ from unfold.data_prep.chats import ChatEncoder, check_calls
 from unfold.data_prep.corpus.fields import DOCUMENTS, SupervisedFields
 from unfold.data_prep.corpus.messages import read_messages
 from unfold.data_prep.errors import DataError
+from unfold.data_prep.format.documents import DocumentTemplate
 from unfold.data_prep.format.spans import Spans
+from unfold.data_prep.format.templates import (
+    ANSWER,
+    ANSWER_END,
+    CONTEXT_END,
+    PART,
+    SEPARATOR,
+    ChatTemplate,
+    ControlText,
+    Piece,
+    insert_context,
+    special_tokens,
+)
 from unfold.data_prep.format.text import encodable
 from unfold.data_prep.format.tokenizer import Tokenizer
 from unfold.data_prep.journal import Counts
-from unfold.data_prep.templates import ANSWER, ANSWER_END, CONTEXT_END, ChatTemplate, ControlText, Piece, special_tokens
 
 CONTEXT_ROLES = ("context", DOCUMENTS)
-SEPARATOR = "\n\n"  # between documents of a context, and between a context and the question in one message
 
 
 @dataclass
@@ -28,6 +39,7 @@ class TokenDocument:
     ids: list[int]
     context: int  # tokens
     ranges: list[tuple[int, int]]  # of the answers
+    edges: list[int] = field(default_factory=list)  # tokens before each part of a linked context, and before its end
 
 
 def batch_encoder(job: EncodeJob, tokenizer: Tokenizer) -> Callable[[Sequence[str]], EncodedBatch]:
@@ -43,8 +55,11 @@ class SupervisedEncoder:
 
     def __init__(self, job: EncodeJob, supervised: SupervisedJob, tokenizer: Tokenizer):
         self._job, self._how, self._tokenizer = job, supervised, tokenizer
-        self._template = ChatTemplate(supervised.template, supervised.template_name, special_tokens(tokenizer))
-        self._control = ControlText(tokenizer)
+        self._template = ChatTemplate(
+            supervised.template, supervised.template_name, special_tokens(tokenizer.control, tokenizer.info)
+        )
+        self._control = ControlText(tokenizer.control)
+        self._documents = DocumentTemplate(supervised.document_template)
 
     def __call__(self, rows: Sequence[str]) -> EncodedBatch:
         """rows: the fields of each as JSON text. A row that cannot be used is told by its index."""
@@ -73,12 +88,23 @@ class SupervisedEncoder:
 
     def _parse(self, row: dict, raw: bytes) -> tuple[list[Piece], bool]:
         """The pieces of a row's text, and whether it is held out: rows on one context are, together."""
-        context, messages, first = read_row(row, self._how)
         fraction = self._job.valid_fraction
+        if self._how.linked:
+            parts, messages = read_linked_row(row, self._how.fields, self._documents)
+            held_out = fraction is not None and is_held_out("".join(parts).encode("utf-8"), fraction)
+            return self._render(messages, None, [*map(self._control.checked, parts)]), held_out
+        context, messages, first = read_row(row, self._how, self._documents)
         held_out = fraction is not None and is_held_out(context.encode("utf-8") if context else raw, fraction)
+        return self._render(messages, first, context), held_out
+
+    def _render(self, messages: list[dict], first: int | None, context: str | list[str] | None) -> list[Piece]:
+        """The pieces of messages and what they are asked about: a text, or parts of a linked context. first: see `read_row`."""
         messages = [{**message, "content": self._control.escape(message["content"])} for message in messages]
-        if context is not None:
-            _insert_context(messages, self._control.escape(context), self._template.takes_context)
+        parts = context if isinstance(context, list) else []
+        if parts:  # only their places go through the template, so that it alters none of them
+            insert_context(messages, PART * len(parts), self._template.takes_context)
+        elif context is not None:
+            insert_context(messages, self._control.escape(context), self._template.takes_context)
         elif first is not None:
             messages[first]["content"] = CONTEXT_END + messages[first]["content"]
         learned = messages if first is None else messages[first:]
@@ -89,7 +115,10 @@ class SupervisedEncoder:
                 message["content"] = ANSWER + message["content"] + ANSWER_END
         rendered = self._template.render_marked(messages)
         check_calls(messages, rendered, self._template.name)
-        return self._control.pieces(rendered), held_out
+        pieces, texts = [], iter(parts)
+        for piece in self._control.pieces(rendered):
+            pieces += [piece, Piece(text=next(texts))] if piece.mark == PART else [piece]
+        return pieces
 
     def _encode(self, documents: list[list[Piece]]) -> list[list[np.ndarray] | DataError]:
         """Of each document the ids of its texts, in order."""
@@ -112,8 +141,11 @@ class SupervisedEncoder:
         document, encoded = TokenDocument([], 0, []), iter(texts)
         begin, ending = 0, False  # ending: an answer's text has ended; the control token that ends its turn is part of it
         for piece in pieces:
-            if piece.mark == CONTEXT_END:
+            if piece.mark == PART:
+                document.edges.append(len(document.ids))
+            elif piece.mark == CONTEXT_END:
                 document.context = len(document.ids)
+                document.edges += [document.context] if document.edges else []
             elif piece.mark == ANSWER:
                 begin, ending = len(document.ids), False
             elif piece.mark == ANSWER_END:
@@ -142,6 +174,8 @@ class SupervisedEncoder:
             raise DataError(f"a question of {longest:,} tokens, more than --max-question {self._how.max_question}; shorten it")
         if document.ranges[0][0] < 1:
             raise DataError("its answer begins with the first token, which nothing could predict; give it a question")
+        if document.edges and document.ranges[0][0] == document.context:
+            raise DataError("its answer comes right after the documents, of which no token could predict it; give it a question")
 
     def _shorten(self, document: TokenDocument) -> bool:
         """Cut the context until the document fits; whether that was needed. Raises DataError if it cannot be."""
@@ -151,7 +185,8 @@ class SupervisedEncoder:
             return False
         if not how:
             size = f"{len(document.ids):,} tokens, more than --max-tokens {limit}"
-            raise DataError(f"{size}; shorten it, or give --truncate middle")
+            way = "give it fewer documents" if document.edges else "shorten it, or give --truncate middle"
+            raise DataError(f"{size}; {way}")
         kept = document.context - over
         if kept < 1:
             raise DataError(
@@ -167,21 +202,14 @@ class SupervisedEncoder:
 
 def _part(documents: list[TokenDocument]) -> Part:
     ids = [i for document in documents for i in document.ids]
-    spans = Spans.of([(document.context, document.ranges) for document in documents])
+    spans = Spans.of([(document.context, document.ranges) for document in documents], [d.edges for d in documents])
     return Part(np.array(ids, dtype=np.int32), np.array([len(d.ids) for d in documents], dtype=np.int64), spans)
 
 
-def _insert_context(messages: list[dict], context: str, as_message: bool) -> None:
-    """Put the context, its end marked, before the first user message: as a message of its own, or into it."""
-    first = next(i for i, message in enumerate(messages) if message["role"] == "user")
-    if as_message:
-        messages.insert(first, {"role": "context", "content": context + CONTEXT_END})
-    else:
-        messages[first]["content"] = context + CONTEXT_END + SEPARATOR + messages[first]["content"]
-
-
-def read_row(row: dict, how: SupervisedJob) -> tuple[str | None, list[dict], int | None]:
-    """(context, messages, first) of a row's fields.
+def read_row(
+    row: dict, how: SupervisedJob, template: DocumentTemplate
+) -> tuple[str | None, list[dict], int | None]:
+    """(context, messages, first) of a row's fields. template: of documents that are objects.
 
     Where the row gives no context, messages before the number `first` are it; None: there is none.
 
@@ -189,7 +217,7 @@ def read_row(row: dict, how: SupervisedJob) -> tuple[str | None, list[dict], int
         DataError: something is missing, empty or of another type; the reason alone.
     """
     fields = how.fields
-    context = _context(row, fields)
+    context = _context(row, fields, template)
     if fields.messages in row:
         messages, inner = _messages(row[fields.messages], fields.messages)
         if context is not None and inner is not None:
@@ -212,8 +240,48 @@ def read_row(row: dict, how: SupervisedJob) -> tuple[str | None, list[dict], int
     return context, messages, first
 
 
-def _context(row: dict, fields: SupervisedFields) -> str | None:
-    texts = [_text_or_list(row[key], key) for key in (fields.context, DOCUMENTS) if key in row]
+def read_linked_row(row: dict, fields: SupervisedFields, template: DocumentTemplate) -> tuple[list[str], list[dict]]:
+    """(texts of the documents, messages) of a row whose context is linked documents; a prefix is the first, a system message.
+
+    Raises:
+        DataError: something is missing, empty or of another type; the reason alone.
+    """
+    documents = row.get(DOCUMENTS)
+    if fields.context in row:
+        raise DataError(f"a context under {fields.context!r}, but --linked takes a list under {DOCUMENTS!r}; leave one out")
+    if not isinstance(documents, list) or not documents:
+        raise DataError(f"no list of documents under {DOCUMENTS!r}, which --linked asks for")
+    parts = _rendered(documents, template)
+    if fields.messages in row:
+        messages, inner = _messages(row[fields.messages], fields.messages)
+        if inner is not None:
+            raise DataError(f"documents under {DOCUMENTS!r} and a context among {fields.messages!r}; leave one out")
+    else:
+        messages = _turns(row, fields)
+    if prefix := _text(row.get(fields.prefix, ""), fields.prefix, may_be_empty=True):
+        if messages[0]["role"] == "system":
+            raise DataError(f"a prefix under {fields.prefix!r} and a system message; leave one out")
+        messages.insert(0, {"role": "system", "content": prefix})
+    roles = [message["role"] for message in messages]
+    if "user" not in roles or "assistant" not in roles[roles.index("user") :]:
+        raise DataError("no question with an answer after it, so nothing is learned")
+    if "assistant" in roles[: roles.index("user")]:
+        raise DataError("an answer before the first question, where the documents come; leave it out")
+    return parts, messages
+
+
+def _rendered(documents: list, template: DocumentTemplate) -> list[str]:
+    return [template.render(document, f"document {i} of {len(documents)}") for i, document in enumerate(documents, 1)]
+
+
+def _context(row: dict, fields: SupervisedFields, template: DocumentTemplate) -> str | None:
+    """A context, and documents: texts with empty lines between them, or objects as the template writes them, end to end."""
+    texts = [_text_or_list(row[fields.context], fields.context)] if fields.context in row else []
+    documents = row.get(DOCUMENTS)
+    if isinstance(documents, list) and any(isinstance(document, dict) for document in documents):
+        texts.append("".join(_rendered(documents, template)))
+    elif DOCUMENTS in row:
+        texts.append(_text_or_list(documents, DOCUMENTS))
     return SEPARATOR.join(text for text in texts if text) if texts else None
 
 

@@ -37,6 +37,7 @@ class GistConfig(Settings):
     own_group: bool = option(
         False, "of the level below it a gist sees its own group alone, and n_prev holds for raw tokens and among gists of a level"
     )
+    links: Natural = option(5, "link tokens after the parts of a linked context, for each part; other data has none")
     recall_from: Count = option(1, "first layer, counted from 0, in which tokens recall; gists of n levels route from layer n on")
     unfold_all: bool = option(
         False, "recalling tokens unfold everything: all gists and raw tokens before them; topk, top_p, budget_ratio do not count"

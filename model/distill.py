@@ -34,7 +34,7 @@ class DenseTeacher:
         context = build.context
         part = lambda x: context.part(x, 1) if context else x
         self._attend: Attend = attention_for("gist", layout, None, context)
-        self._rotary = Rotary.of(part(layout.position), config)
+        self._config, self._position = config, part(layout.position)
         raw = part((layout.level < 0) & (layout.doc >= 0)).t()
         if build.sequence_split:
             raw = raw.chunk(build.tp_group.size())[build.tp_group.rank()]
@@ -44,6 +44,7 @@ class DenseTeacher:
     def begin(self, x: Tensor) -> None:
         """x: [T, B, hidden], the student's embeddings."""
         self.state = self._of_samples(x.detach())
+        self._rotary = Rotary.of(self._position, self._config, x.dtype)
 
     @torch.no_grad()
     def through(self, module: Callable[..., Tensor], *attention: Rotary | Attend) -> None:

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from megatron.core.model_parallel_config import ModelParallelConfig
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from unfold.model.config import LoraConfig, ModelConfig
+from unfold.model.gist.parts import turning
 from unfold.model.parallel.context import ContextParallel
+from unfold.model.parallel.megatron import ModelParallelConfig
 from unfold.model.parallel.tensor import Alone, ColumnLinear, Group, RowLinear, copy_to_group
 from unfold.model.recompute import Again, Recompute
 
@@ -150,17 +151,33 @@ def _yarn_kept(config: ModelConfig, device: torch.device | str) -> Tensor:
 
 @dataclass(frozen=True)
 class Rotary:
-    """Rotary factors of a micro-batch, fp32, [B, T, 1, head_dim / 2]; made once, shared by all layers."""
+    """Rotary factors of a micro-batch, at least fp32, [B, T, 1, head_dim / 2]; made once, shared by all layers."""
 
     cos: Tensor
     sin: Tensor
 
     @classmethod
-    def of(cls, position: Tensor, config: ModelConfig) -> Rotary:
-        """position: [B, T] int64, the raw index within the document."""
-        angle = position[:, :, None, None].float() * rotary_frequencies(config, position.device)
+    def of(cls, position: Tensor, config: ModelConfig, dtype: torch.dtype = torch.float32) -> Rotary:
+        """position: [B, T] int64, the raw index within the document; dtype: of what is rotated."""
+        # Scores depend on differences of positions alone only as far as the factors are exact: fp64 has exact ones.
+        wide = torch.promote_types(dtype, torch.float32)
+        angle = position[:, :, None, None].to(wide) * rotary_frequencies(config, position.device).to(wide)
         magnitude = config.rope_scaling.magnitude
         return cls(angle.cos() * magnitude, angle.sin() * magnitude)
+
+    @classmethod
+    def turning(cls, here: Tensor, there: Tensor, config: ModelConfig, dtype: torch.dtype) -> Rotary:
+        """What turns keys that were rotated for the positions ``here`` into those of the positions ``there``, both [n] int64.
+
+        Args:
+            dtype: of the keys.
+
+        Returns:
+            Factors of shape [n, head_dim / 2], for keys [.., n, head_dim].
+        """
+        factors = [cls.of(position[None], config, dtype) for position in (here, there)]
+        pairs = [(f.cos[0, :, 0], f.sin[0, :, 0]) for f in factors]
+        return cls(*turning(*pairs, torch.promote_types(dtype, torch.float32)))
 
     def apply(self, x: Tensor) -> Tensor:
         """[B, T, H, D] -> same: the first half of a head is rotated against its second half (Hugging Face's convention)."""

@@ -15,10 +15,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from torch import Tensor, nn
 
 from unfold.model.config import LoraConfig, ModelConfig
+from unfold.model.parallel.megatron import set_tensor_model_parallel_attributes
 from unfold.model.parallel.tensor import (
     ColumnLinear,
     Group,

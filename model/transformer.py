@@ -138,7 +138,7 @@ class Transformer(nn.Module):
         x = self.embedding(ids)
         if teacher:
             teacher.begin(x)
-        rotary = Rotary.of(position, self.config)
+        rotary = Rotary.of(position, self.config, x.dtype)
         for layer in self.layers:
             x = layer(x, rotary, attend)
             if teacher:

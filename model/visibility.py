@@ -17,7 +17,7 @@ from torch import Tensor
 from unfold.kernels.compressed import compressed_attention
 from unfold.kernels.route import routing_loss
 from unfold.kernels.unfold import recall_attention
-from unfold.model.gist import Layout, Recall, recalls_in
+from unfold.model.gist import Layout, Recall, dense_layout, recalls_in
 from unfold.model.parallel.context import ContextAttention, ContextParallel
 
 IGNORED = -100  # label of a position that has no target
@@ -130,8 +130,12 @@ class MicroBatchAttention:
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     """Causal attention within each document, through PyTorch's SDPA (flash where it can): the baseline.
 
-    Args and result as :func:`unfold.kernels.compressed.compressed_attention`; padding attends to nothing and gets zeros.
+    Of a bundle see :func:`unfold.model.gist.dense_layout`. Args and result as
+    :func:`unfold.kernels.compressed.compressed_attention`; what padding gets means nothing.
     """
+    if layout.role is not None:  # what links and suffixes see is no square
+        seen = layout.intervals.memo("dense", lambda: dense_layout(layout).intervals)
+        return compressed_attention(q, k, v, seen)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, T, D]
     out = torch.zeros_like(q)
     for sample, start, stop in layout.document_spans:

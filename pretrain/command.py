@@ -66,7 +66,7 @@ def build_parser(name: str = NAME, programs: Mapping[str, str] | None = None) ->
     plan = commands.add_parser("plan", help="memory, communication and time of a run on a cluster, without GPUs")
     add_plan_arguments(plan)
 
-    add_evaluate_arguments(commands.add_parser("evaluate", help="measure a model: perplexity, passkey, tasks"))
+    add_evaluate_arguments(commands.add_parser("evaluate", help="measure a model: perplexity, passkey, tasks, documents"))
 
     report = commands.add_parser("report", help="write report.html for one run, or for several to compare")
     report.add_argument("run_dirs", type=Path, nargs="+", metavar="DIR")
@@ -88,7 +88,10 @@ def add_import_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gist-levels", type=int, metavar="N", help="gist ids in the vocabulary (default 4); 0: none, a dense model"
     )
-    parser.add_argument("--gist-rows", type=Path, metavar="FILE", help="rows of new gists (default: the mean of all rows)")
+    links_help = "link ids in the vocabulary, for linked contexts (default 0; the paper's 5)"
+    parser.add_argument("--links", type=int, default=0, metavar="N", help=links_help)
+    rows_help = "rows of new gists and links (default: the mean of all rows)"
+    parser.add_argument("--gist-rows", type=Path, metavar="FILE", help=rows_help)
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="made by import-tokenizer (default: made now)")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the checkpoint's weights (default: as they are)")
 

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from unfold.data_prep.format.text import encodable, read_text
+from unfold.pretrain.data.chat import add_chat_arguments, load_bos, load_chat, put_question, shown_prompt
 from unfold.pretrain.errors import UserError
+from unfold.pretrain.parts import add_document_arguments, check_documents, link_ids_of, open_store, refused, shown_documents
+
+if TYPE_CHECKING:
+    from unfold.model.decode.cost import Recorder
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -29,6 +36,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="FILE",
         help="a text that is folded into gists first, and closed; the prompt is a question on it",
     )
+    add_document_arguments(parser)
     parser.add_argument(
         "--grow",
         action="store_true",
@@ -40,6 +48,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 picks the likeliest token")
     parser.add_argument("--top-p", type=float, default=1.0, help="sample from the smallest set of this probability")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--stats", action="store_true", help="tell on stderr, at the end: seconds to the first token, per token, most memory"
+    )
+    add_chat_arguments(parser)
 
 
 def generate(args: Namespace) -> Iterator[str]:
@@ -51,6 +63,11 @@ def generate(args: Namespace) -> Iterator[str]:
     if not all(prompts):
         raise UserError(f"--prompt-file {args.prompt_file}: is empty; give at least one character")
     pieces = (_from_run if args.run_dir else _from_export)(args, prompts)
+    if args.show_prompt:
+        yield "\n\n".join(piece for _, piece in pieces)
+        return
+    if args.chat:
+        prompts = [f"{prompt}\n\n" for prompt in prompts]  # an answer is no continuation
     if len(prompts) == 1:
         yield prompts[0]
         yield from (piece for _, piece in pieces)
@@ -78,11 +95,13 @@ def check(args: Namespace) -> None:
     if not all(args.stop):
         raise UserError("--stop: is empty; give at least one character")
     given = {"--context-file": args.context_file, "--grow": args.grow, "--recall": args.recall, "--step": args.step}
+    given |= {"--document": args.document, "--raw-cache": args.raw_cache == "host"}
     if args.model and any(given.values()):
         names = ", ".join(name for name, value in given.items() if value)
         raise UserError(f"{names}: needs --run-dir; an exported model runs without gists")
     if args.grow and not args.context_file:
         raise UserError("--grow: needs --context-file; without a context the text always gets gists as it grows")
+    check_documents(args)
 
 
 def _read(path: Path, flag: str) -> str:
@@ -100,32 +119,66 @@ def _sampling(args: Namespace):
 
 def _from_run(args: Namespace, prompts: list[str]) -> Iterator[tuple[int, str]]:
     context = None if args.context_file is None else _read(args.context_file, "--context-file")
-    from unfold.model.decode.generation import Decoder  # heavy libraries only after the arguments are checked
-    from unfold.model.decode.text import stream_text
-    from unfold.pretrain.checkpoint.load import load_run
+    texts = [_read(path, "--document") for path in args.document]
+    if texts:
+        context = args.prefix  # what stands before the documents; with a template, what it writes there too
+    from unfold.pretrain.checkpoint.load import find_run, load_model
 
-    run = load_run(args.run_dir, args.step)
+    run = find_run(args.run_dir, args.step)
     info, tokenizer = run.tokenizer, run.tokenizer.tokenizer()
     encode: Callable[[str], list[int]] = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+    chat, bos = load_chat(args, info), load_bos(args, info)
+    # Of each prompt (context, question); the context, with what a template writes before it, is the same for all.
+    put = [put_question(encode, chat, bos, context, prompt) for prompt in prompts]
     if not all(encode(prompt) for prompt in prompts):
         raise UserError(f"{'--prompt' if args.prompt else '--prompt-file'}: has no token; give some text")
+    documents = [encode(text) for text in texts]
+    if args.show_prompt:
+        show = lambda ids: tokenizer.decode(ids, skip_special_tokens=False)
+        if texts:
+            yield from ((n, "\n".join(shown_documents(show, parts[0], documents, parts[1]))) for n, parts in enumerate(put))
+            return
+        tail = "gets gists as its chunks close" if context is None else "recalls, and gets gists" if args.grow else "recalls"
+        yield from ((n, "\n".join(shown_prompt(show, *parts, tail))) for n, parts in enumerate(put))
+        return
     gist = run.config.folding
     if args.recall and gist is None:
         raise UserError(f"--recall: {args.run_dir} was trained with dense attention, which has nothing to recall")
     if args.recall:
         gist = dataclasses.replace(gist, recall=args.recall)
-    decoder = Decoder(run.model, gist, info.reserved_ids, info.word_starts, grow=args.grow or context is None)
-    first = decoder.start()
-    if context is not None:
-        decoder.read_context(first, encode(context))
-    # The context is read once, whatever the number of questions.
-    sequences = [first, *(copy.deepcopy(first) for _ in prompts[1:])]
-    for sequence, prompt in zip(sequences, prompts):
-        if context is None:
-            decoder.read_context(sequence, encode(prompt), close=False)
+    if gist is None and (texts or args.raw_cache == "host"):
+        raise UserError(f"{'--document' if texts else '--raw-cache host'}: {args.run_dir} was trained with dense attention")
+    from unfold.model.decode.cost import Recorder  # heavy libraries only after the arguments are checked
+    from unfold.model.decode.generation import Decoder
+    from unfold.model.decode.text import stream_text
+
+    grow, links = args.grow or context is None, link_ids_of(info, gist) if texts else ()
+    decoder = Decoder(load_model(run), gist, info.reserved_ids, info.word_starts, grow, links, args.raw_cache)
+    recorder = Recorder(decoder.device)
+    with recorder.reading():
+        if texts:
+            with refused(args.document, documents):
+                store = open_store(decoder, args)
+                first = decoder.join([store.get(tokens) for tokens in documents], put[0][0])
         else:
-            decoder.read_suffix(sequence, encode(prompt))
-    yield from stream_text(decoder, sequences, _sampling(args), tokenizer.decode, info.stop_ids, args.stop)
+            first = decoder.start()
+            if context is not None:
+                decoder.read_context(first, put[0][0])
+        # The context is read once, whatever the number of questions.
+        sequences = [first, *(copy.deepcopy(first) for _ in prompts[1:])]
+        for sequence, (_, question) in zip(sequences, put):
+            if context is None:
+                decoder.read_context(sequence, question, close=False)
+            else:
+                decoder.read_suffix(sequence, question)
+    yield from stream_text(decoder, sequences, _sampling(args), tokenizer.decode, info.stop_ids, args.stop, recorder)
+    mode = "dense" if gist is None else f"gists {','.join(map(str, gist.chunk_sizes))}, recall {gist.recall}"
+    _tell(args, recorder, f"{mode}, {store.read} of {len(documents)} documents read now" if texts else mode)
+
+
+def _tell(args: Namespace, recorder: Recorder, mode: str) -> None:
+    if args.stats:
+        print(f"\n{mode}: {recorder.describe()}", file=sys.stderr)
 
 
 def _from_export(args: Namespace, prompts: list[str]) -> Iterator[tuple[int, str]]:
@@ -136,7 +189,17 @@ def _from_export(args: Namespace, prompts: list[str]) -> Iterator[tuple[int, str
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    from unfold.model.decode.cost import Recorder
+
     tokenizer = AutoTokenizer.from_pretrained(directory)
+    encode: Callable[[str], list[int]] = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
+    info = _tokenizer_of_export(directory, tokenizer)
+    chat, bos = load_chat(args, info), load_bos(args, info)
+    put = [put_question(encode, chat, bos, None, prompt)[1] for prompt in prompts]
+    if args.show_prompt:
+        show = lambda ids: tokenizer.decode(ids, skip_special_tokens=False)
+        yield from ((n, "\n".join(shown_prompt(show, (), ids, "is read without gists"))) for n, ids in enumerate(put))
+        return
     logging.disable_progress_bar()  # it would stand in the middle of the text
     model = AutoModelForCausalLM.from_pretrained(directory)
     torch.manual_seed(sampling.seed)
@@ -144,9 +207,38 @@ def _from_export(args: Namespace, prompts: list[str]) -> Iterator[tuple[int, str
     how = {"max_new_tokens": sampling.max_new_tokens, **(how or {"do_sample": False})}
     if args.stop:
         how |= {"stop_strings": args.stop, "tokenizer": tokenizer}
-    for number, prompt in enumerate(prompts):
-        inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False, return_token_type_ids=False)
-        out = model.generate(**inputs, **how)
-        text = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    recorder = Recorder(model.device)
+    for number, ids in enumerate(put):
+        recorder.begin()
+        inputs = torch.tensor([ids])
+        out = model.generate(input_ids=inputs, attention_mask=torch.ones_like(inputs), **how, streamer=_Ticks(recorder))
+        text = tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
         ends = [at for at in (text.find(stop) for stop in args.stop) if at >= 0]
         yield number, text[: min(ends, default=len(text))]
+    _tell(args, recorder, "dense")
+
+
+class _Ticks:
+    """What generate() of transformers calls a streamer: it is given the prompt, then every token."""
+
+    def __init__(self, recorder: Recorder):
+        self.recorder, self.prompted = recorder, False
+
+    def put(self, ids) -> None:
+        if self.prompted:
+            self.recorder.token()
+        self.prompted = True
+
+    def end(self) -> None:
+        pass
+
+
+def _tokenizer_of_export(directory: Path, tokenizer):
+    """A Hugging Face directory's tokenizer as chats are written with it."""
+    import numpy as np
+
+    from unfold.pretrain.data.tokenizer import RunTokenizer
+
+    ids = {f"{role}_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
+    kind = {"kind": "huggingface", "vocab_size": len(tokenizer), "gist_ids": (), "gist_tokens": (), "hash": ""}
+    return RunTokenizer(**kind, **ids, directory=directory, word_starts=np.zeros(0, bool))

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import deepspeed
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch.distributed import ProcessGroup
 
+from unfold.model.parallel.megatron import parallel_state
 from unfold.pretrain.config import ParallelConfig
 from unfold.pretrain.errors import UserError
 

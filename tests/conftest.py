@@ -21,7 +21,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def pytest_runtest_setup():
-    """Every test draws the same numbers in every run, those of libraries that initialise weights included: before its fixtures."""
+    """Every test draws the same numbers in every run, libraries that initialise weights included; before its fixtures do."""
     random.seed(SEED)
     np.random.seed(SEED)
     torch.manual_seed(SEED)

@@ -6,13 +6,18 @@ import math
 
 
 class Document:
-    """What a query at token ``i`` of a sample finds before it in its document. level, doc: lists of T."""
+    """What a query at token ``i`` of a sample finds before it in its document. level, doc: lists of T.
 
-    def __init__(self, level, doc, i, levels, chunk_sizes, sink, n_prev):
+    role, part: of samples with bundles, lists of T; roles are words.
+    """
+
+    def __init__(self, level, doc, i, levels, chunk_sizes, sink, n_prev, role=None, part=None):
         self.i, self.levels, self.sink, self.n_prev = i, levels, sink, n_prev
         self.chunk_sizes = chunk_sizes
-        self.items = [j for j in range(i + 1) if doc[j] == doc[i]]
-        self.level = level
+        role, part = role or ["text"] * len(level), part or [0] * len(level)
+        same = lambda j: role[i] == "suffix" or (role[j], part[j]) == (role[i], part[i])
+        self.items = [j for j in range(i + 1) if doc[j] == doc[i] and same(j)]
+        self.level, self.role, self.part = level, role, part
 
     def gists(self, l):
         return [j for j in self.items if self.level[j] == l]
@@ -22,10 +27,21 @@ class Document:
 
     def parent(self, j):
         """The gist one level up that closed item j, if it stands before the query."""
-        return next((p for p in self.gists(self.level[j] + 1) if p > j), None)
+        if self.role[j] in ("prefix", "link", "suffix"):
+            return None
+        return next((p for p in self.gists(self.level[j] + 1) if p > j and self.part[p] == self.part[j]), None)
+
+    def sinks(self):
+        """The first raw tokens of the document; for a suffix those of every part, and the whole prefix."""
+        if self.role[self.i] != "suffix":
+            return self.raw()[: self.sink]
+        parts = [[j for j in self.raw() if self.role[j] == "part" and self.part[j] == n] for n in set(self.part)]
+        return [j for j in self.raw() if self.role[j] == "prefix"] + [j for own in parts for j in own[: self.sink]]
 
     def window(self):
-        """Raw tokens of the query's own and the n_prev previous chunks."""
+        """Raw tokens of the query's own and the n_prev previous chunks; for a suffix links and suffix."""
+        if self.role[self.i] == "suffix":
+            return {j for j in self.raw() if self.role[j] in ("link", "suffix")}
         closed = self.gists(0)
         before = closed[-1 - self.n_prev] if len(closed) > self.n_prev else -1
         return {j for j in self.raw() if j > before}
@@ -75,4 +91,4 @@ def group_selection(document, scores, share, **how):
 def unfolded(document, chosen):
     """Every token that the query attends to, given its group's selection."""
     chunks = {j for j in document.raw() if document.parent(j) in chosen[0]}
-    return set().union(*chosen.values()) | chunks | set(document.raw()[: document.sink]) | document.window() | {document.i}
+    return set().union(*chosen.values()) | chunks | set(document.sinks()) | document.window() | {document.i}

@@ -69,3 +69,61 @@ def visible(level, doc, levels, sink, n_prev, own_group=False):
                 before = 0 if own_group and l < level[i] else n_prev  # of the levels below it a gist sees its own group alone
                 mask[i, j] |= group[l + 1][j] >= group[l + 1][i] - before
     return mask
+
+
+def insert_bundle(ids, prefix, parts, word_starts, chunk_sizes, sink, gist_ids, link_ids):
+    """docs/method.md#linked-contexts for one bundle. Returns lists (ids, level, position, role, part)."""
+    out, at, position = [], 0, 0
+
+    def plain(tokens, role, part):
+        nonlocal position
+        for token in tokens:
+            out.append((token, -1, position, role, part))
+            position += 1
+
+    plain(ids[:prefix], "prefix", 0)
+    at = prefix
+    for j, length in enumerate(parts, 1):
+        made = insert_gists(ids[at : at + length], [length], word_starts, chunk_sizes, sink, gist_ids, close=True)
+        for token, level, _, within in zip(*made):
+            out.append((token, level, position + within, "part", j))
+        position += length
+        at += length
+    for j in range(1, len(parts) + 1):
+        plain(link_ids, "link", j)
+    plain(ids[at:], "suffix", len(parts))
+    return [list(column) for column in zip(*out)]
+
+
+def visible_linked(level, role, part, levels, sink, n_prev, own_group=False):
+    """docs/method.md#linked-contexts, pair by pair, within one bundle. Lists of T; roles are words. Returns bool [T, T]."""
+    T = len(level)
+    of_part = [part[i] if role[i] == "part" else -1 for i in range(T)]
+    within = visible(level, of_part, levels, sink, n_prev, own_group)  # a part is a document to itself
+    raw_index = [sum(level[k] == -1 and of_part[k] == of_part[j] for k in range(j)) for j in range(T)]
+    mask = np.eye(T, dtype=bool)
+    for i in range(T):
+        for j in range(i):
+            is_sink = role[j] == "part" and level[j] == -1 and raw_index[j] < sink
+            is_gist = role[j] == "part" and level[j] >= 0
+            if role[i] == "prefix":
+                mask[i, j] = role[j] == "prefix"
+            elif role[i] == "part":
+                mask[i, j] = of_part[i] == of_part[j] and within[i, j]
+            elif role[i] == "link":
+                earlier = part[j] <= part[i]
+                mask[i, j] = role[j] in ("prefix", "link") or (is_sink or is_gist) and earlier
+            else:
+                top = level[j] == levels - 1 and is_gist
+                mask[i, j] = role[j] in ("prefix", "link", "suffix") or is_sink or top
+    return mask
+
+
+def visible_in(level, doc, role, part, levels, *how):
+    """Of a sample whose documents may be bundles: lists of T, the middle two None where there are none. Returns bool [T, T]."""
+    mask = visible(level, doc, levels, *how)
+    for d in {doc[i] for i in range(len(doc)) if role and role[i] != "text"}:
+        own = [i for i in range(len(doc)) if doc[i] == d]
+        take = lambda values: [values[i] for i in own]  # noqa: B023
+        mask[np.ix_(own, own)] = visible_linked(take(level), take(role), take(part), levels, *how)
+    return mask

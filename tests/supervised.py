@@ -36,3 +36,32 @@ def make_shard(tiny: TinyData, prefix: Path, number: int = 120, seed: int = 0) -
     file = write_jsonl(prefix.with_suffix(".jsonl"), rows(number, seed))
     module("data_prep", "tokenize-supervised", "--input", file, "--tokenizer", tiny.tokenizer, "--output", prefix, "--no-plot")
     return prefix
+
+
+def linked_rows(number: int, seed: int = 0) -> list[dict]:
+    """2 to 4 documents with a title, each of 1 to 3 sentences, every third row with a prefix, and a question about one."""
+    draw = random.Random(seed)
+    made = []
+    for row in range(number):
+        names = draw.sample(NAMES, draw.randint(2, 4))
+        places = [draw.choice(PLACES) for _ in names]
+        more = [" It was in autumn." * draw.randint(0, 2) for _ in names]
+        documents = [{"title": a, "text": f"{a} went to {b}.{c}"} for a, b, c in zip(names, places, more)]
+        asked = draw.randrange(len(names))
+        prefix = {"prefix": "Read the documents."} if row % 3 == 0 else {}
+        made.append({"documents": documents, **prefix, "question": f"Where did {names[asked]} go?", "answer": places[asked]})
+    return made
+
+
+def add_links(tiny: TinyData, directory: Path, links: int = 3) -> Path:
+    """The tiny tokenizer with link ids."""
+    module("data_prep", "import-tokenizer", "--input", tiny.tokenizer, "--output", directory, "--links", links)
+    return directory
+
+
+def make_linked_shard(tokenizer: Path, prefix: Path, number: int = 60, seed: int = 0) -> Path:
+    """A shard of so many rows of linked documents; returns its prefix."""
+    file = write_jsonl(prefix.with_suffix(".jsonl"), linked_rows(number, seed))
+    command = ("tokenize-supervised", "--linked", "--input", file, "--tokenizer", tokenizer, "--output", prefix, "--no-plot")
+    module("data_prep", *command)
+    return prefix

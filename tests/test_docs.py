@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shlex
 import string
 from functools import cache
 from pathlib import Path
@@ -161,6 +162,21 @@ def test_what_is_named_exists(page):
         elif re.fullmatch(r"test_\w+", word):
             problems.append("" if f"def {word}(" in tests else f"{word}: no such test")
     assert not [problem for problem in problems if problem]
+
+
+def test_the_commands_of_the_paper_are_complete():
+    """They cannot be run here; every one is at least a whole command line."""
+    from unfold.data_prep.arguments import build_parser as prepare
+    from unfold.launch.arguments import build_parser as launch
+    from unfold.pretrain.command import build_parser as pretrain
+
+    parsers = {"data_prep": prepare(), "launch": launch(), "pretrain": pretrain()}
+    blocks = re.findall(r"^```\n(.*?)^```", (DOCS / "paper.md").read_text(), re.S | re.M)
+    commands = [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.startswith("python -m ")]
+    assert len(commands) > 8
+    for command in commands:
+        room, *arguments = shlex.split(command)[2:]
+        parsers[room].parse_args(arguments)  # a wrong flag ends the test
 
 
 def test_code_cites_pages_that_are_there():

@@ -26,6 +26,8 @@ _PUBLIC = {
     "MicroBatch": "model.visibility",
     "Decoder": "model.decode.generation",
     "Sampling": "model.decode.generation",
+    "Part": "model.gist.parts",
+    "PartStore": "model.decode.store",
 }
 __all__ = sorted(_PUBLIC)
 

@@ -28,18 +28,22 @@ def column_of(key: str, names: Container[str]) -> str:
 
 @dataclass(frozen=True)
 class SupervisedFields:
-    """The keys of the three kinds of rows: context, question, answer; context and turns; messages, perhaps with a context."""
+    """The keys of the three kinds of rows: context, question, answer; context and turns; messages, perhaps with a context.
+
+    A row whose context is linked documents may have a prefix, too.
+    """
 
     context: str = "context"
     question: str = "question"
     answer: str = "answer"
     turns: str = "turns"
     messages: str = "messages"
+    prefix: str = "prefix"
 
     @property
     def columns(self) -> tuple[str, ...]:
         """Every key that is looked at."""
-        return (self.context, DOCUMENTS, self.question, self.answer, self.turns, self.messages, SHAREGPT_KEY)
+        return (self.context, DOCUMENTS, self.prefix, self.question, self.answer, self.turns, self.messages, SHAREGPT_KEY)
 
     def pick(self, row: dict) -> tuple[str | None, str]:
         """(the fields that matter as JSON text, problem) of a row. A field that is null counts as missing."""
@@ -54,5 +58,5 @@ class SupervisedFields:
         if absent:
             option = {v: k for k, v in vars(self).items()}[absent[0]]
             return None, f"no key {absent[0]!r}; name one of {sorted(map(str, row))} by --{option}-key"
-        used = {key: value for key, value in present.items() if key in (*wanted, self.context, DOCUMENTS)}
+        used = {key: value for key, value in present.items() if key in (*wanted, self.context, DOCUMENTS, self.prefix)}
         return json.dumps(used, ensure_ascii=False, default=str), ""

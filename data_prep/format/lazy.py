@@ -11,8 +11,7 @@ import numpy as np
 
 from unfold.data_prep.errors import DataError
 from unfold.data_prep.format.index import HEADER, ShardInfo, check_header, shard_path
-from unfold.data_prep.format.spans import HEADER as SPANS_HEADER
-from unfold.data_prep.format.spans import SUFFIX, map_spans, read_header
+from unfold.data_prep.format.spans import SUFFIX, MappedSpans, SpansHeader
 
 
 class LazyShard:
@@ -23,16 +22,19 @@ class LazyShard:
         info: its sidecar.
         lengths: int32 [documents].
         sha256: of the token file; of a supervised shard of its spans, too.
+        linked: whether contexts may be linked documents.
     """
 
-    def __init__(self, prefix: str, info: ShardInfo, lengths: np.ndarray):
+    def __init__(self, prefix: str, info: ShardInfo, lengths: np.ndarray, header: SpansHeader | None = None):
+        """header: of a supervised shard's spans."""
         self.prefix, self.info, self.lengths = prefix, info, lengths
         self.sha256 = info.files["bin"]["sha256"]
         if info.supervised:
             self.sha256 = hashlib.sha256((self.sha256 + info.files["spans"]["sha256"]).encode()).hexdigest()
         self._starts: np.ndarray | None = None
         self._tokens: np.ndarray | None = None
-        self._spans: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+        self._header, self._mapped = header, None
+        self.linked = header is not None and header.linked
 
     def read(self, document: int, offset: int, out: np.ndarray) -> None:
         """Copy a document's tokens from ``offset`` on into out, int64 [length]."""
@@ -46,10 +48,28 @@ class LazyShard:
         """(tokens of its context, its answers' tokens [begin, end), int32 [ranges, 2]); None unless supervised."""
         if not self.info.supervised:
             return None
-        if self._spans is None:
-            self._spans = map_spans(shard_path(self.prefix, SUFFIX), len(self.lengths))
-        first, context, ranges = self._spans
-        return int(context[document]), np.array(ranges[first[document] : first[document + 1]])
+        spans = self._spans
+        return int(spans.context[document]), np.array(spans.ranges[spans.first[document] : spans.first[document + 1]])
+
+    def edges(self, document: int) -> list[int]:
+        """The tokens of a linked context before the end of its prefix and of each part; nothing of any other document."""
+        if not self.linked:
+            return []
+        first = self._spans.first_edge
+        return self._spans.edges[first[document] : first[document + 1]].tolist()
+
+    @property
+    def parts(self) -> np.ndarray:
+        """int64 [documents], how many parts each linked context has; 0 for any other document."""
+        if not self.linked:
+            return np.zeros(len(self.lengths), np.int64)
+        return np.maximum(np.diff(self._spans.first_edge) - 1, 0)
+
+    @property
+    def _spans(self) -> MappedSpans:
+        if self._mapped is None:
+            self._mapped = MappedSpans.of(shard_path(self.prefix, SUFFIX), self._header)
+        return self._mapped
 
 
 def open_lazily(prefix: str) -> LazyShard:
@@ -73,9 +93,10 @@ def open_lazily(prefix: str) -> LazyShard:
         if (size := path.stat().st_size) != entry["bytes"]:
             raise DataError(f"{path} has {size} bytes, {entry['bytes']} were written; restore it or make it again")
     lengths = _read_lengths(prefix, info)
+    header = None
     if info.supervised:
-        _check_spans(shard_path(prefix, SUFFIX), len(lengths), info.files["spans"]["bytes"])
-    return LazyShard(prefix, info, lengths)
+        header = _spans_header(shard_path(prefix, SUFFIX), len(lengths), info.files["spans"]["bytes"])
+    return LazyShard(prefix, info, lengths, header)
 
 
 def _read_lengths(prefix: str, info: ShardInfo) -> np.ndarray:
@@ -94,11 +115,12 @@ def _read_lengths(prefix: str, info: ShardInfo) -> np.ndarray:
     return lengths
 
 
-def _check_spans(path: Path, documents: int, size: int) -> None:
+def _spans_header(path: Path, documents: int, size: int) -> SpansHeader:
     foreign = DataError(f"{path} does not belong to the shard beside it; restore it or make the shard again")
     try:
-        told, ranges = read_header(path)
+        header = SpansHeader.from_file(path)
     except DataError:
         raise foreign from None
-    if told != documents or size != SPANS_HEADER.size + 8 * (documents + 1) + 4 * documents + 8 * ranges:
+    if header.documents != documents or size != header.size:
         raise foreign
+    return header

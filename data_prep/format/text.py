@@ -45,3 +45,8 @@ def no_file(path: str | Path) -> str:
     kinds = ((stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"), (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"))
     kind = next((name for test, name in kinds if test(mode)), "no regular file")
     return f"{kind}, which cannot be read from its middle; write what comes out of it to a file"
+
+
+def spelled(text: str) -> str:
+    """A text of the command line in which backslash-n, -t and -r may be written out."""
+    return text.replace("\\n", "\n").replace("\\t", "\t").replace("\\r", "\r")

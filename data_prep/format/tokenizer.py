@@ -140,6 +140,12 @@ def find_links(ids: Mapping[str, int]) -> list[str]:
     return sorted((n for n in ids if LINK_NAME.fullmatch(n)), key=lambda n: int(n[5:-1]))
 
 
+def missing_tokens(ids: Mapping[str, int], gist_levels: int, links: int) -> list[str]:
+    """The gists and links that a tokenizer's control tokens lack, in the order in which they are appended."""
+    gists = [f"<gist{level}>" for level in range(len(find_gists(ids)), gist_levels)]
+    return gists + [name for name in (f"<link{number}>" for number in range(1, links + 1)) if name not in ids]
+
+
 def check_gists(ids: Mapping[str, int], name: str) -> None:
     """Raise DataError where a vocabulary's gists cannot be told apart, or one would be passed over without a word."""
     found = find_gists(ids)

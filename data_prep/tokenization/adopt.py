@@ -1,4 +1,4 @@
-"""Adopting an existing tokenizer: the same ids, with gist tokens after them."""
+"""Adopting an existing tokenizer: the same ids, with gist and link tokens after them."""
 
 from collections.abc import Container, Sequence
 from pathlib import Path
@@ -20,6 +20,7 @@ from unfold.data_prep.format.tokenizer import (
     check_gists,
     find_gists,
     locate,
+    missing_tokens,
     read_json,
 )
 from unfold.data_prep.tokenization.convert import to_huggingface
@@ -38,6 +39,7 @@ def import_tokenizer(
     output: str | Path,
     *,
     gist_levels: int = 4,
+    links: int = 0,
     roles: dict[str, str] | None = None,
     overwrite: bool = False,
 ) -> TokenizerInfo:
@@ -45,6 +47,7 @@ def import_tokenizer(
 
     Args:
         gist_levels: levels that shall have a gist token; the vocabulary's missing ones are appended.
+        links: link tokens that there shall be; missing ones are appended after the gists.
         roles: 'bos_token', 'eos_token', 'pad_token' -> token, for Hugging Face tokenizers that name none.
 
     Raises:
@@ -62,24 +65,23 @@ def import_tokenizer(
                 f"{path}: a sentencepiece model names its own bos, eos and pad; leave "
                 f"{', '.join('--' + r.replace('_', '-') for r in roles)} out"
             )
-        return write_sentencepiece(
-            path.read_bytes(), output, gist_levels=gist_levels, name=str(path), beside=path.parent, overwrite=overwrite
-        )
-    return _write_huggingface(path, output, gist_levels, roles or {}, overwrite)
+        wanted = {"gist_levels": gist_levels, "links": links}
+        return write_sentencepiece(path.read_bytes(), output, **wanted, name=str(path), beside=path.parent, overwrite=overwrite)
+    return _write_huggingface(path, output, gist_levels, links, roles or {}, overwrite)
 
 
 def write_sentencepiece(
-    raw: bytes, output: Path, *, gist_levels: int, name: str, beside: Path | None = None, overwrite: bool = False
+    raw: bytes, output: Path, *, gist_levels: int, links: int, name: str, beside: Path | None = None, overwrite: bool = False
 ) -> TokenizerInfo:
-    """Write the directory of a sentencepiece model, with the gists that it lacks as control pieces at its end.
+    """Write the directory of a sentencepiece model, with the gists and links that it lacks as control pieces at its end.
 
-    The ids of the other pieces stay; a model that lacks no gist keeps its bytes.
+    The ids of the other pieces stay; a model that lacks none keeps its bytes.
 
     Args:
         beside: directory whose configuration and chat templates go with it.
 
     Raises:
-        DataError: not a model, not convertible, or a gist's name is taken by an ordinary piece.
+        DataError: not a model, not convertible, or the name of a gist or link is taken by an ordinary piece.
     """
     model = parse_model(raw, name)
     kinds = model.SentencePiece
@@ -88,13 +90,11 @@ def write_sentencepiece(
     control = {p.piece: i for i, p in enumerate(model.pieces) if p.type == kinds.CONTROL}
     ordinary = {p.piece for p in model.pieces} - set(control)
     check_gists(control, name)
-    missing = [f"<gist{level}>" for level in range(len(find_gists(control)), gist_levels)]
-    for gist in missing:
-        if gist in ordinary:
-            raise DataError(
-                f"{name}: {gist} is an ordinary piece, which a text could contain; it must be a control piece"
-            )
-        model.pieces.add(piece=gist, score=0.0, type=kinds.CONTROL)
+    missing = missing_tokens(control, gist_levels, links)
+    for token in missing:
+        if token in ordinary:
+            raise DataError(f"{name}: {token} is an ordinary piece, which a text could contain; it must be a control piece")
+        model.pieces.add(piece=token, score=0.0, type=kinds.CONTROL)
     if missing:
         model.trainer_spec.vocab_size = len(model.pieces)
         raw = model.SerializeToString(deterministic=True)
@@ -119,18 +119,20 @@ def write_sentencepiece(
 
 
 def _write_huggingface(
-    path: Path, output: Path, gist_levels: int, roles: dict[str, str], overwrite: bool
+    path: Path, output: Path, gist_levels: int, links: int, roles: dict[str, str], overwrite: bool
 ) -> TokenizerInfo:
     raw = path.read_bytes()
     before = HuggingFaceTokenizer.from_file(path, roles)
+    special = {name: token.id for name, token in before.control.items()}
     have = len(before.info.gist_ids)
-    if have < gist_levels:
+    if missing_tokens(special, gist_levels, links):
         _, inner = parse_tokenizer(raw, str(path))
         vocab = inner.get_vocab(with_added_tokens=True)
         check_gists(vocab, str(path))
         # Names that the vocabulary holds without marking them as special keep their ids, and become special.
-        known = find_gists(vocab)[have:]
-        new = known + [f"<gist{level}>" for level in range(have + len(known), gist_levels)]
+        known = find_gists(vocab)[have:] if have < gist_levels else []
+        known += [name for name in missing_tokens(special, have, links) if name in vocab]
+        new = known + missing_tokens(vocab, gist_levels, links)
         inner.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in new])
         ids = [inner.token_to_id(token) for token in new]
         expected = [vocab[token] for token in known]
@@ -138,8 +140,8 @@ def _write_huggingface(
         expected += range(first, first + len(new) - len(known))
         if ids != expected:
             raise DataError(
-                f"{path}: gists cannot be appended, because its vocabulary has gaps "
-                f"({len(vocab)} entries, highest id {first - 1}); fill them, or use --gist-levels {have}"
+                f"{path}: gists and links cannot be appended, because its vocabulary has gaps ({len(vocab)} entries, highest "
+                f"id {first - 1}); fill them, or use --gist-levels {have} --links {len(before.info.link_ids)}"
             )
         raw = inner.to_str(pretty=True).encode("utf-8")
     tokenizer = HuggingFaceTokenizer(raw, before.roles, str(path))

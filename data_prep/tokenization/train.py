@@ -12,7 +12,7 @@ from unfold.data_prep.corpus.sources import Source
 from unfold.data_prep.errors import DataError
 from unfold.data_prep.format.files import check_new_directory
 from unfold.data_prep.format.text import encodable
-from unfold.data_prep.format.tokenizer import INFO_FILE, TokenizerInfo
+from unfold.data_prep.format.tokenizer import INFO_FILE, TokenizerInfo, missing_tokens
 from unfold.data_prep.tokenization.adopt import write_sentencepiece
 
 MAX_LINE = 4000  # bytes; sentencepiece drops longer lines without a word, so they are cut here
@@ -25,6 +25,7 @@ def train_tokenizer(
     *,
     vocab_size: int,
     gist_levels: int = 4,
+    links: int = 0,
     model_type: str = "bpe",
     user_symbols: tuple[str, ...] = (),
     split_digits: bool = False,
@@ -36,8 +37,9 @@ def train_tokenizer(
 
     Args:
         sources: the corpus (`sources.find_sources`).
-        vocab_size: the total: pieces, 256 bytes, unk, bos, eos, pad, gists and user symbols.
+        vocab_size: the total: pieces, 256 bytes, unk, bos, eos, pad, gists, links and user symbols.
         gist_levels: how many gist tokens there are, `<gist0>` and up.
+        links: how many link tokens there are, `<link1>` and up.
         model_type: 'bpe' or 'unigram'.
         user_symbols: pieces that are always kept whole, and that a text can contain.
         max_lines: train on a sample of so many lines; 0 takes all of them.
@@ -47,12 +49,12 @@ def train_tokenizer(
     """
     output = Path(output)
     check_new_directory(output, overwrite, INFO_FILE)
-    gists = [f"<gist{level}>" for level in range(gist_levels)]
-    _check_symbols(user_symbols, gists)
-    least = BYTES + SPECIALS + gist_levels + len(user_symbols) + 1
+    reserved = missing_tokens({}, gist_levels, links)
+    _check_symbols(user_symbols, reserved)
+    least = BYTES + SPECIALS + len(reserved) + len(user_symbols) + 1
     if vocab_size < least:
-        raise DataError(f"--vocab-size {vocab_size}: too small; bytes, specials, gists and symbols alone need {least}")
-    controls = "".join(gists) + "<unk><s></s><pad><0x0123456789ABCDEF>"
+        raise DataError(f"--vocab-size {vocab_size}: too small; bytes, specials, gists, links and symbols alone need {least}")
+    controls = "".join(reserved) + "<unk><s></s><pad><0x0123456789ABCDEF>"
     raw = io.BytesIO()
     stopped: list[DataError] = []  # sentencepiece makes an error of its own of what ends its input
     try:
@@ -67,7 +69,7 @@ def train_tokenizer(
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
             split_digits=split_digits,
-            control_symbols=gists,
+            control_symbols=reserved,
             user_defined_symbols=list(user_symbols),
             pad_id=3,
             max_sentence_length=MAX_LINE + 8,
@@ -82,7 +84,9 @@ def train_tokenizer(
         if stopped:
             raise stopped[0] from None
         raise _explained(e, vocab_size) from None
-    return write_sentencepiece(raw.getvalue(), output, gist_levels=gist_levels, name=str(output), overwrite=overwrite)
+    return write_sentencepiece(
+        raw.getvalue(), output, gist_levels=gist_levels, links=links, name=str(output), overwrite=overwrite
+    )
 
 
 def _texts(sources: list[Source], stopped: list[DataError]) -> Iterator[str]:
@@ -111,8 +115,8 @@ def training_lines(texts: Iterable[str]) -> Iterator[str]:
                 yield line
 
 
-def _check_symbols(user_symbols: tuple[str, ...], gists: list[str]) -> None:
-    taken = {*gists, "<unk>", "<s>", "</s>", "<pad>"}
+def _check_symbols(user_symbols: tuple[str, ...], reserved: list[str]) -> None:
+    taken = {*reserved, "<unk>", "<s>", "</s>", "<pad>"}
     for symbol in user_symbols:
         if not symbol or any(c.isspace() for c in symbol) or symbol in taken:
             raise DataError(

@@ -201,7 +201,7 @@ def _positions(b_taken, BS: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def _list_taken(
-    p_item, p_lo, p_hi, b_s, o_key, o_lo, o_hi, bound, last, items, budget, window, sink,
+    p_item, p_lo, p_hi, b_s, o_key, o_lo, o_hi, bound, last, items, budget, window, sinks,
     BS: tl.constexpr, C: tl.constexpr, BOTTOM: tl.constexpr,
 ):  # fmt: skip
     """Append the taken ones of a tile of candidates to the lists; how many entries these have then.
@@ -213,7 +213,7 @@ def _list_taken(
     o_item += items
     m_item = b_taken & (o_item < budget)
     if BOTTOM:  # raw tokens that neither the sinks nor the window hold; this holds a chunk entirely or not at all
-        o_lo = tl.maximum(o_lo, sink)
+        o_lo = tl.maximum(o_lo, sinks)
         o_hi = tl.where(o_hi <= window, o_hi, o_lo)
     tl.store(p_item + o_item, o_key, mask=m_item)
     tl.store(p_lo + o_item, o_lo, mask=m_item)
@@ -223,7 +223,7 @@ def _list_taken(
 
 @kernel
 def select_kernel(
-    p_ends, p_ints, p_places, p_score, p_item, p_lo, p_hi, sink, capacity, room,
+    p_ends, p_ints, p_places, p_score, p_item, p_lo, p_hi, capacity, room,
     HKV: tl.constexpr, L: tl.constexpr, HS: tl.constexpr, BS: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr, W: tl.constexpr,
     LEVEL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -235,7 +235,7 @@ def select_kernel(
     let_next_begin(PDL)
     i_own = i_query.to(tl.int64) * HKV + i_head
     p_ints += i_query * (3 + 5 * L)
-    window = tl.load(p_ints + 1)
+    sinks, window = tl.load(p_ints), tl.load(p_ints + 1)
     budget, behind, n, i_tail = _level(p_ints + 3, LEVEL, W)
     i_end = tl.load(p_ints + 3 + 5 * LEVEL + 2)  # gists of the level
     z, error = normal_quantile(n, budget)
@@ -271,7 +271,7 @@ def select_kernel(
             last = tl.where(until >= of_equal, middle, last)
     if WHOLE:
         items = _list_taken(
-            p_item + i_list, p_lo + i_list, p_hi + i_list, b_s, o_key, o_lo, o_hi, bound, last, items, budget, window, sink,
+            p_item + i_list, p_lo + i_list, p_hi + i_list, b_s, o_key, o_lo, o_hi, bound, last, items, budget, window, sinks,
             BS, C, BOTTOM,
         )  # fmt: skip
     else:
@@ -280,7 +280,7 @@ def select_kernel(
             o_lo, o_hi = _children(p_ends, o_key, m_key)
             items = _list_taken(
                 p_item + i_list, p_lo + i_list, p_hi + i_list, load_scores(p_score, i, n, BS), o_key, o_lo, o_hi, bound, last,
-                items, budget, window, sink, BS, C, BOTTOM,
+                items, budget, window, sinks, BS, C, BOTTOM,
             )  # fmt: skip
     o_fill = tl.arange(0, FILL)
     for i in range(items, budget, FILL):  # fewer candidates than the budget

@@ -39,7 +39,6 @@ class Tables:
         widths: buckets per level: most items that one of its gists closed.
         room: bucket: most gists of a level that one selection takes.
         rows: most places of rows that a KV head reads.
-        sink: of the configuration.
         recalls: whether any query does.
     """
 
@@ -49,7 +48,6 @@ class Tables:
     widths: tuple[int, ...]
     room: int
     rows: int
-    sink: int
     recalls: bool
 
 
@@ -114,7 +112,6 @@ def make_tables(step: Step, rule: SelectRule | None, group: int, device: torch.d
         widths,
         max(rooms, default=0),
         int((ranges + (selected + unfolded) * searches_of(rule, group)).max()),
-        step.borders[0].sink,
         bool(recalls.any()),
     )
 
@@ -187,7 +184,7 @@ def run(
             warps, held = searched(capacity, tiles)
             chain.launch(
                 kernels.select_kernel, (searches, kv_heads, queries), Launch(0, warps, 1),
-                tables.ends, tables.ints, places, score, *lists[:3], tables.sink, capacity, tables.room,
+                tables.ends, tables.ints, places, score, *lists[:3], capacity, tables.room,
                 HKV=kv_heads, L=levels, HS=searches, W=width, LEVEL=s, **held,
             )  # fmt: skip
         keys = tiles.attend.keys

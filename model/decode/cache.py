@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unfold.model.config import GistConfig, ModelConfig
+from unfold.model.config import ModelConfig
 from unfold.model.gist.growing import Growable, Outline
+from unfold.model.gist.joining import JoinedOutline
 
 
 @dataclass
@@ -26,30 +27,39 @@ class Rows:
         kv_heads, head_dim: shape of a row.
         dtype, device: of keys and values.
         reads: the sequence's count.
+        on_host: keep the rows in host memory; what is read of them is brought to the device. For a GPU the memory is pinned, so
+            that kernels may read rows in place.
     """
 
-    def __init__(self, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device, reads: Reads):
-        self.buffer = Growable([2, kv_heads, 0, head_dim], 2, dtype, device)
-        self.reads = reads
+    def __init__(
+        self, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device, reads: Reads, on_host: bool = False
+    ):
+        held = torch.device("cpu") if on_host else device
+        self.buffer = Growable([2, kv_heads, 0, head_dim], 2, dtype, held, pinned=on_host and device.type == "cuda")
+        self.reads, self.device, self.on_host = reads, device, on_host
 
     def append(self, k: Tensor, v: Tensor) -> None:
         """k, v: [n, Hkv, D]"""
         self.buffer.append(torch.stack([k, v]).transpose(1, 2))
 
+    def put(self, k: Tensor, v: Tensor) -> None:
+        """As :meth:`append`, of k, v [Hkv, n, D]."""
+        self.buffer.append(torch.stack([k, v]))
+
     @property
     def memory(self) -> Tensor:
-        """What the rows lie in, [2, Hkv, capacity, D]; kernels that read it in place are not counted."""
+        """What the rows lie in, [2, Hkv, capacity, D], perhaps on the host; kernels that read it in place are not counted."""
         return self.buffer.memory
 
     def keys(self, lo: int, hi: int) -> Tensor:
-        """Rows ``[lo, hi)``: a view, [Hkv, hi - lo, D]."""
+        """Rows ``[lo, hi)`` on the device: [Hkv, hi - lo, D], a view where they lie there."""
         self.reads.keys += (hi - lo) * self.buffer.memory.shape[1]
-        return self.buffer.memory[0, :, lo:hi]
+        return self.buffer.memory[0, :, lo:hi].to(self.device)
 
     def values(self, lo: int, hi: int) -> Tensor:
         """As :meth:`keys`."""
         self.reads.values += (hi - lo) * self.buffer.memory.shape[1]
-        return self.buffer.memory[1, :, lo:hi]
+        return self.buffer.memory[1, :, lo:hi].to(self.device)
 
     def keys_at(self, rows: Tensor) -> Tensor:
         """Rows of each KV head, [Hkv, n] int64 -> [Hkv, n, D]."""
@@ -63,15 +73,16 @@ class Rows:
 
     def _at(self, which: int, rows: Tensor) -> Tensor:
         memory = self.buffer.memory[which]  # [Hkv, capacity, D]
+        rows = rows.to(memory.device)
         first = torch.arange(memory.shape[0], device=rows.device)[:, None] * memory.shape[1]
-        return memory.flatten(0, 1).index_select(0, (rows + first).flatten()).view(*rows.shape, -1)
+        return memory.flatten(0, 1).index_select(0, (rows + first).flatten()).view(*rows.shape, -1).to(self.device)
 
 
-class CachedOutline(Outline):
-    """The outline of a cached sequence, on the CPU; kernels read its borders on their device."""
+class OnDevices:
+    """Mixed into an outline, which is on the CPU: its borders on the devices of the kernels that read them."""
 
-    def __init__(self, gist: GistConfig | None):
-        super().__init__(gist)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
         self._mirrors: dict[torch.device, list[Growable]] = {}
         self._longest = [0] * self.levels  # most items behind a gist, as far as the mirrors know
 
@@ -80,11 +91,18 @@ class CachedOutline(Outline):
         mirrors = self._mirrors.setdefault(device, [Growable([0], 0, torch.int64, device) for _ in self.ends])
         for s, (mirror, ends) in enumerate(zip(mirrors, self.ends)):
             if mirror.length < ends.length:  # gists are never dropped
-                fresh = ends.rows[mirror.length :]
-                width = ends.rows.diff(prepend=ends.rows.new_zeros(1))[mirror.length :]
-                self._longest[s] = max(self._longest[s], int(width.max()))
-                mirror.append(fresh.to(device))
+                lo, hi = self.children(s, torch.arange(mirror.length, ends.length))
+                self._longest[s] = max(self._longest[s], int((hi - lo).max()))
+                mirror.append(ends.rows[mirror.length :].to(device))
         return [mirror.memory for mirror in mirrors], self._longest
+
+
+class CachedOutline(OnDevices, Outline):
+    """The outline of a cached sequence."""
+
+
+class CachedJoinedOutline(OnDevices, JoinedOutline):
+    """The outline of a cached sequence that was joined of parts."""
 
 
 class SequenceCache:
@@ -92,14 +110,22 @@ class SequenceCache:
 
     Args:
         model: shape of the layers.
-        gist: how the sequence is folded; None for dense attention.
+        outline: of the sequence.
         dtype, device: of keys and values.
+        raw_on_host: keep those of raw tokens in host memory, see :class:`Rows`.
     """
 
-    def __init__(self, model: ModelConfig, gist: GistConfig | None, dtype: torch.dtype, device: torch.device):
-        self.outline, self.reads = CachedOutline(gist), Reads()
-        make = lambda: Rows(model.kv_heads, model.head_dim, dtype, device, self.reads)
-        self.layers = [[make() for _ in self.outline.counts] for _ in range(model.layers)]  # [layer][segment]
+    def __init__(
+        self,
+        model: ModelConfig,
+        outline: CachedOutline | CachedJoinedOutline,
+        dtype: torch.dtype,
+        device: torch.device,
+        raw_on_host: bool = False,
+    ):
+        self.outline, self.reads = outline, Reads()
+        make = lambda s: Rows(model.kv_heads, model.head_dim, dtype, device, self.reads, raw_on_host and s == outline.levels)
+        self.layers = [[make(s) for s in range(len(outline.counts))] for _ in range(model.layers)]  # [layer][segment]
 
     def append(self, layer: int, segment: Tensor, k: Tensor, v: Tensor) -> None:
         """Keep new tokens' k, v [n, Hkv, D] in one layer; segment: [n] int64."""

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from unfold.model.decode.cache import SequenceCache
+from unfold.model.decode.cache import CachedJoinedOutline, CachedOutline, SequenceCache
+from unfold.model.decode.parts import identity_of, join, part_of
 from unfold.model.decode.prefill import PrefillAttention
 from unfold.model.decode.step import NewTokens, StepAttention
 from unfold.model.gist import GistConfig, select_rule
-from unfold.model.gist.growing import Feed, GistPlacement, raw_feed
+from unfold.model.gist.growing import Feed, GistPlacement, Sight, raw_feed
+from unfold.model.gist.parts import Identity, Part, check_parts
 from unfold.model.transformer import Transformer
 
 PREFILL = 1024  # interleaved tokens read at a time: bounds the memory of a prefill
@@ -77,6 +80,9 @@ class Decoder:
         word_starts: [vocab] bool.
         grow: whether suffixes and generated text get gists as their chunks close; else a suffix, and what is generated
             after it, is one open chunk whose tokens see one another.
+        link_ids: of the links of one part, in order; empty: parts are joined without links.
+        raw_cache: where keys and values of raw tokens are kept: 'device', or 'host', from where what is unfolded is fetched.
+            Gists are always on the device.
     """
 
     def __init__(
@@ -86,9 +92,16 @@ class Decoder:
         gist_ids: Sequence[int],
         word_starts: np.ndarray,
         grow: bool = False,
+        link_ids: Sequence[int] = (),
+        raw_cache: str = "device",
     ):
+        if raw_cache not in ("device", "host"):
+            raise ValueError(f"raw_cache: {raw_cache!r} is not one of device, host")
+        if raw_cache == "host" and gist is None:
+            raise ValueError("raw_cache: 'host', but a dense model reads every raw token at every step; use 'device'")
         self.model, self.gist, self.gist_ids = model, gist, list(gist_ids)
         self.word_starts, self.grow = word_starts, grow
+        self.link_ids, self.raw_on_host = list(link_ids), raw_cache == "host"
         self.rule = select_rule(gist) if gist and gist.recall != "none" else None
         self.first = gist.recall_from if gist else 1  # layer that recalls
         weight = model.head_weight
@@ -96,8 +109,77 @@ class Decoder:
 
     def start(self) -> LiveSequence:
         """A new, empty sequence."""
+        return self._sequence(CachedOutline(self.gist))
+
+    @cached_property
+    def identity(self) -> Identity:
+        """Of this model and tokenizer; only the parts that they read can be joined here. Needs gists."""
+        own = self.gist_ids[: self.gist.levels]
+        return identity_of(self.model, self.model.config, self.gist, own, self.word_starts)
+
+    def read_part(self, tokens: Sequence[int]) -> Part:
+        """Read a document by itself, closed, to be joined with others by :meth:`join`.
+
+        Raises:
+            ValueError: the model is dense, or there is no token.
+        """
+        if self.gist is None:
+            raise ValueError("parts: need a model with gists; a dense one reads its documents every time")
+        if not tokens:
+            raise ValueError("document: has no token; leave it out")
+        sequence = self.start()
+        self.read_context(sequence, tokens)
+        return part_of(self.identity, tokens, sequence.cache).to(self.device, self.raw_on_host)
+
+    @torch.no_grad()
+    def join(self, parts: Sequence[Part], prefix: Sequence[int] = ()) -> LiveSequence:
+        """A new sequence of a prefix, parts that were read before, in any order, and their links; a suffix is read next.
+
+        Only prefix and links pass through the model.
+
+        Args:
+            parts: any number of them; one may stand there more than once.
+            prefix: raw tokens before them, such as a system prompt; links and suffix see all of it, the parts nothing.
+
+        Raises:
+            ValueError: another model or tokenizer read a part, all of them take more positions than the model is meant for, or
+                the decoder grows gists, which a suffix after parts does not get.
+        """
+        if self.gist is None or self.grow:
+            need = "no grow" if self.gist else "a model with gists"
+            raise ValueError(f"parts: need {need}; they are read with gists, and what follows them gets none")
+        links = [link for _ in parts for link in self.link_ids]
+        check_parts(self.identity, parts, len(prefix) + len(links), self.model.config.max_position, "max_position")
+        outline = CachedJoinedOutline(self.gist, len(prefix), [part.shape for part in parts], len(self.link_ids))
+        sequence = self._sequence(outline)
+        self._check_tokens(prefix)
+        for start in range(0, len(prefix), PREFILL):
+            end = min(start + PREFILL, len(prefix))
+            self._read_raw(sequence, prefix[start:end], outline.prefix_sight(start, end))
+        for part in parts:
+            level, raw = part.shape.level.tolist(), iter(part.ids)
+            sequence.level += level
+            sequence.ids += [next(raw) if l < 0 else self.gist_ids[l] for l in level]
+            sequence.recalls += [self.gist.recall == "all" and l < 0 for l in level]
+        if parts:
+            join(sequence.cache, parts, self.model.config)
+        for start in range(0, len(links), PREFILL):
+            run = links[start : start + PREFILL]
+            self._read_raw(sequence, run, outline.read_links(len(run)))
+        return sequence
+
+    def _read_raw(self, sequence: LiveSequence, tokens: Sequence[int], sight: Sight) -> None:
+        """Read tokens of a joined text that do not recall."""
+        sequence.ids += tokens
+        sequence.level += [-1] * len(tokens)
+        sequence.recalls += [False] * len(tokens)
+        attend = PrefillAttention(sequence.cache, sight, None, self.first, self.device)
+        sequence.logits = self.model.head_logits(self._run(list(tokens), sight.position, attend)[-1])
+
+    def _sequence(self, outline: CachedOutline | CachedJoinedOutline) -> LiveSequence:
         placement = GistPlacement(self.gist, self.word_starts, self.gist_ids[: self.gist.levels]) if self.gist else None
-        return LiveSequence(SequenceCache(self.model.config, self.gist, self.dtype, self.device), placement)
+        cache = SequenceCache(self.model.config, outline, self.dtype, self.device, self.raw_on_host)
+        return LiveSequence(cache, placement)
 
     def read_context(self, sequence: LiveSequence, tokens: Sequence[int], close: bool = True) -> None:
         """Fold raw tokens into gists; they recall only under ``recall: all``.
@@ -109,6 +191,8 @@ class Decoder:
             tokens: any number of them.
             close: give the end a gist at every level, as before a question; without it the text may simply go on.
         """
+        if isinstance(sequence.cache.outline, CachedJoinedOutline):
+            raise ValueError("sequence: was joined of parts, and takes suffixes only; read a further document as a part")
         self._begin(sequence, tokens)
         recalls = self.rule is not None and self.gist.recall == "all"
         self._prefill(sequence, raw_feed(tokens, False) if self.gist is None else sequence.placement.push(tokens, recalls, close))
@@ -202,11 +286,14 @@ class Decoder:
 
     def _begin(self, sequence: LiveSequence, tokens: Sequence[int]) -> None:
         """Check what is to be read, and read what was chosen before it."""
+        self._check_tokens(tokens)
+        if sequence.pending:
+            self.step([sequence])
+
+    def _check_tokens(self, tokens: Sequence[int]) -> None:
         for token in tokens:
             if not 0 <= token < len(self.word_starts):
                 raise ValueError(f"tokens: id {token} is outside the vocabulary of {len(self.word_starts)} pieces")
-        if sequence.pending:
-            self.step([sequence])
 
 
 def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:

@@ -2,7 +2,7 @@
 
 Under the compressed mask a run of tokens sees one span per segment: these rows, in level-sorted order, are a short
 sample of their own in which the older rows ask nothing. Recalling tokens may reach everything: for them a layer's whole cache
-is put in that order, once per run.
+is put in that order, once per run; where raw rows lie on the host, what is unfolded is brought alone.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from unfold.kernels.compressed import compressed_attention
 from unfold.kernels.intervals import Intervals
-from unfold.kernels.select import SelectRule
+from unfold.kernels.select import Selection, SelectRule, select_gists
 from unfold.kernels.tree import GistTree
-from unfold.kernels.unfold import recall_queries
+from unfold.kernels.unfold import recall_queries, unfold_attention
 from unfold.model.decode.cache import SequenceCache
 from unfold.model.gist.growing import Outline, Sight, families, recalls_in
 
@@ -60,9 +60,24 @@ class PrefillAttention:
         near = self._rows(index, self.spans)
         out = compressed_attention(queries, *near, self.forgetting if recall else self.intervals)[:, self.own]
         if recall:
-            everything = self._rows(index, [(s, 0, n) for s, n in enumerate(self.cache.outline.counts)])
-            out[0, self.recalling], _ = recall_queries(q[0, self.recalling], *everything, self.tree, self.rule)
+            out[0, self.recalling] = self._recall(index, q[0, self.recalling])
         return out
+
+    def _recall(self, index: int, q: Tensor) -> Tensor:
+        """Attention of the recalling tokens, [N, H, D]."""
+        layer, counts = self.cache.layers[index], self.cache.outline.counts
+        if not layer[-1].on_host:
+            everything = self._rows(index, [(s, 0, n) for s, n in enumerate(counts)])
+            return recall_queries(q, *everything, self.tree, self.rule)[0]
+        gists = self._rows(index, [(s, 0, n) for s, n in enumerate(counts[:-1])])
+        # Nobody reads the rows that are not fetched; kernels may multiply them by zero.
+        keys, values = (F.pad(x, (0, 0, 0, 0, 0, counts[-1])) for x in gists)
+        selection = select_gists(q, keys, self.tree, self.rule)
+        raw = unfolded_rows(self.tree, selection)
+        place, heads = raw - sum(counts[:-1]), keys.shape[2]
+        keys[0, raw] = layer[-1].keys_at(place.expand(heads, -1)).transpose(0, 1)
+        values[0, raw] = layer[-1].values_at(place.expand(heads, -1)).transpose(0, 1)
+        return unfold_attention(q, keys, values, self.tree, selection)
 
     def _rows(self, index: int, spans: list[tuple[int, int, int]]) -> tuple[Tensor, Tensor]:
         """Keys and values of some spans of a layer, side by side: two [1, rows, Hkv, D]."""
@@ -118,6 +133,19 @@ def short_sample(sight: Sight) -> tuple[list[tuple[int, int, int]], Tensor, Inte
     lo[0, -1, own], hi[0, -1, own] = width, (width + sight.sinks).int()
     bounds = torch.cat([start, start[-1:] + sinks])[None].int()
     return spans, own, Intervals(rows[None], torch.arange(width)[None], lo, hi, bounds)
+
+
+def unfolded_rows(tree: GistTree, selection: Selection) -> Tensor:
+    """The raw rows that any query of a tree of one sample reads, ascending, [n] int64: chunks, windows, sinks."""
+    chunks, levels = selection.rows[-1].long().unique(), tree.levels
+    sinks = tree.others.rows[0, tree.others.tokens :][: int((tree.hi - tree.lo)[-1].max())]
+    lo = torch.cat([tree.child_lo[0, chunks], tree.lo[levels]]).long()
+    hi = torch.cat([tree.child_hi[0, chunks], tree.hi[levels]]).long()
+    edge = torch.zeros(tree.others.tokens + 1, dtype=torch.int64, device=lo.device)
+    edge.index_add_(0, lo, torch.ones_like(lo)).index_add_(0, hi, -torch.ones_like(hi))
+    read = edge.cumsum(0)[:-1] > 0
+    read[sinks] = True
+    return read.nonzero()[:, 0]
 
 
 def whole_tree(outline: Outline, queries: Sight) -> GistTree:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
+from unfold.model.decode.cost import Recorder
 from unfold.model.decode.generation import Decoder, LiveSequence, Sampling
 
 Decode = Callable[[list[int]], str]
@@ -64,6 +65,7 @@ def stream_text(
     decode: Decode,
     stop_ids: Sequence[int] = (),
     stops: Sequence[str] = (),
+    recorder: Recorder | None = None,
 ) -> Iterator[tuple[int, str]]:
     """Continue sequences together; yields (number of the sequence, piece of text) as pieces become certain.
 
@@ -71,11 +73,13 @@ def stream_text(
         decoder, sequences, sampling, stop_ids: as for :meth:`Decoder.stream`.
         decode: token ids to text.
         stops: texts that end a sequence; they are not given out.
+        recorder: notes when tokens come.
     """
     raw = lambda s: [i for i, l in zip(s.ids[-4 * CONTEXT :], s.level[-4 * CONTEXT :]) if l < 0] + s.pending
     streams = [TextStream(decode, stops, raw(sequence)) for sequence in sequences]
     ended: set[int] = set()
-    for number, token in decoder.stream(sequences, sampling, stop_ids, ended):
+    tokens = decoder.stream(sequences, sampling, stop_ids, ended)
+    for number, token in recorder.writing(tokens) if recorder else tokens:
         if piece := streams[number].push(token):
             yield number, piece
         if streams[number].stopped:

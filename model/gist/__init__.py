@@ -2,15 +2,18 @@
 
 from unfold.model.config import GistConfig
 from unfold.model.gist.growing import recalls_in
-from unfold.model.gist.insertion import Interleaved, interleave, max_interleaved_length
+from unfold.model.gist.insertion import Interleaved, interleave, max_interleaved_length, without_gists
 from unfold.model.gist.layout import Layout, build_layout, dense_layout
+from unfold.model.gist.linked import Bundle, Role
 from unfold.model.gist.recall import Recall, build_recall, recalling_tokens, select_rule
 
 __all__ = [
+    "Bundle",
     "GistConfig",
     "Interleaved",
     "Layout",
     "Recall",
+    "Role",
     "build_layout",
     "build_recall",
     "dense_layout",
@@ -19,4 +22,5 @@ __all__ = [
     "recalling_tokens",
     "recalls_in",
     "select_rule",
+    "without_gists",
 ]

@@ -43,21 +43,20 @@ class Growable:
         shape: of the tensor without rows; its entry at ``dim`` is ignored.
         dim: the dimension that grows.
         dtype, device: of the tensor.
+        pinned: in host memory that a GPU may read by itself.
     """
 
-    def __init__(self, shape: Sequence[int], dim: int, dtype: torch.dtype, device: torch.device | str):
-        self.dim, self.length = dim, 0
+    def __init__(
+        self, shape: Sequence[int], dim: int, dtype: torch.dtype, device: torch.device | str, pinned: bool = False
+    ):
+        self.dim, self.length, self.pinned = dim, 0, pinned
         self.memory = torch.empty([*shape[:dim], 0, *shape[dim + 1 :]], dtype=dtype, device=device)
 
     def append(self, rows: Tensor) -> None:
         """Append rows: of the same shape but for the growing dimension."""
         length = self.length + rows.shape[self.dim]
         if length > self.memory.shape[self.dim]:
-            shape = list(self.memory.shape)
-            shape[self.dim] = max(length, 2 * shape[self.dim], 16)
-            memory = self.memory.new_empty(shape)
-            memory.narrow(self.dim, 0, self.length).copy_(self.rows)
-            self.memory = memory
+            self._move(max(length, 2 * self.memory.shape[self.dim], 16))
         self.memory.narrow(self.dim, self.length, rows.shape[self.dim]).copy_(rows)
         self.length = length
 
@@ -69,8 +68,19 @@ class Growable:
     def copy(self) -> Growable:
         """Rows that grow independently."""
         other = object.__new__(Growable)
-        other.dim, other.length, other.memory = self.dim, self.length, self.memory.clone()
+        other.__dict__.update(self.__dict__)
+        other._move(self.memory.shape[self.dim])
         return other
+
+    def __deepcopy__(self, memo) -> Growable:
+        return self.copy()  # a copied tensor would be pinned no more
+
+    def _move(self, room: int) -> None:
+        """To new memory with room for so many rows."""
+        shape = [*self.memory.shape[: self.dim], room, *self.memory.shape[self.dim + 1 :]]
+        memory = torch.empty(shape, dtype=self.memory.dtype, device=self.memory.device, pin_memory=self.pinned)
+        memory.narrow(self.dim, 0, self.length).copy_(self.rows)
+        self.memory = memory
 
     @property
     def rows(self) -> Tensor:
@@ -220,6 +230,7 @@ class Sight:
         recalls: [n] bool, whether it unfolds chunks.
         start: items of each segment before the new tokens.
         ends: for each gist segment, how many items of the segment below stand before each gist, [gists] int64.
+        sink: how many of the first raw tokens every later token sees.
     """
 
     segment: Tensor
@@ -231,6 +242,7 @@ class Sight:
     recalls: Tensor
     start: tuple[int, ...]
     ends: tuple[Tensor, ...]
+    sink: int
 
     @property
     def span(self) -> Tensor:
@@ -266,6 +278,7 @@ class Outline:
         self.levels = folding.levels if folding else 0
         self.sink = folding.sink if folding else 0
         self.counts = [0] * (self.levels + 1)  # items of each segment
+        self.floor: Tensor | None = None  # [L + 1] int64, the first item of each segment that windows may hold; None: any
         # For every gist, how many items of the segment below stand before it: the end of what it closed.
         self.ends = [Growable([0], 0, torch.int64, device) for _ in range(self.levels)]
 
@@ -307,6 +320,8 @@ class Outline:
             first[s + 1] = self._end_of(s, before[s] - reach - 1)
             if s + 1 < self.levels:
                 tail[s + 1] = self._end_of(s, before[s] - 1)
+        if self.floor is not None:
+            first = first.maximum(self.floor[:, None])
         lo = torch.where(segments <= self.levels - level, first, hi)  # a token of level q sees segments 0 .. L - q
         # The sinks that the raw range does not hold: those before it, or all so far for a gist without one.
         sinks = lo[-1].clamp(max=self.sink)
@@ -314,7 +329,7 @@ class Outline:
         unfolds = torch.zeros_like(level, dtype=torch.bool)
         if recalls is not None:
             unfolds = torch.as_tensor(recalls, dtype=torch.bool, device=self.device)
-        return Sight(segment, number, lo, hi, sinks, tail, unfolds, start, self.borders)
+        return Sight(segment, number, lo, hi, sinks, tail, unfolds, start, self.borders, self.sink)
 
     @property
     def borders(self) -> tuple[Tensor, ...]:

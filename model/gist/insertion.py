@@ -9,6 +9,7 @@ import numba
 import numpy as np
 
 from unfold.model.config import GistConfig
+from unfold.model.gist.linked import Bundle, Role, linked_runs
 
 
 @dataclass(frozen=True)
@@ -20,21 +21,33 @@ class Interleaved:
         level: int32, -1 for raw tokens, 0 .. L-1 for gists.
         doc: int32, number of the document within the sample.
         position: int64, rotary position: a raw token's index among its document's raw tokens; a gist has the position
-            of the raw token before it.
+            of the raw token before it. In a bundle positions count on over raw tokens and links.
+        role: int32, what each token is (:class:`unfold.model.gist.linked.Role`); gists have that of what they close. None
+            where no document is a bundle.
+        part: int32, of tokens of a bundle's part and of a part's links its number, from 1; of a suffix the number of parts;
+            else 0. None like ``role``.
     """
 
     ids: np.ndarray
     level: np.ndarray
     doc: np.ndarray
     position: np.ndarray
+    role: np.ndarray | None = None
+    part: np.ndarray | None = None
+
+    @property
+    def raw(self) -> np.ndarray:
+        """bool, the tokens that were given: neither gists nor links."""
+        return self.level < 0 if self.role is None else (self.level < 0) & (self.role != Role.LINK)
 
 
-def max_interleaved_length(raw_tokens: int, chunk_sizes: Sequence[int], closed: int = 0) -> int:
+def max_interleaved_length(raw_tokens: int, chunk_sizes: Sequence[int], closed: int = 0, links: int = 0) -> int:
     """The most tokens that ``raw_tokens`` raw ones can become: R + R // c0 + R // (c0 * c1) + ..
 
-    closed: how many documents' contexts are closed on purpose; each adds at most one gist per level.
+    closed: how many documents' contexts, or parts, are closed on purpose; each adds at most one gist per level.
+    links: link tokens of all parts.
     """
-    length, group = raw_tokens + closed * len(chunk_sizes), 1
+    length, group = raw_tokens + closed * len(chunk_sizes) + links, 1
     for size in chunk_sizes:
         group *= size
         length += raw_tokens // group
@@ -49,6 +62,8 @@ def interleave(
     gist_ids: Sequence[int],
     close: bool = False,
     contexts: Sequence[int] | None = None,
+    bundles: Sequence[Bundle | None] | None = None,
+    link_ids: Sequence[int] = (),
 ) -> Interleaved:
     """Put the gists of one packed sample in place.
 
@@ -61,13 +76,16 @@ def interleave(
         close: give the end of every document a gist at each level that was not just closed (a context before its question).
         contexts: raw tokens of each document that are a context: it is closed, and what follows is a suffix without gists;
             -1 for a document that is all text. None: every document is.
+        bundles: of each document how it is made of prefix, parts and suffix; None for an ordinary one. Every part is given
+            gists as a document of its own and closed; after the last one come the links of all parts.
+        link_ids: ``config.links`` vocabulary ids, those of one part's links; needed where there are bundles.
 
     Returns:
         The interleaved sample.
 
     Raises:
-        ValueError: lengths that do not sum to R, a context longer than its document, a wrong number of gist ids, or a token
-            outside ``word_starts``.
+        ValueError: lengths that do not sum to R, a context or bundle longer than its document, a wrong number of gist or
+            link ids, or a token outside ``word_starts``.
     """
     ids = np.ascontiguousarray(ids, dtype=np.int64)
     lengths = np.asarray(doc_lengths, dtype=np.int64)
@@ -84,6 +102,38 @@ def interleave(
     if len(ids) and not 0 <= ids.min() <= ids.max() < len(starts):
         bad = ids.max() if ids.max() >= len(starts) else ids.min()
         raise ValueError(f"ids: token id {bad} is outside the vocabulary of {len(starts)} pieces")
+    if bundles is None or not any(bundles):
+        return _fill(ids, lengths, ends, closes, starts, config, gist_ids)
+    if len(link_ids) != config.links:
+        raise ValueError(f"link_ids: {len(link_ids)} ids for gist.links = {config.links}; give one id per link of a part")
+    runs = linked_runs(ids, lengths, ends, closes, bundles, link_ids)
+    made = _fill(runs.ids, runs.length, runs.end, runs.closes, starts, config, gist_ids)
+    doc, origin, role, part = (x[made.doc] for x in (runs.doc, runs.origin, runs.role, runs.part))
+    narrow = lambda x: x.astype(np.int32)
+    return Interleaved(made.ids, made.level, narrow(doc), made.position + origin, narrow(role), narrow(part))
+
+
+def without_gists(ids: np.ndarray, doc_lengths: Sequence[int], bundles: Sequence[Bundle | None] | None = None) -> Interleaved:
+    """A packed sample for a model without gists, which has no links either: arguments as for :func:`interleave`."""
+    lengths = np.asarray(doc_lengths, dtype=np.int64)
+    nothing = np.zeros(len(lengths), np.int64)
+    runs = linked_runs(ids, lengths, nothing, nothing, bundles or [None] * len(lengths), ())
+    spread = lambda x: np.repeat(x, runs.length).astype(np.int32)
+    first = np.repeat(np.cumsum(runs.length) - runs.length - runs.origin, runs.length)
+    linked = (spread(runs.role), spread(runs.part)) if bundles is not None and any(bundles) else (None, None)
+    return Interleaved(ids, np.full(len(ids), -1, np.int32), spread(runs.doc), np.arange(len(ids)) - first, *linked)
+
+
+def _fill(
+    ids: np.ndarray,
+    lengths: np.ndarray,
+    ends: np.ndarray,
+    closes: np.ndarray,
+    starts: np.ndarray,
+    config: GistConfig,
+    gist_ids: Sequence[int],
+) -> Interleaved:
+    """Gists in place, every document by itself. ends, closes: see :func:`_interleave`."""
     room = max_interleaved_length(len(ids), config.chunk_sizes, int(closes.sum()))
     out = Interleaved(np.empty(room, np.int64), np.empty(room, np.int32), np.empty(room, np.int32), np.empty(room, np.int64))
     length = _interleave(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from unfold.kernels.intervals import Intervals
 from unfold.model.config import GistConfig
+from unfold.model.gist.linked import Role, Units, see_parts, sink_copies, unit_of
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,30 @@ class Layout:
         doc: [B, T] int, number of the document within its sample, -1 for padding.
         position: [B, T] int64, rotary position.
         intervals: what each token sees under the compressed mask; padding sees itself.
+        role, part: [B, T] int of a micro-batch with bundles, as :class:`unfold.model.gist.Interleaved` has them; else None.
     """
 
     level: Tensor
     doc: Tensor
     position: Tensor
     intervals: Intervals
+    role: Tensor | None = None
+    part: Tensor | None = None
+
+    @property
+    def text(self) -> Tensor:
+        """bool [B, T], the raw tokens: neither gists nor links nor padding."""
+        raw = (self.level < 0) & (self.doc >= 0)
+        return raw if self.role is None else raw & (self.role != Role.LINK)
+
+    @cached_property
+    def first_seen(self) -> Tensor:
+        """[B, T] int64, the first token that one could see, however it attends: that of its document, or of its part.
+
+        Of a prefix, links and a suffix it is the first one of the bundle.
+        """
+        own = document_starts(unit_of(self.doc, self.role, self.part))
+        return own if self.role is None else torch.where(self.role >= Role.LINK, document_starts(self.doc), own)
 
     @cached_property
     def document_spans(self) -> list[tuple[int, int, int]]:
@@ -47,16 +66,20 @@ class Layout:
     def to(self, device: torch.device | str) -> Layout:
         """The same layout on another device."""
         move = lambda x: x.to(device, non_blocking=True)
-        return Layout(move(self.level), move(self.doc), move(self.position), self.intervals.to(device))
+        optional = (x if x is None else move(x) for x in (self.role, self.part))
+        return Layout(move(self.level), move(self.doc), move(self.position), self.intervals.to(device), *optional)
 
 
-def build_layout(level: Tensor, doc: Tensor, config: GistConfig | None) -> Layout:
+def build_layout(
+    level: Tensor, doc: Tensor, config: GistConfig | None, role: Tensor | None = None, part: Tensor | None = None
+) -> Layout:
     """Derive the layout of a micro-batch.
 
     Args:
         level: [B, T] int, -1 raw, 0 .. L-1 gist.
         doc: [B, T] int, document of each token, consecutive tokens of one document equal; -1 is padding.
         config: chunk sizes (their number is the number of levels), sink, n_prev; None for raw tokens of a dense model.
+        role, part: [B, T] int, where documents may be bundles: as :class:`unfold.model.gist.Interleaved` has them, 0 in padding.
 
     Returns:
         The layout, on the device of ``level``.
@@ -66,7 +89,6 @@ def build_layout(level: Tensor, doc: Tensor, config: GistConfig | None) -> Layou
     levels = len(config.chunk_sizes)
     device = level.device
     # int32 throughout: counts stay below 2^31 and half the memory traffic halves the time on CPU.
-    index = torch.arange(tokens, dtype=torch.int32, device=device)
     padding = doc < 0
     level = level.to(torch.int32).masked_fill(padding, -1)
     # Segment of a token in the level-sorted order: the top level is 0, level 0 is L-1, raw tokens are L.
@@ -79,19 +101,9 @@ def build_layout(level: Tensor, doc: Tensor, config: GistConfig | None) -> Layou
     rows = torch.empty(batch, tokens, dtype=torch.int64, device=device)
     rows.scatter_(1, row_of, torch.arange(tokens, device=device).expand(batch, -1))
 
-    is_first = torch.ones_like(padding)
-    torch.ne(doc[:, 1:], doc[:, :-1], out=is_first[:, 1:])
-    number = is_first.cumsum(1) - 1  # [B, T] runs of equal document ids, a run of padding included
-    documents = int(number[:, -1].max()) + 1
-    # First token of each run; tokens that are not first write into a spare last slot.
-    first = torch.zeros(batch, documents + 1, dtype=torch.int64, device=device)
-    first.scatter_(1, number.masked_fill(~is_first, documents), index.long().expand(batch, -1))
-    first = first[:, :documents]
     before = upto - member.int()  # items of a segment strictly before a token
-    before_run = before.gather(2, first[:, None].expand(-1, levels + 1, -1))  # [B, L+1, documents]
-    before_doc = before_run.gather(2, number[:, None].expand(-1, levels + 1, -1))  # [B, L+1, T]
-
-    high = upto
+    units = _find_units(unit_of(doc, role, part), before)
+    before_unit = units.before.gather(2, units.number[:, None].expand(-1, levels + 1, -1))  # [B, L+1, T]
     # A token of level q sees segments 0 .. L - q (levels q-1 and up); elsewhere, and for padding, its range is empty.
     # Multiplying by the flag is several times faster on CPU than torch.where with a broadcast condition.
     shown = torch.arange(levels + 1, dtype=torch.int32, device=device)[:, None] <= (levels - level)[:, None]
@@ -99,29 +111,50 @@ def build_layout(level: Tensor, doc: Tensor, config: GistConfig | None) -> Layou
     n_prev = config.n_prev
     if config.own_group:  # a gist's group of the level below is that which it closes: no group before it counts
         n_prev = (~member[:, :-1]).int().mul_(n_prev)
-    width = (high - _window_starts(upto, before, before_doc, rows, segment_start, n_prev)).mul_(shown)
+    width = (upto - _window_starts(upto, before, before_unit, rows, segment_start, n_prev)).mul_(shown)
     width[:, levels] += padding.int()  # padding sees itself: some position of a softmax must be finite
     # Sinks that the raw window does not hold already: those before it, or all so far for a gist that sees no raw token.
-    sinks = high[:, levels] - width[:, levels] - before_doc[:, levels]
+    sinks = upto[:, levels] - width[:, levels] - before_unit[:, levels]
     sinks = sinks.clamp_(max=config.sink).mul_(~padding)  # [B, T]
 
+    copies, sink_rows = _sink_rows(rows, segment_start[:, levels], upto[:, levels, -1], units, role, config.sink)
     bounds = torch.empty(2, batch, levels + 2, tokens, dtype=torch.int32, device=device)
     lo, hi = bounds[0], bounds[1]
-    torch.add(high, segment_start[:, : levels + 1, None], out=hi[:, :-1])
+    torch.add(upto, segment_start[:, : levels + 1, None], out=hi[:, :-1])
     torch.sub(hi[:, :-1], width, out=lo[:, :-1])
-    lo[:, -1] = number * config.sink + tokens
+    lo[:, -1] = units.of_token(copies)
     torch.add(lo[:, -1], sinks, out=hi[:, -1])
+    raw_before = before_unit[:, levels]
+    if role is not None:
+        doc_first = document_starts(doc)
+        see_parts(lo, hi, units, doc_first, role, part, segment_start, copies)
+        raw_before = before[:, levels].gather(1, doc_first)  # positions count on through a bundle
 
-    sink_rows = _sink_rows(rows, segment_start[:, levels], before_run[:, levels], config.sink)
     rows = torch.cat([rows, sink_rows], 1)
     end = torch.full_like(segment_start[:, :1], rows.shape[1])
     intervals = Intervals(rows, row_of, lo, hi, torch.cat([segment_start, end], 1))
-    position = (upto[:, levels] - before_doc[:, levels] - 1).clamp_(min=0).long().masked_fill(padding, 0)
-    return Layout(level, doc, position, intervals)
+    position = (upto[:, levels] - raw_before - 1).clamp_(min=0).long().masked_fill(padding, 0)
+    return Layout(level, doc, position, intervals, role, part)
+
+
+def _find_units(unit: Tensor, before: Tensor) -> Units:
+    """unit: [B, T] int, equal for neighbouring tokens of one; before: [B, S, T] int32, items of a segment before a token."""
+    batch, tokens = unit.shape
+    is_first = torch.ones_like(unit, dtype=torch.bool)
+    torch.ne(unit[:, 1:], unit[:, :-1], out=is_first[:, 1:])
+    number = is_first.cumsum(1) - 1  # runs of equal numbers, a run of padding included
+    units = int(number[:, -1].max()) + 1
+    # First token of each run; tokens that are not first write into a spare last slot.
+    first = torch.zeros(batch, units + 1, dtype=torch.int64, device=unit.device)
+    index = torch.arange(tokens, device=unit.device).expand(batch, -1)
+    first = first.scatter_(1, number.masked_fill(~is_first, units), index)[:, :units]
+    return Units(number, first, before.gather(2, first[:, None].expand(-1, before.shape[1], -1)))
 
 
 def dense_layout(layout: Layout, samples: Tensor | None = None) -> Layout:
     """The same rows under dense attention: a raw token sees all raw tokens of its document up to itself, a gist itself alone.
+
+    Of a bundle a token of a part sees that part's, one of the links and the suffix all raw tokens and links before it.
 
     samples: int64 [n], those of the micro-batch that are wanted; None: all.
     """
@@ -129,13 +162,14 @@ def dense_layout(layout: Layout, samples: Tensor | None = None) -> Layout:
     intervals, level, doc = layout.intervals, pick(layout.level), pick(layout.doc)
     row_of, lo = pick(intervals.row_of), pick(intervals.lo).clone()
     row = row_of.int()
-    first = row.gather(1, document_starts(doc))  # a document's first token is raw
+    first = row.gather(1, pick(layout.first_seen))  # it is raw
     segment = (intervals.segments - 3 - level).long()[:, None]  # the top level is 0, raw tokens are L; padding is among them
     hi = lo.scatter(1, segment, row[:, None] + 1)  # elsewhere nothing: hi is lo
     own_only = (level >= 0) | (doc < 0)
     lo.scatter_(1, segment, torch.where(own_only, row, first)[:, None])
     seen = Intervals(pick(intervals.rows), row_of, lo, hi, pick(intervals.segment_start))
-    return Layout(level, doc, pick(layout.position), seen)
+    optional = (x if x is None else pick(x) for x in (layout.role, layout.part))
+    return Layout(level, doc, pick(layout.position), seen, *optional)
 
 
 def document_starts(doc: Tensor) -> Tensor:
@@ -164,8 +198,24 @@ def _window_starts(
     return torch.cat([before_doc[:, :1], start], 1)
 
 
-def _sink_rows(rows: Tensor, raw_start: Tensor, raw_before_run: Tensor, sink: int) -> Tensor:
-    """Tokens behind the sink copies, [B, documents * sink]; copies beyond a short document's end are never visible."""
-    offsets = torch.arange(sink, device=rows.device)
-    at = raw_start[:, None, None] + raw_before_run[:, :, None] + offsets  # [B, documents, sink]
-    return rows.gather(1, at.flatten(1).clamp_(max=rows.shape[1] - 1).long())
+def _sink_rows(
+    rows: Tensor, raw_start: Tensor, raw: Tensor, units: Units, role: Tensor | None, sink: int
+) -> tuple[Tensor, Tensor]:
+    """The row of each unit's first sink copy, [B, U] int64, and the tokens behind all of them, [B, copies].
+
+    Copies behind the end of a short document are seen by no query. raw_start, raw: [B] int32, first row of the raw tokens and
+    their number; role: of bundles.
+    """
+    begin = raw_start[:, None] + units.before[:, -1]  # [B, U], the row of each unit's first raw token
+    tokens = rows.shape[1]
+    if role is None:
+        offsets = torch.arange(sink, device=rows.device)
+        at = begin[:, :, None] + offsets  # [B, U, sink]
+        copies = tokens + torch.arange(begin.shape[1], device=rows.device) * sink
+        return copies.expand_as(begin), rows.gather(1, at.flatten(1).clamp_(max=tokens - 1).long())
+    room = sink_copies(units, raw, role, sink)
+    upto = room.cumsum(1)
+    place = torch.arange(int(upto[:, -1].max()), device=rows.device).expand(len(rows), -1).contiguous()
+    unit = torch.searchsorted(upto, place, right=True).clamp_(max=begin.shape[1] - 1)
+    at = begin.gather(1, unit) + place - (upto - room).gather(1, unit)
+    return tokens + upto - room, rows.gather(1, at.clamp_(0, tokens - 1))

@@ -17,7 +17,7 @@ from unfold.kernels.select import SelectRule
 from unfold.kernels.tree import GistTree
 from unfold.kernels.unfold import RecallStats
 from unfold.model.config import GistConfig
-from unfold.model.gist.layout import Layout, document_starts
+from unfold.model.gist.layout import Layout
 from unfold.model.gist.routing import Routing
 
 # What a raw token does beyond forgetting, as bits: it unfolds what it selects; in place of that, everything; it is taken for the
@@ -63,10 +63,10 @@ class Recall:
         Args:
             layout: of the micro-batch.
             config: its chunk sizes, sink, budget and sharing.
-            flags: int [B, T]; those of gists and padding are passed over.
+            flags: int [B, T]; those of gists, links and padding are passed over.
             route_scale: see :class:`Routing`.
         """
-        recalls = (flags & RECALLS > 0) & (layout.level < 0) & (layout.doc >= 0)
+        recalls = (flags & RECALLS > 0) & layout.text
         if not recalls.any():
             return None
         wide, routed = recalls & (flags & UNFOLDS_ALL > 0), recalls & (flags & ROUTES > 0)
@@ -113,12 +113,13 @@ def recalling_tokens(layout: Layout, config: GistConfig, suffix: Tensor | None =
     Args:
         layout: of the micro-batch.
         config: ``recall`` is 'none' (no token), 'suffix' (the raw tokens of ``suffix``) or 'all' (every raw token).
+            Links never do.
         suffix: bool [B, T], the tokens after the closed context; needed for 'suffix' only.
 
     Raises:
         ValueError: recall is 'suffix' and no suffix was given.
     """
-    raw = (layout.level < 0) & (layout.doc >= 0)
+    raw = layout.text
     if config.recall == "none":
         return torch.zeros_like(raw)
     if config.recall == "all":
@@ -146,7 +147,7 @@ def build_recall(layout: Layout, config: GistConfig, recalls: Tensor) -> GistTre
     Args:
         layout: of the micro-batch, made with the same ``config``.
         config: chunk sizes (their number is the number of levels) and sink.
-        recalls: bool [B, T], the tokens that recall. Gists and padding never do, whatever is set for them.
+        recalls: bool [B, T], the tokens that recall. Gists, links and padding never do, whatever is set for them.
 
     Returns:
         The tree, on the layout's device.
@@ -160,7 +161,7 @@ def build_recall(layout: Layout, config: GistConfig, recalls: Tensor) -> GistTre
         )
     intervals, levels = layout.intervals, config.levels
     tokens = recalls.shape[1]
-    recalls = recalls & (layout.level < 0) & (layout.doc >= 0)
+    recalls = recalls & layout.text
     first = first_rows(layout)
     families = intervals.memo("families", lambda: _families(layout, intervals.hi[:, : levels + 1], first, config.sink))
     child_lo, child_hi, parent = families
@@ -170,7 +171,7 @@ def build_recall(layout: Layout, config: GistConfig, recalls: Tensor) -> GistTre
     lo, hi = at(intervals.lo), at(intervals.hi)
     lo[:levels] = at(first[:, :levels])
     tail = _open_tails(lo, hi, child_hi, query // tokens, levels)
-    span = torch.arange(tokens, device=query.device) - document_starts(layout.doc) + 1
+    span = torch.arange(tokens, device=query.device) - layout.first_seen + 1
     splits = torch.nn.functional.pad(recalls.sum(1).cumsum(0), (1, 0)).tolist()
     others = intervals.without(recalls)
     span = span.flatten().index_select(0, query).int()
@@ -178,14 +179,14 @@ def build_recall(layout: Layout, config: GistConfig, recalls: Tensor) -> GistTre
 
 
 def first_rows(layout: Layout) -> Tensor:
-    """The first row of each token's document in every segment but the sinks': int32 [B, L + 1, T]."""
+    """Of every segment but the sinks' the first row of a token's document, part or bundle: int32 [B, L + 1, T]."""
     return layout.intervals.memo("first rows", lambda: _find_first_rows(layout))
 
 
 def _find_first_rows(layout: Layout) -> Tensor:
-    start = document_starts(layout.doc)
-    # A document's first token is raw and stands before all of the document's gists: the ends of its ranges are
-    # the document's first rows, but for the raw segment, whose range holds the token itself.
+    start = layout.first_seen
+    # It is raw and stands before all gists that the token could see: the ends of its ranges are
+    # the first rows, but for the raw segment, whose range holds the token itself.
     ends = layout.intervals.hi[:, :-1]
     first = ends.gather(2, start[:, None].expand(-1, ends.shape[1], -1))
     first[:, -1] -= 1
@@ -215,7 +216,7 @@ def _families(layout: Layout, ends: Tensor, first: Tensor, sink: int) -> tuple[T
     levels = ends.shape[1] - 1
     tokens = ends.shape[2]
     rows = intervals.rows[:, :tokens]  # [B, T], the token in each row
-    level, doc = layout.level.gather(1, rows).long(), layout.doc.gather(1, rows)
+    level, doc, home = (x.gather(1, rows).long() for x in (layout.level, layout.doc, layout.first_seen))
     segment = levels - 1 - level  # [B, T] by row
     pick = lambda x, s: x.transpose(1, 2).gather(1, rows[..., None].expand(-1, -1, levels + 1)).gather(2, s[..., None])[..., 0]
 
@@ -223,17 +224,17 @@ def _families(layout: Layout, ends: Tensor, first: Tensor, sink: int) -> tuple[T
     # A gist sees the segment below, up to itself: its children are what came since its elder sibling.
     child_hi = pick(ends, below)
     own_first = pick(first, below)
-    elder = torch.zeros_like(doc, dtype=torch.bool)
-    elder[:, 1:] = (doc[:, 1:] == doc[:, :-1]) & (segment[:, 1:] == segment[:, :-1])
+    elder = torch.zeros_like(home, dtype=torch.bool)
+    elder[:, 1:] = (home[:, 1:] == home[:, :-1]) & (segment[:, 1:] == segment[:, :-1])
     child_lo = torch.where(elder, child_hi.roll(1, 1), own_first)
     child_lo = torch.where(level == 0, torch.maximum(child_lo, own_first + sink).minimum(child_hi), child_lo)
     is_gist = level >= 0
     child_lo, child_hi = child_lo * is_gist, child_hi * is_gist
 
-    # The next gist one level up closes the item, if it is of the same document.
+    # The next gist one level up closes the item, if it is of the same document or part.
     parent = pick(ends, (segment - 1).clamp_(min=0))
     in_row = parent.clamp(max=tokens - 1).long()
-    has_parent = (segment > 0) & (segment.gather(1, in_row) == segment - 1) & (doc.gather(1, in_row) == doc) & (doc >= 0)
+    has_parent = (segment > 0) & (segment.gather(1, in_row) == segment - 1) & (home.gather(1, in_row) == home) & (doc >= 0)
     return child_lo, child_hi, parent.masked_fill(~has_parent, -1)
 
 

@@ -162,7 +162,7 @@ def _unfolded(
     chosen = torch.zeros(0, dtype=torch.bool, device=device)  # [Hkv, heads, n, parents], by whom
     for s in range(levels):
         tail, end = sight.tail[s, at], hi[s]
-        below = _members(*children(sight.ends, settings.sink, s - 1, parents))[0] if s else parents
+        below = _members(*children(sight.ends, sight.sink, s - 1, parents))[0] if s else parents
         open_ones = torch.arange(int(tail.min()), int(end.max()), device=device)
         rows = torch.cat([below[below < tail.min()], open_ones])  # ascending, so that of equal scores the earlier wins
         if not len(rows):
@@ -182,7 +182,7 @@ def _unfolded(
         columns.append(Columns(s, parents, chosen.any(1)))
     window = sight.lo[-1, at]
     if len(parents):
-        raw, owner = _members(*children(sight.ends, settings.sink, levels - 1, parents))
+        raw, owner = _members(*children(sight.ends, sight.sink, levels - 1, parents))
         # A chunk lies in a query's window entirely or not at all: the window begins where a chunk does.
         columns.append(Columns(levels, raw, chosen.any(1)[..., owner] & (raw < window[:, None])))
     return columns + _ranges(q, layer, sight, at, settings, scale, first=levels)

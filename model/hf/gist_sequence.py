@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from unfold.model.gist.growing import Feed, GistPlacement, Outline, Sight
+from unfold.model.gist.joining import JoinedOutline
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class GistSettings:
         own_group: whether of the level below it a gist sees its own group alone.
         recall_from: first layer in which tokens recall.
         unfold_all: whether they unfold everything before them, whatever the budget is.
+        links, link_ids: how many link tokens a part of a linked context has, and their ids; none where the vocabulary has none.
     """
 
     chunk_sizes: tuple[int, ...]
@@ -47,6 +49,8 @@ class GistSettings:
     own_group: bool = False
     recall_from: int = 1
     unfold_all: bool = False
+    links: int = 0
+    link_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
         if self.unfold_all:  # no budget counts, and one selection serves all heads: they would make the same
@@ -138,10 +142,10 @@ class SegmentRows:
 class GistSequence:
     """One growing sequence: where its gists go, its outline, and every layer's keys and values."""
 
-    def __init__(self, settings: GistSettings, device: torch.device):
+    def __init__(self, settings: GistSettings, device: torch.device, outline: Outline | None = None):
         self.settings, self.device = settings, device
         self.placement = GistPlacement(settings, unpack_word_starts(settings.word_starts), settings.token_ids)
-        self.outline = Outline(settings, device)
+        self.outline = Outline(settings, device) if outline is None else outline
         self.layers: dict[int, list[SegmentRows]] = {}
         self.closed_at: int | None = None  # raw tokens before which the context was closed on purpose
 
@@ -167,11 +171,13 @@ class GistSequence:
             grow: whether what follows a closed context gets gists as its chunks close; None: where no context was closed.
 
         Raises:
-            ValueError: the context would end among tokens that were read before.
+            ValueError: the context would end among tokens that were read before, or gists would come after parts.
         """
+        if grow and isinstance(self.outline, JoinedOutline):
+            raise ValueError("gist_grow: True, but what follows joined parts gets no gists; leave it out")
         recall, before = self.settings.recall, self.outline.counts[-1]
         if query_start is None:
-            suffix = before > 0
+            suffix = before > 0 or self.closed_at is not None
             grow = self.closed_at is None if grow is None else grow
             enter = self.placement.push if grow or not suffix else self.placement.leave
             return enter(tokens, recall == "all" or (suffix and recall != "none"))

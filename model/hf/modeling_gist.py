@@ -23,7 +23,10 @@ from transformers.modeling_utils import AttentionInterface
 
 # transformers 4.57 copies the files that this one imports, and not those that they import.
 from unfold.model.gist.growing import Sight
+from unfold.model.gist.joining import JoinedOutline
+from unfold.model.gist.parts import Identity, Part
 
+from .documents import identity_of, join, part_of
 from .gist_attention import GistPass
 from .gist_sequence import GistSequence, GistSettings
 from .own_kernels import find_kernels
@@ -44,6 +47,7 @@ class GistCache(Cache):
     def __init__(self, sequences: Sequence[GistSequence]):
         super().__init__(layers=[])
         self.sequences, self.length = list(sequences), 0
+        self.input_ids: Tensor | None = None  # of joined parts, [1, length]: what goes before a question in generate()
 
     def get_seq_length(self, *args, **kwargs) -> int:
         return self.length
@@ -78,7 +82,14 @@ class GistCache(Cache):
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.reorder_cache(torch.arange(len(self.sequences)).repeat_interleave(repeats))
 
+    @property
+    def joined(self) -> bool:
+        """Whether parts were joined here."""
+        return any(isinstance(sequence.outline, JoinedOutline) for sequence in self.sequences)
+
     def reset(self) -> None:
+        if self.joined:
+            raise ValueError("a cache of joined parts cannot be emptied; join them anew")
         self.sequences = [GistSequence(s.settings, s.device) for s in self.sequences]
         self.length = 0
 
@@ -199,6 +210,36 @@ class GistForCausalLM:
             **{CACHE: cache if use_cache else None},
         )
         return result.to_tuple() if return_dict is False else result
+
+    def gist_identity(self) -> Identity:
+        """Fingerprints of the weights and of how gists are put in; only parts that were read with the same can be joined."""
+        state = [(p.data_ptr(), p._version) for p in self.parameters()]
+        if getattr(self, "_identity", (None,))[0] != state:
+            self._identity = state, identity_of(self)
+        return self._identity[1]
+
+    @torch.no_grad()
+    def read_part(self, input_ids: Tensor | Sequence[int]) -> Part:
+        """Read a document of raw tokens, [n] or [1, n], by itself, to be joined with others by :meth:`join_parts`."""
+        tokens = torch.as_tensor(input_ids).flatten().tolist()
+        if not tokens:
+            raise ValueError("input_ids: a part has no token; leave it out")
+        ids = torch.tensor([tokens], device=self.device)
+        out = self(ids, gist_query_start=len(tokens), use_cache=True, logits_to_keep=1)
+        return part_of(self.gist_identity(), tokens, out[CACHE].sequences[0])
+
+    def join_parts(self, parts: Sequence[Part], prefix_ids: Tensor | Sequence[int] = ()) -> GistCache:
+        """A cache of a prefix, parts in any order, and their links: the ``past_key_values`` of a question on them.
+
+        generate() wants all ids: ``generate(torch.cat([cache.input_ids, question], 1), past_key_values=cache)``. For several
+        questions take copies of the cache: ``copy.deepcopy(cache)``.
+        """
+        if self.config._attn_implementation != GIST:
+            raise ValueError('parts: need attn_implementation="gist"')
+        sequence, ids = join(self, parts, torch.as_tensor(prefix_ids).flatten().long().tolist())
+        cache = GistCache([sequence])
+        cache.length, cache.input_ids = len(ids), torch.tensor([ids], device=self.device)
+        return cache
 
     def _gist_cache(self, cache: Cache | None, input_ids: Tensor) -> GistCache:
         """The cache to go on with; an empty stock cache, such as generate() makes, stands for a new one."""

@@ -10,19 +10,23 @@ import numpy as np
 import torch
 
 from unfold.model.config import TRAINING_ONLY, GistConfig
-from unfold.model.gist import growing
+from unfold.model.gist import growing, joining, parts
 from unfold.model.hf.gist_sequence import GistSettings, pack_word_starts
 
 TOKENIZER_FILE = "exported_tokenizer.py"
 TOKENIZER_MAP = {"AutoTokenizer": [None, "exported_tokenizer.PreTrainedTokenizerFast"]}
-FILES = ("modeling_gist.py", "gist_attention.py", "own_kernels.py", "gist_sequence.py")
+FILES = ("modeling_gist.py", "gist_attention.py", "own_kernels.py", "gist_sequence.py", "documents.py")
+SHARED = (growing, joining, parts)  # with generation
 
 
 def remote_code_files() -> dict[str, str]:
     """File name -> content, to be written beside config.json, where they find one another by relative imports."""
     files = {name: Path(__file__).with_name(name).read_text() for name in FILES}
-    files["growing.py"] = Path(growing.__file__).read_text()
-    return {name: text.replace(f"from {growing.__name__} import", "from .growing import") for name, text in files.items()}
+    files |= {Path(module.__file__).name: Path(module.__file__).read_text() for module in SHARED}
+    for module in SHARED:
+        here = f"from .{module.__name__.rpartition('.')[2]} import"
+        files = {name: text.replace(f"from {module.__name__} import", here) for name, text in files.items()}
+    return files
 
 
 def tokenizer_code() -> dict[str, str]:
@@ -38,7 +42,12 @@ def unknown_settings(gist: GistConfig) -> list[str]:
 
 
 def config_entries(
-    architecture: str, gist: GistConfig, gist_ids: Sequence[int], reserved_ids: Sequence[int], word_starts: np.ndarray
+    architecture: str,
+    gist: GistConfig,
+    gist_ids: Sequence[int],
+    reserved_ids: Sequence[int],
+    word_starts: np.ndarray,
+    link_ids: Sequence[int] = (),
 ) -> dict:
     """The entries of config.json that go with :func:`remote_code_files`.
 
@@ -50,11 +59,13 @@ def config_entries(
         gist_ids: one id per level.
         reserved_ids: every id of the vocabulary that stands for no text, gists and links; never generated.
         word_starts: [vocab] bool.
+        link_ids: of the links of one part of a linked context.
     """
     if strange := unknown_settings(gist):
         raise ValueError(f"gist.{strange[0]}: {getattr(gist, strange[0])!r}; the code that exports ship does not know it")
     known = {field.name for field in dataclasses.fields(GistSettings)}
     entry = {name: value for name, value in dataclasses.asdict(gist).items() if name in known}
     entry |= {"chunk_sizes": list(gist.chunk_sizes), "token_ids": list(gist_ids), "reserved_ids": list(reserved_ids)}
+    entry["link_ids"] = list(link_ids)
     entry["word_starts"] = pack_word_starts(torch.from_numpy(np.ascontiguousarray(word_starts)))
     return {"gist": entry, "auto_map": {"AutoModelForCausalLM": f"modeling_gist.Gist{architecture}"}}

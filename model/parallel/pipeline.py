@@ -1,7 +1,8 @@
 """The decoder as a list of layer specifications for DeepSpeed's PipelineModule.
 
-Between stages travel the residual stream and three integers per token, its level, its document and whether it recalls,
-from which every stage rebuilds the layout once per micro-batch; so nothing that grows faster than the sequence is sent.
+Between stages travel the residual stream and a few integers per token: its level, its document, whether it recalls and, where
+contexts may be linked, its role and part. From these every stage rebuilds the layout once per micro-batch; so nothing that grows
+faster than the sequence is sent.
 Labels are read by the last stage itself.
 """
 
@@ -44,7 +45,7 @@ class StageAttention:
         self._made: tuple[Tensor, Rotary, Attend] | None = None
 
     def for_micro_batch(self, structure: Tensor) -> tuple[Rotary, Attend]:
-        """structure: [3, B, T] int32, level, document and flags of recall (see :func:`stage_inputs`)."""
+        """structure: [3 or 5, B, T] int32, level, document and flags of recall, role and part (see :func:`stage_inputs`)."""
         # A stage's layers take a micro-batch one after another; what is kept stays alive, so the same memory is the same one.
         if self._made is None or self._made[0].data_ptr() != structure.data_ptr():
             self._made = structure, *self._make(structure)
@@ -57,8 +58,8 @@ class StageAttention:
         return taken
 
     def _make(self, structure: Tensor) -> tuple[Rotary, Attend]:
-        level, doc, flags = structure
-        layout = build_layout(level, doc, self.gist)
+        level, doc, flags, *linked = structure
+        layout = build_layout(level, doc, self.gist, *linked)
         recall = Recall.from_flags(layout, self.gist, flags, self.route_scale) if flags.any() else None
         if recall is not None:
             self.recalls.append(recall)
@@ -138,9 +139,11 @@ def stage_loss(
 
 def stage_inputs(batch: MicroBatch, factor: float) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """A micro-batch as DeepSpeed's pipeline takes it: ((ids, structure), (labels, factor of the loss))."""
-    level, doc = batch.layout.level.to(torch.int32), batch.layout.doc.to(torch.int32)
+    layout = batch.layout
+    level, doc = layout.level.to(torch.int32), layout.doc.to(torch.int32)
     flags = batch.recall.flags if batch.recall else torch.zeros_like(level)
-    return (batch.ids, torch.stack([level, doc, flags])), (batch.labels, torch.tensor(factor))
+    linked = [] if layout.role is None else [layout.role.to(torch.int32), layout.part.to(torch.int32)]
+    return (batch.ids, torch.stack([level, doc, flags, *linked])), (batch.labels, torch.tensor(factor))
 
 
 def canonical_name(layers: int) -> Callable[[str], str]:

@@ -15,18 +15,19 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core.tensor_parallel import (
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from unfold.model.parallel.megatron import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
     copy_to_tensor_model_parallel_region,
     gather_from_tensor_model_parallel_region,
+    linear_with_frozen_weight,
     linear_with_grad_accumulation_and_async_allreduce,
     reduce_from_tensor_model_parallel_region,
 )
-from megatron.core.tensor_parallel.layers import linear_with_frozen_weight
-from torch import Tensor
-from torch.distributed import ProcessGroup
 
 
 class Alone:

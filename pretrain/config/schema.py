@@ -41,6 +41,9 @@ class DataConfig(Settings):
     tokenizer: str = option("", "tokenizer directory that the shards were made with")
     cache: str = option("", "directory for shards fetched from URLs; empty: ~/.cache/unfold/shards")
     raw_tokens: Annotated[int, Bounds(ge=2)] = option(1024, "raw tokens per sample, whatever the chunk sizes")
+    shuffle_parts: bool = option(
+        False, "training: draw the order of the parts of linked contexts, by the seed and the sample's number"
+    )
 
     def misfits(self) -> list[str]:
         errors = []

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from unfold.model.config import GistConfig
-from unfold.model.gist import Interleaved
+from unfold.model.gist import Interleaved, Role
 from unfold.model.gist.recall import RECALLS, ROUTES, UNFOLDS_ALL
 
 DRAWS = 1 << 63  # keeps these draws apart from those that order documents
@@ -40,11 +40,17 @@ def sample_flags(made: Interleaved, suffix: np.ndarray, gist: GistConfig, seed: 
 
 def plain_flags(made: Interleaved, suffix: np.ndarray, gist: GistConfig) -> np.ndarray:
     """The same without what training draws: RECALLS and UNFOLDS_ALL as the settings have it, int32 [T]."""
-    recalls = {"none": np.zeros_like(suffix), "suffix": suffix & (made.level < 0), "all": made.level < 0}[gist.recall]
+    recalls = {"none": np.zeros_like(suffix), "suffix": suffix & made.raw, "all": made.raw}[gist.recall]
     return recalls.astype(np.int32) * (RECALLS | UNFOLDS_ALL * gist.unfold_all)
 
 
 def _after_a_gist(made: Interleaved) -> np.ndarray:
-    """bool [T], the tokens with a gist of their document before them: others have nothing to find."""
+    """bool [T], the tokens with a gist before them in what they read: others have nothing to find."""
     document = np.where(made.level >= 0, made.doc, -1)
-    return np.maximum.accumulate(document) == made.doc
+    found = np.maximum.accumulate(document) == made.doc
+    if made.role is None:
+        return found
+    step = int(made.part.max()) + 1
+    own = made.doc * step + np.where(made.role == Role.PART, made.part, 0)  # of a part that part alone
+    within = np.maximum.accumulate(np.where(made.level >= 0, own, -1)) == own
+    return np.where(made.role == Role.SUFFIX, found, within)

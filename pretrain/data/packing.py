@@ -52,7 +52,7 @@ class _Windows:
 class CutWindows(_Windows):
     """Exactly R raw tokens each; a border cuts a document."""
 
-    closed = 0  # contexts that a window closes at most
+    closed = parts = 0  # contexts or parts that a window closes at most, and parts of linked contexts
 
     def __init__(self, shards: list[LazyShard], first_document: int, raw_tokens: int, key: list[int], name: str):
         """name: of the source, for messages."""
@@ -119,7 +119,9 @@ class PackedWindows(_Windows):
         self._documents = order[by_window]
         self.samples_per_epoch = int(window.max()) + 1
         self._starts = np.searchsorted(window[by_window], np.arange(self.samples_per_epoch + 1))
-        self.closed = int(np.diff(self._starts).max())
+        parts = np.concatenate([shard.parts for shard in shards])[self._documents]
+        most = lambda counts: int(np.add.reduceat(counts, self._starts[:-1]).max())
+        self.parts, self.closed = most(parts), most(np.maximum(parts, 1))
 
     def segments(self, sample: int) -> list[Segment]:
         """The documents of this source's sample number ``sample``."""

@@ -5,7 +5,8 @@ integer, and ranks, micro-batches and chunk sizes do not change what is seen. Wh
 windows of its own, and `unfold.pretrain.data.blend` tells which one gives a sample.
 
 A supervised document is a context and a suffix: the context is closed, the suffix gets no gists, and only answers are
-predicted. Every other document is all text, and every token of it but the first is predicted.
+predicted. Its context may be linked documents, each a part to itself. Every other document is all text, and every token of it
+but the first is predicted.
 """
 
 from __future__ import annotations
@@ -18,10 +19,20 @@ import torch
 
 from unfold.data_prep.format.lazy import LazyShard
 from unfold.model.config import GistConfig
-from unfold.model.gist import Recall, build_layout, interleave, max_interleaved_length
+from unfold.model.gist import (
+    Bundle,
+    Interleaved,
+    Recall,
+    Role,
+    build_layout,
+    interleave,
+    max_interleaved_length,
+    without_gists,
+)
 from unfold.model.visibility import IGNORED, MicroBatch
 from unfold.pretrain.data.blend import make_blend, parse_entry
 from unfold.pretrain.data.flags import plain_flags, sample_flags
+from unfold.pretrain.data.linked import bundle_of, check_links, shuffle_parts
 from unfold.pretrain.data.packing import CutWindows, PackedWindows, Segment
 from unfold.pretrain.data.shards import open_shards
 from unfold.pretrain.data.tokenizer import RunTokenizer
@@ -69,8 +80,22 @@ class TokenSource:
         self._shard_first = np.cumsum([0] + [len(shard.lengths) for shard in self._shards])
         self.tokens = sum(stream.tokens for stream in self._streams)
         self.samples_per_epoch = sum(stream.samples_per_epoch for stream in self._streams)
-        self.closed = max(stream.closed for stream in self._streams)  # contexts that a sample closes at most
+        self.closed = max(stream.closed for stream in self._streams)  # contexts or parts that a sample closes at most
+        self.parts = max(stream.parts for stream in self._streams)  # parts of linked contexts that a sample holds at most
         self.supervised = any(shard.info.supervised for shard in self._shards)
+        self.linked = any(shard.linked for shard in self._shards)
+
+    def check_positions(self, links: int, longest: int, setting: str) -> None:
+        """Raise UserError where a linked context has more positions than ``longest``, its links for every part among them."""
+        for shard in (shard for shard in self._shards if shard.linked):
+            positions = shard.lengths + links * shard.parts
+            if (most := int(positions.max())) > longest:
+                document = int(positions.argmax())
+                raise UserError(
+                    f"{setting}: {shard.prefix} has a document of {shard.lengths[document]:,} tokens in {shard.parts[document]} "
+                    f"parts, which with gist.links = {links} are {most:,} positions, more than model.max_position = {longest}; "
+                    "raise it, or give fewer or shorter parts"
+                )
 
     @property
     def fingerprint(self) -> list[str]:
@@ -109,6 +134,10 @@ class TokenSource:
         None for a piece of a document that is all text.
         """
         return [shard.spans(document) for shard, document in self._located(pieces)]
+
+    def bundles(self, pieces: Sequence[Segment]) -> list[Bundle | None]:
+        """How each piece is made of prefix, parts and suffix; None for one that is no linked context."""
+        return [bundle_of(shard.edges(document)) for shard, document in self._located(pieces)]
 
     def _located(self, pieces: Sequence[Segment]) -> list[tuple[LazyShard, int]]:
         """The shard of each piece, and the document's number within it."""
@@ -152,14 +181,32 @@ class BatchBuilder:
     """Turns global sample numbers into micro-batches of one fixed shape."""
 
     def __init__(
-        self, source: TokenSource, gist: GistConfig | None, tokenizer: RunTokenizer, length_multiple: int = 1, seed: int = 0
+        self,
+        source: TokenSource,
+        gist: GistConfig | None,
+        tokenizer: RunTokenizer,
+        length_multiple: int = 1,
+        seed: int = 0,
+        shuffle_parts: bool = False,
     ):
-        """gist: None for dense attention (no gists). length_multiple: the padded length is a multiple of it. seed: of what
-        training draws for every sample."""
+        """Check what linked contexts need.
+
+        Args:
+            gist: None for dense attention (no gists).
+            length_multiple: the padded length is a multiple of it.
+            seed: of what training draws for every sample.
+            shuffle_parts: draw the order of the parts of linked contexts for every sample.
+
+        Raises:
+            UserError: the tokenizer has too few link ids.
+        """
         self.source, self.tokenizer, self.gist, self.seed = source, tokenizer, gist, seed
+        self._shuffle_parts = shuffle_parts
         longest = source.raw_tokens
         if gist is not None:
-            longest = max_interleaved_length(longest, gist.chunk_sizes, source.closed)
+            if source.linked:
+                check_links(tokenizer, gist)
+            longest = max_interleaved_length(longest, gist.chunk_sizes, source.closed, gist.links * source.parts)
         self.length = -(-longest // length_multiple) * length_multiple
 
     def build(self, samples: Sequence[int], stage: GistConfig | None = None) -> MicroBatch:
@@ -167,54 +214,64 @@ class BatchBuilder:
 
         stage: how a stage of training recalls; None for recall as the settings have it, without what training draws.
         """
-        shape = (len(samples), self.length)
-        ids = np.zeros(shape, np.int64)
-        labels = np.full(shape, IGNORED, np.int64)
-        level, doc = np.full(shape, -1, np.int32), np.full(shape, -1, np.int32)
-        flags = np.zeros(shape, np.int32)
+        columns = self._columns(len(samples))
         for row, sample in enumerate(samples):
-            pieces = self.source.segments(sample)
-            raw, spans = self.source.read(pieces), self.source.spans(pieces)
-            lengths = [piece.length for piece in pieces]
-            targets = _targets(raw, lengths, spans)
-            if self.gist is None:
-                used = len(raw)
-                ids[row, :used], doc[row, :used] = raw, np.repeat(np.arange(len(lengths)), lengths)
-                labels[row, :used] = targets
-                continue
-            contexts = np.array([-1 if own is None else own[0] for own in spans])
-            gist_ids = self.tokenizer.gist_ids[: self.gist.levels]
-            made = interleave(raw, lengths, self.tokenizer.word_starts, self.gist, gist_ids, contexts=contexts)
-            used = len(made.ids)
-            ids[row, :used], level[row, :used], doc[row, :used] = made.ids, made.level, made.doc
-            labels[row, :used][made.level < 0] = targets
-            context = contexts[made.doc]
-            suffix = (made.level < 0) & (context >= 0) & (made.position >= context)
-            flags[row, :used] = (
-                plain_flags(made, suffix, self.gist) if stage is None else sample_flags(made, suffix, stage, self.seed, sample)
-            )
-        return self._micro_batch(ids, labels, level, doc, flags, stage or self.gist)
+            made, labels, flags = self._sample(sample, stage)
+            given = {"labels": labels, "flags": flags, **{name: getattr(made, name) for name in ("ids", "level", "doc")}}
+            if made.role is not None:
+                given |= {"role": made.role, "part": made.part}
+            for name, values in given.items():
+                columns[name][row, : len(values)] = values
+        return self._micro_batch(columns, stage or self.gist)
 
     def empty(self) -> MicroBatch:
         """One sample of padding without any target, for a rank that has nothing to do but must take part."""
-        shape = (1, self.length)
-        nowhere = np.full(shape, -1, np.int32)
-        labels, flags = np.full(shape, IGNORED, np.int64), np.zeros(shape, np.int32)
-        return self._micro_batch(np.zeros(shape, np.int64), labels, nowhere, nowhere, flags, self.gist)
+        return self._micro_batch(self._columns(1), self.gist)
 
-    def _micro_batch(
-        self,
-        ids: np.ndarray,
-        labels: np.ndarray,
-        level: np.ndarray,
-        doc: np.ndarray,
-        flags: np.ndarray,
-        gist: GistConfig | None,
-    ) -> MicroBatch:
-        """flags: of every token, see `unfold.pretrain.data.flags`; gist: how those recall that do."""
-        layout = build_layout(torch.from_numpy(level), torch.from_numpy(doc), self.gist)
-        recall = Recall.from_flags(layout, gist, torch.from_numpy(flags)) if flags.any() else None
-        return MicroBatch(torch.from_numpy(ids), torch.from_numpy(labels), layout, recall)
+    def _columns(self, samples: int) -> dict[str, np.ndarray]:
+        """Arrays [samples, length] of padding; role and part where any sample of the source may have bundles."""
+        shape = (samples, self.length)
+        wide = {"ids": np.zeros(shape, np.int64), "labels": np.full(shape, IGNORED, np.int64)}
+        places = {name: np.full(shape, -1, np.int32) for name in ("level", "doc")}
+        linked = ("role", "part") if self.source.linked else ()
+        return wide | places | {name: np.zeros(shape, np.int32) for name in ("flags", *linked)}
+
+    def sample(self, sample: int) -> Interleaved:
+        """A global sample number with its gists and links."""
+        return self._sample(sample, None)[0]
+
+    def _sample(self, sample: int, stage: GistConfig | None) -> tuple[Interleaved, np.ndarray, np.ndarray]:
+        """A sample with its gists and links, and the label and flags of each of its tokens."""
+        pieces = self.source.segments(sample)
+        raw, spans, bundles = self.source.read(pieces), self.source.spans(pieces), self.source.bundles(pieces)
+        lengths = [piece.length for piece in pieces]
+        if self._shuffle_parts:
+            bundles = shuffle_parts(raw, lengths, bundles, self.seed, sample)
+        targets = _targets(raw, lengths, spans)
+        if self.gist is None:
+            made = without_gists(raw, lengths, bundles)
+            return made, targets, np.zeros(len(raw), np.int32)
+        contexts = np.array([-1 if own is None or bundle else own[0] for own, bundle in zip(spans, bundles)])
+        gist_ids, link_ids = self.tokenizer.gist_ids[: self.gist.levels], self.tokenizer.link_ids[: self.gist.links]
+        where = {"contexts": contexts, "bundles": bundles, "link_ids": link_ids}
+        made = interleave(raw, lengths, self.tokenizer.word_starts, self.gist, gist_ids, **where)
+        labels = np.full(len(made.ids), IGNORED, np.int64)
+        labels[made.raw] = targets
+        context = contexts[made.doc]
+        suffix = made.raw & (context >= 0) & (made.position >= context)
+        if made.role is not None:
+            suffix |= made.role == Role.SUFFIX
+        flags = plain_flags(made, suffix, self.gist)
+        if stage is not None:
+            flags = sample_flags(made, suffix, stage, self.seed, sample)
+        return made, labels, flags
+
+    def _micro_batch(self, columns: dict[str, np.ndarray], gist: GistConfig | None) -> MicroBatch:
+        """columns: see :meth:`_columns`; flags: see `unfold.pretrain.data.flags`; gist: how those recall that do."""
+        tensors = {name: torch.from_numpy(values) for name, values in columns.items()}
+        layout = build_layout(tensors["level"], tensors["doc"], self.gist, tensors.get("role"), tensors.get("part"))
+        recall = Recall.from_flags(layout, gist, tensors["flags"]) if columns["flags"].any() else None
+        return MicroBatch(tensors["ids"], tensors["labels"], layout, recall)
 
 
 def step_samples(step: int, global_batch: int, micro_batch: int, data_rank: int, data_size: int) -> list[list[int]]:

@@ -10,7 +10,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from unfold.data_prep.format.text import read_text
-from unfold.data_prep.format.tokenizer import GENERATION_FILE, INFO_FILE, JSON_FILE, WORD_STARTS_FILE, TokenizerInfo
+from unfold.data_prep.format.tokenizer import GENERATION_FILE, INFO_FILE, JSON_FILE, WORD_STARTS_FILE, ControlToken, TokenizerInfo
 from unfold.pretrain.errors import UserError
 
 
@@ -36,6 +36,13 @@ class RunTokenizer(TokenizerInfo):
     def tokenizer(self) -> Tokenizer:
         """The encoder and decoder."""
         return Tokenizer.from_file(str(self.directory / JSON_FILE))
+
+    def control(self) -> dict[str, ControlToken]:
+        """Tokens that stand for no text, by name: what is special in tokenizer.json, and the ends of documents and padding."""
+        tokenizer, roles = self.tokenizer(), (self.bos_id, self.eos_id, self.pad_id)
+        added = tokenizer.get_added_tokens_decoder()
+        control = {t.content: ControlToken(i, t.lstrip, t.rstrip) for i, t in added.items() if t.special or i in roles}
+        return control | {tokenizer.id_to_token(i): ControlToken(i) for i in roles if i is not None and i not in added}
 
 
 def load_tokenizer(directory: str | Path, gist_levels: int, setting: str = "data.tokenizer") -> RunTokenizer:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 
-from unfold.pretrain.evaluate import passkey, perplexity, routing, tasks
+from unfold.pretrain.evaluate import passkey, perplexity, rag, routing, tasks
 
 MODEL_COMMANDS = {
     "perplexity": perplexity.perplexity,
     "passkey": passkey.passkey,
     "tasks": tasks.tasks,
+    "rag": rag.rag,
     "routing": routing.routing,
 }
 
@@ -24,8 +25,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     passkey.add_arguments(keys)
     found = kinds.add_parser("routing", help="how much of what attention looks for recall selects, by layer and distance")
     routing.add_arguments(found)
-    questions = kinds.add_parser("tasks", help="questions on long contexts: LongBench, RULER, retrieved documents")
+    questions = kinds.add_parser("tasks", help="questions on long contexts: LongBench, RULER, documents")
     tasks.add_arguments(questions)
+    retrieved = kinds.add_parser("rag", help="questions on retrieved documents, read joined or one by one")
+    rag.add_arguments(retrieved)
 
 
 def evaluate(args: Namespace) -> Iterator[str]:

@@ -4,32 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from unfold.pretrain.errors import UserError
-from unfold.pretrain.evaluate.metrics import FIRST_LINE, METRICS, Metric, StringMatch
-from unfold.pretrain.evaluate.texts import read_rows
-
-QUESTION_ANSWERING = "{context}\n\nAnswer the question on the text above in a few words.\nQuestion: {input}\nAnswer:"
-SUMMARY = "{context}\n\nSummarize the text above. {input}\nSummary:"
-CONTINUE = "{context}{input}"
-DOCUMENTS = "{context}\n\nAnswer the question in a few words, by the documents above.\nQuestion: {input}\nAnswer:"
-
-
-@dataclass(frozen=True)
-class Kind:
-    """How the questions of one data set are put and scored.
-
-    Attributes:
-        metrics: the first one is the score; all are reported.
-        max_new_tokens: longest answer.
-        prompt: with {context}, which is folded with what stands before it, and {input}.
-    """
-
-    metrics: tuple[Metric | StringMatch, ...]
-    max_new_tokens: int
-    prompt: str
+from unfold.pretrain.evaluate.longbench import EVEN, GENERAL, LONGBENCH, Kind
+from unfold.pretrain.evaluate.metrics import METRICS
+from unfold.pretrain.evaluate.texts import read_rows, text_of, texts_of
 
 
 @dataclass(frozen=True)
@@ -40,46 +21,25 @@ class Item:
         place: 'FILE:LINE', for messages.
         dataset: what it is counted under.
         context, question: texts; the first is folded and closed, the second recalls.
+        opening: the answer's first words, which are given.
         answers: any of them is right (for ``match_all``: all are asked for).
         classes: of a classification.
         kind: how it is scored.
+        words: of the context, by which the data sets of LongBench-E are scored in parts; None elsewhere.
     """
 
     place: str
     dataset: str
     context: str
     question: str
+    opening: str
     answers: tuple[str, ...]
     classes: tuple[str, ...]
     kind: Kind
+    words: int | None = None
 
 
-def _kind(metric: str, tokens: int, prompt: str, first_line: bool = False) -> Kind:
-    return Kind((FIRST_LINE[metric] if first_line else METRICS[metric],), tokens, prompt)
-
-
-# LongBench's data sets in English and code, with its metrics, lengths and cuts at the first line; the prompts are ours.
-LONGBENCH = {
-    "narrativeqa": _kind("f1", 128, QUESTION_ANSWERING),
-    "qasper": _kind("f1", 128, QUESTION_ANSWERING),
-    "multifieldqa_en": _kind("f1", 64, QUESTION_ANSWERING),
-    "hotpotqa": _kind("f1", 32, QUESTION_ANSWERING),
-    "2wikimqa": _kind("f1", 32, QUESTION_ANSWERING),
-    "musique": _kind("f1", 32, QUESTION_ANSWERING),
-    "gov_report": _kind("rouge_l", 512, SUMMARY),
-    "qmsum": _kind("rouge_l", 512, "{context}\n\nAnswer the question on the meeting above.\nQuestion: {input}\nAnswer:"),
-    "multi_news": _kind("rouge_l", 512, SUMMARY),
-    "trec": _kind("classification", 64, "{context}\n{input}"),
-    "triviaqa": _kind("f1", 32, "{context}\n\n{input}", first_line=True),
-    "samsum": _kind("rouge_l", 128, "{context}\n\n{input}", first_line=True),
-    "passage_count": _kind("count", 32, "{context}\n\nHow many different paragraphs are there above? Their number is"),
-    "passage_retrieval_en": _kind(
-        "retrieval", 32, "{context}\n\nWhich paragraph does this abstract belong to?\n{input}\nThe number is: Paragraph"
-    ),
-    "lcc": _kind("code_similarity", 64, CONTINUE),
-    "repobench-p": _kind("code_similarity", 64, CONTINUE),
-}
-GENERAL = _kind("f1", 64, QUESTION_ANSWERING)
+DOCUMENTS = "{context}\n\nAnswer the question in a few words, by the documents above.\nQuestion: {input}\nAnswer:"
 RAG = Kind((METRICS["f1"], METRICS["exact_match"], METRICS["contains"]), 32, DOCUMENTS)
 # RULER scores its questions on documents by any answer, all else by the share of the answers; lengths by its kinds of task.
 RULER_LENGTHS = (("niah", 128), ("vt", 30), ("cwe", 120), ("fwe", 50), ("qa", 32))
@@ -117,40 +77,43 @@ def read_items(path: Path, prompts: Mapping[str, str], lengths: Mapping[str, int
 
 
 def _longbench_item(place: str, row: dict, path: Path, prompts: Mapping[str, str]) -> Item:
-    dataset = _text(place, row, "dataset", path.stem).removesuffix("_e")
-    if dataset.endswith("_zh") or dataset in ("dureader", "vcsum", "lsht"):
-        raise UserError(f"{place}: {dataset} is scored by Chinese words, which is not supported; leave the file out")
-    kind = LONGBENCH.get(dataset, GENERAL)
-    context, question = _fill(place, prompts.get(dataset, kind.prompt), _text(place, row, "context"), _text(place, row, "input"))
-    classes = () if row.get("all_classes") is None else _texts(place, row, "all_classes")
-    item = Item(place, dataset, context, question, _texts(place, row, "answers"), classes, kind)
-    if kind is LONGBENCH["trec"] and not classes:
+    dataset = text_of(place, row, "dataset", path.stem)
+    if path.stem.endswith(EVEN) and not dataset.endswith(EVEN):
+        dataset += EVEN
+    base = dataset.removesuffix(EVEN)
+    kind = LONGBENCH.get(base, GENERAL)
+    texts = [text_of(place, row, name) for name in ("context", "input")]
+    context, question = _fill(place, prompts.get(base, kind.prompt), *texts)
+    classes = () if row.get("all_classes") is None else texts_of(place, row, "all_classes")
+    words = row.get("length") if dataset.endswith(EVEN) and isinstance(row.get("length"), int) else None
+    item = Item(place, dataset, context, question, "", texts_of(place, row, "answers"), classes, kind, words)
+    if kind.metrics[0].name == "classification" and not classes:
         raise UserError(f"{place}: has no all_classes, among which {dataset} is classified")
     return item
 
 
 def _ruler_item(place: str, row: dict, path: Path) -> Item:
-    dataset = _text(place, row, "task", path.parent.name if path.stem in ("validation", "test") else path.stem)
-    text = _text(place, row, "input")
+    dataset = text_of(place, row, "task", path.parent.name if path.stem in ("validation", "test") else path.stem)
+    text = text_of(place, row, "input")
     # Needles are asked for in the last line; everything else from the last line that begins with 'Question:' on.
     at = -1 if dataset.startswith("niah") else text.rfind("\nQuestion:")
     at = text.rstrip().rfind("\n") if at < 0 else at
     if at < 0:
         raise UserError(f"{place}: input has one line; its question must begin a line, to be told from the context")
-    context, question = text[:at], text[at:] + str(row.get("answer_prefix") or "")
     tokens = next((length for name, length in RULER_LENGTHS if dataset.startswith(name)), 128)
     kind = Kind((METRICS["match_part" if dataset.startswith("qa") else "match_all"],), tokens, "")
-    return Item(place, dataset, context, question, _texts(place, row, "outputs"), (), kind)
+    opening = str(row.get("answer_prefix") or "")
+    return Item(place, dataset, text[:at], text[at:], opening, texts_of(place, row, "outputs"), (), kind)
 
 
 def _rag_item(place: str, row: dict, path: Path, prompts: Mapping[str, str]) -> Item:
-    dataset = _text(place, row, "dataset", path.stem)
+    dataset = text_of(place, row, "dataset", path.stem)
     documents = row["documents"]
     if not isinstance(documents, list) or not documents:
         raise UserError(f"{place}: documents is not a list with at least one entry")
     context = "\n\n".join(_document(place, number, document) for number, document in enumerate(documents, 1))
-    context, question = _fill(place, prompts.get(dataset, RAG.prompt), context, _text(place, row, "question"))
-    return Item(place, dataset, context, question, _texts(place, row, "answers"), (), RAG)
+    context, question = _fill(place, prompts.get(dataset, RAG.prompt), context, text_of(place, row, "question"))
+    return Item(place, dataset, context, question, "", texts_of(place, row, "answers"), (), RAG)
 
 
 def _document(place: str, number: int, document: object) -> str:
@@ -170,29 +133,8 @@ def _fill(place: str, prompt: str, context: str, question: str) -> tuple[str, st
 
 
 def _with_choices(item: Item, lengths: Mapping[str, int], metric: str | None) -> Item:
-    kind = item.kind
-    metrics = (METRICS[metric],) if metric else kind.metrics
-    tokens = lengths.get(item.dataset, kind.max_new_tokens)
+    metrics = (METRICS[metric],) if metric else item.kind.metrics
+    tokens = lengths.get(item.dataset.removesuffix(EVEN), item.kind.max_new_tokens)
     if metrics[0].name == "retrieval" and not all(re.search(r"\d", answer) for answer in item.answers):
         raise UserError(f"{item.place}: the answers have no number, as retrieval asks for")
-    return Item(
-        item.place, item.dataset, item.context, item.question, item.answers, item.classes, Kind(metrics, tokens, kind.prompt)
-    )
-
-
-def _text(place: str, row: dict, name: str, default: str | None = None) -> str:
-    value = row.get(name, default)
-    if value is None and default is not None:
-        return default
-    if not isinstance(value, str):
-        raise UserError(f"{place}: {name} is {value!r:.60}, expected a text")
-    return value
-
-
-def _texts(place: str, row: dict, name: str) -> tuple[str, ...]:
-    value = row.get(name)
-    if isinstance(value, str):
-        value = [value]
-    if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
-        raise UserError(f"{place}: {name} is {value!r:.60}, expected a list of texts")
-    return tuple(value)
+    return replace(item, kind=replace(item.kind, metrics=metrics, max_new_tokens=tokens))

@@ -8,9 +8,16 @@ import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 ARTICLES = re.compile(r"\b(a|an|the)\b")
+# What LongBench drops from Chinese words besides (its list has no opening double angle mark).
+PUNCTUATION_ZH = PUNCTUATION | str.maketrans(
+    "",
+    "",
+    "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、〃》「」『』【】〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏",
+)
 CODE_MARKS = ("`", "#", "//")  # of lines that are no code
 
 
@@ -21,7 +28,10 @@ def normalized(text: str) -> str:
 
 def f1(prediction: str, answer: str, classes: Sequence[str] = ()) -> float:
     """F1 of the words that both have, counted as often as both have them."""
-    ours, theirs = normalized(prediction).split(), normalized(answer).split()
+    return _common(normalized(prediction).split(), normalized(answer).split())
+
+
+def _common(ours: Sequence[str], theirs: Sequence[str]) -> float:
     common = sum((Counter(ours) & Counter(theirs)).values())
     return 2 * common / (len(ours) + len(theirs)) if common else 0.0
 
@@ -44,6 +54,31 @@ def rouge_l(prediction: str, answer: str, classes: Sequence[str] = ()) -> float:
         return Rouge(metrics=["rouge-l"]).get_scores(prediction, answer)[0]["rouge-l"]["f"]
     except (ValueError, RecursionError):  # no word on one side, or a sentence of a thousand: nothing, as LongBench counts it
         return 0.0
+
+
+@cache
+def _segmenter():
+    """jieba's, with its own dictionary, which takes a second to read."""
+    import jieba  # late, as rouge
+
+    jieba.setLogLevel("WARNING")  # else it tells stderr of its dictionary
+    return jieba.Tokenizer()
+
+
+def words_zh(text: str) -> list[str]:
+    """Chinese words of a text, as jieba cuts it; blanks and punctuation are words, too."""
+    return list(_segmenter().cut(text, cut_all=False))
+
+
+def f1_zh(prediction: str, answer: str, classes: Sequence[str] = ()) -> float:
+    """F1 of Chinese words, without punctuation and blanks, in lower case."""
+    bare = lambda text: [word for word in ("".join(w.lower().translate(PUNCTUATION_ZH).split()) for w in words_zh(text)) if word]
+    return _common(bare(prediction), bare(answer))
+
+
+def rouge_l_zh(prediction: str, answer: str, classes: Sequence[str] = ()) -> float:
+    """F of ROUGE-L over Chinese words."""
+    return rouge_l(" ".join(words_zh(prediction)), " ".join(words_zh(answer)))
 
 
 def classification(prediction: str, answer: str, classes: Sequence[str] = ()) -> float:
@@ -118,6 +153,8 @@ METRICS: dict[str, Metric | StringMatch] = {
         Metric("exact_match", exact_match),
         Metric("contains", contains),
         Metric("rouge_l", rouge_l),
+        Metric("f1_zh", f1_zh),
+        Metric("rouge_l_zh", rouge_l_zh),
         Metric("classification", classification, first_line=True),
         Metric("retrieval", retrieval),
         Metric("count", count),

@@ -36,6 +36,13 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
         yield f"| {' | '.join(align(row))} |"
 
 
+def cost_table(results: Sequence[dict]) -> Iterator[str]:
+    """Lines of a table of what each variant cost; results have ``cost`` entries of :class:`unfold.model.decode.cost.Recorder`."""
+    from unfold.model.decode.cost import COST_TITLES, describe_cost
+
+    yield from table(["cost", *COST_TITLES], [[result["name"], *describe_cost(result["cost"])] for result in results])
+
+
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1):
     """(figure, axes [rows][columns]) that no window belongs to; sizes in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -10,15 +10,17 @@ from pathlib import Path
 
 import numpy as np
 
+from unfold.pretrain.data.chat import add_chat_arguments
 from unfold.pretrain.errors import UserError
-from unfold.pretrain.evaluate.answering import Reader
-from unfold.pretrain.evaluate.output import heat_maps, make_output, table, write_json
+from unfold.pretrain.evaluate.answering import Reader, show_prompts
+from unfold.pretrain.evaluate.output import cost_table, heat_maps, make_output, table, write_json
 from unfold.pretrain.evaluate.subject import Subject, Variant, add_subject_arguments, load_subject
+from unfold.pretrain.parts import add_raw_cache_argument
 
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 INTRODUCTION = "There is a pass key hidden in the text below. Find it and remember it.\n"
 NEEDLE = " The pass key is {key}. Remember it. {key} is the pass key. "
-QUESTION = "\nWhat is the pass key? The pass key is"
+QUESTION, OPENING = "\nWhat is the pass key?", " The pass key is"
 SPARE = 4  # tokens that may be written beyond those of the key
 
 
@@ -41,6 +43,7 @@ class Trial:
 def add_arguments(parser: ArgumentParser) -> None:
     """The sub-command's flags."""
     add_subject_arguments(parser)
+    add_raw_cache_argument(parser)
     parser.add_argument(
         "--lengths",
         type=int,
@@ -61,6 +64,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--candidates", type=int, default=10, metavar="K", help="keys that are weighed, the true one too (10)")
     parser.add_argument("--haystack", type=Path, nargs="+", metavar="FILE", help="texts to hide keys in (default: a filler)")
     parser.add_argument("--seed", type=int, default=0, help="of the keys and of where the texts begin")
+    add_chat_arguments(parser)
 
 
 def passkey(args: Namespace) -> Iterator[str]:
@@ -82,6 +86,9 @@ def passkey(args: Namespace) -> Iterator[str]:
         for length in lengths
         for depth in args.depths
     }
+    if args.show_prompt:
+        yield from show_prompts(subject, {f"{n} tokens, depth {d:g}": several[0] for (n, d), several in trials.items()})
+        return
     results = [measure(subject, variant, trials) for variant in subject.variants]
     settings = {name: getattr(args, name) for name in ("trials", "digits", "candidates", "seed")}
     write_json(
@@ -94,6 +101,8 @@ def passkey(args: Namespace) -> Iterator[str]:
     yield f"{subject.name}: {args.trials} keys per length and depth; `first` is by chance {1 / args.candidates:.2f}"
     yield ""
     yield from table(*rows(results, lengths))
+    yield ""
+    yield from cost_table(results)
     yield ""
     yield f"{args.output}/passkey.json, passkey_exact.png, passkey_first.png"
 
@@ -132,9 +141,9 @@ def make_trial(subject: Subject, haystack: Sequence[int], length: int, depth: fl
     draw = np.random.default_rng([args.seed, length, round(depth * 10**6), number])
     low = 10 ** (args.digits - 1) if args.digits > 1 else 1
     keys = [str(low + int(i)) for i in draw.choice(9 * 10 ** (args.digits - 1), args.candidates, replace=False)]
-    head, question = subject.encode(INTRODUCTION), subject.encode(QUESTION)
+    head, question = subject.prompt(INTRODUCTION, QUESTION, OPENING)
     needle = subject.encode(NEEDLE.format(key=keys[0]))
-    candidates = [subject.continuation(QUESTION, f" {key}") for key in keys]
+    candidates = [subject.continuation(QUESTION + OPENING, f" {key}") for key in keys]
     longest = max(map(len, candidates))
     room = length - len(head) - len(needle) - len(question) - longest - SPARE
     if room < 0:
@@ -162,10 +171,11 @@ def measure(subject: Subject, variant: Variant, trials: dict[tuple[int, float], 
                 "exact": sum(exact) / len(exact),
                 "first": ranks.count(1) / len(ranks),
                 "mean_rank": sum(ranks) / len(ranks),
+                "first_token_s": sum(reader.recorder.first[-len(several) :]) / len(several),
             }
         )
     overall = {score: sum(cell[score] for cell in cells) / len(cells) for score in ("exact", "first", "mean_rank")}
-    return {**variant.to_dict(), **overall, "cells": cells}
+    return {**variant.to_dict(), **overall, "cells": cells, "cost": reader.recorder.to_dict()}
 
 
 def answer(reader: Reader, trial: Trial) -> tuple[bool, int]:

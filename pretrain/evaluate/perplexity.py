@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from unfold.pretrain.errors import UserError
-from unfold.pretrain.evaluate.output import line_chart, make_output, table, write_json
+from unfold.pretrain.evaluate.output import cost_table, line_chart, make_output, table, write_json
 from unfold.pretrain.evaluate.subject import Subject, Variant, add_subject_arguments, load_subject
 
 if TYPE_CHECKING:
@@ -34,11 +34,13 @@ class Losses:
         nats: fp64 [longest window], sum of the losses of tokens at each position.
         unfolded: raw tokens that a recalling token unfolded in a layer and KV head, a mean.
         seconds: that it took.
+        cost: as :meth:`unfold.model.decode.cost.Recorder.to_dict` gives it; nothing is written here.
     """
 
     nats: np.ndarray
     unfolded: float
     seconds: float
+    cost: dict
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -82,6 +84,8 @@ def perplexity(args: Namespace) -> Iterator[str]:
     yield f"{subject.name}: {int(counts.sum()):,} predicted raw tokens in {len(windows):,} windows of at most {length:,}"
     yield ""
     yield from table(*rows(results))
+    yield ""
+    yield from cost_table(results)
     yield ""
     yield f"{args.output}/perplexity.json, perplexity.png"
 
@@ -149,14 +153,17 @@ def packs(windows: list[np.ndarray]) -> Iterator[list[np.ndarray]]:
 
 def measure(subject: Subject, variant: Variant, windows: list[np.ndarray], length: int) -> Losses:
     """The losses of one variant; under ``recall`` every raw token recalls."""
-    began = time.monotonic()
+    from unfold.model.decode.cost import Recorder
+
+    began, recorder = time.monotonic(), Recorder(subject.model.head_weight.device)
     nats, unfolded = np.zeros(length), []
     for group in packs(windows):
         lost, read = pack_losses(subject, variant, group)
         at = np.concatenate([np.arange(1, len(window)) for window in group])
         nats += np.bincount(at, lost, minlength=length)
         unfolded += read
-    return Losses(nats, float(np.mean(unfolded)) if unfolded else 0.0, time.monotonic() - began)
+    mean = float(np.mean(unfolded)) if unfolded else 0.0
+    return Losses(nats, mean, time.monotonic() - began, recorder.to_dict())
 
 
 def run_pack(subject: Subject, variant: Variant, group: list[np.ndarray]) -> tuple[Tensor, MicroBatchAttention, np.ndarray]:
@@ -220,6 +227,7 @@ def summary(variant: Variant, losses: Losses, counts: np.ndarray, edges: list[in
         "perplexity": math.exp(nats),
         "unfolded": losses.unfolded,
         "seconds": round(losses.seconds, 3),
+        "cost": losses.cost,
         "buckets": buckets,
     }
 

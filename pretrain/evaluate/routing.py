@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from unfold.pretrain.errors import UserError
-from unfold.pretrain.evaluate.output import COLOURS, new_figure, table, write_json
+from unfold.pretrain.evaluate.output import COLOURS, cost_table, new_figure, table, write_json
 from unfold.pretrain.evaluate.perplexity import add_text_arguments, packs, read_windows, run_pack
 from unfold.pretrain.evaluate.subject import add_subject_arguments
 
@@ -32,18 +32,20 @@ def routing(args: Namespace) -> Iterator[str]:
         raise UserError(f"--mode {' '.join(args.mode)}: only recall selects anything; leave it out")
     args.mode = ["recall"]
     subject, length, windows = read_windows(args)
+    from unfold.model.decode.cost import Recorder
     from unfold.pretrain.monitor.probe import looking
     from unfold.pretrain.monitor.routing import RoutingMeasure
 
     results = []
     for variant in subject.variants:
+        recorder = Recorder(subject.model.head_weight.device)
         measure = RoutingMeasure(variant.recalling("all"), subject.model.config.layers, once=False)
         with looking(subject.model, measure.look):
             for group in packs(windows):
                 run_pack(subject, variant, group)
         if not measure.by_layer():
             raise UserError(f"--length {length}: in windows of so few tokens no gist stands before any; give a greater length")
-        results.append({**variant.to_dict(), **summary(measure)})
+        results.append({**variant.to_dict(), **summary(measure), "cost": recorder.to_dict()})
     tokens = sum(map(len, windows))
     content = {**subject.to_dict(), "data": args.data, "length": length, "tokens": tokens, "results": results}
     write_json(args.output / "routing.json", content)
@@ -52,6 +54,8 @@ def routing(args: Namespace) -> Iterator[str]:
     for result in results:
         yield ""
         yield from table(*rows(result))
+    yield ""
+    yield from cost_table(results)
     yield ""
     yield f"{args.output}/routing.json, routing.png"
 

@@ -10,11 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from unfold.pretrain.data.chat import add_chat_arguments
 from unfold.pretrain.errors import UserError
-from unfold.pretrain.evaluate.answering import Reader
+from unfold.pretrain.evaluate.answering import Reader, show_prompts
+from unfold.pretrain.evaluate.longbench import RANGES, length_range
 from unfold.pretrain.evaluate.metrics import METRICS
-from unfold.pretrain.evaluate.output import bar_chart, make_output, table, write_json
+from unfold.pretrain.evaluate.output import bar_chart, cost_table, make_output, table, write_json
 from unfold.pretrain.evaluate.subject import Subject, add_subject_arguments, load_subject
+from unfold.pretrain.parts import add_raw_cache_argument
 
 if TYPE_CHECKING:
     from unfold.pretrain.evaluate.items import Item
@@ -39,6 +42,7 @@ class Prompt:
 def add_arguments(parser: ArgumentParser) -> None:
     """The sub-command's flags."""
     add_subject_arguments(parser)
+    add_raw_cache_argument(parser)
     parser.add_argument(
         "--tasks",
         type=Path,
@@ -52,6 +56,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--metric", choices=tuple(METRICS), help="instead of each data set's own")
     parser.add_argument("--max-length", type=int, metavar="N", help="raw tokens, answer included (default: max_position)")
     parser.add_argument("--limit", type=int, metavar="N", help="questions of each file at most (default: all)")
+    add_chat_arguments(parser)
 
 
 def tasks(args: Namespace) -> Iterator[str]:
@@ -68,18 +73,30 @@ def tasks(args: Namespace) -> Iterator[str]:
     longest = args.max_length or subject.max_position
     subject.check_length(longest, f"--max-length {longest}")
     prompts = [make_prompt(subject, item, longest) for item in items]
-    answers = {variant.name: answer_all(Reader(subject, variant), prompts) for variant in subject.variants}
+    if args.show_prompt:
+        first: dict[str, Prompt] = {}
+        for prompt in prompts:
+            first.setdefault(prompt.item.dataset, prompt)
+        yield from show_prompts(subject, {f"{prompt.item.place}, {name}": prompt for name, prompt in first.items()})
+        return
+    answers, results = {}, []
+    for variant in subject.variants:
+        reader = Reader(subject, variant)
+        answers[variant.name] = answer_all(reader, prompts)
+        cost = reader.recorder.to_dict()  # before another variant's memory counts
+        results.append({**variant.to_dict(), **summary(prompts, answers[variant.name]), "cost": cost})
     write_predictions(args.output / "predictions.jsonl", prompts, answers)
-    results = [{**variant.to_dict(), **summary(prompts, answers[variant.name])} for variant in subject.variants]
     truncated = sum(bool(prompt.left_out) for prompt in prompts)
     counts = {"max_length": longest, "questions": len(prompts), "truncated": truncated}
-    write_json(args.output / "tasks.json", {**subject.to_dict(), **counts, "results": results})
+    write_json(args.output / "tasks.json", {**subject.to_dict(), "chat": subject.chat is not None, **counts, "results": results})
     groups = [*results[0]["datasets"], TOTAL]
     bars = {r["name"]: [*(d["score"] for d in r["datasets"].values()), r["score"]] for r in results}
     bar_chart(args.output / "tasks.png", groups, bars, (f"{subject.name}: tasks", "score, percent"))
     yield f"{subject.name}: {len(prompts)} questions; {truncated} contexts were cut in the middle to {longest:,} raw tokens"
     yield ""
     yield from table(*rows(results))
+    yield ""
+    yield from cost_table(results)
     yield ""
     yield f"{args.output}/tasks.json, tasks.png, predictions.jsonl"
 
@@ -117,7 +134,10 @@ def make_prompt(subject: Subject, item: Item, longest: int) -> Prompt:
     Raises:
         UserError: question and answer alone are too long.
     """
-    context, question = subject.encode(item.context), subject.encode(item.question)
+    try:
+        context, question = subject.prompt(item.context, item.question, item.opening, item.kind.chat)
+    except UserError as error:
+        raise UserError(f"{item.place}: {error}") from None
     room = longest - len(question) - item.kind.max_new_tokens
     if room < 1 or not question:
         what = "has no token" if not question else f"takes {len(question)} raw tokens, its answer {item.kind.max_new_tokens}"
@@ -154,7 +174,19 @@ def summary(prompts: Sequence[Prompt], answers: Sequence[str]) -> dict:
         means = {metric: statistics.fmean(values[metric] for _, values in several if metric in values) for metric in metrics}
         truncated = sum(bool(prompt.left_out) for prompt, _ in several)
         datasets[name] = {"score": means[metrics[0]], "metrics": means, "questions": len(several), "truncated": truncated}
+        if parts := _by_length(several):
+            datasets[name]["by_length"] = parts
     return {"score": statistics.fmean(entry["score"] for entry in datasets.values()), "datasets": datasets}
+
+
+def _by_length(several: Sequence[tuple[Prompt, dict[str, float]]]) -> dict[str, dict]:
+    """Scores of the ranges of length, where a data set is scored by them (LongBench-E)."""
+    found: dict[str, list[float]] = {}
+    for prompt, values in several:
+        if prompt.item.words is not None:
+            found.setdefault(length_range(prompt.item.words), []).append(next(iter(values.values())))
+    scored = [(name, found[name]) for name, _ in RANGES if name in found]
+    return {name: {"score": statistics.fmean(values), "questions": len(values)} for name, values in scored}
 
 
 def write_predictions(path: Path, prompts: Sequence[Prompt], answers: dict[str, list[str]]) -> None:
@@ -182,5 +214,8 @@ def rows(results: Sequence[dict]) -> tuple[list[str], list[list[str]]]:
         for metric in entry["metrics"]:
             figures = [f"{r['datasets'][name]['metrics'][metric]:.2f}" for r in results]
             body.append([name, metric, str(entry["questions"]), str(entry["truncated"]), *figures])
+        for part, of_part in entry.get("by_length", {}).items():
+            figures = [f"{r['datasets'][name]['by_length'][part]['score']:.2f}" for r in results]
+            body.append([f"{name} {part}", next(iter(entry["metrics"])), str(of_part["questions"]), "", *figures])
     totals = [f"{r['score']:.2f}" for r in results]
     return head, [*body, [TOTAL, "", "", "", *totals]]

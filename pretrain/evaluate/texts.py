@@ -42,6 +42,26 @@ def read_rows(path: Path, flag: str) -> Iterator[tuple[str, dict]]:
         yield place, row
 
 
+def text_of(place: str, row: dict, name: str, default: str | None = None) -> str:
+    """A field that is a text. Raises UserError naming the place."""
+    value = row.get(name, default)
+    if value is None and default is not None:
+        return default
+    if not isinstance(value, str):
+        raise UserError(f"{place}: {name} is {value!r:.60}, expected a text")
+    return value
+
+
+def texts_of(place: str, row: dict, name: str) -> tuple[str, ...]:
+    """A field that is a text or a list of at least one. Raises UserError naming the place."""
+    value = row.get(name)
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
+        raise UserError(f"{place}: {name} is {value!r:.60}, expected a list of texts")
+    return tuple(value)
+
+
 def documents(entries: list[str], field: str, subject: Subject) -> Iterator[np.ndarray]:
     """Every document of files and shards, in order: int64 [raw tokens].
 

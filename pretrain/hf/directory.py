@@ -68,7 +68,7 @@ def read_keys(directory: Path, name: str = "config.json") -> dict:
 
 
 # Entries of an export's gist settings that follow from its tokenizer.
-OF_TOKENIZER = {"token_ids", "reserved_ids", "word_starts"}
+OF_TOKENIZER = {"link_ids", "token_ids", "reserved_ids", "word_starts"}
 
 
 def read_gists(directory: Path, keys: dict) -> GistConfig | None:

@@ -43,7 +43,8 @@ def write_model_keys(model: ModelConfig, gist: GistConfig, tokenizer: RunTokeniz
     if model.attention == "gist":
         architecture, ids = model_family(model).architecture, tokenizer.gist_ids
         try:
-            keys |= config_entries(architecture, gist, ids[: gist.levels], tokenizer.reserved_ids, tokenizer.word_starts)
+            own = ids[: gist.levels], tokenizer.reserved_ids, tokenizer.word_starts, tokenizer.link_ids[: gist.links]
+            keys |= config_entries(architecture, gist, *own)
         except ValueError as error:
             raise UserError(str(error)) from None
     write_json(directory / "config.json", keys)

@@ -55,7 +55,7 @@ def import_model(args: argparse.Namespace) -> Path:
             tokenizer = load_tokenizer(args.tokenizer, levels, "--tokenizer")
             shutil.copytree(args.tokenizer, partial / "tokenizer")
         else:
-            adopt_tokenizer(args.input, partial / "tokenizer", levels)
+            adopt_tokenizer(args.input, partial / "tokenizer", levels, args.links)
             tokenizer = load_tokenizer(partial / "tokenizer", levels)
         if gist:
             _check_gist_ids(args.input, keys, gist, tokenizer)
@@ -83,6 +83,8 @@ def _gists(args: argparse.Namespace, own: GistConfig | None) -> tuple[int, GistC
         raise UserError(f"--chunk-sizes {args.chunk_sizes}: expected numbers such as 8,4") from None
     if args.gist_levels is not None and args.gist_levels < 0:
         raise UserError(f"--gist-levels {args.gist_levels}: is below 0")
+    if args.links < 0:
+        raise UserError(f"--links {args.links}: is below 0")
     fewest = len(sizes) if sizes else own.levels if own else 0
     levels = max(4, fewest) if args.gist_levels is None else args.gist_levels
     if sizes is None:
@@ -95,7 +97,8 @@ def _gists(args: argparse.Namespace, own: GistConfig | None) -> tuple[int, GistC
     if len(sizes) > levels:
         raise UserError(f"--chunk-sizes {args.chunk_sizes}: {len(sizes)} levels, but --gist-levels is {levels}")
     try:
-        return levels, dataclasses.replace(own or GistConfig(), chunk_sizes=sizes) if sizes else None
+        own = own or GistConfig()
+        return levels, dataclasses.replace(own, chunk_sizes=sizes, links=args.links or own.links) if sizes else None
     except ValueError as error:
         raise UserError(f"--chunk-sizes {args.chunk_sizes}: {error}") from None
 

@@ -109,12 +109,12 @@ def _some(names: list[str]) -> str:
 
 @dataclass(frozen=True)
 class NewRows:
-    """The vocabulary of the imported model: the first ``known`` rows are theirs, the others are those of new gists.
+    """The vocabulary of the imported model: the first ``known`` rows are theirs, the others are those of new gists and links.
 
     Attributes:
         known: rows that have a token.
         size: of the new vocabulary.
-        given: tensor name -> rows [size - known, hidden] of the new gists; where there are none, the mean of the known.
+        given: tensor name -> rows [size - known, hidden] of the new gists and links; where there are none, the mean of the known.
     """
 
     known: int

@@ -1,4 +1,4 @@
-"""Which rows of an imported vocabulary are which: the tokenizer of the source, ours with gists, and what both agree on."""
+"""Which rows of an imported vocabulary are which: the tokenizer of the source, ours with gists and links, what both agree on."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from unfold.pretrain.errors import UserError
 from unfold.pretrain.hf.import_weights import EMBEDDING, HEAD, NewRows, WeightFiles
 
 
-def adopt_tokenizer(source: Path, output: Path, gist_levels: int) -> None:
+def adopt_tokenizer(source: Path, output: Path, gist_levels: int, links: int) -> None:
     """Make a tokenizer directory as ``python -m data_prep import-tokenizer`` does (data preparation is a program of its own).
 
     Raises:
         UserError: with the line that it ends with.
     """
-    command = [sys.executable, "-m", "unfold.data_prep", "import-tokenizer", "--gist-levels", gist_levels]
+    command = [sys.executable, "-m", "unfold.data_prep", "import-tokenizer", "--gist-levels", gist_levels, "--links", links]
     command += ["--input", source.resolve(), "--output", output.resolve()]
     root = Path(unfold.__file__).parent.parent  # from where `-m unfold` is found, installed or not
     done = subprocess.run([*map(str, command)], cwd=root, capture_output=True, text=True, check=False)
@@ -56,8 +56,8 @@ def match_vocabulary(weights: WeightFiles, tokenizer: RunTokenizer, gist_rows: P
 
     Args:
         weights: of the Hugging Face directory, which may hold a tokenizer too.
-        tokenizer: ours, with gists.
-        gist_rows: safetensors file with rows of the new gists; None takes the mean.
+        tokenizer: ours, with gists and links.
+        gist_rows: safetensors file with rows of the new gists, then of the new links; None takes the mean.
 
     Returns:
         The rows, and notes for the user.
@@ -74,19 +74,19 @@ def match_vocabulary(weights: WeightFiles, tokenizer: RunTokenizer, gist_rows: P
         if known > rows:
             raise UserError(f"{source}/config.json: vocab_size is {rows}, but the tokenizer beside it has {known} ids")
         _check_belongs(theirs, tokenizer, source)
-    new = [i for i in tokenizer.gist_ids if i >= known]
+    new = [i for i in tokenizer.reserved_ids if i >= known]
     if tokenizer.vocab_size - known != len(new):
         raise UserError(
-            f"tokenizer {tokenizer.directory}: has {tokenizer.vocab_size} ids, {len(new)} of them new gists, but {source} has "
-            f"{known}; it belongs to another model"
+            f"tokenizer {tokenizer.directory}: has {tokenizer.vocab_size} ids, {len(new)} of them new gists and links, but "
+            f"{source} has {known}; it belongs to another model"
         )
     notes = []
-    old = [i for i in tokenizer.gist_ids if i < known]
-    if old:
-        notes.append(f"gist ids {', '.join(map(str, old))} are in the vocabulary already; their rows are used")
-    if new:
-        how = f"rows of {gist_rows}" if gist_rows else "the mean of the rows before them"
-        notes.append(f"gist ids {', '.join(map(str, new))} are new: {how}")
+    for kind, ids in (("gist", tokenizer.gist_ids), ("link", tokenizer.link_ids)):
+        if old := [i for i in ids if i < known]:
+            notes.append(f"{kind} ids {', '.join(map(str, old))} are in the vocabulary already; their rows are used")
+        if added := [i for i in ids if i >= known]:
+            how = f"rows of {gist_rows}" if gist_rows else "the mean of the rows before them"
+            notes.append(f"{kind} ids {', '.join(map(str, added))} are new: {how}")
     if rows > tokenizer.vocab_size:
         notes.append(f"rows from {tokenizer.vocab_size} to {rows - 1} of the embedding have no token and are left out")
     given = _read_rows(gist_rows, len(new), weights) if gist_rows else {}
@@ -115,5 +115,6 @@ def _read_rows(path: Path, count: int, weights: WeightFiles) -> dict[str, Tensor
         raise UserError(f"--gist-rows {path}: holds {', '.join(sorted(given)) or 'nothing'}, expected {', '.join(names)}")
     for name, rows in given.items():
         if list(rows.shape) != expected:
-            raise UserError(f"--gist-rows {path}: {name} is {list(rows.shape)}, expected {expected}, one row per new gist")
+            shape = f"{name} is {list(rows.shape)}, expected {expected}"
+            raise UserError(f"--gist-rows {path}: {shape}, one row per new gist and link")
     return {names[name]: rows for name, rows in given.items()}

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import psutil
 import torch
 
-from unfold.model.gist import recalls_in
+from unfold.model.gist import dense_layout, recalls_in
 from unfold.model.visibility import MicroBatch
 from unfold.pretrain.config import RunConfig
 from unfold.pretrain.parallel import Parallel
@@ -88,9 +88,10 @@ class Usage:
 
 def visible_pairs(batch: MicroBatch, attention: str) -> int:
     """(query, key) pairs that one layer computes while forgetting, padding aside."""
-    if attention == "dense":
-        return sum((stop - start) * (stop - start + 1) // 2 for _, start, stop in batch.layout.document_spans)
-    intervals = batch.layout.intervals
+    layout = batch.layout
+    if attention == "dense" and layout.role is None:
+        return sum((stop - start) * (stop - start + 1) // 2 for _, start, stop in layout.document_spans)
+    intervals = (dense_layout(layout) if attention == "dense" else layout).intervals
     seen = (intervals.hi - intervals.lo).sum(1, dtype=torch.int64)  # [B, T]
     return int(seen[batch.layout.doc >= 0].sum())
 

@@ -47,17 +47,22 @@ def read_sample(config: RunConfig) -> Picture:
     gist = config.folding
     length = _length(gist)
     try:
-        ids, lengths, contexts, tokenizer = _real_tokens(config, gist, length)
+        made, tokenizer = _real_tokens(config, gist)
     except UserError as error:
         raw = length // 2  # with its gists, short of the picture's end
         ids = np.arange(1, length + 1)  # the number of the token stands for its text
         starts = np.random.Generator(np.random.Philox(key=0)).random(length + 1) < 0.7
         origin = f"Made-up tokens: the run's data could not be read ({error})."
-        return _lay_out(ids, [raw, length - raw], starts, gist, (0,) * (gist.levels if gist else 0), length, str, origin)
+        from unfold.model.gist import interleave, without_gists
+
+        lengths = [raw, length - raw]
+        none = [0] * (gist.levels if gist else 0)
+        made = interleave(ids, lengths, starts, gist, none) if gist else without_gists(ids, lengths)
+        return _lay_out(made, gist, length, str, origin)
     encoder = tokenizer.tokenizer()
     origin = "The beginning of the run's first training sample."
     text_of = lambda i: _piece(encoder.id_to_token(i))
-    return _lay_out(ids, lengths, tokenizer.word_starts, gist, tokenizer.gist_ids, length, text_of, origin, contexts)
+    return _lay_out(made, gist, length, text_of, origin)
 
 
 def _length(gist: GistConfig | None) -> int:
@@ -67,47 +72,39 @@ def _length(gist: GistConfig | None) -> int:
     return min(max((gist.n_prev + 4) * (gist.chunk_sizes[0] + 2), FEWEST), MOST)
 
 
-def _real_tokens(config: RunConfig, gist: GistConfig | None, length: int):
-    """(ids, document lengths, contexts, tokenizer) of the first ``length`` raw tokens of sample 0. Raises UserError."""
+def _real_tokens(config: RunConfig, gist: GistConfig | None):
+    """Sample 0 with its gists and links, and the tokenizer. Raises UserError."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # megatron-core's advice on optional packages is not for readers of a report
-        from unfold.pretrain.data.samples import TokenSource
+        from unfold.pretrain.data.samples import BatchBuilder, TokenSource
         from unfold.pretrain.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(config.data.tokenizer, gist.levels if gist else 0)
     try:
         source = TokenSource(config.data.train, config.data.raw_tokens, config.train.seed, tokenizer, "data.train")
-        pieces = source.segments(0)
-        ids, spans = source.read(pieces)[:length], source.spans(pieces)
+        shuffle = config.data.shuffle_parts
+        return BatchBuilder(source, gist, tokenizer, 1, config.train.seed, shuffle).sample(0), tokenizer
     except (OSError, ValueError, RuntimeError, IndexError) as error:
         raise UserError(f"data.train: {error}") from None
-    lengths, left = [], len(ids)
-    for piece in pieces:
-        lengths.append(min(piece.length, left))
-        left -= lengths[-1]
-    shown = [(n, own[0] if own and own[0] < n else -1) for n, own in zip(lengths, spans) if n]
-    return ids, [n for n, _ in shown], [context for _, context in shown], tokenizer
 
 
-def _lay_out(
-    ids, lengths, word_starts, gist: GistConfig | None, gist_ids, length: int, text_of, origin: str, contexts=None
-) -> Picture:
-    """Put the gists in place and cut to ``length`` tokens; what a token sees never depends on what comes after it."""
-    if gist is None:
-        doc = np.repeat(np.arange(len(lengths)), lengths)[:length]
-        mask = np.tril(doc[:, None] == doc[None])
-        none = np.zeros(len(doc), bool)
-        return Picture(np.full(len(doc), -1), doc, none, mask, [text_of(int(i)) for i in ids[:length]], 0, origin)
+def _lay_out(made, gist: GistConfig | None, length: int, text_of, origin: str) -> Picture:
+    """What the first ``length`` tokens of a sample see, which never depends on what comes after them. made: an Interleaved."""
     import torch  # with the layout: seconds of start-up that a wrong argument need not wait for
 
-    from unfold.model.gist import build_layout, interleave
+    from unfold.model.gist import Role, build_layout, dense_layout
 
-    made = interleave(ids, lengths, word_starts, gist, gist_ids[: gist.levels], contexts=contexts)
-    level, doc, position = made.level[:length], made.doc[:length], made.position[:length]
-    layout = build_layout(torch.from_numpy(level.copy())[None], torch.from_numpy(doc.copy())[None], gist)
-    mask = layout.intervals.dense_mask()[0].numpy()
+    cut = lambda x: x if x is None else torch.from_numpy(x[:length].copy())[None]
+    layout = build_layout(*(cut(x) for x in (made.level, made.doc)), gist, cut(made.role), cut(made.part))
+    level, doc, levels = made.level[:length], made.doc[:length], gist.levels if gist else 0
+    seen = layout if gist else dense_layout(layout)
     text = [f"gist {n}" if n >= 0 else text_of(int(i)) for i, n in zip(made.ids, level)]
-    return Picture(level, doc, (level < 0) & (position < gist.sink), mask, text, gist.levels, origin)
+    first = made.position[layout.first_seen[0].numpy()]  # of the document or part
+    sink = (level < 0) & (made.position[:length] - first < (gist.sink if gist else 0))
+    if gist and made.role is not None:
+        role = made.role[:length]
+        sink = (sink & (role <= Role.PART)) | (role == Role.PREFIX)
+    return Picture(level, doc, sink, seen.intervals.dense_mask()[0].numpy(), text, levels, origin)
 
 
 def _piece(token: str | None) -> str:

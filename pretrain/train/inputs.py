@@ -68,11 +68,17 @@ def open_inputs(config: RunConfig) -> Inputs:
     # Every rank that shares a sequence holds an equal part of it.
     length_multiple = config.parallel.context * (config.parallel.tensor if config.parallel.sequence else 1)
 
-    def builder(prefixes: tuple[str, ...], setting: str) -> BatchBuilder:
+    def builder(prefixes: tuple[str, ...], setting: str, shuffle_parts: bool = False) -> BatchBuilder:
         source = TokenSource(prefixes, config.data.raw_tokens, config.train.seed, tokenizer, setting, config.data.cache)
-        return BatchBuilder(source, gist, tokenizer, length_multiple, config.train.seed)
+        source.check_positions(gist.links if gist else 0, config.model.max_position, setting)
+        return BatchBuilder(source, gist, tokenizer, length_multiple, config.train.seed, shuffle_parts)
 
-    train = builder(config.data.train, "data.train")
+    train = builder(config.data.train, "data.train", config.data.shuffle_parts)
+    if config.data.shuffle_parts and not train.source.linked:
+        raise UserError(
+            "data.shuffle_parts: true, but no shard of data.train has linked contexts; make shards with "
+            "`python -m data_prep tokenize-supervised --linked`, or leave it out"
+        )
     if gist and gist.recall == "suffix" and not train.source.supervised:
         raise UserError(
             "gist.recall: suffix, but no shard of data.train says where a suffix begins; make shards with "

@@ -87,6 +87,7 @@ def test_rows_of_every_kind(bpe, load, make):
         {"messages": CHAT},
         {"context": "Given.", "messages": CHAT},
         {"messages": [{"role": "context", "content": "Inside."}, *CHAT[1:]]},
+        {"documents": ["First.", {"title": "Two", "text": "Second."}], "question": "Which?", "answer": "both"},
     ]
     shard, decode = make(values, bpe), load(bpe).decode
     got = [parts(shard, i, decode) for i in range(len(values))]
@@ -98,6 +99,7 @@ def test_rows_of_every_kind(bpe, load, make):
     assert got[3][1] == ["Because of the land."], "answers within the context are not learned"
     assert got[4][:2] == ("Answer shortly.\n\nGiven.", ["To Ohio.", "Because of the land."])
     assert got[5][:2] == ("Inside.", ["To Ohio.", "Because of the land."])
+    assert got[6][:2] == ("First.\nTwo\nSecond.\n", ["both"])
     eos = load(bpe).info.eos_id
     for i in range(len(values)):
         ids = shard.document(i)

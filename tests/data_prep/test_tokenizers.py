@@ -127,6 +127,26 @@ def test_gists_are_appended_to_a_sentencepiece_model(bpe, tmp_path, load):
     assert starts.shape == (1502,) and starts[1500:].all()
 
 
+def test_links_are_appended_to_either_kind(bpe, byte_level, tmp_path, load):
+    info = import_tokenizer(bpe, tmp_path / "s", gist_levels=4, links=2)
+    assert (info.gist_ids, info.link_ids, info.vocab_size) == ((4, 5, 6, 1500), (1501, 1502), 1503)
+    assert import_tokenizer(tmp_path / "s", tmp_path / "s3", gist_levels=4, links=3).link_ids == (1501, 1502, 1503)
+    info = import_tokenizer(byte_level, tmp_path / "h", gist_levels=0, links=2)
+    assert (info.gist_ids, info.link_ids) == ((), (1200, 1201)) and load(tmp_path / "h").info == info
+    info = import_tokenizer(tmp_path / "h", tmp_path / "h3", gist_levels=1, links=3)
+    assert (info.gist_ids, info.link_ids, info.vocab_size) == ((1202,), (1200, 1201, 1203), 1204)
+    text = "a literal <link1> is text"
+    for name in ("s", "h3"):
+        assert not set(load(tmp_path / name).info.link_ids) & set(load(tmp_path / name).encode_batch([text])[0].tolist())
+
+
+def test_a_trained_tokenizer_has_links(speeches, tmp_path, run):
+    command = ("train-tokenizer", "--input", speeches, "--vocab-size", 600, "--gist-levels", 2, "--links", 5)
+    status, out, err = run(*command, "--output", tmp_path / "t")
+    assert status == 0 and "links: 6, 7, 8, 9, 10" in out, err
+    assert info_of(tmp_path / "t")["link_ids"] == [6, 7, 8, 9, 10] and info_of(tmp_path / "t")["vocab_size"] == 600
+
+
 def test_gists_are_appended_to_a_huggingface_tokenizer(byte_level, tmp_path, load):
     info = import_tokenizer(byte_level, tmp_path / "hf", gist_levels=2)
     assert info.kind == "huggingface" and info.vocab_size == 1202 and info.gist_ids == (1200, 1201)
@@ -304,6 +324,8 @@ def test_a_directory_whose_files_disagree_is_refused(bpe, unigram, tmp_path, fai
         (("--vocab-size", "many"), 2, ("--vocab-size", "many")),
         (("--vocab-size", 700, "--user-symbols", "a b"), 1, ("'a b'", "whitespace")),
         (("--vocab-size", 700, "--user-symbols", "<gist0>"), 1, ("'<gist0>'",)),
+        (("--vocab-size", 700, "--links", 2, "--user-symbols", "<link2>"), 1, ("'<link2>'",)),
+        (("--vocab-size", 700, "--links", -1), 2, ("--links", "at least 0")),
         (("--vocab-size", 700, "--gist-levels", -1), 2, ("--gist-levels", "at least 0")),
         (("--vocab-size", 700, "--character-coverage", 0.5), 2, ("--character-coverage", "0.98")),
     ],

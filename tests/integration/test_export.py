@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import re
 import sys
 import warnings
 
@@ -205,6 +206,53 @@ def test_generation_from_both(exported, run_dir):
     assert stopped == theirs[: theirs.find(stop, len(PROMPT))]
 
 
+def test_documents_read_once(run_dir, tmp_path, capsys):
+    """What was read of them is kept for later calls, in whatever order they stand there; where it lies changes no answer."""
+    files = [tmp_path / f"{number}.txt" for number in range(3)]
+    for file, sentence in zip(files, ("The Congress shall meet. ", "The President shall speak of the Union. ", "Who? ")):
+        file.write_text(sentence * 9)
+    question = ("--prompt", "What of it?", "--max-new-tokens", 8, "--recall", "suffix", "--stats")
+    kept = ("--document-cache", tmp_path / "kept", *question)
+
+    def answer(order, *flags):
+        documents = [flag for i in order for flag in ("--document", files[i])]
+        text = generated("--run-dir", run_dir, *documents, *flags)
+        return text, re.search(r"(\d) of \d documents read now", capsys.readouterr().err)[1]
+
+    first, read = answer((0, 1), *kept)
+    assert read == "2" and first.startswith("What of it?") and len(list((tmp_path / "kept").iterdir())) == 2
+    assert answer((0, 1), *kept) == (first, "0")
+    assert answer((0, 1), *question, "--raw-cache", "host") == (first, "2")
+    other, read = answer((2, 1, 0), *kept, "--prefix", "Answer by the documents.")
+    assert read == "1" and other == answer((2, 1, 0), *question, "--prefix", "Answer by the documents.")[0]
+    both, read = answer((1, 0), *kept, "--prompt", "Who speaks?")
+    assert read == "0" and both.startswith("[1] What of it?") and "\n\n[2] Who speaks?" in both
+
+
+def test_documents_that_cannot_be_joined(run_dir, tmp_path):
+    from unfold.pretrain.errors import UserError
+
+    (tmp_path / "empty").write_text("")
+    (tmp_path / "long").write_text("The Congress shall meet. " * 2000)
+    for name, message in (
+        ("empty", "--document .*empty: has no token"),
+        ("long", "--document: parts: 1 of them take .*join fewer"),
+    ):
+        with pytest.raises(UserError, match=message):
+            generated("--run-dir", run_dir, "--document", tmp_path / name, "--prompt", "a")
+
+
+def test_what_generation_cost(exported, run_dir, capsys):
+    """One line on stderr, on request, for a run and for an export; the text is the same."""
+    figures = r"first token after \d+\.\d{4} s, \d+\.\d{4} s for each token after it, at most \d+\.\d\d GiB of memory$"
+    for source, mode in (("--run-dir", "gists 4,2, recall none"), ("--model", "dense")):
+        arguments = (source, run_dir if source == "--run-dir" else exported, "--prompt", PROMPT, "--max-new-tokens", 5)
+        plain = generated(*arguments)
+        assert "first token" not in capsys.readouterr().err
+        assert generated(*arguments, "--stats") == plain
+        assert re.search(f"^{mode}: {figures}", capsys.readouterr().err, re.M)
+
+
 def generated(*arguments) -> str:
     """What the command prints, in this process."""
     from unfold.pretrain.command import build_parser
@@ -260,6 +308,11 @@ def test_bad_calls_end_in_one_line(exported, run_dir, tmp_path, arguments, messa
         (["--max-new-tokens", "0"], "--max-new-tokens 0: is below 1"),
         (["--temperature", "-1"], "--temperature -1.0: is below 0"),
         (["--stop", ""], "--stop: is empty"),
+        (["--document", "{new}"], "--document {new}: cannot be read"),
+        (["--document-cache", "{new}"], "--document-cache: needs --document"),
+        (["--prefix", "a"], "--prefix: needs --document"),
+        (["--document", "{new}", "--context-file", "{new}"], "--document: does not go with --context-file"),
+        (["--document", "{new}", "--document-cache-gib", "0"], "--document-cache-gib 0.0: is not above 0"),
     ],
 )
 def test_wrong_settings_are_named_before_anything_is_loaded(tmp_path, arguments, message):

@@ -102,6 +102,19 @@ def test_new_gists_get_the_mean_and_spare_rows_go(name, four_gists, tmp_path, ca
         assert not rows[known + 4 :].any()
 
 
+def test_new_links_get_the_mean_too(tmp_path, capsys):
+    theirs = write_directory(tmp_path / "hf", "qwen 2")
+    run_dir = import_model(tmp_path / "hf", tmp_path / "run", "--chunk-sizes", "4,2", "--links", 3)
+    known = theirs.config.vocab_size
+    assert f"link ids {known + 4}, {known + 5}, {known + 6} are new: the mean" in capsys.readouterr().err
+    loaded = load_run(run_dir, None)
+    assert loaded.tokenizer.link_ids == (known + 4, known + 5, known + 6) and loaded.config.gist.links == 3
+    rows = loaded.model.embedding.weight[known : known + 7].detach()
+    assert torch.allclose(rows, theirs.state_dict()[EMBEDDING].mean(0).expand(7, -1), atol=1e-6)
+    assert main(["import", "--input", str(tmp_path / "hf"), "--output", str(tmp_path / "x"), "--links", "-1"]) == 1
+    assert "--links -1: is below 0" in capsys.readouterr().err
+
+
 def test_given_rows_of_gists(four_gists, tmp_path, capsys):
     write_directory(tmp_path / "hf", "qwen 2")
     rows = {name: torch.randn(4, 48) for name in ("embedding", "head")}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from tests import rules
 from tests.kernels.cases import CASES, make_layout, random_qkv
 from unfold.kernels.select import SelectRule
 from unfold.kernels.tree import GistTree
-from unfold.model.gist import GistConfig, Layout, build_layout, build_recall
+from unfold.model.gist import GistConfig, Layout, Role, build_layout, build_recall
 
 # name: (chunk sizes, sink, n_prev, (context, suffix) tokens of each document of each sample)
 SUFFIX_CASES = {
@@ -20,6 +22,8 @@ SUFFIX_CASES = {
     "context shorter than the sink": ((4, 2), 3, 0, [[(1, 12), (2, 1)]]),
     "short suffixes of two samples": ((3, 2), 2, 1, [[(20, 4), (9, 3)], [(14, 5)]]),
     "no suffix": ((4, 2), 3, 1, [[(30, 0), (20, 0)], [(51, 3)]]),
+    "suffix of linked parts": "linked",  # of CASES
+    "suffix of linked parts, three levels": "linked, own group",
 }
 
 RULES = {
@@ -34,6 +38,9 @@ RULES = {
 
 def suffix_layout(name: str) -> tuple[Layout, GistConfig, torch.Tensor]:
     """A case of contexts closed at every level, each followed by a suffix without gists: layout, config, bool [B, T]."""
+    if isinstance(SUFFIX_CASES[name], str):
+        layout, config = make_layout(SUFFIX_CASES[name])
+        return layout, dataclasses.replace(config, recall="suffix"), layout.role == Role.SUFFIX
     chunk_sizes, sink, n_prev, samples = SUFFIX_CASES[name]
     columns = []
     for documents in samples:

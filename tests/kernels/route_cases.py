@@ -5,22 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tests.kernels.cases import CASES
+from tests.kernels.cases import CASES, padded, structure
 from tests.kernels.recall_cases import SUFFIX_CASES, make_layout, random_qkv, suffix_layout
 from unfold.kernels.route import Routed
-from unfold.model.gist import Layout, build_layout, build_recall
+from unfold.model.gist import Layout, build_recall
 
 ALL = [*CASES, *SUFFIX_CASES]
 
 
 def first_raw_rows(layout: Layout, tokens: Tensor) -> Tensor:
-    """[M] int32, the row of the first token (it is raw) of each token's document. tokens: [M] int64, sample * T + token."""
-    doc = layout.doc
-    index = torch.arange(doc.shape[1]).expand_as(doc)
-    is_first = torch.ones_like(doc, dtype=torch.bool)
-    is_first[:, 1:] = doc[:, 1:] != doc[:, :-1]
-    start = index.masked_fill(~is_first, 0).cummax(1).values
-    return layout.intervals.row_of.gather(1, start).flatten()[tokens].int()
+    """[M] int32, the row of the first token (it is raw) of what each token reads. tokens: [M] int64, sample * T + token."""
+    first = []
+    for sample, token in (divmod(t, layout.level.shape[1]) for t in tokens.tolist()):
+        _, doc, role, part = structure(layout, sample)
+        own = lambda j: role is None or role[token] == "suffix" or (role[j], part[j]) == (role[token], part[token])  # noqa: B023
+        start = next(j for j in range(token + 1) if doc[j] == doc[token] and own(j))
+        first.append(int(layout.intervals.row_of[sample, start]))
+    return torch.tensor(first, dtype=torch.int32)
 
 
 def make_routed(name: str, share: float = 0.3, multiple: int = 1, seed: int = 0) -> tuple[Layout, Routed]:
@@ -30,8 +31,8 @@ def make_routed(name: str, share: float = 0.3, multiple: int = 1, seed: int = 0)
     else:
         layout, config = make_layout(name)
         recalls = layout.doc >= 0
+    layout = padded(layout, config, multiple)
     pad = lambda x, empty: torch.nn.functional.pad(x, (0, -x.shape[1] % multiple), value=empty)
-    layout = build_layout(pad(layout.level, -1), pad(layout.doc, -1), config)
     sampled = torch.rand(recalls.shape, generator=torch.Generator().manual_seed(seed)) < share
     tree = build_recall(layout, config, pad(recalls & sampled, False))
     return layout, Routed(tree, first_raw_rows(layout, tree.tokens))

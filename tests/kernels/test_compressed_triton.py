@@ -24,7 +24,7 @@ FP32_ROUNDING = 2e-6
 # Layouts in fp32 by default: what the other tests, most of them of packed documents or a closed context, do not have.
 SOME = [
     "jittered chunks", "four levels", "wide window", "no sink", "no gist at all", "shorter than a chunk", "shorter than the sink",
-    "single token", "own group, one level", "own group, closed context",
+    "single token", "own group, one level", "own group, closed context", "linked",
 ]  # fmt: skip
 
 

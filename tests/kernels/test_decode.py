@@ -13,8 +13,9 @@ from unfold.kernels.decode import decode_attention
 from unfold.kernels.decode.step import Step
 from unfold.kernels.select import SelectRule
 from unfold.model.config import GistConfig, ModelConfig
-from unfold.model.decode.cache import SequenceCache
+from unfold.model.decode.cache import CachedJoinedOutline, CachedOutline, SequenceCache
 from unfold.model.decode.step import NewTokens, StepAttention
+from unfold.model.gist.joining import PartShape
 
 TRITON = importlib.util.find_spec("triton") is not None
 if TRITON:
@@ -22,13 +23,15 @@ if TRITON:
 else:
     DEVICE, INTERPRETED, needs_runs = "cpu", False, pytest.mark.skip(reason="triton is not installed")
 
-# Configuration of the gists, and (context, suffix) tokens of each sequence of a batch, of uneven lengths.
+# Configuration of the gists, and (context, suffix) tokens of each sequence of a batch, of uneven lengths; a context of several
+# numbers is joined of parts of so many tokens, behind a prefix of five, with two links each.
 CASES = {
     "one level": (dict(chunk_sizes=(4,)), [(61, 3), (9, 1)]),
     "two levels": (dict(chunk_sizes=(4, 3)), [(100, 7), (3, 2), (0, 5), (37, 0)]),
     "four levels": (dict(chunk_sizes=(2, 2, 2, 2), sink=1, n_prev=2), [(90, 2), (31, 9)]),
     "no sink": (dict(chunk_sizes=(3, 2), sink=0, n_prev=0), [(50, 4), (51, 1)]),
     "long suffix": (dict(chunk_sizes=(4, 2)), [(40, 70)]),
+    "joined": (dict(chunk_sizes=(4, 3)), [((30, 1, 17), 5), (20, 2), ((2,), 1)]),
 }
 # What the interpreter runs by default; the other combinations are `long`.
 SOME = [
@@ -36,6 +39,8 @@ SOME = [
     ("two levels", "three", "group"),
     ("no sink", "everything", "head"),
     ("two levels", "unfold all", "head"),
+    ("joined", "adaptive", "head"),
+    ("joined", "everything", "group"),
 ]
 BUDGETS = {
     "adaptive": dict(ratio=2),
@@ -52,6 +57,19 @@ def faithful_interpreter(monkeypatch):
         compute_like_a_gpu(monkeypatch)
 
 
+def outline_of(gist, context):
+    """Of a context that was closed, or joined of parts."""
+    if isinstance(context, tuple):
+        shapes = [PartShape.of(outline_of(gist, length)) for length in context]
+        outline = CachedJoinedOutline(gist, 5, shapes, links=2)
+        outline.read_links(2 * len(context))
+        return outline
+    outline, gists = CachedOutline(gist), list(range(gist.levels))
+    if context:
+        outline.append(rules.insert_gists([0] * context, [context], [True], gist.chunk_sizes, gist.sink, gists, close=True)[1])
+    return outline
+
+
 def batch(name, heads, kv_heads, dim, dtype, device="cpu", recalls=True, whole=False):
     """Queries [N, H, D], caches of one layer and a step: the last token of every sequence asks. Random keys and values."""
     settings, lengths = CASES[name]
@@ -63,11 +81,10 @@ def batch(name, heads, kv_heads, dim, dtype, device="cpu", recalls=True, whole=F
         draw = lambda *shape: torch.randint(-1, 2, shape, generator=g).float()
     new, caches = [], []
     for context, suffix in lengths:
-        cache = SequenceCache(model, gist, dtype, torch.device(device))
-        gists = list(range(gist.levels))
-        level = rules.insert_gists([0] * context, [context], [True], gist.chunk_sizes, gist.sink, gists, close=True)[1]
-        level = torch.tensor((level if context else []) + [-1] * max(suffix, 1))
-        cache.outline.append(level[:-1])
+        cache = SequenceCache(model, outline_of(gist, context), dtype, torch.device(device))
+        level = torch.tensor([-1] * max(suffix, 1))
+        if len(level) > 1:
+            cache.outline.append(level[:-1])
         sight = cache.outline.append(level[-1:], [recalls])
         for rows, count in zip(cache.layers[0], cache.outline.counts):
             rows.append(*(draw(count, kv_heads, dim).to(device, dtype) for _ in range(2)))

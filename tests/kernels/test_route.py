@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from tests import recall_rules
-from tests.kernels.recall_cases import make_layout
+from tests.kernels.cases import structure
+from tests.kernels.recall_cases import SUFFIX_CASES, make_layout
 from tests.kernels.route_cases import ALL, make_routed, queries_and_keys
 from unfold.kernels.route import Routed, chunk_mass, cpu, routing_loss
 from unfold.kernels.route.reference import masses_reference
@@ -22,12 +23,14 @@ def loss_and_gradient(q, k, routed, **how):
     return loss.detach(), gradient
 
 
-def literal_loss(q, k, level, doc, token, config, far, scale):
-    """One query and head of one sample, over lists of tokens. q: [D]; k: [T, D]."""
-    document = recall_rules.Document(level, doc, token, config.levels, config.chunk_sizes, config.sink, config.n_prev)
+def literal_loss(q, k, places, token, config, far, scale):
+    """One query and head of one sample, over lists of tokens. q: [D]; k: [T, D]; places: level, doc, role, part."""
+    level, doc, *linked = places
+    how = config.levels, config.chunk_sizes, config.sink, config.n_prev
+    document = recall_rules.Document(level, doc, token, *how, *linked)
     raw = document.raw()
     weight = {t: math.exp(float(k[t] @ q) * scale) for t in raw}
-    behind = {g: [t for t in raw if document.parent(t) == g and t not in raw[: config.sink]] for g in document.gists(0)}
+    behind = {g: [t for t in raw if document.parent(t) == g and t not in document.sinks()] for g in document.gists(0)}
     if far:
         behind = {g: [] if document.window() & set(own) else own for g, own in behind.items()}
     mass = {g: sum(weight[t] for t in own) / sum(weight.values()) for g, own in behind.items()}
@@ -44,16 +47,19 @@ def literal_loss(q, k, level, doc, token, config, far, scale):
 
 
 @pytest.mark.parametrize("far", [False, True])
-@pytest.mark.parametrize("name", ["two levels", "three levels", "packed documents", "closed context", "no sink", "no neighbour"])
+@pytest.mark.parametrize(
+    "name",
+    ["two levels", "three levels", "packed documents", "closed context", "no sink", "no neighbour", "suffix of linked parts"],
+)
 def test_the_reference_follows_the_formula(name, far):
     layout, routed = make_routed(name, share=0.2)
-    _, config = make_layout(name)
+    _, config = make_layout(SUFFIX_CASES.get(name, name))
     q, k = queries_and_keys(layout, routed, 2, 1, 4, torch.float64)
     want, (tree, tokens) = 0.0, (routed.tree, layout.level.shape[1])
     for n in range(tree.queries):
         sample, token = divmod(int(tree.tokens[n]), tokens)
-        level, doc = layout.level[sample].tolist(), layout.doc[sample].tolist()
-        want += sum(literal_loss(q[n, h], k[sample, :, 0].detach(), level, doc, token, config, far, 0.5) for h in range(2))
+        places = structure(layout, sample)
+        want += sum(literal_loss(q[n, h], k[sample, :, 0].detach(), places, token, config, far, 0.5) for h in range(2))
     got = routing_loss(q, k, routed, far=far, scale=0.5, backend="reference")
     assert tree.queries and got.item() == pytest.approx(want, rel=1e-12)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests import recall_rules
-from tests.kernels.cases import make_layout
+from tests.kernels.cases import make_layout, structure
 from tests.kernels.recall_cases import CASES, RULES, SUFFIX_CASES, make_recall, make_rule, random_qkv, recalling, suffix_layout
 from unfold.kernels.select import SelectRule, select_gists, take_best
 from unfold.model.gist import GistConfig, build_recall, recalling_tokens, select_rule
@@ -21,9 +21,9 @@ def as_tokens(selection, tree, n, h):
 
 def document_of(tree, layout, config, n):
     sample, token = divmod(int(tree.tokens[n]), layout.level.shape[1])
-    level, doc = layout.level[sample].tolist(), layout.doc[sample].tolist()
+    level, doc, *linked = structure(layout, sample)
     where = (config.levels, config.chunk_sizes, config.sink, config.n_prev)
-    return sample, recall_rules.Document(level, doc, token, *where)
+    return sample, recall_rules.Document(level, doc, token, *where, *linked)
 
 
 @pytest.mark.parametrize("share", ["head", "group"])

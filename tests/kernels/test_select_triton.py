@@ -24,6 +24,7 @@ SOME = [
     ("context shorter than the sink", "everything", "head"),
     ("suffix", "fixed", "group"),
     ("suffix", "unfold all", "head"),
+    ("suffix of linked parts, three levels", "adaptive, small ratio", "head"),
 ]
 LARGE = pytest.param(40, 1, 64, torch.float32, marks=pytest.mark.long)
 BY_NUMBER = ["adaptive", "adaptive, small ratio", "fixed", "everything", "unfold all"]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests import recall_rules
-from tests.kernels.cases import make_layout
+from tests.kernels.cases import make_layout, together
 from tests.kernels.recall_cases import CASES, RULES, SUFFIX_CASES, make_recall, make_rule, random_qkv, recalling
 from tests.kernels.test_select import as_tokens, document_of
 from unfold.kernels.compressed import compressed_attention
@@ -58,11 +58,10 @@ def test_with_everything_selected_recall_is_attention_over_the_document(name, ru
     *qkv, d_out = random_qkv(layout, 4, 2, 6, torch.float64)
     (got, *grads), _ = run("cpu", qkv, d_out, tree, rule)
 
-    same = layout.doc[:, :, None] == layout.doc[:, None]
     causal = torch.ones(layout.level.shape[1:] * 2, dtype=torch.bool).tril()
     recalls = torch.zeros_like(layout.doc, dtype=torch.bool)
     recalls.view(-1)[tree.tokens] = True
-    mask = torch.where(recalls[..., None], same & causal, layout.intervals.dense_mask())
+    mask = torch.where(recalls[..., None], together(layout) & causal, layout.intervals.dense_mask())
     leaves = [x.detach().clone().requires_grad_() for x in qkv]
     q, k, v = leaves[0], *(x.repeat_interleave(2, 2) for x in leaves[1:])
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / 6**0.5
@@ -168,7 +167,7 @@ def test_what_was_read_is_counted():
     for n in range(tree.queries):
         _, document = document_of(tree, layout, config, n)
         chunks = {j for j in document.raw() if document.parent(j) in as_tokens(selection, tree, n, 0)[0]}
-        extra += len(chunks - document.window() - set(document.raw()[: config.sink]))
+        extra += len(chunks - document.window() - set(document.sinks()))
     assert stats.unfolded == pytest.approx(extra / tree.queries)
 
 

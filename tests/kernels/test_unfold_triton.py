@@ -25,7 +25,7 @@ from unfold.model.gist import build_recall
 FP32_ROUNDING = 2e-6
 ALL = [*CASES, *SUFFIX_CASES]
 # One layout of each kind; the others are `long`, fp32 only.
-SOME = ["shorter than a chunk", "suffixes of packed documents", "no gist at all"]
+SOME = ["shorter than a chunk", "suffixes of packed documents", "no gist at all", "suffix of linked parts"]
 
 
 @pytest.fixture(autouse=True)

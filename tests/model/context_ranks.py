@@ -9,10 +9,11 @@ import torch
 import torch.distributed as dist
 
 from tests.forked import run_ranks
+from tests.kernels.cases import padded
 from tests.kernels.recall_cases import CASES, RULES, SUFFIX_CASES, make_layout, make_rule, random_qkv, suffix_layout
 from unfold.kernels.compressed import compressed_attention
 from unfold.kernels.unfold import recall_attention
-from unfold.model.gist import Recall, build_layout, build_recall
+from unfold.model.gist import Recall, build_recall
 from unfold.model.parallel.context import ContextAttention, ContextParallel
 from unfold.model.visibility import MicroBatchAttention
 
@@ -27,7 +28,7 @@ def padded_case(name: str, multiple: int):
         layout, config = make_layout(name)
         recalls = layout.doc >= 0
     pad = lambda x, empty: torch.nn.functional.pad(x, (0, -x.shape[1] % multiple), value=empty)
-    layout = build_layout(pad(layout.level, -1), pad(layout.doc, -1), config)
+    layout = padded(layout, config, multiple)
     return layout, config, build_recall(layout, config, pad(recalls, False))
 
 

@@ -47,7 +47,8 @@ def write_export(directory: Path, model: Transformer, gist: GistConfig) -> Path:
     """What an export consists of, with a tokenizer of single characters."""
     directory.mkdir(parents=True)
     keys = hf_config(model.config, "float32", None, None, None)
-    keys |= config_entries(keys["architectures"][0], gist, GISTS[: gist.levels], GISTS, STARTS)
+    links = GISTS[gist.levels :][: gist.links]
+    keys |= config_entries(keys["architectures"][0], gist, GISTS[: gist.levels], GISTS, STARTS, links)
     (directory / "config.json").write_text(json.dumps(keys, indent=2))
     generation = {"pad_token_id": PAD, "suppress_tokens": list(GISTS)}
     (directory / "generation_config.json").write_text(json.dumps(generation))

@@ -8,20 +8,13 @@ import pytest
 import torch
 
 from tests.conftest import run
-from tests.kernels.cases import CASES, make_layout, random_qkv
+from tests.kernels.cases import CASES, make_layout, padded, random_qkv
 from tests.kernels.recall_cases import SUFFIX_CASES
 from unfold.kernels.compressed import compressed_attention
 from unfold.model.gist import GistConfig, build_layout, interleave
 from unfold.model.parallel import context as subject
 from unfold.model.parallel.context import ContextParallel, make_plan
 from unfold.model.parallel.rows import take
-
-
-def padded(layout, config, multiple):
-    """The layout padded to a multiple of the number of ranks."""
-    extra = -layout.level.shape[1] % multiple
-    pad = lambda x: torch.nn.functional.pad(x, (0, extra), value=-1)
-    return build_layout(pad(layout.level), pad(layout.doc), config)
 
 
 def play(layout, q, k, v, size):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.kernels.cases import CASES, make_layout
+from tests.kernels.cases import CASES, make_layout, together
 from unfold.model.config import ModelConfig
 from unfold.model.gist import build_layout, dense_layout
 from unfold.model.layers import BuildContext
@@ -23,7 +23,7 @@ def test_raw_tokens_see_all_raw_tokens_and_gists_themselves(name):
     layout, _ = make_layout(name)
     raw = (layout.level < 0) & (layout.doc >= 0)
     token = torch.arange(raw.shape[1])
-    causal = (token[:, None] >= token) & (layout.doc[:, :, None] == layout.doc[:, None])
+    causal = (token[:, None] >= token) & together(layout)
     want = causal & raw[:, :, None] & raw[:, None] | torch.eye(len(token), dtype=torch.bool)
     dense = dense_layout(layout)
     assert torch.equal(dense.intervals.dense_mask(), want)

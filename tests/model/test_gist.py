@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests import rules
-from tests.kernels.cases import CASES, make_layout
+from tests.kernels.cases import CASES, make_layout, structure
 from unfold.model.gist import GistConfig, build_layout, interleave, max_interleaved_length
 
 
@@ -53,8 +53,7 @@ def test_visible_sets_follow_the_rules(name):
     layout, config = make_layout(name)
     got = layout.intervals.dense_mask().numpy()
     for b in range(len(got)):
-        level, doc = layout.level[b].tolist(), layout.doc[b].tolist()
-        want = rules.visible(level, doc, config.levels, config.sink, config.n_prev, config.own_group)
+        want = rules.visible_in(*structure(layout, b), config.levels, config.sink, config.n_prev, config.own_group)
         assert (got[b] == want).all(), np.argwhere(got[b] != want)[:5]
 
 

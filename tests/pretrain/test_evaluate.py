@@ -43,6 +43,15 @@ def subject_of(run_dir, *flags):
     return load_subject(arguments("perplexity", "--run-dir", run_dir, "--data", "x", "--output", "x", *flags))
 
 
+def check_cost(results, out, written):
+    """Every variant tells what it cost, in the JSON file and in a table."""
+    for result in results:
+        cost = result["cost"]
+        assert cost["peak_memory_bytes"] > 50 << 20
+        assert all((cost[name] is not None and cost[name] > 0) == written for name in ("first_token_s", "token_s"))
+    assert "| seconds to first token | seconds per token | peak memory, GiB |" in out
+
+
 def evaluate(capsys, kind, *flags):
     """(exit status, stdout, stderr)"""
     status = main(["evaluate", kind, *map(str, flags)])
@@ -117,6 +126,7 @@ def test_perplexity_command(run_dir, exported, tiny, tmp_path, capsys):
         assert result["nats"] == pytest.approx(total / result["tokens"]) and f"{result['nats']:.4f}" in out
         assert result["perplexity"] == pytest.approx(math.exp(result["nats"]))
     assert (tmp_path / "a" / "perplexity.png").stat().st_size > 10_000
+    check_cost(results, out, written=False)
     model = ["--model", exported, "--tokenizer", tiny.tokenizer]
     status, _, _ = evaluate(capsys, "perplexity", *model, *data, "--topk", 2, "--output", tmp_path / "b")
     again = json.loads((tmp_path / "b" / "perplexity.json").read_text())["results"]
@@ -158,6 +168,19 @@ def test_likelihoods_equal_those_of_reading_each_candidate(subject, number):
     assert reader.write(sequence, 5) == reader.write(sequence, 5)
 
 
+@pytest.mark.parametrize("number", [0, 3])
+def test_raw_rows_on_the_host_change_no_answer(subject, number):
+    variant, draw = subject.variants[number], np.random.default_rng(3)
+    context, question = draw.integers(5, 400, 90).tolist(), draw.integers(5, 400, 4).tolist()
+    found = []
+    for raw_cache in ("device", "host"):
+        reader = Reader(dataclasses.replace(subject, raw_cache=raw_cache), variant)
+        assert reader.decoder.raw_on_host == (raw_cache == "host" and variant.mode != "dense")
+        sequence = reader.read(context, question)
+        found.append((reader.write(sequence, 6), reader.weigh(sequence, [[7, 8], [9]])))
+    assert found[0] == found[1]
+
+
 def test_passkey_command(run_dir, tmp_path, capsys):
     flags = [
         "--mode",
@@ -184,6 +207,9 @@ def test_passkey_command(run_dir, tmp_path, capsys):
     for variant in result["results"]:
         assert [(c["length"], c["depth"]) for c in variant["cells"]] == [(l, d) for l in (140, 160) for d in (0, 1)]
         assert all(1 <= cell["mean_rank"] <= 3 and 0 <= cell["first"] <= 1 for cell in variant["cells"])
+        mean = sum(cell["first_token_s"] for cell in variant["cells"]) / 4
+        assert mean == pytest.approx(variant["cost"]["first_token_s"])
+    check_cost(result["results"], out, written=True)
     assert all((tmp_path / "a" / f"passkey_{name}.png").stat().st_size > 5000 for name in ("exact", "first"))
 
 
@@ -211,6 +237,7 @@ def test_tasks_command(run_dir, tmp_path, capsys):
         for name, values in again.items():
             assert variant["datasets"][name]["score"] == pytest.approx(sum(values) / len(values))
     assert (tmp_path / "a" / "tasks.png").stat().st_size > 5000
+    check_cost(result["results"], out, written=True)
 
 
 def test_routing_of_a_run(run_dir, tiny, tmp_path, capsys):
@@ -218,6 +245,7 @@ def test_routing_of_a_run(run_dir, tiny, tmp_path, capsys):
     status, out, _ = evaluate(capsys, "routing", "--run-dir", run_dir, *flags)
     assert status == 0 and "| recall 4,2: layer |" in out and (tmp_path / "routing.png").stat().st_size > 10_000
     two, one = json.loads((tmp_path / "routing.json").read_text())["results"]
+    check_cost([two, one], out, written=False)
     assert [entry["layer"] for entry in two["layers"]] == [1] and len(two["layers"][0]["coverage"]) == 2
     for result in (one, two):
         assert all(0 < result["overall"][f"{name}_0"] <= 1 for name in ("coverage", "far_coverage"))

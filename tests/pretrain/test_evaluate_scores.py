@@ -8,6 +8,7 @@ import pytest
 from unfold.pretrain.errors import UserError
 from unfold.pretrain.evaluate import passkey, tasks
 from unfold.pretrain.evaluate.items import read_items
+from unfold.pretrain.evaluate.longbench import LONGBENCH as LONGBENCH_SETS
 from unfold.pretrain.evaluate.metrics import FIRST_LINE, METRICS
 from unfold.pretrain.evaluate.output import table
 
@@ -40,6 +41,27 @@ def test_rouge_l():
     # In another order only 'gunman' or 'police' is left of it, with 'the': recall and precision 2/4.
     assert score("rouge_l", "the gunman kill police", "police killed the gunman") == pytest.approx(0.5, abs=1e-6)
     assert score("rouge_l", "", "police") == score("rouge_l", ".", "police") == 0
+
+
+def test_chinese_words():
+    # 上海, 在, 中国 against 上海, 位于, 中国: two of three on both sides; marks and blanks are no words.
+    assert score("f1_zh", "上海 在中国。", "上海位于中国！") == pytest.approx(2 / 3)
+    assert score("f1_zh", "上海", "北京", "上海。") == 1.0 and score("f1_zh", "。", "上海") == 0.0
+    assert score("rouge_l_zh", "上海在中国", "上海位于中国") == pytest.approx(2 / 3, abs=1e-6)
+    assert score("rouge_l_zh", "中国在上海", "上海位于中国") == pytest.approx(1 / 3, abs=1e-6)  # no two words in one order
+    assert score("retrieval", "段落12，段落3", "段落12") == 0.5
+
+
+def test_all_of_longbench(tmp_path):
+    """Its 21 data sets; the six without chat templates and the four of which the first line counts are those of its code."""
+    assert len(LONGBENCH_SETS) == 21
+    plain = {"trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p"}
+    assert {name for name, kind in LONGBENCH_SETS.items() if not kind.chat} == plain
+    first = {name for name, kind in LONGBENCH_SETS.items() if kind.metrics[0].first_line}
+    assert first == {"trec", "triviaqa", "samsum", "lsht"}
+    row = {**LONGBENCH, "dataset": "multifieldqa_zh", "answers": ["上海"]}
+    item = read(write(tmp_path / "x.jsonl", row))[0]
+    assert item.kind.metrics[0].name == "f1_zh" and item.question.endswith("答案：")
 
 
 def test_classification():
@@ -100,7 +122,8 @@ def test_longbench_layout(tmp_path):
     assert (first.place, first.dataset, first.kind.max_new_tokens) == (f"{path}:1", "hotpotqa", 32)
     assert first.context == LONGBENCH["context"]  # what the context holds is no mark of the prompt
     assert first.question.endswith("Question: Who?\nAnswer:")
-    assert (second.place, second.dataset, second.kind.max_new_tokens) == (f"{path}:3", "gov_report", 7)
+    assert (second.place, second.dataset, second.kind.max_new_tokens) == (f"{path}:3", "gov_report_e", 7)
+    assert (first.words, second.words) == (None, 3)
     assert second.kind.metrics[0].name == "rouge_l"
     given = read(path, prompts={"hotpotqa": "Read {context} and say: {input} Say"})[0]
     assert given.context == "Read " + LONGBENCH["context"] and given.question == " and say: Who? Say"
@@ -114,7 +137,7 @@ def test_ruler_layout(tmp_path):
     row = {**RULER, "input": "D 1\nQuestion: x\nD 2\n\nAnswer it.\n\nQuestion: Who?\n Answer:", "answer_prefix": " He"}
     item = read(write(tmp_path / "qa_1.jsonl", row))[0]
     assert item.kind.metrics[0].name == "match_part" and item.kind.max_new_tokens == 32
-    assert item.question == "\nQuestion: Who?\n Answer: He" and item.context.endswith("Answer it.\n")
+    assert (item.question, item.opening) == ("\nQuestion: Who?\n Answer:", " He") and item.context.endswith("Answer it.\n")
 
 
 def test_documents_layout(tmp_path):
@@ -132,7 +155,8 @@ WRONG = {
     "answers of another type": ({**RULER, "outputs": [17]}, "outputs is [17]"),
     "context of another type": ({**LONGBENCH, "context": 5}, "context is 5, expected a text"),
     "no classes": ({**LONGBENCH, "dataset": "trec"}, "has no all_classes"),
-    "Chinese": ({**LONGBENCH, "dataset": "multifieldqa_zh"}, "not supported"),
+    "no Chinese classes": ({**LONGBENCH, "dataset": "lsht"}, "has no all_classes"),
+    "no Chinese number": ({**LONGBENCH, "dataset": "passage_retrieval_zh", "answers": ["段落"]}, "have no number"),
     "one line": ({**RULER, "input": "What is A?"}, "must begin a line"),
     "no number": ({**LONGBENCH, "dataset": "passage_retrieval_en"}, "have no number"),
     "document": ({**RAG, "documents": ["a", 3]}, "documents[1] is neither"),
@@ -172,6 +196,9 @@ class Words:
                 self.words.append(word)
         return [self.words.index(word) for word in text.split()]
 
+    def prompt(self, context, question, opening, chat):
+        return self.encode(context), self.encode(question + opening)
+
 
 def test_contexts_are_cut_in_the_middle(tmp_path):
     row = {**LONGBENCH, "context": " ".join(f"w{i}" for i in range(50))}
@@ -203,6 +230,18 @@ def test_means_of_a_known_model(tmp_path):
     assert body[0] == ["hotpotqa", "f1", "2", "1", "70.00"] and body[-1][-1] == "35.00"
     lines = list(table(head, body))
     assert len({len(line) for line in lines}) == 1 and len(lines) == len(body) + 2
+
+
+def test_longbench_e_is_scored_by_length(tmp_path):
+    rows = [{**LONGBENCH, "length": length, "answers": [who]} for length, who in ((3999, "Ann"), (10, "Bob"), (8000, "Ann"))]
+    items = read(write(tmp_path / "hotpotqa_e.jsonl", *rows))
+    result = tasks.summary([tasks.Prompt(item, [1], [1], 0) for item in items], ["Ann"] * 3)
+    entry = result["datasets"]["hotpotqa_e"]
+    assert entry["by_length"] == {"0-4k": {"score": 50, "questions": 2}, "8k+": {"score": 100, "questions": 1}}
+    assert entry["score"] == pytest.approx(200 / 3)
+    _, body = tasks.rows([{"name": "dense", **result}])
+    assert [row[0] for row in body] == ["hotpotqa_e", "hotpotqa_e 0-4k", "hotpotqa_e 8k+", "mean of data sets"]
+    assert body[1] == ["hotpotqa_e 0-4k", "f1", "2", "", "50.00"]
 
 
 class Oracle:

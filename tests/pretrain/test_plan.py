@@ -37,11 +37,11 @@ from unfold.pretrain.plan.traffic import plan_traffic
 from unfold.pretrain.plan.work import count_flops, count_parameters, measure_sample
 
 CONFIGS = ROOT / "launch" / "configs"
-# Those of real size; the second stages (-recall) have the layout of the first ones.
+# Those of real size; second stages (-recall, -linked) have the layout of the first ones.
 SHIPPED = [
     str(p.relative_to(CONFIGS).with_suffix(""))
     for p in sorted(CONFIGS.rglob("*.yaml"))
-    if p.stem != "tiny" and not p.stem.endswith("-recall")
+    if p.stem != "tiny" and not p.stem.endswith(("-recall", "-linked"))
 ]
 TOLERANCE = 0.02  # of every formula that is compared with a measurement; "about 10 %" would hide a forgotten term
 BATCH = 2
@@ -260,6 +260,18 @@ SIZES = {"paper/llama-3.2-1b": 1.24, "routed/qwen2-7b": 7.62, "llama-3.1-8b": 8.
 @pytest.mark.parametrize("name,billions", SIZES.items())
 def test_shipped_models_have_their_size(name, billions):
     assert count_parameters(load_config(CONFIGS / f"{name}.yaml").model).total / 1e9 == pytest.approx(billions, rel=0.005)
+
+
+def test_recipes_of_the_paper_take_every_ratio():
+    """The page names every recipe, and the setting of every ratio; with each setting each recipe loads."""
+    page = (ROOT / "docs" / "paper.md").read_text()
+    ratios = re.findall(r"`(gist\.chunk_sizes=\[[\d,]+\])`", page)
+    recipes = sorted((CONFIGS / "paper").glob("*.yaml"))
+    assert len(recipes) == 6 and all(f"`{path.name}`" in page for path in recipes)
+    found = {load_config(path, [ratio]).gist.chunk_sizes for path in recipes for ratio in ratios}
+    assert found == {(8,), (16,), (32,), (4, 4), (8, 4)}
+    linked = load_config(CONFIGS / "paper" / "llama-3.2-1b-linked.yaml")
+    assert linked.data.shuffle_parts and linked.gist.links == 5 and linked.gist.recall == "suffix"
 
 
 def planner(gpus=8, gpu="A100-40GB", memory=None) -> Planner:

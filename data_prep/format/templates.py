@@ -6,6 +6,7 @@ template writes must be the same without them, or the document is refused.
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,12 +17,13 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from unfold.data_prep.errors import DataError
 from unfold.data_prep.format.text import read_text
-from unfold.data_prep.format.tokenizer import CHAT_TEMPLATE_FILE, CONFIG_FILE, Tokenizer, locate, read_json
+from unfold.data_prep.format.tokenizer import CHAT_TEMPLATE_FILE, CONFIG_FILE, ControlToken, TokenizerInfo, locate, read_json
 
-CONTEXT_END, ANSWER, ANSWER_END = "\uf8f1", "\uf8f2", "\uf8f3"
+CONTEXT_END, ANSWER, ANSWER_END, PART = "\uf8f1", "\uf8f2", "\uf8f3", "\uf8f6"
 _ESCAPE, _ESCAPE_END = "\uf8f4", "\uf8f5"  # around the number of a control token that stands in a content as mere text
-MARKS = re.compile(f"([{CONTEXT_END}{ANSWER}{ANSWER_END}])")
-RESERVED = re.compile("[\uf8f1-\uf8f5]")
+MARKS = re.compile(f"([{CONTEXT_END}{ANSWER}{ANSWER_END}{PART}])")
+RESERVED = re.compile("[\uf8f1-\uf8f6]")
+SEPARATOR = "\n\n"  # between documents of a context, and between a context and the question in one message
 PLAIN = """\
 {%- for message in messages -%}
 {%- if message.role in ['context', 'system'] -%}
@@ -79,32 +81,36 @@ class ChatTemplate:
             self._template = environment.from_string(source)
             constants = {node.value for node in environment.parse(source).find_all(nodes.Const)}
         except jinja2.TemplateError as e:
-            raise DataError(f"--template {name}: not a Jinja template: {e}") from None
+            raise DataError(f"the template {name}: not a Jinja template: {e}") from None
         self.takes_context = "context" in constants  # as a role of its own; else it goes into the first question's message
 
-    def render(self, messages: list[dict]) -> str:
+    def render(self, messages: list[dict], answer: bool = False) -> str:
         """The text of messages, each {"role": .., "content": .., ..}.
+
+        Args:
+            answer: an answer is to follow: the beginning of the assistant's turn is written, too.
 
         Raises:
             DataError: the template refuses them.
         """
-        values = {"tools": None, "documents": None, "add_generation_prompt": False, **self._special_tokens}
+        values = {"tools": None, "documents": None, "add_generation_prompt": answer, **self._special_tokens}
         try:
             return self._template.render(messages=messages, **values)
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as e:
             raise DataError(f"the template {self.name} cannot write it: {e}") from None
 
-    def render_marked(self, messages: list[dict]) -> str:
-        """The text of messages with marks in their contents; every mark comes out where its place is.
+    def render_marked(self, messages: list[dict], answer: bool = False) -> str:
+        """The text of messages (as :meth:`render`) with marks in their contents; every mark comes out where its place is.
 
         Raises:
             DataError: the template refuses them, leaves a mark out, or writes other text where marks are.
         """
-        marked = self.render(messages)
-        if RESERVED.sub("", marked) != self.render(_map_contents(messages, lambda text: RESERVED.sub("", text))):
+        bare = lambda: self.render(_map_contents(messages, lambda text: RESERVED.sub("", text)), answer)
+        marked = self.render(messages, answer)
+        if RESERVED.sub("", marked) != bare():
             messages = _map_contents(messages, _trim)  # as many templates do themselves
-            marked = self.render(messages)
-            if RESERVED.sub("", marked) != self.render(_map_contents(messages, lambda text: RESERVED.sub("", text))):
+            marked = self.render(messages, answer)
+            if RESERVED.sub("", marked) != bare():
                 raise DataError(f"the template {self.name} alters a content, so that its places are lost")
         expected = MARKS.findall("".join(message["content"] for message in messages))
         if MARKS.findall(marked) != expected:
@@ -128,6 +134,20 @@ def _trim(content: str) -> str:
     return "".join(parts)
 
 
+def insert_context(messages: list[dict], context: str, as_message: bool, separator: str = SEPARATOR) -> None:
+    """Put a context, its end marked, before the first user message: as a message of its own, or into it.
+
+    Args:
+        as_message: whether the template takes it as a message of its own.
+        separator: between context and question in one message.
+    """
+    first = next(i for i, message in enumerate(messages) if message["role"] == "user")
+    if as_message:
+        messages.insert(first, {"role": "context", "content": context + CONTEXT_END})
+    else:
+        messages[first]["content"] = context + CONTEXT_END + separator + messages[first]["content"]
+
+
 @dataclass(frozen=True)
 class Piece:
     """A part of a rendered text: a mark, a control id, or text."""
@@ -140,8 +160,9 @@ class Piece:
 class ControlText:
     """Rendered text to pieces: control tokens of the template are ids, those that a content spells are text."""
 
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokens = tokenizer.control
+    def __init__(self, control: Mapping[str, ControlToken]):
+        """control: by name."""
+        self._tokens = control
         self._names = sorted(self._tokens, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, self._names)) or r"(?!)")
 
@@ -151,9 +172,17 @@ class ControlText:
         Raises:
             DataError: it holds one of the private characters that are used as marks.
         """
-        if found := RESERVED.search(content):
+        return self._pattern.sub(lambda m: f"{_ESCAPE}{self._names.index(m[0])}{_ESCAPE_END}", self.checked(content))
+
+    def checked(self, text: str) -> str:
+        """The text itself.
+
+        Raises:
+            DataError: it holds one of the private characters that are used as marks.
+        """
+        if found := RESERVED.search(text):
             raise DataError(f"holds U+{ord(found[0]):04X}, a private character that marks places here; remove it")
-        return self._pattern.sub(lambda m: f"{_ESCAPE}{self._names.index(m[0])}{_ESCAPE_END}", content)
+        return text
 
     def _restored(self, text: str) -> str:
         return re.sub(f"{_ESCAPE}(\\d+){_ESCAPE_END}", lambda m: self._names[int(m[1])], text)
@@ -178,15 +207,17 @@ class ControlText:
         return [piece for piece in found if piece != Piece()]
 
 
-def special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
+def special_tokens(control: Mapping[str, ControlToken], info: TokenizerInfo) -> dict[str, str]:
     """'bos_token', 'eos_token', 'pad_token' -> the token, those that there are."""
-    names = {token.id: name for name, token in tokenizer.control.items()}
-    ids = {role: getattr(tokenizer.info, f"{role}_id") for role in ("bos", "eos", "pad")}
+    names = {token.id: name for name, token in control.items()}
+    ids = {role: getattr(info, f"{role}_id") for role in ("bos", "eos", "pad")}
     return {f"{role}_token": names[i] for role, i in ids.items() if i in names}
 
 
-def find_template(given: str | None, tokenizer: str | Path) -> tuple[str, str]:
+def find_template(given: str | None, tokenizer: str | Path, flag: str = "--template") -> tuple[str, str]:
     """(source, name) of the template to use: `given` ('plain' or a file), else the tokenizer's own, else the plain one.
+
+    flag: which gave it, for messages.
 
     Raises:
         DataError: a file that cannot be read, or several templates without one named 'default'.
@@ -194,7 +225,7 @@ def find_template(given: str | None, tokenizer: str | Path) -> tuple[str, str]:
     if given == "plain":
         return PLAIN, "plain"
     if given:
-        return _read(Path(given), f"--template {given}"), given
+        return _read(Path(given), f"{flag} {given}"), given
     _, path = locate(Path(tokenizer))
     directory = path if path.is_dir() else path.parent
     own = directory / CHAT_TEMPLATE_FILE
@@ -206,7 +237,7 @@ def find_template(given: str | None, tokenizer: str | Path) -> tuple[str, str]:
     if isinstance(found, list):
         named = {entry["name"]: entry["template"] for entry in found if isinstance(entry, dict) and "name" in entry}
         if "default" not in named:
-            raise DataError(f"{config}: has chat templates {sorted(named)}, none named 'default'; give a file by --template")
+            raise DataError(f"{config}: has chat templates {sorted(named)}, none named 'default'; give a file by {flag}")
         found = named["default"]
     return (found, f"{config} chat_template") if isinstance(found, str) and found else (PLAIN, "plain")
 
