@@ -23,21 +23,24 @@ def record_collectives(entries: int, run_dir: Path) -> None:
     prefix = str((run_dir / STACKS / COLLECTIVES).resolve())  # PyTorch appends the rank
     settings = {
         "TORCH_FR_BUFFER_SIZE": str(entries),
-        "TORCH_NCCL_TRACE_BUFFER_SIZE": str(entries),  # its name in older versions of PyTorch
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
         "TORCH_FR_DUMP_TEMP_FILE": prefix,
-        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": prefix,
     }
     for name, value in settings.items():
         os.environ.setdefault(name, value)
 
 
 def write_collectives(rank: int, run_dir: Path) -> Path | None:
-    """Write what this rank's recorder holds, for ``torchfrtrace``; None where nothing is recorded or the disk refuses."""
+    """Write what this rank's recorder holds: for ``torchfrtrace``, which reads what NCCL did, and as JSON for people.
+
+    None where nothing is recorded or the disk refuses.
+    """
     try:
         recorder = torch._C._distributed_c10d
-        if not json.loads(recorder._dump_fr_trace_json()).get("entries"):
+        told = recorder._dump_fr_trace_json()
+        if not json.loads(told).get("entries"):
             return None
+        (run_dir / STACKS / f"calls-rank-{rank}.json").write_bytes(told)
         path = run_dir / STACKS / f"{COLLECTIVES}{rank}"
         path.write_bytes(recorder._dump_fr_trace())
         return path

@@ -99,7 +99,7 @@ class Watchdog:
         print(text, file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         if recorded := write_collectives(self._rank, self._run_dir):
-            print(f"collectives of rank {self._rank}: {recorded}; torchfrtrace reads them", file=sys.stderr, flush=True)
+            print(f"the last collectives of rank {self._rank}: {recorded}", file=sys.stderr, flush=True)
         try:
             stacks = self._run_dir / STACKS / f"rank-{self._rank:05d}.txt"
             stacks.parent.mkdir(parents=True, exist_ok=True)
