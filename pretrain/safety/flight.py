@@ -12,6 +12,7 @@ from unfold.pretrain.safety.alive import STACKS
 
 COLLECTIVES = "collectives-rank-"  # begins the names of the files, which the rank's number ends
 
+
 def record_collectives(entries: int, run_dir: Path) -> None:
     """Have PyTorch keep the last ``entries`` collectives of each rank, and NCCL's own watchdog write them when one times out.
 

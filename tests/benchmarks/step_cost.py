@@ -46,6 +46,7 @@ class Variant:
 
     def __init__(self, config: str, overrides: list[str]):
         from unfold.pretrain import parallel
+        from unfold.pretrain.checkpoint.state import RunningAverage, fragments
         from unfold.pretrain.config import load_config
         from unfold.pretrain.monitor.norms import NormWatch
         from unfold.pretrain.train.engine import build_engine, set_learning_rate
@@ -57,6 +58,8 @@ class Variant:
         set_learning_rate(self.engine, self.config.optimizer.lr)
         self.batches = self.inputs.batches(0, lambda n: n, self.parallel)
         self.seconds: list[float] = []
+        self.average = RunningAverage(self.config.checkpoint.average_decay)
+        list(fragments(self.engine, self.parallel, self.average))  # which gives it its memory
         watched = self.config.model.layers, self.config.monitor.norms_every, self.config.train.clip
         self.norms = NormWatch(self.engine, self.parallel, *watched)
         self.folder = Path(tempfile.mkdtemp())
@@ -70,6 +73,7 @@ class Variant:
         added = Added(self.config.train.z_loss, self.config.distill)
         with self.norms.over(len(self.seconds) + 1):
             result = train_step(self.engine, batches, self.parallel, self.config.model, self.config.folding, added)
+        self.average.update()
         self.norms.metrics(result.grad_norm, result.skipped)
         self.seconds.append(self._clock() - clock)
 
