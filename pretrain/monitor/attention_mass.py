@@ -107,9 +107,7 @@ class AttentionMass:
 
 
 @torch.no_grad()
-def attention_mass(
-    q: Tensor, k: Tensor, layout: Layout, recall: Recall | None = None, logits: Tensor | None = None
-) -> Tensor:
+def attention_mass(q: Tensor, k: Tensor, layout: Layout, recall: Recall | None = None, logits: Tensor | None = None) -> Tensor:
     """Softmax mass by kind of key, summed over sampled raw queries and all heads: float64 [levels + 3].
 
     Args:

@@ -45,12 +45,16 @@ class MetricsFile:
         before, self.trouble = self.trouble, self._flush()
         return self.trouble if not before else ""
 
-    def replace_last(self, metrics: dict) -> None:
-        """Write the last line anew."""
+    def amend(self, step: int, more: dict) -> None:
+        """Add metrics to the line of a step that is written already; figures of several evaluations stand side by side."""
         self._flush()
-        kept = [*read_metrics(self.path)[:-1], metrics]
+        lines = read_metrics(self.path)
+        for line in lines:
+            if line["step"] == step:
+                both = line.get("evaluation", {}) | more.get("evaluation", {})
+                line |= more | ({"evaluation": both} if both else {})
         self._file.close()
-        write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in lines))
         self._file = open(self.path, "ab", buffering=0)
 
     def _flush(self) -> str:
@@ -257,13 +261,12 @@ class Outputs:
                 log.write(metrics)
         self.progress.step(metrics)
 
-    def write_beside(self, metrics: dict) -> None:
-        """What was found after the last step's line was written: added to that line, and sent on."""
-        last = read_metrics(self.metrics.path)[-1] | metrics
-        self.metrics.replace_last(last)
+    def write_beside(self, step: int, metrics: dict) -> None:
+        """What was found after the last step's line was written: added to the line of the step that it is of, and sent on."""
+        self.metrics.amend(step, metrics)
         for log in (self._wandb, self._tensorboard):
             if log:
-                log.write(metrics | {"step": last["step"]})
+                log.write(metrics | {"step": step})
 
     def close(self) -> None:
         self.progress.close()

@@ -72,11 +72,13 @@ class Beside:
             self._begin(self._jobs[0])
         return found
 
-    def close(self, wait: bool) -> dict:
-        """The run ends: wait for what is left, or end it; returns the metrics of what ended."""
-        found: dict = {}
+    def close(self, wait: bool) -> list[tuple[int, dict]]:
+        """The run ends: wait for what is left, or end it; returns (step, metrics) of what ended."""
+        found = []
         while wait and self._jobs:
-            found = _merged(found, self.poll())
+            step = self._jobs[0].step
+            if metrics := self.poll():
+                found.append((step, metrics))
             time.sleep(0.05)
         for job in self._jobs:
             if job.process is not None:
@@ -127,12 +129,6 @@ class Beside:
             self._say(f"step {job.step} is exported: {self._run_dir / EXPORTS / checkpoint_name(job.step)}")
             return {"export_s": seconds, "export_step": job.step}
         return {"evaluation": {job.what: read_results(job.log.parent) | {"of_step": job.step, "seconds": seconds}}}
-
-
-def _merged(found: dict, more: dict) -> dict:
-    """Metrics of several jobs that ended at one step."""
-    both = found.get("evaluation", {}) | more.get("evaluation", {})
-    return found | more | ({"evaluation": both} if both else {})
 
 
 def read_results(folder: Path) -> dict:

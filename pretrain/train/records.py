@@ -81,9 +81,9 @@ class Records:
         """The end, on all ranks; stopped: before the last step. Raises UserError where the last checkpoint is not written."""
         self.settle()
         if self.beside:
-            found = self.beside.close(wait=not stopped and not self._failed)
-            if found and self._outputs:
-                self._outputs.write_beside(found)
+            for step, found in self.beside.close(wait=not stopped and not self._failed):
+                if self._outputs:
+                    self._outputs.write_beside(step, found)
         failed = [self._failed]
         dist.broadcast_object_list(failed, src=0)  # also the barrier: no rank leaves while another still writes
         if self._outputs:

@@ -8,6 +8,7 @@ import pytest
 
 from unfold.model.settings import SettingsError
 from unfold.pretrain.config import EvaluationConfig
+from unfold.pretrain.monitor.metrics import MetricsFile, read_metrics
 from unfold.pretrain.train import beside as module
 from unfold.pretrain.train.beside import Beside, read_results
 
@@ -56,11 +57,18 @@ def test_results_are_found_in_the_order_of_the_steps(make, tmp_path):
     assert beside.poll() == {} and beside._jobs[0].process is None  # the checkpoint is not whole yet
     save(tmp_path, 2)
     save(tmp_path, 4)
-    found = beside.close(wait=True)
-    assert beside.in_use == set()
-    assert set(found["evaluation"]) == {"passkey", "perplexity_1"} and found["export_step"] == 4
-    passkey = found["evaluation"]["passkey"]
-    assert passkey["of_step"] == 4 and passkey["forget 4,2"]["exact"] == 0.5
+    ended = beside.close(wait=True)
+    assert beside.in_use == set() and [step for step, _ in ended] == [2, 2, 4, 4, 4]
+    metrics = MetricsFile(tmp_path / "metrics.jsonl", 0)
+    for step in range(1, 5):
+        metrics.write({"step": step})
+    for step, found in ended:
+        metrics.amend(step, found)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert ["evaluation" in line for line in lines] == [False, True, False, True]
+    assert set(lines[1]["evaluation"]) == {"passkey", "perplexity_1"} and lines[3]["export_step"] == 4
+    passkey = lines[1]["evaluation"]["passkey"]
+    assert passkey["of_step"] == 2 and passkey["forget 4,2"]["exact"] == 0.5
     assert passkey["forget 4,2"]["nats_by_position"] == {"to_64": 2.0, "to_128": 1.5}
     assert any("step 4 is exported" in line for line in said)
     commands = (tmp_path / "evaluations").glob("step-*/*")
@@ -71,7 +79,7 @@ def test_what_fails_is_told_and_nothing_else_happens(make, tmp_path):
     beside, said = make(FAILS, export_every=3)
     save(tmp_path, 3)
     beside.add(3)
-    assert beside.close(wait=True) == {"export_error": "no such file"}
+    assert beside.close(wait=True) == [(3, {"export_error": "no such file"})]
     assert said == ["error: export of step 3 failed: no such file. Training goes on"]
 
 
@@ -80,7 +88,7 @@ def test_a_run_that_is_stopped_does_not_wait(make, tmp_path):
     save(tmp_path, 3)
     beside.add(3)
     assert beside.poll() == {}
-    assert beside.close(wait=False) == {}
+    assert beside.close(wait=False) == []
     assert said == ["export of step 3 was not done before the run stopped"]
 
 
@@ -95,7 +103,7 @@ def test_processes_of_a_run_know_nothing_of_its_ranks(make, tmp_path, monkeypatc
     )
     save(tmp_path, 1)
     beside.add(1)
-    assert beside.close(wait=True) == {"export_error": ".2"}
+    assert beside.close(wait=True) == [(1, {"export_error": ".2"})]
 
 
 @pytest.mark.parametrize(
