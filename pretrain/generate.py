@@ -147,18 +147,19 @@ def _from_run(args: Namespace, prompts: list[str]) -> Iterator[tuple[int, str]]:
     if args.recall:
         gist = dataclasses.replace(gist, recall=args.recall)
     if gist is None and (texts or args.raw_cache == "host"):
-        raise UserError(f"{'--document' if texts else '--raw-cache host'}: {args.run_dir} was trained with dense attention")
+        flag, instead = ("--document", "give the texts as one --context-file") if texts else ("--raw-cache host", "leave it out")
+        raise UserError(f"{flag}: {args.run_dir} was trained with dense attention, without gists; {instead}")
     from unfold.model.decode.cost import Recorder  # heavy libraries only after the arguments are checked
     from unfold.model.decode.generation import Decoder
     from unfold.model.decode.text import stream_text
 
     grow, links = args.grow or context is None, link_ids_of(info, gist) if texts else ()
     decoder = Decoder(load_model(run), gist, info.reserved_ids, info.word_starts, grow, links, args.raw_cache)
+    store = open_store(decoder, args) if texts else None
     recorder = Recorder(decoder.device)
     with recorder.reading():
-        if texts:
+        if store:
             with refused(args.document, documents):
-                store = open_store(decoder, args)
                 first = decoder.join([store.get(tokens) for tokens in documents], put[0][0])
         else:
             first = decoder.start()
@@ -173,7 +174,7 @@ def _from_run(args: Namespace, prompts: list[str]) -> Iterator[tuple[int, str]]:
                 decoder.read_suffix(sequence, question)
     yield from stream_text(decoder, sequences, _sampling(args), tokenizer.decode, info.stop_ids, args.stop, recorder)
     mode = "dense" if gist is None else f"gists {','.join(map(str, gist.chunk_sizes))}, recall {gist.recall}"
-    _tell(args, recorder, f"{mode}, {store.read} of {len(documents)} documents read now" if texts else mode)
+    _tell(args, recorder, f"{mode}, {store.read} of {len(documents)} documents read now" if store else mode)
 
 
 def _tell(args: Namespace, recorder: Recorder, mode: str) -> None:

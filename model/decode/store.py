@@ -36,6 +36,7 @@ class PartStore:
         if limit < 1:
             raise ValueError(f"limit: {limit} bytes; give at least 1")
         self.decoder, self.limit, self.directory = decoder, limit, directory
+        self.identity = decoder.identity  # all weights are read for it: not while a document is waited for
         self.read = self.bytes = 0
         self._parts: OrderedDict[str, Part] = OrderedDict()  # least recently used first
         if directory:
@@ -43,7 +44,7 @@ class PartStore:
 
     def get(self, tokens: Sequence[int]) -> Part:
         """The part of a document of raw tokens. Raises ValueError where it cannot be read: see :meth:`Decoder.read_part`."""
-        name = self.decoder.identity.of_tokens(tokens)
+        name = self.identity.of_tokens(tokens)
         if name in self._parts:
             self._parts.move_to_end(name)
             return self._parts[name]
@@ -64,7 +65,7 @@ class PartStore:
         path = self.directory and self.directory / f"{name}.safetensors"
         if not path or not path.exists():
             return None
-        part = Part.load(path, self.decoder.identity)
+        part = Part.load(path, self.identity)
         os.utime(path)  # used now
         return part.to(self.decoder.device, self.decoder.raw_on_host)
 

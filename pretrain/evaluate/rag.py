@@ -91,7 +91,6 @@ class LinkedReader(Reader):
 
         super().__init__(subject, variant)
         self._store = PartStore(self.decoder)
-        self.decoder.identity  # noqa: B018  computed once, which is no document's cost
 
     def answer(self, prompt: RagPrompt, most: int) -> Answer:
         """What is written."""

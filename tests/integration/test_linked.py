@@ -72,3 +72,15 @@ def test_every_token_may_recall(config, tmp_path):
     settings = ["gist.recall=all", "gist.own_group=true", "gist.route_far=true", "gist.topk=2", "train.steps=3"]
     want = train(config, tmp_path / "one", 1, *settings)
     assert_same(train(config, tmp_path / "two", 2, "parallel.context=2", *settings), want)
+
+
+@pytest.mark.long
+def test_dense_attention_teaches_within_parts(config, tmp_path):
+    """Distillation: the teacher's parts keep to themselves, too."""
+    settings = ["distill.logits=1", "distill.hidden=0.1", "train.steps=3"]
+    want = train(config, tmp_path / "one", 1, *settings)
+    assert all(m["distill_logits"] > 0 for m in want)
+    got = train(config, tmp_path / "two", 2, "parallel.context=2", *settings)
+    assert_same(got, want)
+    for a, b in zip(got, want, strict=True):
+        assert a["distill_logits"] == pytest.approx(b["distill_logits"], rel=2e-6)
