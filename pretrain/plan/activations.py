@@ -168,17 +168,25 @@ class Activations:
         summed = (FP32 + self.element) * self._head if self.element < FP32 else 0
         return copies * min(CHUNK, self.targets) * (self.model.padded_vocab_size // self.tensor) + summed
 
+    def loss_peak(self, distilled: bool = False) -> int:
+        """The final norm's, and on top of it the loss's or, once that has gone, the norm's own in backward."""
+        return self.norm() + max(self.loss() + self.logits(distilled), self.norm_backward())
+
     @property
     def _head(self) -> int:
         """Elements of this rank's rows of the output head."""
         return self.model.padded_vocab_size // self.tensor * self.model.hidden_size
 
     def working(self) -> int:
-        """Gradients within a layer while it goes backward: of the product, of gate and up alone and together, of two norms."""
-        norms = 2 * FP32 * self.model.hidden_size * self.residual_tokens
-        if self.tiles > 1:
-            return self.tile() + norms
-        return 5 * self.element * (self.model.ffn_size // self.tensor) * self.tokens + norms
+        """What a layer has at most in backward beyond what it keeps: the stream's gradient, and, of its feed-forward layer,
+        gradients of silu(gate) and of up (or what a tile has); or, once that has gone, what its norm has."""
+        feed_forward = self.tile() if self.tiles > 1 else 2 * self.element * (self.model.ffn_size // self.tensor) * self.tokens
+        return self.residual() + max(feed_forward, self.norm_backward() - (self.feed_forward() - self.norm()))
+
+    def norm_backward(self) -> int:
+        """What a norm has in backward beyond what it keeps: four copies of the stream in fp32, and its gradient."""
+        narrow = self.element if self.element < FP32 else 0
+        return (4 * FP32 + narrow) * self.model.hidden_size * self.residual_tokens
 
     def tile(self) -> int:
         """Of the tiled feed-forward layer in backward. One tile's gate and up, silu(gate), gradients of product, silu(gate) and

@@ -21,7 +21,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--host-memory", type=float, default=0.0, metavar="GB", help="memory of one node in GiB, for offloading; 0: not checked"
     )
     parser.add_argument(
-        "--mfu", type=float, default=0.35, metavar="X", help="part of the peak that useful FLOPs reach (default: 0.35)"
+        "--network", type=float, default=50.0, metavar="GB/S",
+        help="what each GPU can send to other nodes, in 10^9 bytes/s (default: 50, a port of 400 Gb/s for each)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--compare",
+        choices=("dense", "none"),
+        default="dense",
+        help="what stands beside the plan: the same run with dense attention",
     )
 
 
@@ -31,7 +38,7 @@ def plan_command(args: argparse.Namespace) -> Iterator[str]:
     from unfold.pretrain.plan.hardware import GIB, Cluster, find_gpu
 
     gpu = find_gpu(args.gpu, args.gpu_memory)
-    cluster = Cluster(gpu, args.gpus, args.gpus_per_node, args.mfu, args.host_memory * GIB)
+    cluster = Cluster(gpu, args.gpus, args.gpus_per_node, args.host_memory * GIB, args.network * 1e9)
     config = load_config(args.config, args.overrides)
     from unfold.pretrain.plan.make import Planner, with_known_vocabulary
     from unfold.pretrain.plan.report import report
@@ -39,5 +46,5 @@ def plan_command(args: argparse.Namespace) -> Iterator[str]:
     config, planner = with_known_vocabulary(config), Planner(cluster)
     plan = planner.plan(config)
     planner.check_fits(plan)
-    dense = planner.dense(config) if config.model.attention == "gist" else None
+    dense = planner.dense(config) if args.compare == "dense" and config.model.attention == "gist" else None
     yield from report(str(args.config), plan, dense, planner.usable)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 
 from unfold.pretrain.config import RunConfig, with_vocab_size
@@ -10,8 +11,9 @@ from unfold.pretrain.data.tokenizer import load_tokenizer
 from unfold.pretrain.errors import UserError
 from unfold.pretrain.plan.fit import suggest, with_setting
 from unfold.pretrain.plan.hardware import GIB, Cluster
-from unfold.pretrain.plan.memory import RESERVED, Memory, plan_memory
+from unfold.pretrain.plan.memory import RESERVED, Memory, offloaded, plan_memory
 from unfold.pretrain.plan.ranks import Division
+from unfold.pretrain.plan.roofline import StepTime, step_time
 from unfold.pretrain.plan.traffic import Traffic, plan_traffic
 from unfold.pretrain.plan.work import Flops, SampleSize, count_flops, measure_sample
 
@@ -34,7 +36,6 @@ class Plan:
 
     Attributes:
         memory: of a rank of every pipeline stage.
-        step_seconds: at the cluster's MFU; None where the GPU's peak is not known.
     """
 
     config: RunConfig
@@ -44,7 +45,19 @@ class Plan:
     memory: list[Memory]
     traffic: list[Traffic]
     flops: Flops
-    step_seconds: float | None
+
+    @cached_property
+    def time(self) -> StepTime | None:
+        """Of a step, part by part; None where the GPU's peak is not known."""
+        if not self.cluster.gpu.peak:
+            return None
+        micro_batch = offloaded(self.config, self.sample)
+        return step_time(self.config, self.cluster, self.division, self.sample, self.traffic, micro_batch)
+
+    @property
+    def mfu(self) -> float | None:
+        """Useful FLOPs per second of a step over the peak of all GPUs."""
+        return self.flops.total / self.time.total / self.cluster.gpus / self.cluster.gpu.peak if self.time else None
 
     @property
     def fullest(self) -> Memory:
@@ -74,7 +87,6 @@ class Planner:
         division = Division.of(config, self.cluster.gpus)
         sample = self._sample(config)
         flops = count_flops(config.model, sample, config.train.global_batch)
-        speed = self.cluster.gpus * self.cluster.gpu.peak * self.cluster.mfu
         counts = division.replicas, division.micro_batches
         return Plan(
             config,
@@ -84,7 +96,6 @@ class Planner:
             plan_memory(config, sample, *counts),
             plan_traffic(config, sample, *counts, division.ranks),
             flops,
-            flops.total / speed if speed else None,
         )
 
     def _sample(self, config: RunConfig) -> SampleSize:

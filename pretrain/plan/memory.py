@@ -27,8 +27,9 @@ class Memory:
         weights: in the compute precision.
         gradients: as they are accumulated over micro-batches.
         optimizer: fp32 master weights and Adam's two moments (one momentum where Muon updates).
-        activations: of all micro-batches in flight, layout and backward's working set included.
-        logits: of the last stage: those of a chunk of rows, and the gradients that the loss leaves for backward.
+        activations: kept for backward by all micro-batches in flight, with their layouts.
+        working: what comes on top at most: a layer that goes backward, and is computed again for it; or, on the last stage, the
+            loss: a chunk of logits, and the gradients that it leaves for backward; or the final norm.
         buffers: communication: buckets, gathered parameters, received activations and keys.
     """
 
@@ -36,7 +37,7 @@ class Memory:
     gradients: int
     optimizer: int
     activations: int
-    logits: int
+    working: int
     buffers: int
     host: int = 0
 
@@ -89,10 +90,9 @@ def stage_memory(config: RunConfig, sample: SampleSize, stage: int, replicas: in
     in_flight = min(stages - stage, micro_batches)  # 1F1B
     is_last = stage == stages - 1
     layers = config.model.layers // stages
-    activations, offloaded = _layers(config, kept, in_flight * layers)
-    activations += in_flight * (kept.shared() + kept.layout()) + kept.working()
-    if is_last:
-        activations += kept.norm()
+    activations, working, offloaded = layers_peak(config, kept, in_flight * layers)
+    activations += in_flight * (kept.shared() + kept.layout())
+    loss = kept.loss_peak(config.distill.logits > 0) if is_last else 0
     if config.distill.active:  # the teacher's stream, and of every layer the slope of its distance
         activations += kept.residual() + (layers * kept.residual() if config.distill.hidden else 0)
     return Memory(
@@ -100,29 +100,36 @@ def stage_memory(config: RunConfig, sample: SampleSize, stage: int, replicas: in
         gradients=round(states.gradients * parameters),
         optimizer=round(states.optimizer * parameters - spared_by_muon(config, counts, replicas)),
         activations=activations,
-        logits=kept.loss() + kept.logits(config.distill.logits > 0) if is_last else 0,
+        working=max(working, loss),
         buffers=_buffers(config, kept, parameters, replicas, stage, micro_batches),
         host=round(states.host * parameters) + offloaded,
     )
 
 
-def _layers(config: RunConfig, kept: Activations, layers: int) -> tuple[int, int]:
-    """Bytes that the layers of all micro-batches in flight keep, and in host memory."""
+def layers_peak(config: RunConfig, kept: Activations, layers: int) -> tuple[int, int, int]:
+    """Bytes that the layers of all micro-batches in flight keep on the GPU, that one of them needs in backward beyond what it
+    keeps, computed again or not, and that they keep in host memory."""
     checkpointing = config.train.activation_checkpointing
     if checkpointing == "none":
-        return layers * kept.layer(), 0
+        return layers * kept.layer(), kept.working(), 0
     # One layer at a time is computed again, or the larger of its two parts.
     each, again = kept.residual(), kept.layer()
+    if kept.element == FP32:
+        again -= kept.residual()  # its norm's input in fp32 is the input that was kept
     if checkpointing == "selective":
         each, again = kept.selective(), max(kept.before_attention(), kept.feed_forward())
+    working = again + kept.working()
     if not config.train.offload_activations:
-        return layers * each + again, 0
-    return min(layers, 2) * each + again, layers * each  # what a layer keeps comes back while the one after it goes backward
+        return layers * each, working, 0
+    return min(layers, 2) * each, working, layers * each  # what a layer keeps comes back while the one after it goes backward
 
 
-def _buffers(
-    config: RunConfig, kept: Activations, parameters: int, replicas: int, stage: int, micro_batches: int
-) -> int:
+def offloaded(config: RunConfig, sample: SampleSize) -> int:
+    """Bytes that the layers of a stage keep in host memory, of one micro-batch."""
+    return layers_peak(config, Activations.of(config, sample), config.model.layers // config.parallel.pipeline)[2]
+
+
+def _buffers(config: RunConfig, kept: Activations, parameters: int, replicas: int, stage: int, micro_batches: int) -> int:
     """Bytes that exist only to be sent or received."""
     parallel, element = config.parallel, element_size(config)
     if parallel.zero == 1 and element < FP32:

@@ -14,7 +14,7 @@ MEMORY = (
     ("gradients", "gradients"),
     ("optimizer", "master weights and Adam"),
     ("activations", "activations"),
-    ("logits", "logits and loss"),
+    ("working", "one layer backward, or the loss"),
     ("buffers", "communication buffers"),
     ("total", "total"),
 )
@@ -84,10 +84,25 @@ def _traffic(plan: Plan, dense: Plan | None) -> Iterator[str]:
     for traffic in plan.traffic:
         inside = traffic.span <= cluster.gpus_per_node
         where = "in a node" if inside else "across nodes"
-        if inside and cluster.gpu.node_link:
-            where += f", {traffic.sent / cluster.gpu.node_link:.2g} s over its links"
+        if cluster.gpu.node_link:
+            where += f", {traffic.sent / traffic.rate(cluster):.2g} s{' beside computation' if traffic.beside else ''}"
         other = [f"{theirs.get(traffic.kind, 0) / GIB:.2f}"] if dense else []
         yield _columns(f"  {traffic.kind}", f"{traffic.sent / GIB:.2f}", *other) + f"   {where}"
+
+
+def _parts(plans: list[Plan]) -> Iterator[str]:
+    """Seconds of a step, part by part, and each part's share."""
+    times = [p.time for p in plans]
+    parts = (
+        ("matrix products", lambda t: t.products.seconds), ("attention", lambda t: t.attention.seconds),
+        ("bound by memory", lambda t: t.memory.seconds), ("communication, exposed", lambda t: t.exposed),
+        ("waiting for pipeline stages", lambda t: t.idle),
+    )  # fmt: skip
+    for title, seconds in parts:
+        yield _columns(f"  {title}", *(f"{seconds(t):,.2f} {seconds(t) / t.total:>4.0%}" for t in times))
+    yield _columns("  seconds", *(f"{t.total:,.2f} 100%" for t in times))
+    yield _columns("    of which computed again", *(f"{t.again:,.2f} {t.again / t.total:>4.0%}" for t in times))
+    yield _columns("  communication beside it", *(f"{t.hidden:,.2f}     " for t in times))
 
 
 def _time(plan: Plan, dense: Plan | None) -> Iterator[str]:
@@ -102,15 +117,13 @@ def _time(plan: Plan, dense: Plan | None) -> Iterator[str]:
         yield _columns("  busiest context rank over mean", *(f"{p.sample.imbalance:.3f}" for p in plans))
     yield _columns("  useful TFLOP", *(f"{p.flops.total / 1e12:,.2f}" for p in plans))
     yield _columns("    of which attention", *(f"{p.flops.attention / 1e12:,.2f}" for p in plans))
-    if plan.step_seconds is None:
+    if plan.time is None:
         yield "  the GPU's peak is not known: name a --gpu for times"
     else:
-        seconds = [p.step_seconds for p in plans]
-        yield _columns(f"  seconds at MFU {plan.cluster.mfu:g}", *(f"{s:,.2f}" for s in seconds))
+        yield from _parts(plans)
+        seconds = [p.time.total for p in plans]
         yield _columns("  raw tokens/s", *(f"{train.global_batch * raw / s:,.0f}" for s in seconds))
+        yield _columns("  useful FLOPs over the peak, MFU", *(f"{p.mfu:.0%}" for p in plans))
         yield _columns(f"  days for {train.steps:,} steps", *(f"{s * train.steps / 86400:,.2f}" for s in seconds))
-    if plan.division.pipeline > 1:
-        idle = (plan.division.pipeline - 1) / (plan.division.micro_batches + plan.division.pipeline - 1)
-        yield f"  pipeline bubble: {idle:.0%} of the step is idle in any case; an MFU above {1 - idle:.0%} cannot be"
     yield f"  useful FLOPs = {FLOPS_FORMULA}"
     yield "  padding and recomputation are not useful; a sample is taken as one document, the most that attention can cost"

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from unfold.pretrain.config import RunConfig
 from unfold.pretrain.plan.activations import FP32, Activations, element_size
+from unfold.pretrain.plan.hardware import Cluster
+from unfold.pretrain.plan.rates import LINK
 from unfold.pretrain.plan.work import SampleSize, count_parameters
 
 
@@ -18,11 +20,23 @@ class Traffic:
         kind: what is sent.
         sent: bytes per step of the GPU that sends most.
         span: consecutive ranks within which the group lies: it stays in a node that holds as many GPUs.
+        ranks: of the group.
+        beside: whether it goes on beside computation, as far as that lasts.
     """
 
     kind: str
     sent: int
     span: int
+    ranks: int
+    beside: bool = False
+
+    def rate(self, cluster: Cluster) -> float:
+        """Bytes/s at which a GPU sends: over the links of its node, or, as a ring across nodes, over the ports of the group's
+        GPUs in a node, which all carry a part of each one's bytes."""
+        link, node = cluster.gpu.node_link, cluster.gpus_per_node
+        if self.span > node:
+            link = min(link, cluster.network * max(1, self.ranks * node // self.span))
+        return link * LINK
 
 
 def plan_traffic(config: RunConfig, sample: SampleSize, replicas: int, micro_batches: int, ranks: int) -> list[Traffic]:
@@ -41,16 +55,18 @@ def plan_traffic(config: RunConfig, sample: SampleSize, replicas: int, micro_bat
         kind = "sequence (gather, scatter)" if parallel.sequence else "tensor (all-reduce)"
         # Two all-reduces (or gathers and scatters) per layer and direction, one more at embedding and head.
         times = layers * (passes + 2) + 2 * micro_batches
-        found.append(Traffic(kind, round(times * 2 * _ring(parallel.tensor) * _hidden(config, kept)), parallel.tensor))
+        found.append(
+            Traffic(kind, round(times * 2 * _ring(parallel.tensor) * _hidden(config, kept)), parallel.tensor, parallel.tensor)
+        )
     if parallel.context > 1:
-        found.append(Traffic("context", layers * (attended + 1) * _context_exchange(config, kept), model_span))
+        found.append(Traffic("context", layers * (attended + 1) * context_exchange(config, kept), model_span, parallel.context))
     if parallel.pipeline > 1:
         # A stage between two others sends on the residual stream, and back its gradient; with two stages each does one of both.
         directions = 2 if parallel.pipeline > 2 else 1
-        found.append(Traffic("pipeline", micro_batches * directions * kept.residual(), ranks))
+        found.append(Traffic("pipeline", micro_batches * directions * kept.residual(), ranks, parallel.pipeline))
         if config.model.tied_embeddings:
             size = FP32 * count_parameters(config.model, parallel.tensor).embedding
-            found.append(Traffic("tied embedding", size, ranks))  # an all-reduce between two
+            found.append(Traffic("tied embedding", size, ranks, 2))  # an all-reduce between two
     return found
 
 
@@ -75,16 +91,16 @@ def _replica_traffic(config: RunConfig, replicas: int, micro_batches: int, span:
     once, gradient = (_ring(replicas) * parameters * size for size in (element, reduced))
     if parallel.zero == 3:
         return [
-            Traffic("gradients (reduce-scatter)", round(gradient * micro_batches), span),
-            Traffic("ZeRO-3 parameters (all-gather)", round(2 * once * micro_batches), span),
+            Traffic("gradients (reduce-scatter)", round(gradient * micro_batches), span, replicas, beside=True),
+            Traffic("ZeRO-3 parameters (all-gather)", round(2 * once * micro_batches), span, replicas, beside=True),
         ]
     # DeepSpeed all-reduces buckets of gradients also where a rank keeps a part alone (use_multi_rank_bucket_allreduce).
     times = micro_batches if parallel.zero == 2 else 1
-    gradients = Traffic("gradients (all-reduce)", round(2 * gradient * times), span)
-    return [gradients, Traffic("updated parameters (all-gather)", round(once), span)]
+    gradients = Traffic("gradients (all-reduce)", round(2 * gradient * times), span, replicas, beside=parallel.zero == 2)
+    return [gradients, Traffic("updated parameters (all-gather)", round(once), span, replicas)]
 
 
-def _context_exchange(config: RunConfig, kept: Activations) -> int:
+def context_exchange(config: RunConfig, kept: Activations) -> int:
     """Bytes a rank sends in one layer and direction."""
     model, parallel = config.model, config.parallel
     key_width = model.kv_heads // parallel.tensor * model.head_dim

@@ -83,4 +83,5 @@ def test_dense_attention_teaches_within_parts(config, tmp_path):
     got = train(config, tmp_path / "two", 2, "parallel.context=2", *settings)
     assert_same(got, want)
     for a, b in zip(got, want, strict=True):
-        assert a["distill_logits"] == pytest.approx(b["distill_logits"], rel=2e-6)
+        # A difference of log-probabilities of size 6, whose rounding does not shrink with it.
+        assert a["distill_logits"] == pytest.approx(b["distill_logits"], abs=1e-7)

@@ -87,7 +87,7 @@ def test_what_is_meant_is_taken(tmp_path):
 HUGE = "9" * 20
 FLAGS = {
     "temperature": (pretrain, "generate --run-dir r --prompt a --temperature nan", "--temperature nan: is not a finite number"),
-    "mfu": (pretrain, "plan --config c --gpus 8 --mfu inf", "--mfu inf: is not a finite number"),
+    "network": (pretrain, "plan --config c --gpus 8 --network inf", "--network inf: is not a finite number"),
     "every": (pretrain, "status r --every nan", "--every nan: is not a finite number"),
     "depths": (pretrain, "evaluate passkey --run-dir r --output o --depths 0 nan", "--depths nan: is not a finite number"),
     "tokens": (pretrain, f"generate --run-dir r --prompt a --max-new-tokens {HUGE}", f"--max-new-tokens {HUGE}: is beyond any"),

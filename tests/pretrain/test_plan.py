@@ -66,8 +66,9 @@ def build() -> BuildContext:
 
 def configuration(model: ModelConfig, precision="fp32", raw=195, **train) -> RunConfig:
     """raw: three sinks and whole groups, so that the sample is as long as it can get and nothing is padded."""
-    plain = parse_config({"data": {"train": ["x"], "tokenizer": "t", "raw_tokens": raw}, "precision": precision})
-    return replace(plain, model=model, gist=GistConfig((4, 2)), train=replace(plain.train, **train))
+    plain = parse_config({"data": {"train": ["x"], "tokenizer": "t"}, "precision": precision})
+    model, data = replace(model, max_position=max(model.max_position, raw)), replace(plain.data, raw_tokens=raw)
+    return replace(plain, model=model, data=data, gist=GistConfig((4, 2)), train=replace(plain.train, **train))
 
 
 def micro_batch(config: RunConfig, samples: int) -> MicroBatch:
@@ -249,12 +250,26 @@ def test_shipped_layouts_fit_their_clusters(name, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert main(header_command(CONFIGS / f"{name}.yaml")) == 0
     text = capsys.readouterr().out
-    for part in ("layout: pipeline", "parameters: ", "activations", "sent by one GPU", "useful FLOPs = 6 x", "raw tokens/s"):
+    for part in (
+        "layout: pipeline",
+        "parameters: ",
+        "activations",
+        "sent by one GPU",
+        "useful FLOPs = 6 x",
+        "matrix products",
+        "raw tokens/s",
+    ):
         assert part in text
 
 
 # Of the released checkpoints, by their model cards, in billions; four gist rows are within the rounding.
-SIZES = {"paper/llama-3.2-1b": 1.24, "routed/qwen2-7b": 7.62, "llama-3.1-8b": 8.03, "llama-3.1-70b": 70.6}
+SIZES = {
+    "paper/llama-3.2-1b": 1.24,
+    "routed/qwen2-7b": 7.62,
+    "llama-3.1-8b": 8.03,
+    "llama-3.1-8b-1m": 8.03,
+    "llama-3.1-70b": 70.6,
+}
 
 
 @pytest.mark.parametrize("name,billions", SIZES.items())
@@ -275,7 +290,7 @@ def test_recipes_of_the_paper_take_every_ratio():
 
 
 def planner(gpus=8, gpu="A100-40GB", memory=None) -> Planner:
-    return Planner(Cluster(find_gpu(gpu, memory), gpus, 8, 0.4))
+    return Planner(Cluster(find_gpu(gpu, memory), gpus, 8))
 
 
 @pytest.mark.parametrize("overrides", [[], ["train.micro_batch=16"], ["parallel.zero=1", "data.raw_tokens=16384"]])
@@ -294,7 +309,7 @@ def test_host_memory_that_does_not_suffice_is_refused_with_what_would_do():
     path = CONFIGS / "llama-3.1-8b.yaml"
     settings = ["train.activation_checkpointing=selective", "train.offload_activations=true"]
     for host, change in ((50, "train.activation_checkpointing=full"), (10, "train.offload_activations=false")):
-        plans = Planner(Cluster(find_gpu("H100-80GB", None), 16, 8, 0.4, host * GIB))
+        plans = Planner(Cluster(find_gpu("H100-80GB", None), 16, 8, host * GIB))
         with pytest.raises(UserError, match=f"GiB of host memory are needed on a node, {host}.0 are there .*; set {change}$"):
             plans.check_fits(plans.plan(load_config(path, settings)))
         plans.check_fits(plans.plan(load_config(path, [*settings, change])))
@@ -305,7 +320,8 @@ def test_memory_falls_with_every_setting_that_saves_it():
     total = lambda *settings: plans.plan(load_config(path, settings)).fullest.total
     assert total("parallel.zero=3") < total() < total("parallel.zero=1")
     assert total() < total("train.activation_checkpointing=selective") < total("train.activation_checkpointing=none")
-    assert total("train.mlp_tiles=8") < total("train.mlp_tiles=2") < total()
+    long = "data.raw_tokens=131072", "parallel.context=1"  # else the loss needs more than a layer
+    assert total(*long, "train.mlp_tiles=8") < total(*long, "train.mlp_tiles=2") < total(*long)
     hosted = plans.plan(load_config(path, ["train.offload_activations=true"])).fullest
     assert hosted.total < total() and hosted.host > 0
     assert total("parallel.tensor=2") < total() and total("parallel.context=2", "parallel.tensor=1") > total()
@@ -313,9 +329,11 @@ def test_memory_falls_with_every_setting_that_saves_it():
     assert total() < total("distill.logits=1") < total("distill.logits=1", "distill.hidden=1")
     offloaded = plans.plan(load_config(path, ["parallel.offload=optimizer"]))
     assert offloaded.fullest.total < total() and offloaded.fullest.host > 0
-    pipeline = plans.plan(load_config(path, ["parallel.pipeline=4", "parallel.context=1", "parallel.zero=1"]))
+    # Short sequences: the last stage's loss needs more than a layer.
+    stages = ["parallel.pipeline=4", "parallel.context=1", "parallel.zero=1", "data.raw_tokens=8192"]
+    pipeline = plans.plan(load_config(path, stages))
     first, *_, last = pipeline.memory
-    assert first.activations > last.activations and last.logits > first.logits == 0
+    assert first.activations > last.activations and last.working > first.working
 
 
 @pytest.mark.parametrize(
@@ -324,7 +342,7 @@ def test_memory_falls_with_every_setting_that_saves_it():
         (["--gpus", "8"], "--gpu: name one of"),
         (["--gpus", "8", "--gpu", "H10"], "--gpu H10: not known; did you mean H100-80GB?"),
         (["--gpus", "12", "--gpu", "H100"], "--gpus 12: is not a whole number of nodes of 8; 16 would do"),
-        (["--gpus", "8", "--gpu", "H100", "--mfu", "2"], "--mfu 2.0: is not in (0, 1]"),
+        (["--gpus", "8", "--gpu", "H100", "--network", "-2"], "--network -2: is not above 0"),
         (["--gpus", "8", "--gpu", "H100", "--set", "parallel.tensor=3"], "3 does not divide model.kv_heads (8); 2 would do"),
         (["--gpus", "2", "--gpu", "H100", "--set", "parallel.tensor=4"], "does not divide --gpus 2; 4 GPUs would do"),
         (["--gpus", "8", "--gpu", "H100", "--set", "train.global_batch=12"], "train.global_batch: 12 is not a multiple"),

@@ -1,0 +1,155 @@
+"""The benchmark's parts: quotes are quotes, ways differ in nothing but their settings, results are kept."""
+
+import dataclasses
+import json
+import shutil
+from argparse import Namespace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from tests.benchmarks.quotes.command import Results, run
+from tests.benchmarks.quotes.data import PLAIN, Quoting, Repeating, make_data
+from tests.benchmarks.quotes.report import Outcome, table, write_report
+from tests.benchmarks.quotes.training import Plan, Reading, loss_of, way_config
+from tests.benchmarks.quotes.ways import ways_of
+from unfold.model.layers import BuildContext
+from unfold.model.transformer import Transformer
+from unfold.pretrain import parallel
+from unfold.pretrain.config import ParallelConfig, gist_at
+from unfold.pretrain.errors import UserError
+from unfold.pretrain.train.added import Added
+from unfold.pretrain.train.inputs import open_inputs
+from unfold.pretrain.train.step import train_step
+
+SMALL = Plan(
+    short=Repeating(32, 4, 8), quoting=Quoting(64, 8, 2, 4), short_steps=2, base_steps=1, steps=6, batch=128, evaluated=2,
+    documents=32, layers=3, hidden_size=32,
+)  # fmt: skip
+
+
+def test_every_quote_stands_in_the_first_half():
+    quoting = Quoting(128, 16, 4, 12)
+    first, second = np.arange(64), np.arange(100, 164)
+    ids, tags = quoting.document(first, second, np.random.default_rng(0))
+    assert len(ids) == len(tags) == 128 and (tags[:64] == PLAIN).all() and (ids[:64] == first).all()
+    quoted = tags >= 0
+    assert (ids[quoted] < 64).all() and (ids[64:][~quoted[64:]] >= 100).all()
+    inside = np.flatnonzero(tags > 0)
+    assert (ids[inside] == ids[inside - 1] + 1).all() and (tags[inside] == tags[inside - 1] + 1).all()
+    assert len(np.unique(ids[tags == 0])) > 1 and quoted[64:].mean() > 0.5
+
+
+def test_what_repeats_is_a_piece_of_one_document():
+    text = SimpleNamespace(tokens=np.arange(40), starts=np.array([0, 3, 20]), lengths=np.array([3, 17, 20]))
+    ids, tags = Repeating(32, 4, 8).documents(text, 20, [0])
+    pieces = set()
+    for row, tag in zip(ids, tags):
+        length = int((tag == PLAIN).sum())
+        pieces.add(length)
+        assert (row[:length] == row[0] + np.arange(length)).all() and not row[0] < 20 <= row[length - 1] and row[0] >= 3
+        assert (row[length:] == row[:-length]).all() and (tag[length:] == np.arange(length, 32) % length).all()
+    assert pieces == {4, 5, 6, 7, 8}
+
+
+@pytest.mark.parametrize("chunk_sizes", [(16,), (4, 4)])
+def test_ways_are_settings_of_training(tmp_path, chunk_sizes):
+    configs = {name: way_config(SMALL, tmp_path, way, chunk_sizes, 0) for name, way in ways_of(chunk_sizes).items()}
+    at = lambda name, step: gist_at(configs[name], step)
+    assert at("dense", 1) is None and [at("paper", step).recall for step in (3, 4)] == ["none", "all"]
+    assert [at("recipe", step).unfold_all for step in range(1, 7)] == [True] * 2 + [False] * 4
+    assert [at("shrink", step).budget_ratio for step in range(3, 7)] == [2, 4, 8, None]
+    assert at("share", 6).unfold_share == 0.25 and at("twice", 6).budget_ratio == 8 and configs["longer"].train.steps == 12
+    levels = len(chunk_sizes)
+    assert (at("recipe", 6).recall_from, at("recipe", 6).own_group) == (levels, levels > 1) and not at("paper", 6).own_group
+    data, seeds = {c.data for c in configs.values()}, {c.train.seed for c in configs.values()}
+    assert len(data) == len(seeds) == 1, "all ways see the same samples"
+
+
+@pytest.fixture(scope="module")
+def quoting(tiny, tmp_path_factory):
+    """Data of the experiment, of the tests' shards instead of books."""
+    data = tmp_path_factory.mktemp("quotes") / "data"
+    shutil.copytree(tiny.tokenizer, data / "tokenizer")
+    for split in ("train", "valid"):
+        for suffix in ("bin", "idx", "json"):
+            shutil.copy(tiny.root / f"tiny_{split}.{suffix}", data / f"text_{split}.{suffix}")
+    kinds = {"short": (SMALL.short, SMALL.documents), "quotes": (SMALL.quoting, SMALL.documents // 2)}
+    make_data(data, SMALL.vocab_size, kinds, SMALL.evaluated, [])
+    return data
+
+
+def test_results_are_kept_and_belong_to_their_settings(tmp_path, quoting):
+    results = Results(tmp_path, SMALL)
+    shutil.copytree(quoting, results.data)
+    args = Namespace(seeds=[1], chunk_sizes=(4,), ways=["dense", "recipe", "logits"], text=[])
+    lines = list(run(results, SMALL, args))
+    assert len(lines) == 3 and "seed 1 chunks [4] recipe" in lines[1]
+    assert list(run(Results(tmp_path, SMALL), SMALL, args)) == []
+    outcomes = results.read()
+    assert {o.way for o in outcomes} == set(args.ways)
+    assert all(np.isfinite(dataclasses.astuple(reading)).all() for o in outcomes for reading in o.read.values())
+    taught = next(o for o in outcomes if o.way == "recipe")
+    assert taught.own == taught.read["recall"] and taught.own.unfolded > 0 and 0 < taught.far_coverage <= 1
+    assert taught.own.unfolded < taught.read["everything"].unfolded and taught.read["forget"].unfolded == 0
+    with pytest.raises(UserError, match="made with other settings"):
+        Results(tmp_path, Plan())
+    assert list(write_report(tmp_path, outcomes, SMALL)) == (tmp_path / "table.md").read_text().splitlines()
+    assert (tmp_path / "quotes.png").stat().st_size > 5_000
+    assert json.loads((tmp_path / "results.json").read_text()) == [json.loads(json.dumps(o.to_dict())) for o in outcomes]
+
+
+def test_the_table_gives_mean_and_spread_of_the_seeds():
+    reading = lambda quote: Reading(quote, 4.0, 3.5, 3.25, 0.0)
+    make = lambda seed, quote: Outcome(
+        seed, "dense", (16,), 300, 1.0, {"dense": reading(quote), "everything": reading(2.0)}, None
+    )
+    line = table([make(0, 0.5), make(1, 0.75)])[-1]
+    cells = ["16", "dense attention", "300", "0.625 (0.500 - 0.750)", "3.500 (3.500 - 3.500)", "-", "-"]
+    assert line == f"| {' | '.join([*cells, '2.00 (2.00 - 2.00)', '0.62 (0.50 - 0.75)', '2'])} |"
+
+
+class PlainEngine:
+    """What a step needs of DeepSpeed's engine, without DeepSpeed: the gradients stay as they are."""
+
+    def __init__(self, model):
+        self._model, self.module = model, SimpleNamespace(context_parallel=None)
+        self.optimizer = SimpleNamespace(overflow=False)
+
+    def __call__(self, batch):
+        return self._model(batch)
+
+    def backward(self, loss):
+        loss.backward()
+
+    def step(self):
+        pass
+
+    def get_global_grad_norm(self):
+        return 0.0
+
+    def zero_optimization_stage(self):
+        return 0
+
+
+@pytest.mark.parametrize("way", ["dense", "recipe", "logits", "hidden"])
+def test_losses_weigh_as_in_training(quoting, way):
+    groups = parallel.initialize(ParallelConfig())
+    config = way_config(SMALL, quoting, ways_of((4,))[way], (4,), 0)
+    gradients = []
+    for weigh in ("here", "training"):
+        model = Transformer(config.model, BuildContext(groups.tensor_group, 3))
+        micro = next(open_inputs(config).batches(4, lambda number: number, groups))
+        gist = gist_at(config, 5)  # behind the first third, so it is taught to route
+        if weigh == "here":
+            loss = loss_of(model, *micro, gist, config.distill)
+            loss.backward()
+        else:
+            result = train_step(PlainEngine(model), micro, groups, config.model, gist, Added(distill=config.distill))
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert loss.item() == pytest.approx(result.loss, rel=1e-6) and gradients[0].keys() == gradients[1].keys()
+    assert (result.route_loss is None) == (way == "dense") and bool(result.added) == (way in ("logits", "hidden"))
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-7, msg=name)

@@ -1,0 +1,59 @@
+"""Large runs, started rank by rank in shape (tests/parallel/in_shape.py): bytes as planned, start-up work that grows more
+slowly than the number of ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from functools import lru_cache
+
+import pytest
+
+from tests.conftest import ROOT, run
+from unfold.pretrain.config import load_config
+from unfold.pretrain.plan.activations import element_size
+from unfold.pretrain.plan.hardware import Cluster, find_gpu
+from unfold.pretrain.plan.make import Planner
+from unfold.pretrain.plan.memory import BUCKET
+
+pytestmark = pytest.mark.long
+CONFIGS = ROOT / "launch" / "configs"
+
+
+@lru_cache
+def started(name: str, rank: int, world: int) -> dict:
+    command = [sys.executable, "-m", "tests.parallel.in_shape", str(CONFIGS / f"{name}.yaml"), str(rank), str(world)]
+    done = run(*command, env=os.environ, timeout=600)
+    return json.loads(re.search(r"RESULT (.*)", done.stdout)[1])
+
+
+@pytest.mark.parametrize(
+    "name,rank,world",
+    [("llama-3.1-70b", 5, 128), ("llama-3.1-70b", 127, 128), ("llama-3.1-70b", 5, 1024), ("llama-3.1-70b", 700, 1024),
+     ("llama-3.1-8b-1m", 3, 8)],
+)  # fmt: skip
+def test_a_rank_holds_what_the_plan_says(name, rank, world):
+    found, config = started(name, rank, world), load_config(CONFIGS / f"{name}.yaml")
+    plan = Planner(Cluster(find_gpu("H100", None), world, 8)).plan(config)
+    pipeline, data, context, tensor = plan.division.place(rank)
+    assert found["place"] == [pipeline, data, context, tensor] and found["replicas"] == plan.division.replicas
+    memory = plan.memory[pipeline]
+    planned = memory.weights + memory.gradients + memory.optimizer
+    if config.parallel.zero == 3:  # made before the first step, and counted among the buffers
+        planned += element_size(config) * BUCKET
+    assert found["held"] == pytest.approx(planned, rel=0.02)
+    # The checkpoint is of master weights and moments: a rank writes its part of them, and nothing twice.
+    assert found["written"] == pytest.approx(memory.optimizer, rel=0.02)
+
+
+def test_starting_costs_a_rank_no_more_in_a_larger_run():
+    """Eight times the ranks: as many groups, collectives and files for each, and fewer rectangles of a checkpoint in all."""
+    few, many = started("llama-3.1-70b", 5, 128), started("llama-3.1-70b", 5, 1024)
+    for name in ("broadcast", "all_reduce", "groups of this rank"):
+        assert many["calls"][name] == few["calls"][name], name
+    assert many["files"] <= 3 and 8 * many["rectangles"] < 8 * few["rectangles"]
+    assert 8 * many["index"] < few["index"] * 1.5
+    # Every rank names every group, its own or not; that is a list of numbers each, without a word to another rank.
+    assert many["calls"]["groups made"] < 8 * few["calls"]["groups made"]
