@@ -151,7 +151,6 @@ def initialize(config: ParallelConfig) -> Parallel:
             tensor_model_parallel_size=config.tensor,
             pipeline_model_parallel_size=config.pipeline,
             context_parallel_size=config.context,
-            create_gloo_process_groups=False,  # beside those of GPUs; nothing here uses them, and each is a rendezvous of its own
         )
     tensor_group = parallel_state.get_tensor_model_parallel_group()
     return Parallel(

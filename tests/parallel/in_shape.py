@@ -59,7 +59,7 @@ def counted(counts: Counter) -> None:
     def new_group(ranks=None, **kwargs):
         counts["groups made"] += 1
         counts["groups of this rank"] += ranks is None or dist.get_rank() in ranks
-        return make(ranks, **kwargs)
+        return make(ranks, **kwargs | {"backend": "fake"})
 
     dist.new_group = new_group
 

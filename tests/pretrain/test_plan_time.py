@@ -15,7 +15,7 @@ from tests.live_memory import LiveMemory
 from tests.pretrain.test_plan import CONFIGS, SHAPES, configuration, header_command, micro_batch
 from unfold.model.config import GistConfig, ModelConfig
 from unfold.model.layers import BuildContext
-from unfold.model.loss import token_loss_sum
+from unfold.model.loss import Targets, token_loss_sum
 from unfold.model.parallel.division import Division
 from unfold.model.recompute import Offload, Recompute
 from unfold.model.transformer import Transformer
@@ -82,7 +82,7 @@ def test_peaks_are_those_of_a_step(layers, checkpointing, offload, tiles, precis
     labels = torch.where(torch.arange(sample.length) < sample.raw, 0, -100)[None]
     with LiveMemory() as memory:
         hidden = model.run_layers(ids, ids, lambda _, *qkv: Kernel.apply(*qkv, sample.key_rows))
-        loss = token_loss_sum(hidden, labels, model.head_weight, model.build)
+        loss = token_loss_sum(hidden, Targets.of(labels), model.head_weight, model.build)
         del hidden
         loss.backward()
     on_gpu, working, on_host = layers_peak(config, kept, layers)
@@ -119,9 +119,10 @@ def test_the_loss_moves_what_the_plan_says(distilled, precision):
         from unfold.model.visibility import AddedLosses
 
         added = AddedLosses(logits=1.0, samples=(0,))
+    targets = Targets.of(torch.zeros(1, 4096, dtype=torch.int64), (0,) if distilled else ())
     with Moved() as moved:
         teacher = rows.detach() if distilled else None
-        token_loss_sum(rows, torch.zeros(1, 4096, dtype=torch.int64), weight, BuildContext.alone(), added, teacher).backward()
+        token_loss_sum(rows, targets, weight, BuildContext.alone(), added, teacher).backward()
     kept = Activations.of(config, measure_sample(config, "dense"))
     assert loss_bytes(config, kept) == pytest.approx(moved.total, rel=0.03)
 
