@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from unfold.model.families import find_family
 from unfold.model.settings import (
@@ -61,9 +61,7 @@ class GistConfig(Settings):
         0.0, "training: weight of the routing loss, which teaches gists to be found by what attention looks for; 0: none"
     )
     route_queries: Count = option(256, "recalling tokens per sample, drawn by its number, for which the routing loss is taken")
-    route_far: bool = option(
-        False, "the routing loss leaves out chunks that are in a query's window anyway; for recall: all"
-    )
+    route_far: bool = option(False, "the routing loss leaves out chunks that are in a query's window anyway; for recall: all")
 
     def __post_init__(self):
         object.__setattr__(self, "chunk_sizes", tuple(self.chunk_sizes))
@@ -123,6 +121,43 @@ class RopeScaling(Settings):
         if self.kind != "yarn":
             return 1.0
         return 0.1 * math.log(self.factor) + 1.0 if self.attention_factor is None else self.attention_factor
+
+
+Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@dataclass(frozen=True)
+class LoraConfig(Settings):
+    """Low-rank adapters beside the linear layers, in PEFT's conventions. With them the weights themselves stay as they are,
+    but for those that train.trainable names."""
+
+    rank: Natural = option(0, "width of every adapter; 0: no adapters")
+    alpha: Positive = option(16.0, "an adapter's part of a layer's output is multiplied by alpha / rank")
+    rslora: bool = option(False, "by alpha / sqrt(rank) instead")
+    targets: tuple[Projection, ...] = option(
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), "layers that have one, by PEFT's names"
+    )
+    init_from: str = option("", "directory of a PEFT adapter that a new run starts from; empty: adapters that do nothing yet")
+
+    def __post_init__(self):
+        object.__setattr__(self, "targets", tuple(self.targets))
+        super().__post_init__()
+
+    def misfits(self) -> list[str]:
+        errors = []
+        known = get_args(Projection)
+        if unknown := [name for name in self.targets if name not in known]:
+            errors.append(f"targets: {', '.join(map(str, unknown))} is not one of {', '.join(known)}")
+        if self.rank and not self.targets:
+            errors.append(f"targets: empty, with rank: {self.rank}; name at least one layer")
+        if self.init_from and not self.rank:
+            errors.append(f"init_from: {self.init_from} with rank: 0; set the adapter's rank")
+        return errors
+
+    @property
+    def scale(self) -> float:
+        """What the product of an adapter's two matrices is multiplied by."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank) if self.rank else 0.0
 
 
 @dataclass(frozen=True)

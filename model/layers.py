@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from unfold.model.config import ModelConfig
+from unfold.model.config import LoraConfig, ModelConfig
 from unfold.model.gist import Layout
 from unfold.model.gist.parts import turning
 from unfold.model.parallel.context import ContextParallel, ContextPart
@@ -32,6 +32,8 @@ class BuildContext:
         context: how the sequence is spread over ranks; None where every rank has all of it.
         blank: leave weights as memory has them, because all of them are about to be read from a file.
         recompute: what layers compute again in backward.
+        rows: ids whose rows of embedding and head are parameters of their own (:mod:`unfold.model.rows`).
+        lora: adapters beside the linear layers (:mod:`unfold.model.lora`); None: there are none.
     """
 
     tp_group: Group
@@ -40,6 +42,8 @@ class BuildContext:
     context: ContextParallel | None = None
     blank: bool = False
     recompute: Recompute = Recompute()
+    rows: tuple[int, ...] = ()
+    lora: LoraConfig | None = None
 
     @classmethod
     def alone(cls, seed: int = 0) -> BuildContext:
@@ -212,17 +216,13 @@ class MLP(nn.Module):
         if tiles == 1:
             gate, up = self.gate_up(x).chunk(2, -1)
             return self.down(F.silu(gate) * up)
-        layers = self.gate_up, self.down
-        present = [layer.bias is not None for layer in layers]
-        weights = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
+        first, second = self.gate_up.own(), self.down.own()
 
         def tile(x: Tensor, *weights: Tensor) -> Tensor:
-            given = iter(weights)
-            (w_in, b_in), (w_out, b_out) = ((next(given), next(given) if biased else None) for biased in present)
-            gate, up = self.gate_up.product(x, w_in, b_in).chunk(2, -1)
-            return self.down.product(F.silu(gate) * up, w_out, b_out)
+            gate, up = self.gate_up.product(x, *weights[: len(first)]).chunk(2, -1)
+            return self.down.product(F.silu(gate) * up, *weights[len(first) :])
 
-        return _Tiled.apply(tile, tiles, again is not None and again.now, x, *weights)
+        return _Tiled.apply(tile, tiles, again is not None and again.now, x, *first, *second)
 
 
 class _Tiled(torch.autograd.Function):
@@ -249,15 +249,18 @@ class _Tiled(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_out: Tensor):
         x, *weights = ctx.saved_tensors
-        weights = [w.detach().requires_grad_() for w in weights]
-        sums = [torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in weights]
+        trained = ctx.needs_input_grad[4:]
+        weights = [w.detach().requires_grad_(needed) for w, needed in zip(weights, trained)]
+        learning = [w for w in weights if w.requires_grad]
+        sums = [torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in learning]
         d_x = torch.empty_like(x)
         for piece, d_piece, into in zip(*(y.tensor_split(ctx.tiles) for y in (x, d_out, d_x))):
             piece = piece.detach().requires_grad_()
             with torch.enable_grad():
                 out = ctx.tile(piece, *weights)
-            d, *of_weights = torch.autograd.grad(out, [piece, *weights], d_piece)
+            d, *of_weights = torch.autograd.grad(out, [piece, *learning], d_piece)
             into.copy_(d)
             for total, one in zip(sums, of_weights):
                 total += one
-        return None, None, None, d_x, *(total.to(w.dtype) for total, w in zip(sums, weights))
+        totals = iter(sums)
+        return None, None, None, d_x, *(next(totals).to(w.dtype) if w.requires_grad else None for w in weights)

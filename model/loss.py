@@ -78,9 +78,8 @@ def token_loss_sum(
     if not build.sequence_split:  # else the gathering's backward sums the gradients over the ranks
         rows = copy_to_group(rows, build.tp_group)
     wants_gradient = torch.is_grad_enabled()
-    loss, squared, divergence = _Losses.apply(
-        rows, weight, targets.ids, taught, added.z, added.logits, build.tp_group, wants_gradient
-    )
+    wants = wants_gradient and rows.requires_grad, wants_gradient and weight.requires_grad
+    loss, squared, divergence = _Losses.apply(rows, weight, targets.ids, taught, added.z, added.logits, build.tp_group, wants)
     if added.z:
         added.note("z", squared)
     if added.logits:
@@ -101,37 +100,40 @@ class _Losses(torch.autograd.Function):
         z: float,
         divergence: float,
         group: Group,
-        wants_gradient: bool,
+        wants: tuple[bool, bool],
     ) -> tuple[Tensor, Tensor, Tensor]:
         """rows [N, hidden]; weight [vocab / n, hidden]; targets [N]; taught [M, hidden], the teacher's first M rows, or None.
 
         z, divergence: what these weigh against a row's cross-entropy in the gradient of the first result.
+        wants: whether gradients of rows and weight are asked for; each is a product of the size of the logits' own.
         """
         wide = torch.promote_types(rows.dtype, torch.float32)
         sums = torch.zeros(3, dtype=wide, device=rows.device)
-        d_rows = torch.empty_like(rows) if wants_gradient else None
-        d_weight = torch.zeros_like(weight, dtype=wide) if wants_gradient else None
+        of_rows, of_weight = wants
+        d_rows = torch.empty_like(rows) if of_rows else None
+        d_weight = torch.zeros_like(weight, dtype=wide) if of_weight else None
         compared = 0 if taught is None else len(taught)
         for start, stop in _chunks(compared, len(rows)):
             part = rows[start:stop]
             logits = (part @ weight.t()).to(wide)
             others = (taught[start:stop] @ weight.t()).to(wide) if start < compared else None
-            losses, d_logits = _chunk_losses(logits, others, targets[start:stop], (z, divergence), group, wants_gradient)
+            losses, d_logits = _chunk_losses(logits, others, targets[start:stop], (z, divergence), group, of_rows or of_weight)
             sums += losses
             del logits, others  # they hold nothing more, and memory is what chunks are for
-            if wants_gradient:
+            if of_rows or of_weight:
                 d_logits = d_logits.to(rows.dtype)
+            if of_rows:
                 torch.mm(d_logits, weight, out=d_rows[start:stop])
+            if of_weight:
                 _add_product(d_weight, d_logits.t(), part)
             del d_logits
-        if wants_gradient:
-            ctx.save_for_backward(d_rows, d_weight.to(weight.dtype))
+        ctx.save_for_backward(d_rows, d_weight.to(weight.dtype) if of_weight else None)
         ctx.mark_non_differentiable(squared := sums[1].clone(), diverged := sums[2].clone())
         return sums[0].clone(), squared, diverged
 
     @staticmethod
     def backward(ctx, grad: Tensor, *_):
-        d_rows, d_weight = ((grad * x).to(x.dtype) for x in ctx.saved_tensors)
+        d_rows, d_weight = (None if x is None else (grad * x).to(x.dtype) for x in ctx.saved_tensors)
         return d_rows, d_weight, None, None, None, None, None, None
 
 

@@ -16,9 +16,11 @@ from unfold.model.config import ModelConfig
 from unfold.model.distill import DenseTeacher
 from unfold.model.gist import Layout, Recall
 from unfold.model.layers import MLP, BuildContext, RMSNorm, Rotary
+from unfold.model.lora import add_adapters
 from unfold.model.loss import Targets, token_loss_sum
-from unfold.model.parallel.tensor import VocabularyEmbedding, column_product, gather_outputs, gather_sequence
+from unfold.model.parallel.tensor import ColumnLinear, VocabularyEmbedding, column_product, gather_outputs, gather_sequence
 from unfold.model.recompute import Again, computed_again
+from unfold.model.rows import add_rows, matrix_with_rows, with_own_rows
 from unfold.model.visibility import Attend, MicroBatch, attention_for
 
 
@@ -35,6 +37,22 @@ class Embedding(VocabularyEmbedding):
             sequence_split=build.sequence_split,
         )
         self.build = build
+        if build.rows:
+            shape = config.padded_vocab_size, config.hidden_size
+            add_rows(self, build.rows, shape, build.normal("embedding.weight", config.init_std))
+
+    def replaced(self, x: Tensor, ids: Tensor) -> Tensor:
+        """Embedded tokens [T, B, hidden], those whose rows are a parameter of their own taken from it."""
+        return with_own_rows(x, ids, self.rows, self.row_ids) if self.build.rows else x
+
+
+def build_head(config: ModelConfig, build: BuildContext) -> ColumnLinear:
+    """The output head of a model whose embedding is not tied to it."""
+    head = build.column("head", config.hidden_size, config.padded_vocab_size, config.init_std)
+    if build.rows:
+        shape = config.padded_vocab_size, config.hidden_size
+        add_rows(head, build.rows, shape, build.normal("head.weight", config.init_std))
+    return head
 
 
 class Layer(nn.Module):
@@ -49,6 +67,8 @@ class Layer(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, build)
         self.mlp = MLP(config, build, f"{name}.mlp", residual_std)
         self.recompute = build.recompute
+        if build.lora:
+            add_adapters(self, name, config, build.lora, build.normal, build.tp_group)
 
     def forward(self, x: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
         """[T, B, hidden] -> [T, B, hidden]"""
@@ -94,12 +114,12 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Layer(config, build, i) for i in range(config.layers))
         self.final_norm = RMSNorm(config.hidden_size, config.norm_eps, build)
         if not config.tied_embeddings:
-            self.head = build.column("head", config.hidden_size, config.padded_vocab_size, config.init_std)
+            self.head = build_head(config, build)
 
     @property
     def head_weight(self) -> Tensor:
         """This rank's rows of the output head, [vocab / tp, hidden]."""
-        return self.embedding.weight if self.config.tied_embeddings else self.head.weight
+        return matrix_with_rows(self.embedding if self.config.tied_embeddings else self.head, self.build.tp_group)
 
     def final_states(
         self, ids: Tensor, layout: Layout, recall: Recall | None = None, teacher: DenseTeacher | None = None

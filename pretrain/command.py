@@ -43,6 +43,9 @@ def build_parser(name: str = NAME, programs: Mapping[str, str] | None = None) ->
         "--max-shard-size", default="5GB", metavar="SIZE", help="a safetensors file that is full gets no further tensor (5GB)"
     )
     export.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the weights (default: the run's precision)")
+    export.add_argument(
+        "--adapter", type=Path, metavar="BASE_DIR", help="write the run's adapters alone, for PEFT, beside this exported model"
+    )
 
     importing = commands.add_parser("import", help="make a checkpoint of a Hugging Face directory, for train.init_from")
     add_import_arguments(importing)
@@ -51,6 +54,14 @@ def build_parser(name: str = NAME, programs: Mapping[str, str] | None = None) ->
     add_generate_arguments(generate)
 
     add_checkpoints_arguments(commands.add_parser("checkpoints", help="list, verify, show, prune or convert checkpoints"))
+
+    average = commands.add_parser("average", help="average the weights of a run's checkpoints, or take the average that it kept")
+    average.add_argument("--run-dir", type=Path, required=True, metavar="DIR")
+    which = average.add_mutually_exclusive_group(required=True)
+    which.add_argument("--last", type=int, metavar="N", help="of the N newest whole checkpoints")
+    which.add_argument("--steps", type=int, nargs="+", metavar="N", help="of the checkpoints of these steps")
+    which.add_argument("--exponential", action="store_true", help="the one that checkpoint.average_decay kept, of the newest")
+    average.add_argument("--output", type=Path, required=True, metavar="DIR", help="directory to make, like that of import")
 
     plan = commands.add_parser("plan", help="memory, communication and time of a run on a cluster, without GPUs")
     add_plan_arguments(plan)
@@ -120,6 +131,11 @@ def _train(args: argparse.Namespace) -> Iterator[str]:
 
 def _export(args: argparse.Namespace) -> Iterator[str]:
     _log_to_stderr()
+    if args.adapter:
+        from unfold.pretrain.hf.adapter import export_adapter
+
+        export_adapter(args.run_dir, args.step, args.output, args.adapter)
+        return iter(())
     from unfold.pretrain.hf.export import export
 
     export(args.run_dir, args.step, args.output, args.dtype, args.max_shard_size)
@@ -146,6 +162,13 @@ def _checkpoints(args: argparse.Namespace) -> Iterator[str]:
     from unfold.pretrain.checkpoint.command import run_command
 
     return (f"{line}\n" for line in run_command(args))
+
+
+def _average(args: argparse.Namespace) -> Iterator[str]:
+    _log_to_stderr()
+    from unfold.pretrain.checkpoint.average import average
+
+    yield f"{average(args.run_dir, args.last, args.steps, args.output)}\n"
 
 
 def _plan(args: argparse.Namespace) -> Iterator[str]:
@@ -179,6 +202,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], Iterator[str]]] = {
     "import": _import,
     "generate": _generate,
     "checkpoints": _checkpoints,
+    "average": _average,
     "plan": _plan,
     "evaluate": _evaluate,
     "report": _report,

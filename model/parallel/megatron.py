@@ -18,7 +18,9 @@ with patch("torch.compile", lambda function=None, **options: function):
         gather_from_tensor_model_parallel_region,
         linear_with_grad_accumulation_and_async_allreduce,
         reduce_from_tensor_model_parallel_region,
+        set_tensor_model_parallel_attributes,
     )
+    from megatron.core.tensor_parallel.layers import linear_with_frozen_weight
 
 __all__ = [
     "ColumnParallelLinear",
@@ -27,7 +29,9 @@ __all__ = [
     "VocabParallelEmbedding",
     "copy_to_tensor_model_parallel_region",
     "gather_from_tensor_model_parallel_region",
+    "linear_with_frozen_weight",
     "linear_with_grad_accumulation_and_async_allreduce",
     "parallel_state",
     "reduce_from_tensor_model_parallel_region",
+    "set_tensor_model_parallel_attributes",
 ]

@@ -18,7 +18,8 @@ from unfold.model.config import ModelConfig
 from unfold.model.layers import BuildContext, RMSNorm, Rotary
 from unfold.model.loss import Targets, token_loss_sum
 from unfold.model.parallel.context import ContextParallel
-from unfold.model.transformer import Embedding, Layer
+from unfold.model.rows import matrix_with_rows
+from unfold.model.transformer import Embedding, Layer, build_head
 from unfold.model.visibility import AddedLosses, Attend, MicroBatch, attention_for
 
 TIED = "embedding"  # key of the weight that the first and the last stage share
@@ -92,23 +93,28 @@ class HeadStage(nn.Module):
 
     def __init__(self, config: ModelConfig, build: BuildContext):
         super().__init__()
-        self.head = build.column("head", config.hidden_size, config.padded_vocab_size, config.init_std)
+        self.head, self._group = build_head(config, build), build.tp_group
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return x, self.head.weight
+        return x, matrix_with_rows(self.head, self._group)
 
 
 def _tied_head(embedding: Embedding, x: Tensor) -> tuple[Tensor, Tensor]:
-    return x, embedding.weight
+    return x, matrix_with_rows(embedding, embedding.build.tp_group)
 
 
-def layer_specs(config: ModelConfig, build: BuildContext, shared: StageAttention) -> list[LayerSpec]:
-    """The model's layers, to be spread over stages by the type :class:`LayerStage`."""
+def layer_specs(
+    config: ModelConfig, build: BuildContext, shared: StageAttention, tied_attributes: Sequence[str] = ("weight",)
+) -> list[LayerSpec]:
+    """The model's layers, to be spread over stages by the type :class:`LayerStage`.
+
+    tied_attributes: the parameters of a tied embedding that are trained; those of its two stages get the sum of their gradients.
+    """
     layers = [LayerSpec(LayerStage, config, build, i, shared) for i in range(config.layers)]
     norm = LayerSpec(RMSNorm, config.hidden_size, config.norm_eps, build)
     if not config.tied_embeddings:
         return [LayerSpec(Embedding, config, build), *layers, norm, LayerSpec(HeadStage, config, build)]
-    tied = partial(TiedLayerSpec, TIED, Embedding, config, build, tied_weight_attr=["weight"])
+    tied = partial(TiedLayerSpec, TIED, Embedding, config, build, tied_weight_attr=list(tied_attributes))
     return [tied(), *layers, norm, tied(forward_fn=_tied_head)]
 
 

@@ -24,6 +24,7 @@ from unfold.model.parallel.megatron import (
     VocabParallelEmbedding,
     copy_to_tensor_model_parallel_region,
     gather_from_tensor_model_parallel_region,
+    linear_with_frozen_weight,
     linear_with_grad_accumulation_and_async_allreduce,
     reduce_from_tensor_model_parallel_region,
 )
@@ -101,7 +102,27 @@ def gather_outputs(x: Tensor, group: Group) -> Tensor:
     return x if group.size() == 1 else gather_from_tensor_model_parallel_region(x, group=group)
 
 
-class ColumnLinear(ColumnParallelLinear):
+class _Adapted:
+    """What a linear layer's output is made with.
+
+    Attributes:
+        adapter: what computes its low-rank adapters (:mod:`unfold.model.lora`); None where it has none.
+    """
+
+    adapter = None
+
+    def own(self) -> tuple[Tensor, ...]:
+        """Its weight, its bias where it has one, its adapters' weights where it has some: what :meth:`product` takes."""
+        adapters = () if self.adapter is None else (self.lora_a, self.lora_b)
+        return (self.weight, *(() if self.bias is None else (self.bias,)), *adapters)
+
+    def _told_apart(self, own: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+        """(weight, bias, adapters' weights)"""
+        weight, *more = own
+        return weight, None if self.bias is None else more.pop(0), tuple(more)
+
+
+class ColumnLinear(_Adapted, ColumnParallelLinear):
     """A linear layer with its outputs, and its bias where it has one, split over the group."""
 
     def __init__(self, *args, tp_group: Group, sequence_split: bool, **kwargs):
@@ -111,13 +132,14 @@ class ColumnLinear(ColumnParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, B, inputs] (T / n under sequence parallelism) -> [T, B, outputs / n]"""
-        return self.product(x, self.weight, self.bias)
+        return self.product(x, *self.own())
 
-    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The same with a weight and a bias in place of its own."""
-        if self.sequence_split:
-            x = gather_sequence(x, self.tp_group)
-        return column_product(x, weight, self.tp_group, self.sequence_split, bias)
+    def product(self, x: Tensor, *own: Tensor) -> Tensor:
+        """The same with other weights in place of :meth:`own`."""
+        weight, bias, adapters = self._told_apart(own)
+        whole = gather_sequence(x, self.tp_group) if self.sequence_split else x
+        out = column_product(whole, weight, self.tp_group, self.sequence_split, bias)
+        return out + self.adapter.beside_column(x, *adapters, self.tp_group, self.sequence_split) if adapters else out
 
 
 def column_product(x: Tensor, weight: Tensor, group: Group, input_is_gathered: bool, bias: Tensor | None = None) -> Tensor:
@@ -125,11 +147,19 @@ def column_product(x: Tensor, weight: Tensor, group: Group, input_is_gathered: b
 
     input_is_gathered: x comes from :func:`gather_sequence`, whose backward sums the gradient over ranks; else it is done here.
     """
-    sum_gradient = group.size() > 1 and not input_is_gathered
-    return linear_with_grad_accumulation_and_async_allreduce(x, weight, bias, False, sum_gradient, False, tp_group=group)
+    return _product(x, weight, bias, group, sum_gradient=group.size() > 1 and not input_is_gathered)
 
 
-class RowLinear(RowParallelLinear):
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, group: Group, sum_gradient: bool) -> Tensor:
+    """x [.., inputs] times a weight's rows, plus a bias. sum_gradient: that of x is summed over the group."""
+    if weight.requires_grad or not torch.is_grad_enabled():
+        return linear_with_grad_accumulation_and_async_allreduce(x, weight, bias, False, sum_gradient, False, tp_group=group)
+    # A weight that is not trained: its gradient is not computed, and x is not kept for it.
+    out = linear_with_frozen_weight(x, weight, None, False, sum_gradient, False, tp_group=group)
+    return out if bias is None else out + bias
+
+
+class RowLinear(_Adapted, RowParallelLinear):
     """A linear layer with its inputs split over the group; outputs are summed, the bias is whole on every rank."""
 
     def __init__(self, *args, tp_group: Group, sequence_split: bool, **kwargs):
@@ -139,17 +169,20 @@ class RowLinear(RowParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, B, inputs / n] -> [T, B, outputs] (T / n under sequence parallelism)"""
-        return self.product(x, self.weight, self.bias)
+        return self.product(x, *self.own())
 
-    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The same with a weight and a bias in place of its own."""
-        partial = linear_with_grad_accumulation_and_async_allreduce(x, weight, None, False, False, False, tp_group=self.tp_group)
+    def product(self, x: Tensor, *own: Tensor) -> Tensor:
+        """The same with other weights in place of :meth:`own`."""
+        weight, bias, adapters = self._told_apart(own)
+        partial = _product(x, weight, None, self.tp_group, sum_gradient=False)
         if self.sequence_split:
             out = scatter_sum_sequence(partial, self.tp_group)
             if bias is not None:  # added to each rank's part of the sequence: their gradients are summed
                 bias = copy_to_group(bias, self.tp_group)
         else:
             out = sum_over_group(partial, self.tp_group)
+        if adapters:
+            out = out + self.adapter.beside_row(x, *adapters, self.tp_group, self.sequence_split)
         return out if bias is None else out + bias
 
 
@@ -164,8 +197,12 @@ class VocabularyEmbedding(VocabParallelEmbedding):
     def forward(self, ids: Tensor) -> Tensor:
         """[B, T] int64 -> [T, B, hidden] (T / n under sequence parallelism)"""
         x = F.embedding(ids, self.weight) if self.tp_group.size() == 1 else super().forward(ids)
-        x = x.transpose(0, 1).contiguous()
+        x = self.replaced(x.transpose(0, 1).contiguous(), ids)
         return split_sequence(x, self.tp_group) if self.sequence_split else x
+
+    def replaced(self, x: Tensor, ids: Tensor) -> Tensor:
+        """Embedded tokens [T, B, hidden] with what stands in place of rows of the matrix."""
+        return x
 
 
 def reduce_in_place(x: Tensor, operation: dist.ReduceOp.RedOpType, group: Group) -> None:

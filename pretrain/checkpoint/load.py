@@ -12,6 +12,7 @@ from unfold.model.layers import BuildContext
 from unfold.model.parallel.tensor import Alone
 from unfold.model.transformer import Transformer
 from unfold.pretrain.checkpoint.manifest import Manifest, find_checkpoint
+from unfold.pretrain.checkpoint.merged import weights_of
 from unfold.pretrain.checkpoint.state import pieces
 from unfold.pretrain.checkpoint.tensors import TensorDirectory
 from unfold.pretrain.config import RunConfig, parse_saved
@@ -60,7 +61,7 @@ def find_run(run_dir: Path, step: int | None) -> FoundRun:
 def load_model(run: FoundRun) -> Transformer:
     """Its model in fp32 and eval mode, on this machine's best device, whatever layout wrote it."""
     model = Transformer(run.config.model, BuildContext(Alone(), run.config.train.seed, blank=True))
-    read_weights(model, run.directory)
+    read_weights(model, weights_of(run.directory, run.config))
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
@@ -71,9 +72,8 @@ def load_run(run_dir: Path, step: int | None) -> LoadedRun:
 
 
 @torch.no_grad()
-def read_weights(model: Transformer, directory: Path) -> None:
-    """Fill a model that holds every parameter whole from a checkpoint directory."""
-    source = TensorDirectory(directory)
+def read_weights(model: Transformer, source: TensorDirectory) -> None:
+    """Fill a model that holds every parameter whole from a checkpoint's tensors."""
     for name, parameter in model.named_parameters():
         parts = pieces(f"model.{name}", parameter)
         for piece, shape in parts:

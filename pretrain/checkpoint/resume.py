@@ -16,7 +16,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from unfold.model.config import ModelConfig
+from unfold.model.config import LoraConfig, ModelConfig
 from unfold.pretrain.checkpoint.manifest import (
     Manifest,
     agree_on_newest,
@@ -27,13 +27,14 @@ from unfold.pretrain.checkpoint.manifest import (
     remove_leftovers,
     write_atomically,
 )
-from unfold.pretrain.checkpoint.state import load_state
+from unfold.pretrain.checkpoint.merged import MergedTensors
+from unfold.pretrain.checkpoint.state import RunningAverage, load_state
 from unfold.pretrain.checkpoint.tensors import TensorDirectory
 from unfold.pretrain.config import RunConfig, changes_on_resume, parse_saved, saved_settings
 from unfold.pretrain.data.tokenizer import RunTokenizer, load_tokenizer
 from unfold.pretrain.errors import UserError
 from unfold.pretrain.parallel import Parallel
-from unfold.pretrain.safety.alive import HEARTBEATS, LOCK
+from unfold.pretrain.safety.alive import HEARTBEATS, LOCK, STACKS
 from unfold.pretrain.safety.faults import Quarantine, Rollback
 
 LOCK_SECONDS = 15.0
@@ -48,7 +49,7 @@ def check_run_dir(run_dir: Path, config: RunConfig) -> list[str]:
         raise UserError(f"--run-dir {run_dir}: is a file")
     saved = run_dir / "config.yaml"
     if not saved.exists():
-        ours = (LOCK, HEARTBEATS, "launch")  # a start that was killed before it wrote anything else; a job's script and log
+        ours = (LOCK, HEARTBEATS, STACKS, "launch")  # a start that was killed before it wrote more; a job's script and log
         if run_dir.is_dir() and any(path.name not in ours for path in run_dir.iterdir()):
             raise UserError(f"--run-dir {run_dir}: is not empty and holds no run (no config.yaml); name another directory")
         return []
@@ -154,6 +155,7 @@ def load_newest(
     engine: deepspeed.DeepSpeedEngine,
     parallel: Parallel,
     say: Callable[[str], None],
+    average: RunningAverage | None = None,
 ) -> Manifest | None:
     """Load the newest checkpoint that is whole and has not learned from quarantined samples; None when there is none.
 
@@ -167,7 +169,7 @@ def load_newest(
     if differing:
         raise UserError(f"--run-dir {run_dir}: the run was made with another {' and '.join(differing)}; use a new run directory")
     tensors = TensorDirectory(directory)
-    load_state(engine, parallel, tensors, weights_only=False)
+    load_state(engine, parallel, tensors, weights_only=False, average=average)
     if manifest.world == parallel.world:  # another number of ranks has other generators; it begins with its seed
         _restore_random_states(tensors, parallel)
     return manifest
@@ -201,26 +203,29 @@ def warm_start(
     Raises:
         UserError: there is no whole checkpoint, or it is of another tokenizer or another model.
     """
-    source, error, note = from_main(parallel, lambda: _warm_start_source(path, tokenizer, model))
+    source, error, note, lora = from_main(parallel, lambda: _warm_start_source(path, tokenizer, model))
     if error:
         raise UserError(f"train.init_from: {error}")
-    load_state(engine, parallel, TensorDirectory(source), weights_only=True)
+    tensors = MergedTensors(source, model, lora) if lora.rank else TensorDirectory(source)
+    load_state(engine, parallel, tensors, weights_only=True)
     return source, note
 
 
-def _warm_start_source(path: Path, tokenizer: RunTokenizer, model: ModelConfig) -> tuple[Path, str, str]:
+def _warm_start_source(path: Path, tokenizer: RunTokenizer, model: ModelConfig) -> tuple[Path, str, str, LoraConfig]:
+    """The checkpoint, what speaks against it, what differs, and the adapters that it has."""
+    none = LoraConfig()
     try:
         if (path / "checkpoints").is_dir():
             source, manifest = find_checkpoint(path, None, lambda text: None)
         else:
             source, manifest = path, read_manifest(path)
-        theirs = parse_saved(manifest.config, f"{source}/manifest.json").model
+        saved = parse_saved(manifest.config, f"{source}/manifest.json")
     except UserError as error:
-        return path, f"{path} is no whole checkpoint and holds none ({error})", ""
+        return path, f"{path} is no whole checkpoint and holds none ({error})", "", none
     if manifest.tokenizer_hash != tokenizer.hash:
-        return source, f"{path} was trained with another tokenizer, whose ids mean other tokens", ""
-    pairs = lambda names: ((name, getattr(theirs, name), getattr(model, name)) for name in names)
+        return source, f"{path} was trained with another tokenizer, whose ids mean other tokens", "", none
+    pairs = lambda names: ((name, getattr(saved.model, name), getattr(model, name)) for name in names)
     differing = lambda names: "; ".join(f"model.{n}: {a} there, {b} given" for n, a, b in pairs(names) if a != b)
     if wrong := differing(STRUCTURE):
-        return source, f"{path} is of another model ({wrong}); take its settings", ""
-    return source, "", differing(ROTARY)
+        return source, f"{path} is of another model ({wrong}); take its settings", "", none
+    return source, "", differing(ROTARY), saved.lora

@@ -12,6 +12,7 @@ import os
 import shutil
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,12 +32,13 @@ from unfold.pretrain.checkpoint.manifest import (
     sync_directory,
     write_atomically,
 )
-from unfold.pretrain.checkpoint.state import ADAM_STEP, RECTANGLES, adam_step, fragments
+from unfold.pretrain.checkpoint.state import ADAM_STEP, RunningAverage, adam_step, fragments
 from unfold.pretrain.checkpoint.tensors import Chunk, write_tensor_file
 from unfold.pretrain.config import CheckpointConfig
 from unfold.pretrain.parallel import Parallel
 
 POLL_SECONDS = 0.05
+LEAST_FILES = 3  # of a rank: a run of a matrix's elements is up to three rectangles
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,9 @@ class SaveError(Exception):
 class _Staging:
     """This rank's part of the state, copied into host memory that is allocated once and used by every save."""
 
-    def __init__(self, engine: deepspeed.DeepSpeedEngine, parallel: Parallel):
+    def __init__(self, engine: deepspeed.DeepSpeedEngine, parallel: Parallel, average: RunningAverage):
         self._engine, self._parallel = engine, parallel
-        self._fragments = [f for f in fragments(engine, parallel) if f.writes]
+        self._fragments = [f for f in fragments(engine, parallel, average) if f.writes]
         pinned = parallel.device.type == "cuda"
         # Zeros rather than empty: the pages are mapped now, not in the first save's pause.
         self._buffer = torch.zeros(sum(f.values.numel() for f in self._fragments), pin_memory=pinned)
@@ -85,16 +87,20 @@ class _Staging:
             torch.cuda.current_stream().synchronize()
 
     def files(self) -> dict[str, list[Chunk]]:
-        """What was copied as {file name: chunks}; empty files are left out."""
-        parts: list[list[Chunk]] = [list(self._small), *([] for _ in range(RECTANGLES - 1))]
-        begin = 0
+        """What was copied as {file name: chunks}; empty files are left out. A file holds one rectangle of a tensor at most."""
+        parts: list[list[Chunk]] = [list(self._small), *([] for _ in range(LEAST_FILES - 1))]
+        begin, seen = 0, Counter()
         for fragment in self._fragments:
             values = self._buffer[begin : begin + fragment.values.numel()]
             begin += fragment.values.numel()
             chunk = Chunk(fragment.name, fragment.offsets, fragment.shape, torch.float32, lambda values=values: values)
-            parts[fragment.which].append(chunk)
+            which = seen[fragment.name]
+            seen[fragment.name] += 1
+            if which == len(parts):
+                parts.append([])
+            parts[which].append(chunk)
         rank = self._parallel.rank
-        names = [f"shard-{rank + 1:05d}-model-{i + 1:05d}-of-{RECTANGLES:05d}.safetensors" for i in range(RECTANGLES)]
+        names = [f"shard-{rank + 1:05d}-model-{i + 1:05d}-of-{len(parts):05d}.safetensors" for i in range(len(parts))]
         return {name: chunks for name, chunks in zip(names, parts) if chunks}
 
 
@@ -120,10 +126,16 @@ class Saver:
         parallel: Parallel,
         config: CheckpointConfig,
         before_commit: Callable[[], str],
+        average: RunningAverage,
+        in_use: Callable[[], set[int]],
     ):
-        """before_commit: asked on the main rank before a checkpoint counts; says what speaks against it, or ''."""
+        """before_commit: asked on the main rank before a checkpoint counts; says what speaks against it, or ''.
+
+        average: of the weights, saved too. in_use: steps whose checkpoints are being read and stay.
+        """
         self._run_dir, self._parallel, self._config, self._before_commit = run_dir, parallel, config, before_commit
-        self._staging = _Staging(engine, parallel)
+        self._in_use = in_use
+        self._staging = _Staging(engine, parallel, average)
         self._store = dist.distributed_c10d._get_default_store()
         self._thread: threading.Thread | None = None
         self._save: tuple[Manifest, float, float] | None = None
@@ -227,8 +239,10 @@ class Saver:
         sync_directory(final.parent)
         # Newer ones are damaged or rolled back; counting them would push out the good ones.
         mine = [d for d in checkpoint_directories(self._run_dir) if step_of(d) <= manifest.step]
+        read = self._in_use()
         for old in superfluous(mine, self._config.keep, self._config.keep_every):
-            remove_checkpoint(old)
+            if step_of(old) not in read:  # a later save removes it
+                remove_checkpoint(old)
 
 
 def _reason(error: Exception) -> str:

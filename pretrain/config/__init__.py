@@ -1,6 +1,7 @@
 """The configuration of a run: what it consists of, how it is read and written, and what may change when a run is resumed."""
 
 from unfold.pretrain.config.distill import DistillConfig
+from unfold.pretrain.config.evaluation import EvaluationConfig
 from unfold.pretrain.config.read import (
     FREE_ON_RESUME,
     add_overrides,
@@ -26,6 +27,7 @@ from unfold.pretrain.config.schema import (
     gist_at,
 )
 from unfold.pretrain.config.stages import StageConfig
+from unfold.pretrain.config.trained import RateConfig
 from unfold.pretrain.config.yaml_text import read_yaml
 
 __all__ = [
@@ -33,10 +35,12 @@ __all__ = [
     "FREE_ON_RESUME",
     "CheckpointConfig",
     "DistillConfig",
+    "EvaluationConfig",
     "FaultConfig",
     "MonitorConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "RateConfig",
     "RunConfig",
     "ScheduleConfig",
     "TrainConfig",

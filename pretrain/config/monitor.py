@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from unfold.model.settings import NotNegative, Settings, option
+from unfold.model.settings import Natural, NotNegative, Settings, option
 
 MOST_PROFILED = 100  # steps; a trace of more needs more memory than anybody can look at
 
@@ -22,6 +22,19 @@ class MonitorConfig(Settings):
     )
     attention_mass: bool = option(True, "with every validation, measure which kinds of keys attention goes to")
     routing: bool = option(True, "with every validation, measure how much of what attention looks for recall selects")
+    attention_logits: bool = option(
+        False, "with every validation, measure the largest attention logits, saturated softmax and entropy"
+    )
+    norms_every: Natural = option(
+        0, "steps between measures of the norms of gradients, updates and weights by layer and kind; 0: never"
+    )
+    memory_snapshot: tuple[int, ...] = option(
+        (), "steps after which every rank writes a snapshot of its GPU's memory into memory/; none: no snapshot"
+    )
+    memory_when_out: bool = option(False, "write such a snapshot when an allocation fails")
+    flight_recorder: Natural = option(
+        0, "last collectives of each rank that PyTorch's flight recorder keeps, to be written when the run hangs; 0: none"
+    )
     peak_tflops: NotNegative = option(
         0.0, "peak of one device, for the MFU; 0: by the GPU's name, and no MFU where that is not known"
     )
@@ -33,4 +46,6 @@ class MonitorConfig(Settings):
             errors.append(f"profile_steps: {given} is not [first, last] with 1 <= first <= last, counted from 1")
         elif given and given[1] - given[0] >= MOST_PROFILED:
             errors.append(f"profile_steps: {given} are {given[1] - given[0] + 1} steps, more than {MOST_PROFILED}")
+        if wrong := [step for step in self.memory_snapshot if step < 1]:
+            errors.append(f"memory_snapshot: {wrong} are no steps, which are counted from 1")
         return errors

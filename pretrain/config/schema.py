@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import yaml
 
-from unfold.model.config import CONTEXT_SLICES, GistConfig, ModelConfig
+from unfold.model.config import CONTEXT_SLICES, GistConfig, LoraConfig, ModelConfig
 from unfold.model.settings import (
     Bounds,
     Count,
@@ -21,8 +21,10 @@ from unfold.model.settings import (
     option,
 )
 from unfold.pretrain.config.distill import DistillConfig
+from unfold.pretrain.config.evaluation import EvaluationConfig
 from unfold.pretrain.config.monitor import MonitorConfig
 from unfold.pretrain.config.stages import StageConfig, stage_at, stage_errors
+from unfold.pretrain.config.trained import RateConfig, pattern_errors
 from unfold.pretrain.errors import UserError
 
 
@@ -84,6 +86,11 @@ class TrainConfig(Settings):
     )
     valid_every: Natural = option(100, "steps between validations; 0: only after the last step")
     valid_samples: Count = option(16, "samples of one validation")
+    trainable: tuple[str, ...] = option(
+        (),
+        "what is trained: patterns of canonical parameter names, or `gists` for the rows of gist and link ids alone; !PATTERN "
+        "takes out again; empty: everything, or with `lora.rank` the adapters alone",
+    )
     init_from: str = option("", "run or checkpoint directory whose weights (nothing else) a new run starts from")
     allow_changes: tuple[str, ...] = option((), "settings or sections that may differ on resume, e.g. [optimizer.lr, schedule]")
 
@@ -93,6 +100,7 @@ class TrainConfig(Settings):
             errors.append(f"micro_batch: {self.micro_batch} does not divide global_batch ({self.global_batch})")
         if self.offload_activations and self.activation_checkpointing == "none":
             errors.append("offload_activations: true needs activation_checkpointing: full or selective (it is none)")
+        errors += [f"trainable: {text}" for text in pattern_errors(self.trainable)]
         for name in self.allow_changes:
             if not name.startswith(CHANGEABLE_ON_RESUME):
                 errors.append(f"allow_changes: {name!r} is not one of {', '.join(CHANGEABLE_ON_RESUME)} or a setting in them")
@@ -113,6 +121,9 @@ class OptimizerConfig(Settings):
     weight_decay: NotNegative = option(0.1, "decoupled weight decay of matrices")
     muon_lr: Positive = option(0.02, "muon: peak learning rate of the layers' matrices; lr is that of the rest")
     muon_momentum: Decay = option(0.95, "muon: decay of the momentum")
+    rates: tuple[RateConfig, ...] = option(
+        (), "learning rates of their own, e.g. [{match: gists, factor: 10}]; a parameter takes the first that matches it"
+    )
 
 
 @dataclass(frozen=True)
@@ -179,6 +190,9 @@ class CheckpointConfig(Settings):
     keep_every: Natural = option(0, "checkpoints at multiples of so many steps are kept for good; 0: none")
     background: bool = option(True, "training goes on while the copied state is written; needs host memory for one copy")
     deadline_minutes: Positive = option(30.0, "a save that takes longer has failed; the ranks that are late are named")
+    average_decay: Decay = option(
+        0.0, "keep an exponential average of the trained weights with this decay per step, in every checkpoint; 0: none"
+    )
     stop_after_minutes: NotNegative = option(0.0, "save and stop when the process has run so long (a job's time limit); 0: never")
 
 
@@ -208,10 +222,12 @@ class RunConfig(Settings):
     gist: GistConfig = field(default_factory=GistConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     faults: FaultConfig = field(default_factory=FaultConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     precision: Literal["fp32", "bf16"] = option(
@@ -271,6 +287,8 @@ class RunConfig(Settings):
             reasons.append("parallel.zero: 1 (in other stages DeepSpeed clips what Muon has orthogonalised)")
         if self.precision != "bf16":
             reasons.append("precision: bf16 (in fp32 DeepSpeed clips what Muon has orthogonalised)")
+        if self.lora.rank:
+            reasons.append("lora.rank: 0 (an adapter is a product of two matrices, neither of which is to be orthogonal)")
         return [f"optimizer.kind: muon needs {reason}; set it, or kind: adamw" for reason in reasons]
 
     @property

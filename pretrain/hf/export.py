@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from unfold.pretrain.checkpoint.load import FoundRun, find_run
+from unfold.pretrain.checkpoint.merged import weights_of
 from unfold.pretrain.checkpoint.tensors import TensorDirectory
 from unfold.pretrain.errors import UserError
 from unfold.pretrain.hf.directory import new_directory, write_json
@@ -38,7 +39,7 @@ def export(run_dir: Path, step: int | None, output: Path, dtype: str | None, max
     dtype = dtype or _own_dtype(run)
     torch_dtype, name = DTYPES[dtype]
     with new_directory(output) as partial:
-        files = write_weights(run.directory, run.config.model, torch_dtype, partial, max_shard_size)
+        files = write_weights(weights_of(run.directory, run.config), run.config.model, torch_dtype, partial, max_shard_size)
         write_configs(run, partial, name)
         write_model_card(run, partial)
         proof = prove(run, partial, torch_dtype)

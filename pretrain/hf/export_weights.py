@@ -19,8 +19,8 @@ from unfold.pretrain.hf.import_weights import INDEX
 class _Source:
     """Reads our parameters; those of one entry are asked for in a row, so the last one is kept."""
 
-    def __init__(self, checkpoint: Path, config: ModelConfig):
-        self._tensors, self._config = TensorDirectory(checkpoint), config
+    def __init__(self, checkpoint: TensorDirectory, config: ModelConfig):
+        self._tensors, self._config = checkpoint, config
         self._last: tuple[str, list[Tensor]] = ("", [])
 
     def part(self, entry: Entry, i: int) -> Tensor:
@@ -38,12 +38,12 @@ class _Source:
 
 
 def write_weights(
-    checkpoint: Path, config: ModelConfig, dtype: torch.dtype, directory: Path, max_shard_size: str
+    checkpoint: TensorDirectory, config: ModelConfig, dtype: torch.dtype, directory: Path, max_shard_size: str
 ) -> dict[str, dict]:
     """Write the weights, in one file or in shards with an index.
 
     Args:
-        checkpoint: a checkpoint directory.
+        checkpoint: a checkpoint's tensors.
         dtype: of the written tensors.
         max_shard_size: such as '5GB'; a larger tensor has a file of its own.
 

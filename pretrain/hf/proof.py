@@ -8,12 +8,12 @@ import dataclasses
 import gc
 import hashlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from unfold.model.config import GistConfig
 from unfold.model.decode.generation import Decoder
@@ -75,6 +75,19 @@ def prove(run: FoundRun, directory: Path, dtype: torch.dtype) -> dict:
     }
 
 
+def compare_dense(run: FoundRun, directory: Path, load: Callable[[], nn.Module]) -> float:
+    """The largest difference between a checkpoint's dense logits and those of the model that ``load`` makes, both in fp32.
+
+    Raises:
+        UserError: it is too large; names ``directory``.
+    """
+    probe = _probe(run.config.model.vocab_size, run.tokenizer.reserved_ids)[:PROBE_TOKENS]
+    with torch.no_grad():
+        ours = _dense_logits(load_model(run), probe)
+        _release_memory()
+        return _compare("", ours, load()(probe[None]).logits[0], directory)
+
+
 def _probe(vocab_size: int, reserved: Sequence[int]) -> Tensor:
     """[PROBE_TOKENS + DECODED_TOKENS] int64 ids, no gists or links."""
     raw = np.setdiff1d(np.arange(vocab_size), reserved)
@@ -98,17 +111,20 @@ def _our_logits(run: FoundRun, dtype: torch.dtype, probe: Tensor) -> dict[str, T
     for parameter in model.parameters():
         for rows in parameter.split(ROWS):
             rows.copy_(rows.to(dtype))
-    device = model.head_weight.device
-    ids = probe[None, :PROBE_TOKENS].to(device)
-    layout = build_layout(torch.full_like(ids, -1), torch.zeros_like(ids), None)
-    hidden = model.run_layers(ids, layout.position, MicroBatchAttention("dense", layout))
-    logits = {"dense": model.head_logits(hidden)[:, 0].cpu()}
+    logits = {"dense": _dense_logits(model, probe)}
     if run.config.model.attention == "gist":
         gist = run.config.gist
         for rule in {"none", "suffix", gist.recall}:  # forgetting and recall, whichever was trained: users may set the other
             changed = dataclasses.replace(gist, recall=rule)
             logits[rule] = _our_gist_logits(model, changed, run.tokenizer, probe.tolist()).cpu()
     return logits
+
+
+def _dense_logits(model: Transformer, probe: Tensor) -> Tensor:
+    ids = probe[None, :PROBE_TOKENS].to(model.head_weight.device)
+    layout = build_layout(torch.full_like(ids, -1), torch.zeros_like(ids), None)
+    hidden = model.run_layers(ids, layout.position, MicroBatchAttention("dense", layout))
+    return model.head_logits(hidden)[:, 0].cpu()
 
 
 def _our_gist_logits(model: Transformer, gist: GistConfig, tokenizer: RunTokenizer, tokens: list[int]) -> Tensor:

@@ -23,6 +23,7 @@ from unfold.model.visibility import MicroBatchAttention
 from unfold.pretrain.parallel import Parallel
 
 QUERIES = 64  # raw tokens per rank and layer, spread evenly over a micro-batch
+SATURATED = 0.99  # of a row's softmax mass on one key
 ELEMENTS = 1 << 24  # of the keys that are gathered at a time
 
 
@@ -53,16 +54,21 @@ class AttentionMass:
 
     Attributes:
         levels: gist levels.
+        layers: of the model, where logits are measured too; 0: they are not.
         mass: [levels + 3] float64, summed softmax mass by kind.
+        sums: [layers, 4] float64: the largest logit, and sums over rows of softmax: saturated ones, their entropy, all.
         measured: layers that were measured already.
     """
 
     levels: int
+    layers: int = 0
     mass: Tensor = field(init=False)
+    sums: Tensor = field(init=False)
     measured: set[int] = field(default_factory=set)
 
     def __post_init__(self):
         self.mass = torch.zeros(self.levels + 3, dtype=torch.float64)
+        self.sums = torch.zeros(self.layers, 4, dtype=torch.float64)
 
     def shares(self, parallel: Parallel) -> dict[str, float] | None:
         """{kind: share} over all ranks; None when there was nothing to measure. A collective."""
@@ -78,17 +84,37 @@ class AttentionMass:
         """Measure a layer in the first micro-batch that passes it; a :data:`unfold.pretrain.monitor.probe.Look`."""
         if index not in self.measured:
             self.measured.add(index)
-            self.mass += attention_mass(q, k, attend.layout, attend.recall_in(index)).cpu()
+            row = self.sums[index] if self.layers else None
+            self.mass += attention_mass(q, k, attend.layout, attend.recall_in(index), row).cpu()
+
+    def logits(self, parallel: Parallel) -> dict | None:
+        """Over all ranks: the largest attention logit (after scaling), the share of saturated rows of softmax, the mean entropy
+        in nats, and the largest logit of every layer; None when there was nothing to measure. A collective."""
+        total = self.sums.to(parallel.device)
+        largest = total[:, 0].contiguous()
+        dist.all_reduce(total)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        saturated, entropy, rows = total[:, 1:].sum(0).tolist()
+        if not rows:
+            return None
+        by_layer = largest.tolist()
+        return {
+            "largest": max(by_layer),
+            "saturated": saturated / rows,
+            "entropy": entropy / rows,
+            "largest_by_layer": by_layer,
+        }
 
 
 @torch.no_grad()
-def attention_mass(q: Tensor, k: Tensor, layout: Layout, recall: Recall | None = None) -> Tensor:
+def attention_mass(q: Tensor, k: Tensor, layout: Layout, recall: Recall | None = None, logits: Tensor | None = None) -> Tensor:
     """Softmax mass by kind of key, summed over sampled raw queries and all heads: float64 [levels + 3].
 
     Args:
         q: [B, T, H, D]; k: [B, T, Hkv, D], rotary applied.
         layout: of the micro-batch.
         recall: who unfolds chunks in this layer; None where nobody does.
+        logits: [4] float64, a row of :attr:`AttentionMass.sums` to fill; None: they are not measured.
     """
     tokens, kv_heads, dim = k.shape[1:]
     queries = sample_queries(layout)
@@ -102,9 +128,20 @@ def attention_mass(q: Tensor, k: Tensor, layout: Layout, recall: Recall | None =
             sample = (queries[query] // tokens)[:, None]
             keys = k[sample, layout.intervals.rows[sample, row], head[:, None]]  # [m, W, D]
             scores = torch.einsum("mgd,mwd->mgw", chosen[query, head].float(), keys.float()) / math.sqrt(dim)
-            weights = scores.masked_fill((kind < 0)[:, None], -torch.inf).softmax(-1).sum(1)  # over the group's heads, [m, W]
+            softmax = scores.masked_fill((kind < 0)[:, None], -torch.inf).softmax(-1)
+            if logits is not None:
+                _note_logits(logits, scores.masked_fill((kind < 0)[:, None], 0.0), softmax)
+            weights = softmax.sum(1)  # over the group's heads, [m, W]
             total.index_add_(0, kind.clamp(min=0).flatten(), weights.double().flatten())
     return total
+
+
+def _note_logits(row: Tensor, scores: Tensor, softmax: Tensor) -> None:
+    """scores, softmax: [m, heads, W], 0 behind a list's end."""
+    row[0] = max(float(row[0]), float(scores.abs().max()))
+    row[1] += int((softmax.amax(-1) > SATURATED).sum())
+    row[2] += float(torch.special.entr(softmax).sum(dtype=torch.float64))
+    row[3] += softmax[..., 0].numel()
 
 
 def sample_queries(layout: Layout) -> Tensor:

@@ -36,7 +36,7 @@ class MetricsFile:
     def __init__(self, path: Path, step: int):
         kept = [line for line in read_metrics(path, told=True) if line["step"] <= step] if path.exists() else []
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._path, self._waiting, self.trouble = path, b"", ""
+        self.path, self._waiting, self.trouble = path, b"", ""
         self._file = open(path, "ab", buffering=0)
 
     def write(self, metrics: dict) -> str:
@@ -45,13 +45,25 @@ class MetricsFile:
         before, self.trouble = self.trouble, self._flush()
         return self.trouble if not before else ""
 
+    def amend(self, step: int, more: dict) -> None:
+        """Add metrics to the line of a step that is written already; figures of several evaluations stand side by side."""
+        self._flush()
+        lines = read_metrics(self.path)
+        for line in lines:
+            if line["step"] == step:
+                both = line.get("evaluation", {}) | more.get("evaluation", {})
+                line |= more | ({"evaluation": both} if both else {})
+        self._file.close()
+        write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in lines))
+        self._file = open(self.path, "ab", buffering=0)
+
     def _flush(self) -> str:
         try:
             while self._waiting:
                 written = self._file.write(self._waiting)
                 self._waiting = self._waiting[written:]  # a disk that fills up takes a part; the rest follows on
         except OSError as error:
-            return f"{self._path}: cannot be written ({error.strerror})"
+            return f"{self.path}: cannot be written ({error.strerror})"
         return ""
 
     def close(self) -> None:
@@ -248,6 +260,13 @@ class Outputs:
             if log:
                 log.write(metrics)
         self.progress.step(metrics)
+
+    def write_beside(self, step: int, metrics: dict) -> None:
+        """What was found after the last step's line was written: added to the line of the step that it is of, and sent on."""
+        self.metrics.amend(step, metrics)
+        for log in (self._wandb, self._tensorboard):
+            if log:
+                log.write(metrics | {"step": step})
 
     def close(self) -> None:
         self.progress.close()

@@ -8,6 +8,7 @@ window, which are read anyway. A *hit*: among the gists selected at a level is t
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -26,7 +27,8 @@ from unfold.pretrain.parallel import Parallel
 PAIRS = 64  # of neighbouring tokens per layer and micro-batch, spread evenly
 BUCKETS = 24  # of distances between a query and a chunk, each twice as far as the one before it
 # What is summed per layer and level: mass of what was selected and of as many best ones; the same far away; hits; of how many.
-MASS, BEST, FAR_MASS, FAR_BEST, HITS, COUNT = range(6)
+# Last the summed entropy of what selection looks at, as a part of that of an even choice, and of how many choices.
+MASS, BEST, FAR_MASS, FAR_BEST, HITS, COUNT, ENTROPY, CHOICES = range(8)
 
 
 @dataclass
@@ -37,7 +39,7 @@ class RoutingMeasure:
         gist: how the model folds and recalls.
         layers: of the model.
         once: measure a layer in the first micro-batch alone.
-        sums: [layers, levels, 6] float64, see above.
+        sums: [layers, levels, 8] float64, see above.
         apart: [layers, 2] float64, summed distances of neighbours, and of how many.
         by_distance: [layers, BUCKETS, 2] float64, MASS and BEST of level 0 by how far the chunk lies behind.
     """
@@ -52,7 +54,7 @@ class RoutingMeasure:
 
     def __post_init__(self):
         zeros = lambda *shape: torch.zeros(self.layers, *shape, dtype=torch.float64)
-        self.sums, self.apart, self.by_distance = zeros(self.gist.levels, 6), zeros(2), zeros(BUCKETS, 2)
+        self.sums, self.apart, self.by_distance = zeros(self.gist.levels, 8), zeros(2), zeros(BUCKETS, 2)
 
     def look(self, attend: MicroBatchAttention, index: int, q: Tensor, k: Tensor) -> None:
         """Measure one layer; a :data:`unfold.pretrain.monitor.probe.Look`."""
@@ -105,7 +107,24 @@ class RoutingMeasure:
                 hit = chosen[s].gather(2, reached[s].clamp(min=0)[..., None])[..., 0]
                 row[HITS] += (hit & (reached[s] >= 0)).sum().cpu()
                 row[COUNT] += (reached[s] >= 0).sum().cpu()
+                self._add_entropy(row, s, near, asking, k, layout, tree)
             self._add_distances(index, near, chosen[-1], tree)
+
+    def _add_entropy(
+        self, row: Tensor, s: int, near: ChunkMass, asking: Tensor, k: Tensor, layout: Layout, tree: GistTree
+    ) -> None:
+        """How evenly queries look at the gists of a segment that stand before them: entropy of softmax of their scores."""
+        at, first, width = near.queries, near.first[s], near.mass[s].shape[2]
+        places = first + torch.arange(width, device=k.device)
+        keys = k[near.sample, layout.intervals.rows[near.sample, places].long()].float()  # [width, Hkv, D]
+        query = asking[at].unflatten(1, (k.shape[2], -1)).float()  # [queries, Hkv, group, D]
+        scores = torch.einsum("qhgd,whd->qhgw", query, keys).flatten(1, 2) / math.sqrt(k.shape[3])
+        there = (places >= tree.lo[s, at, None]) & (places < tree.hi[s, at, None])  # [queries, width]
+        several = there.sum(1) > 1
+        softmax = scores[several].masked_fill(~there[several, None], -torch.inf).softmax(-1)
+        even = there[several].sum(1).double().log()[:, None]
+        row[ENTROPY] += (torch.special.entr(softmax).sum(-1, dtype=torch.float64) / even).sum().cpu()
+        row[CHOICES] += softmax.shape[0] * softmax.shape[1]
 
     def _add_distances(self, index: int, near: ChunkMass, chosen: Tensor, tree: GistTree) -> None:
         """By how far a chunk lies behind, and how far apart neighbours select. chosen: [queries, H, width] of level 0."""
@@ -126,12 +145,13 @@ class RoutingMeasure:
 
 
 def _shares(sums: Tensor, apart: Tensor) -> dict:
-    """sums: [levels, 6]; apart: [2]."""
+    """sums: [levels, 8]; apart: [2]."""
     ratio = lambda a, b: float(a) / float(b) if float(b) else None
     return {
         "coverage": [ratio(row[MASS], row[BEST]) for row in sums],
         "far_coverage": [ratio(row[FAR_MASS], row[FAR_BEST]) for row in sums],
         "hit": [ratio(row[HITS], row[COUNT]) for row in sums],
+        "selection_entropy": [ratio(row[ENTROPY], row[CHOICES]) for row in sums],
         "neighbour_distance": ratio(*apart),
     }
 

@@ -18,6 +18,7 @@ import yaml
 
 from unfold.pretrain.checkpoint.manifest import checkpoint_directories, peek_manifest
 from unfold.pretrain.errors import UserError
+from unfold.pretrain.monitor.ledger import in_words, read_ledger, shares
 from unfold.pretrain.safety.alive import HEARTBEAT_SECONDS, HEARTBEATS, LOCK, STACKS
 from unfold.pretrain.safety.faults import Rollback, read_quarantine
 
@@ -59,6 +60,8 @@ class Status:
         checkpoint_step, checkpoint_age_s: of the newest checkpoint whose files are there in full size.
         checkpoint_error: why the last save failed; '' when it did not.
         skipped: steps without an update among the last few hundred.
+        goodput: share of the time since the first start that trained; spent: seconds of it by what they went to (see
+            :mod:`unfold.pretrain.monitor.goodput`).
         rollbacks: of the whole run; last_rollback: the newest one in words, '' for none.
     """
 
@@ -82,6 +85,8 @@ class Status:
     skipped: int
     rollbacks: int
     last_rollback: str
+    goodput: float | None
+    spent: dict[str, float]
 
 
 def read_status(run_dir: Path) -> Status:
@@ -107,7 +112,7 @@ def read_status(run_dir: Path) -> Status:
         state, why = _how_it_ended(run_dir, step, steps, saved, why, beats)
     validated = next((m for m in reversed(lines) if m.get("valid_loss") is not None), {})
     fresh = [b for b in beats if time.time() - b["alive"] < SILENT_SECONDS] if alive else []
-    rollbacks = read_quarantine(run_dir).rollbacks
+    rollbacks, ledger = read_quarantine(run_dir).rollbacks, read_ledger(run_dir)
     return Status(
         state=state,
         why=why,
@@ -129,6 +134,8 @@ def read_status(run_dir: Path) -> Status:
         skipped=sum(bool(m.get("skipped")) for m in lines),
         rollbacks=len(rollbacks),
         last_rollback=_in_words(rollbacks[-1]) if rollbacks else "",
+        goodput=shares(ledger["spent"]).get("training", 0.0) if ledger else None,
+        spent=ledger["spent"] if ledger else {},
     )
 
 
@@ -291,6 +298,8 @@ def render(status: Status, run_dir: Path) -> list[str]:
     if status.checkpoint_step is not None:
         saved = f"step {status.checkpoint_step:,}, {duration(status.checkpoint_age_s)} ago"
     row("checkpoint", saved + (f"; the last save FAILED: {status.checkpoint_error}" if status.checkpoint_error else ""))
+    if status.goodput is not None:
+        row("goodput", in_words(status.spent))
     if status.skipped:
         row("skipped", f"{status.skipped} of the last steps, without a finite loss and gradient")
     if status.rollbacks:

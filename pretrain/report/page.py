@@ -11,36 +11,17 @@ import numpy as np
 
 from unfold.pretrain.config import RunConfig, flatten
 from unfold.pretrain.config.reference import sections
+from unfold.pretrain.monitor.ledger import in_words, read_ledger, shares
 from unfold.pretrain.monitor.status import duration
 from unfold.pretrain.report.curves import AXES, Chart, Curve, draw, hover_data, make_curve, number, smoothing_window
 from unfold.pretrain.report.runs import Run, parameters
 from unfold.pretrain.report.sample import Picture, describe, draw_grid, draw_strip, kind_class, kind_name
+from unfold.pretrain.report.titles import FROM_ZERO, KNOWN, NOT_DRAWN, OWN_UNITS, PARTED, TITLES, UNITS
 
 COLOURS, DASHES = 6, 4
 CURVE_BYTES = 1_800_000  # room for all curves of a page; the number of buckets follows from it
+MOST_LAYERS = 8  # of a metric by layer that are drawn, spread evenly
 MOST_OTHERS = 60  # metrics without a chart of their own design that are drawn
-UNITS = (("_per_s", "per second"), ("_ms", "milliseconds"), ("_s", "seconds"), ("seconds", "seconds"),
-         ("_bytes", "bytes"), ("_gib", "GiB"))  # fmt: skip
-TITLES = {
-    "seconds": "Time of a step",
-    "data_wait_s": "Wait for data",
-    "memory_gib": "Memory, the most of any rank",
-    "mfu": "MFU",
-    "tflops": "Useful FLOP/s of a device",
-    "unfolded_tokens": "Raw tokens unfolded by a recalling query",
-    "selected_gists": "Gists selected by a recalling query",
-    "route_loss": "Routing loss",
-    "checkpoint_pause_s": "Pause for a checkpoint",
-    "checkpoint_s": "Time of a save",
-}
-OWN_UNITS = {"mfu": "part of the peak", "tflops": "TFLOP/s", "unfolded_tokens": "tokens", "selected_gists": "gists",
-             "route_loss": "nats"}  # fmt: skip
-# Metrics with parts: those of one are drawn together; (title for one run, before a part's name for several, unit).
-PARTED = {
-    "attention_mass.": ("Where attention goes", "Attention to", "share of softmax mass"),
-    "routing.": ("What recall finds", "Recall:", "share"),
-}
-KNOWN = ("step", "loss", "valid_loss", "lr", "grad_norm", "raw_tokens_per_s", "raw_tokens", "samples", "loss_tokens")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +55,10 @@ def figures(run: Run) -> list[Figure]:
     found.append(Figure("Raw tokens seen", _or_dash(tokens), f"{config.data.raw_tokens:,} per sample"))
     spent = f"{duration(float(run.hours[-1]) * 3600)} in steps" if run.hours is not None else ""
     found.append(Figure("Raw tokens/s, median", _or_dash(rate), spent))
+    ledger = read_ledger(run.directory)
+    trained = shares(ledger["spent"]).get("training", 0.0) if ledger else None
+    rest = in_words(ledger["spent"]).partition("; ")[2] if ledger else "not recorded"
+    found.append(Figure("Goodput", "–" if trained is None else f"{100 * trained:.1f} %", rest, trained))
     count = parameters(config.model)
     shape = f"{config.model.layers} layers, width {config.model.hidden_size}, {config.precision}"
     found.append(Figure("Parameters", _or_dash(count), shape))
@@ -147,10 +132,17 @@ def charts(runs: list[Run]) -> tuple[list[Chart], int]:
     """All charts of the page, and how many metrics were left out because there are too many."""
     axes = axis_names(runs)
     there = {key: None for run in runs for key in run.metrics if len(run.finite(key))}
-    parted = {prefix: [key for key in there if key.startswith(prefix)] for prefix in PARTED}
-    parts = [key for keys in parted.values() for key in keys]
-    # Numbers of ranks are no curve, nor are lists by layer.
-    others = [key for key in there if key not in (*KNOWN, *parts) and not key.startswith(("stragglers.", "routing_by_layer"))]
+    parted: dict[str, list[str]] = {prefix: [] for prefix in PARTED}
+    for key in there:
+        if prefix := next((p for p in PARTED if key.startswith(p)), None):
+            parted[prefix].append(key)
+    parts = {key for keys in parted.values() for key in keys}
+    parted = {prefix: _some_layers(keys) for prefix, keys in parted.items()}
+    others = [
+        key
+        for key in there
+        if key not in KNOWN and key not in parts and not key.startswith(NOT_DRAWN) and not key.endswith(".of_step")
+    ]
     shown = others[:MOST_OTHERS]
     total = len(runs) * (len(shown) + len(parts) + 5)
     # One bucket takes about 35 bytes per axis in the pictures and 45 in the script's data.
@@ -176,14 +168,24 @@ def charts(runs: list[Run]) -> tuple[list[Chart], int]:
     return [chart for chart in result if chart.curves], len(others) - len(shown)
 
 
+def _some_layers(keys: list[str]) -> list[str]:
+    """Of a metric by layer (keys that end in a number) at most MOST_LAYERS, the first and the last among them."""
+    if len(keys) <= MOST_LAYERS or not all(key.rpartition(".")[2].isdigit() for key in keys):
+        return keys
+    return [keys[round(i)] for i in np.linspace(0, len(keys) - 1, MOST_LAYERS)]
+
+
 def _parted_charts(runs: list[Run], prefix: str, keys: list[str], curves) -> list[Chart]:
     """A metric's parts: for one run all in one picture, for several a picture per part."""
     title, before, unit = PARTED[prefix]
     names = {key: key.removeprefix(prefix).replace("_", " ") for key in keys}
+    zero = prefix in FROM_ZERO
     if len(runs) > 1:
-        return [Chart(f"{before} {names[key]}", unit, curves(key, False), from_zero=True) for key in keys]
+        return [Chart(f"{before} {names[key]}", unit, curves(key, False), from_zero=zero) for key in keys]
+    if all(name.isdigit() for name in names.values()):
+        names = {key: f"layer {name}" for key, name in names.items()}
     together = [replace(c, style=style(i)) for i, key in enumerate(keys) for c in curves(key, False, names[key])]
-    return [Chart(title, unit, together, from_zero=True)]
+    return [Chart(title, unit, together, from_zero=zero)]
 
 
 def _loss_charts(runs: list[Run], curves) -> list[Chart]:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from unfold.pretrain.parallel import Parallel
 from unfold.pretrain.safety.alive import HEARTBEAT_SECONDS, HEARTBEATS, STACKS
+from unfold.pretrain.safety.flight import write_collectives
 
 EXIT_CODE = 70  # of a process that its watchdog ended
 SECONDS_FOR_OTHERS = 3.0  # between a rank's stacks and its end, so that the other ranks can write theirs
@@ -97,6 +98,8 @@ class Watchdog:
         text = f"error: rank {self._rank}: hangs for {silence:.0f} s {where}; {behind}; all stacks follow, the job ends"
         print(text, file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+        if recorded := write_collectives(self._rank, self._run_dir):
+            print(f"the last collectives of rank {self._rank}: {recorded}", file=sys.stderr, flush=True)
         try:
             stacks = self._run_dir / STACKS / f"rank-{self._rank:05d}.txt"
             stacks.parent.mkdir(parents=True, exist_ok=True)

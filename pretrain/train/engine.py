@@ -20,6 +20,7 @@ from unfold.model.transformer import Transformer
 from unfold.pretrain.checkpoint.state import allocate_optimizer_state
 from unfold.pretrain.config import OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig, accumulation_steps
 from unfold.pretrain.parallel import Parallel
+from unfold.pretrain.train.trainable import freeze, needs_rows, parameter_groups, tied_attributes
 
 
 def deepspeed_config(config: RunConfig, data_size: int) -> dict:
@@ -48,30 +49,37 @@ def deepspeed_config(config: RunConfig, data_size: int) -> dict:
     }
 
 
-def build_engine(config: RunConfig, parallel: Parallel) -> deepspeed.DeepSpeedEngine:
+def build_engine(config: RunConfig, parallel: Parallel, row_ids: tuple[int, ...] = ()) -> deepspeed.DeepSpeedEngine:
     """Model and optimizer under DeepSpeed: a plain module, or a PipelineModule where there are stages.
 
-    Matrices decay, norm weights do not.
+    Matrices decay, norm weights do not. row_ids: gist and link ids, whose rows may be trained apart from the others.
     """
     context = None
     if parallel.context_group.size() > 1:
         context = ContextParallel(parallel.context_group, config.parallel.context_method)
     build = BuildContext(
-        parallel.tensor_group, config.train.seed, config.parallel.sequence, context, recompute=_recompute(config.train)
+        parallel.tensor_group,
+        config.train.seed,
+        config.parallel.sequence,
+        context,
+        recompute=_recompute(config.train),
+        rows=row_ids if needs_rows(config) else (),
+        lora=config.lora if config.lora.rank else None,
     )
     model = _pipeline(config, build, parallel) if parallel.stages > 1 else Transformer(config.model, build)
     if config.train.mlp_tiles > 1 and config.parallel.zero == 3:
         set_z3_leaf_modules(model, [MLP])  # both weights are gathered once for all tiles
     model.context_parallel = context  # what it sends is counted there
+    rename = getattr(model, "canonical_name", str)
+    freeze(model, config, rename)
     settings = deepspeed_config(config, parallel.data_size)
     if config.optimizer.kind == "muon":
         # Without an mpu: DeepSpeed's Muon refuses one, and the ranks that hold the same weights are all there are.
-        engine, *_ = deepspeed.initialize(model=model, optimizer=make_muon(model, config.optimizer), config=settings)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=make_muon(model, config), config=settings)
     else:
         settings["optimizer"] = adamw_settings(config.optimizer)
-        matrices = [p for p in model.parameters() if p.dim() > 1]
-        vectors = [p for p in model.parameters() if p.dim() <= 1]
-        groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+        decay = ({}, {"weight_decay": 0.0})  # of matrices as configured, of vectors none
+        groups = [group | decay[kind] for kind, group in parameter_groups(model, config, rename)]
         mpu = {} if parallel.stages > 1 else {"mpu": parallel.mpu()}  # a PipelineModule brings its own
         engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=settings, **mpu)
     if parallel.stages > 1:
@@ -98,7 +106,7 @@ def adamw_settings(optimizer: OptimizerConfig) -> dict:
     return {"type": "AdamW", "params": params}
 
 
-def make_muon(model: nn.Module, optimizer: OptimizerConfig) -> torch.optim.Optimizer:
+def make_muon(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
     """DeepSpeed's Muon for the layers' matrices, with fused AdamW for embedding, head, norms and biases.
 
     Its own way of telling them apart, by names such as lm_head, would take this model's untied head for a layer.
@@ -110,18 +118,17 @@ def make_muon(model: nn.Module, optimizer: OptimizerConfig) -> torch.optim.Optim
         torch.compiler.set_stance("force_eager")  # compiling the few small products takes minutes on CPU
     for name, parameter in model.named_parameters():
         parameter.use_muon = name.startswith("layers.") and parameter.dim() == 2
-    muon = [p for p in model.parameters() if p.use_muon]
-    matrices = [p for p in model.parameters() if p.dim() > 1 and not p.use_muon]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    optimizer = config.optimizer
     adam = dict(use_muon=False, lr=optimizer.lr, betas=(optimizer.beta1, optimizer.beta2), eps=optimizer.eps)
-    groups = [
-        dict(
-            params=muon, use_muon=True, lr=optimizer.muon_lr, momentum=optimizer.muon_momentum,
-            weight_decay=optimizer.weight_decay, rate_factor=optimizer.muon_lr / optimizer.lr,
-        ),
-        dict(params=matrices, weight_decay=optimizer.weight_decay, **adam),
-        dict(params=vectors, weight_decay=0.0, **adam),
-    ]  # fmt: skip
+    muon = dict(use_muon=True, momentum=optimizer.muon_momentum, weight_decay=optimizer.weight_decay)
+    kinds = lambda p: p.use_muon, lambda p: p.dim() > 1, lambda p: True
+    groups = []
+    for kind, group in parameter_groups(model, config, kinds=kinds):
+        if kind == 0:
+            rate = optimizer.muon_lr * group["rate_factor"]
+            groups.append(group | muon | dict(lr=rate, rate_factor=rate / optimizer.lr))
+        else:
+            groups.append(group | adam | dict(weight_decay=optimizer.weight_decay if kind == 1 else 0.0))
     return MuonWithAuxAdam(groups, torch.optim.AdamW, {"fused": True})
 
 
@@ -131,7 +138,7 @@ def _pipeline(config: RunConfig, build: BuildContext, parallel: Parallel) -> Pip
     )
     shared = StageAttention(config.model, build)
     model = PipelineModule(
-        layer_specs(config.model, build, shared),
+        layer_specs(config.model, build, shared, tied_attributes(config)),
         topology=topology,
         loss_fn=partial(stage_loss, build, shared),
         partition_method="type:LayerStage",

@@ -10,6 +10,7 @@ import deepspeed
 
 from unfold.pretrain.checkpoint.manifest import Manifest
 from unfold.pretrain.checkpoint.resume import load_newest, merged_quarantine
+from unfold.pretrain.checkpoint.state import RunningAverage
 from unfold.pretrain.errors import UserError
 from unfold.pretrain.parallel import Parallel
 from unfold.pretrain.safety.faults import FAULTS, FaultGuard, Rollback, read_quarantine, write_quarantine
@@ -33,12 +34,14 @@ class History:
     Attributes:
         quarantine: the samples that are left out.
         guard: judges every step by those before it.
+        average: of the weights, which a resume fills too; None until there is one.
     """
 
     def __init__(self, inputs: Inputs, run_dir: Path, parallel: Parallel):
         self._inputs, self._run_dir, self._parallel = inputs, run_dir, parallel
         self.quarantine = read_quarantine(run_dir)
         self.guard = FaultGuard(inputs.config.faults)
+        self.average: RunningAverage | None = None
 
     def samples_of(self, first_step: int, last_step: int) -> tuple[int, int]:
         """Global sample numbers from the first of one step to past the last of another (steps counted from 1)."""
@@ -47,7 +50,7 @@ class History:
 
     def resume(self, engine: deepspeed.DeepSpeedEngine, say: Callable[[str], None]) -> int | None:
         """Load the newest checkpoint that fits; returns the steps done there, None where there is none. A collective."""
-        manifest = load_newest(self._run_dir, self._inputs.until, self.quarantine, engine, self._parallel, say)
+        manifest = load_newest(self._run_dir, self._inputs.until, self.quarantine, engine, self._parallel, say, self.average)
         if manifest is None:
             return None
         self.quarantine = merged_quarantine(manifest, self.quarantine)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from unfold.kernels.common.plans import pinned
 from unfold.model.parallel.context import ContextParallel
@@ -23,6 +23,7 @@ class Inputs:
     tokenizer: RunTokenizer
     train: BatchBuilder
     valid: BatchBuilder | None
+    sources: dict[str, BatchBuilder] = field(default_factory=dict)
 
     def batches(self, done: int, number: Callable[[int], int], parallel: Parallel) -> Iterator[list[MicroBatch]]:
         """This rank's micro-batches of every step after ``done`` steps. number: the n-th sample trained on -> which it is."""
@@ -48,14 +49,24 @@ class Inputs:
 
     def valid_batches(self, parallel: Parallel) -> list[MicroBatch]:
         """The same samples at every validation; ranks take turns, and a rank without one repeats none."""
-        numbers = range(min(self.config.train.valid_samples, self.valid.source.samples_per_epoch))
-        rounds = -(-len(numbers) // parallel.data_size)
-        mine = [i * parallel.data_size + parallel.data_rank for i in range(rounds)]
-        return [self.valid.build([n]) if n in numbers else self.valid.empty() for n in mine]
+        return _first_samples(self.valid, self.config.train.valid_samples, parallel)
+
+    def source_batches(self, parallel: Parallel) -> Iterator[tuple[str, list[MicroBatch]]]:
+        """The same of each held-out source of the evaluation, by its name."""
+        for name, builder in self.sources.items():
+            yield name, _first_samples(builder, self.config.evaluation.samples, parallel)
 
     def until(self, sample: int) -> dict:
         """What decided the samples before a global number: a source that joins the blend later changes nothing of it."""
         return {"tokenizer_hash": self.tokenizer.hash, "data": self.train.source.fingerprint_until(sample)}
+
+
+def _first_samples(builder: BatchBuilder, most: int, parallel: Parallel) -> list[MicroBatch]:
+    """This rank's of the first samples."""
+    numbers = range(min(most, builder.source.samples_per_epoch))
+    rounds = -(-len(numbers) // parallel.data_size)
+    mine = [i * parallel.data_size + parallel.data_rank for i in range(rounds)]
+    return [builder.build([n]) if n in numbers else builder.empty() for n in mine]
 
 
 def open_inputs(config: RunConfig) -> Inputs:
@@ -83,4 +94,5 @@ def open_inputs(config: RunConfig) -> Inputs:
             "`python -m data_prep tokenize-supervised`, or set recall to all or none"
         )
     valid = builder(config.data.valid, "data.valid") if config.data.valid else None
-    return Inputs(config, tokenizer, train, valid)
+    sources = {name: builder(prefixes, f"evaluation.sources: {name}") for name, prefixes in config.evaluation.by_name.items()}
+    return Inputs(config, tokenizer, train, valid, sources)

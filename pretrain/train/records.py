@@ -10,10 +10,12 @@ import torch.distributed as dist
 
 from unfold.pretrain.checkpoint.manifest import Manifest
 from unfold.pretrain.checkpoint.save import Saver, SaveResult
+from unfold.pretrain.checkpoint.state import RunningAverage
 from unfold.pretrain.config import RunConfig
 from unfold.pretrain.errors import UserError
 from unfold.pretrain.monitor.metrics import Outputs
 from unfold.pretrain.parallel import Parallel
+from unfold.pretrain.train.beside import Beside
 
 
 class Records:
@@ -21,6 +23,7 @@ class Records:
 
     Attributes:
         say: tells people something; on the main rank beside its progress bar.
+        beside: what evaluates and exports checkpoints beside the run; on the main rank only.
     """
 
     def __init__(
@@ -30,10 +33,13 @@ class Records:
         engine: deepspeed.DeepSpeedEngine,
         parallel: Parallel,
         say: Callable[[str], None],
+        average: RunningAverage,
     ):
         self._config, self._run_dir, self._parallel, self.say = config, run_dir, parallel, say
         self._outputs: Outputs | None = None
-        self._saver = Saver(run_dir, engine, parallel, config.checkpoint, self._objection)
+        self.beside = Beside(config.evaluation, run_dir, lambda text: self.say(text)) if parallel.is_main else None
+        in_use = lambda: self.beside.in_use if self.beside else set()
+        self._saver = Saver(run_dir, engine, parallel, config.checkpoint, self._objection, average, in_use)
         self._failed = ""
 
     def open(self, done: int) -> None:
@@ -52,6 +58,8 @@ class Records:
             metrics["checkpoint_s"] = result.seconds
             if result.error:
                 metrics["checkpoint_error"] = result.error
+        if self.beside:
+            metrics |= self.beside.poll()
         if self._outputs:
             self._outputs.write(metrics)
 
@@ -59,6 +67,8 @@ class Records:
         """A checkpoint, and the line of the step before it."""
         # The line is written before the checkpoint can be whole: a resume must find it.
         metrics["checkpoint_pause_s"] = self._saver.copy(manifest)
+        if self.beside:
+            self.beside.add(manifest.step)
         self.write(metrics)
         self._saver.start()
 
@@ -67,9 +77,13 @@ class Records:
         self._saver.wait()
         self._tell()
 
-    def close(self) -> None:
-        """The end, on all ranks. Raises UserError where the last checkpoint could not be written."""
+    def close(self, stopped: bool) -> None:
+        """The end, on all ranks; stopped: before the last step. Raises UserError where the last checkpoint is not written."""
         self.settle()
+        if self.beside:
+            for step, found in self.beside.close(wait=not stopped and not self._failed):
+                if self._outputs:
+                    self._outputs.write_beside(step, found)
         failed = [self._failed]
         dist.broadcast_object_list(failed, src=0)  # also the barrier: no rank leaves while another still writes
         if self._outputs:

@@ -12,14 +12,18 @@ import deepspeed
 from unfold.model.visibility import MicroBatch
 from unfold.pretrain import parallel as parallel_groups
 from unfold.pretrain.checkpoint.resume import check_run_dir, locked_on_all, prepare_run_dir, warm_start
+from unfold.pretrain.checkpoint.state import RunningAverage, load_adapter
 from unfold.pretrain.config import RunConfig, accumulation_steps, gist_at
+from unfold.pretrain.hf.adapter import read_adapter
 from unfold.pretrain.monitor.attention_mass import AttentionMass
 from unfold.pretrain.monitor.metrics import print_line
+from unfold.pretrain.monitor.norms import NormWatch
 from unfold.pretrain.monitor.probe import looking
 from unfold.pretrain.monitor.routing import RoutingMeasure
 from unfold.pretrain.monitor.throughput import RankUsage
 from unfold.pretrain.parallel import Parallel
 from unfold.pretrain.safety.faults import finite_or_none
+from unfold.pretrain.safety.flight import record_collectives
 from unfold.pretrain.safety.signals import TIME_LIMIT, Boundary, Signals, agree, take_request, time_is_up
 from unfold.pretrain.safety.watchdog import Watchdog, limit_groups
 from unfold.pretrain.train.added import Added
@@ -30,6 +34,7 @@ from unfold.pretrain.train.prefetch import prefetch
 from unfold.pretrain.train.records import Records
 from unfold.pretrain.train.served import refuse_unserved
 from unfold.pretrain.train.step import StepResult, train_step, validation_loss
+from unfold.pretrain.train.trainable import check_trainable
 from unfold.pretrain.train.watch import StepWatch
 
 
@@ -37,8 +42,10 @@ def train(config: RunConfig, run_dir: Path) -> None:
     """Train, or go on training, in ``run_dir``. Every rank calls it."""
     inputs = open_inputs(config)
     config = inputs.config
+    check_trainable(config)
     allowed = check_run_dir(run_dir, config)
     deepspeed.utils.logger.setLevel(logging.WARNING)
+    record_collectives(config.monitor.flight_recorder, run_dir)
     with Signals() as signals:
         parallel = parallel_groups.initialize(config.parallel)
         try:
@@ -70,9 +77,13 @@ class Trainer:
         self.history = History(inputs, run_dir, parallel)
         if parallel.is_main:
             prepare_run_dir(run_dir, self.config, inputs.tokenizer)
-        self.engine = build_engine(self.config, parallel)
+        self.engine = build_engine(self.config, parallel, inputs.tokenizer.reserved_ids)
         limit_groups(60 * self.config.parallel.timeout_minutes)
-        self.records = Records(self.config, run_dir, self.engine, parallel, say)
+        self.average = RunningAverage(self.config.checkpoint.average_decay)
+        self.history.average = self.average
+        self.records = Records(self.config, run_dir, self.engine, parallel, say, self.average)
+        monitor = self.config.monitor
+        self.norms = NormWatch(self.engine, parallel, self.config.model.layers, monitor.norms_every, self.config.train.clip)
         self.watch = StepWatch(self.config, run_dir, parallel, watchdog, say)
 
     def to_the_end(self) -> None:
@@ -88,7 +99,8 @@ class Trainer:
                 self.records.settle()
                 self.watchdog.beat(fault.step, "rollback")
                 done = self.history.go_back(fault, self.engine, self.records.say)
-        self.records.close()
+        self.records.close(stopped=bool(stop))
+        self.watch.close()
         if stop:
             self.records.say(f"stopped by {stop}; the state is saved, the same command goes on from there")
 
@@ -102,7 +114,13 @@ class Trainer:
         if self.config.train.init_from:
             path, model = Path(self.config.train.init_from), self.config.model
             source, note = warm_start(path, self.inputs.tokenizer, model, self.engine, self.parallel)
+            self.average.begin()
             say(f"weights from {source}{f', with other rotary positions: {note}' if note else ''}")
+        if self.config.lora.init_from:
+            adapter = Path(self.config.lora.init_from)
+            load_adapter(self.engine, self.parallel, read_adapter(adapter, self.config))
+            self.average.begin()
+            say(f"adapters from {adapter}")
         return 0
 
     def _steps(self, done: int) -> str:
@@ -121,11 +139,15 @@ class Trainer:
                 agreed = self._agree(step, result, *watch.report(micro_batches, result))
                 times, found = watch.end(step, agreed)
                 metrics = self._metrics(step, result, rate, times) | found
+                metrics |= self.norms.metrics(result.grad_norm, result.skipped)
                 last = step == config.train.steps
                 if self._validation_due(step, last):
                     with watch.aside(step, "validation"):
                         metrics |= self._validate(step)
-                if last or agreed.stop or agreed.save or step % config.checkpoint.every == 0:
+                if config.evaluation.every and step % config.evaluation.every == 0 and self.inputs.sources:
+                    with watch.aside(step, "evaluation"):
+                        metrics["source_loss"] = self._source_losses()
+                if last or agreed.stop or agreed.save or saves_at(config, step):
                     with watch.aside(step, "saving"):
                         self.records.save(self.history.manifest(step), metrics)
                 else:
@@ -140,7 +162,11 @@ class Trainer:
         set_learning_rate(self.engine, rate)
         gist = gist_at(self.config, step)
         added = Added(self.config.train.z_loss, self.config.distill)
-        return train_step(self.engine, micro_batches, self.parallel, self.config.model, gist, added), rate
+        with self.norms.over(step):
+            result = train_step(self.engine, micro_batches, self.parallel, self.config.model, gist, added)
+        if not result.skipped:
+            self.average.update()
+        return result, rate
 
     def _agree(self, step: int, result: StepResult, busy: float, usage: RankUsage) -> Boundary:
         """Exchange wishes and faults with the other ranks; raises FaultyStep when a fault calls for it."""
@@ -192,21 +218,37 @@ class Trainer:
         every = self.config.train.valid_every
         return bool(self.inputs.valid) and (last or bool(every) and step % every == 0)
 
+    def _source_losses(self) -> dict[str, float]:
+        """Validation losses of the held-out sources."""
+        batches = self.inputs.source_batches(self.parallel)
+        return {name: validation_loss(self.engine, those, self.parallel, self.config.folding) for name, those in batches}
+
     def _validate(self, step: int) -> dict:
         gist, monitor = self.config.folding, self.config.monitor
-        mass = AttentionMass(gist.levels) if gist and monitor.attention_mass else None
+        logits = self.config.model.layers if monitor.attention_logits else 0
+        mass = AttentionMass(gist.levels, logits) if gist and (monitor.attention_mass or logits) else None
         routing = RoutingMeasure(gist, self.config.model.layers) if gist and gist.recall != "none" and monitor.routing else None
         with looking(self.engine.module, *(measure.look for measure in (mass, routing) if measure)):
             loss = validation_loss(self.engine, self.inputs.valid_batches(self.parallel), self.parallel)
         self.records.say(f"step {step}: validation loss {loss:.4f}")
         found = {"valid_loss": loss}
-        if mass and (shares := mass.shares(self.parallel)):
+        if mass and (shares := mass.shares(self.parallel)) and monitor.attention_mass:
             found["attention_mass"] = shares
+        if logits and mass and (figures := mass.logits(self.parallel)):
+            found["attention_logits"] = figures
         if routing:
             routing.reduce(self.parallel)
             if by_layer := routing.by_layer():
                 found |= {"routing": routing.overall(), "routing_by_layer": by_layer}
         return found
+
+
+def saves_at(config: RunConfig, step: int) -> bool:
+    """Whether a checkpoint is due after a step (counted from 1), by itself or to be evaluated or exported."""
+    evaluation = config.evaluation
+    evaluated = evaluation.every and evaluation.commands and step % evaluation.every == 0
+    exported = evaluation.export_every and step % evaluation.export_every == 0
+    return bool(step % config.checkpoint.every == 0 or evaluated or exported)
 
 
 def _silent(text: str) -> None:

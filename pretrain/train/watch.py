@@ -9,6 +9,8 @@ from pathlib import Path
 
 from unfold.model.visibility import MicroBatch
 from unfold.pretrain.config import RunConfig
+from unfold.pretrain.monitor.goodput import Goodput
+from unfold.pretrain.monitor.memory import MemorySnapshots
 from unfold.pretrain.monitor.profiler import StepProfiler
 from unfold.pretrain.monitor.throughput import RankUsage, Usage
 from unfold.pretrain.parallel import Parallel
@@ -24,17 +26,27 @@ class StepWatch:
         self._config, self._run_dir, self._parallel, self._watchdog = config, run_dir, parallel, watchdog
         self._usage = Usage(config, parallel, say)
         self._stragglers = Stragglers(config.faults.straggler_factor)
+        monitor = config.monitor
+        self._memory = MemorySnapshots(monitor.memory_snapshot, monitor.memory_when_out, run_dir, parallel, say)
+        self._goodput = Goodput(run_dir, time.time() - process_seconds()) if parallel.is_main else None
+        self._phase = "startup"
 
     @contextlib.contextmanager
     def over(self, done: int, say: Callable[[str], None]) -> Iterator[None]:
         """The steps after ``done`` steps."""
         self._first = done + 1
+        if self._goodput:
+            self._goodput.begin(done)
+            self._goodput.aside(self._phase)
+        self._phase = "rollback"  # what leads to the next steps, if there are some
         self._restart()
         self._profiler = StepProfiler(self._config.monitor.profile_steps, done, self._run_dir, self._parallel, say)
         try:
             yield
         finally:
             self._profiler.close()
+            if self._goodput:
+                self._goodput.write()
 
     def begin(self, step: int) -> None:
         """A step begins (counted from 1): the rank waits for its batches."""
@@ -56,6 +68,9 @@ class StepWatch:
         times = {"raw_tokens_per_s": raw / seconds, "seconds": seconds, "data_wait_s": self._data_wait}
         found = self._usage.metrics([RankUsage(*u) for u in agreed.usage], seconds)
         self._profiler.end(step)
+        self._memory.end(step)
+        if self._goodput:
+            self._goodput.step(step, seconds, self._data_wait)
         if stragglers := self._stragglers.add(agreed.busy):
             found["stragglers"] = stragglers
         if step == self._first:
@@ -68,7 +83,15 @@ class StepWatch:
         """Something else than training, whose time does not count as a step's."""
         self._watchdog.beat(step, phase)
         yield
+        if self._goodput:
+            self._goodput.aside(phase)
         self._restart()
+
+    def close(self) -> None:
+        """The run ends: its last checkpoint has been waited for."""
+        if self._goodput:
+            self._goodput.aside("saving")
+            self._goodput.write()
 
     def _restart(self) -> None:
         self._since = time.monotonic()

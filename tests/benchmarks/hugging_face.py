@@ -42,9 +42,10 @@ import sys, time, torch
 from pathlib import Path
 from unfold.pretrain.hf.export_weights import write_weights
 from unfold.pretrain.checkpoint.load import find_run
+from unfold.pretrain.checkpoint.tensors import TensorDirectory
 run = find_run(Path(sys.argv[1]), None)
 began = time.monotonic()
-write_weights(run.directory, run.config.model, torch.bfloat16, Path(sys.argv[2]), "2GB")
+write_weights(TensorDirectory(run.directory), run.config.model, torch.bfloat16, Path(sys.argv[2]), "2GB")
 print(time.monotonic() - began)
 """
 

@@ -77,7 +77,7 @@ def test_a_round_trip_keeps_every_bit_and_the_logits(name, no_gists, tmp_path):
         # fp32 rounds in proportion to the logits: the bound is that of an export's proof.
         assert (dense_logits(load_model(found), ids) - want).abs().max() <= 1e-5 * max(1.0, want.abs().max().item())
     (tmp_path / "back").mkdir()
-    write_weights(found.directory, found.config.model, torch.float32, tmp_path / "back", "30KB")
+    write_weights(TensorDirectory(found.directory), found.config.model, torch.float32, tmp_path / "back", "30KB")
     before, after = tensors(tmp_path / "hf"), tensors(tmp_path / "back")
     assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
     assert len(list((tmp_path / "back").glob("*.safetensors"))) > 2

@@ -317,7 +317,7 @@ def route(name, heads, kv_heads, dtype, far, share):
 
 
 COMPRESSED = {"forward_kernel", "d_query_kernel", "d_key_kernel", "sum_parts_kernel"}
-SELECT = {"span_kernel", "score_kernel", "bound_kernel", "mark_kernel", "list_kernel"}
+SELECT = {"score_kernel", "bound_kernel", "mark_kernel", "list_kernel"}
 TURN = {"group_kernel", "sorted_kernel", "part_count_kernel", "part_kernel", "visit_kernel"}
 UNFOLD = {
     "place_kernel", "unfold_kernel", "unfold_d_query_kernel", "list_queries_kernel", "chunk_d_key_kernel", "upper_d_key_kernel",

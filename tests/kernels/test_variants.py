@@ -54,7 +54,7 @@ class Record:
         _, specialization, _ = self.binders[function.fn](*args, **own)
         sizes = [s for s in specialization if s[0] == "constexpr"]
         self.variants[name, str(sizes), str(options)].add(str(specialization))
-        if name in ("score_kernel", "bound_kernel", "mark_kernel", "list_kernel", "span_kernel", "place_kernel", *TURNING):
+        if name in ("score_kernel", "bound_kernel", "mark_kernel", "list_kernel", "place_kernel", *TURNING):
             self.plain(function, *args, grid=grid, warmup=warmup, **kwargs)
 
 
@@ -100,7 +100,7 @@ def variants(count: int, monkeypatch) -> dict:
 def test_every_kernel_is_compiled_once(count, monkeypatch):
     found = variants(count, monkeypatch)
     programs = Counter(name for name, *_ in found)
-    assert len(programs) == 25
+    assert len(programs) == 24
     assert programs.pop("bound_kernel") <= 2 * BUCKETS
     assert all(number <= SEVERAL.get(name, 1) for name, number in programs.items()), programs
     many = {key: sorted(specializations) for key, specializations in found.items() if len(specializations) > 1}

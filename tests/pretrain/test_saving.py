@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from unfold.pretrain.checkpoint import save as saves
 from unfold.pretrain.checkpoint.manifest import Manifest, checkpoint_directories, newest_whole, step_of, superfluous
+from unfold.pretrain.checkpoint.state import RunningAverage
 from unfold.pretrain.checkpoint.tensors import Chunk
 from unfold.pretrain.config import CheckpointConfig
 from unfold.pretrain.errors import UserError
@@ -40,7 +41,9 @@ def make(tmp_path, monkeypatch):
 
     def make(world=1, objection="", **settings):
         parallel = SimpleNamespace(rank=0, world=world, is_main=True)
-        return saves.Saver(tmp_path, None, parallel, CheckpointConfig(**settings), lambda: objection), store
+        return saves.Saver(
+            tmp_path, None, parallel, CheckpointConfig(**settings), lambda: objection, RunningAverage(0), set
+        ), store
 
     return make
 

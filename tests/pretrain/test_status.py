@@ -19,6 +19,7 @@ from unfold.pretrain.errors import UserError
 from unfold.pretrain.monitor.status import EXIT_CODES, SILENT_SECONDS, read_status
 
 STEPS, TOKENS = 100, 4096
+SPENT = {"training": 60.0, "data": 10.0, "startup": 10.0, "lost": 15.0, "down": 5.0, "saving": 0.0}
 
 
 def write_checkpoint(run_dir: Path, step: int) -> None:
@@ -187,3 +188,16 @@ def test_it_follows_a_run_until_its_end(run_dir, lock):
         states = [json.loads(text)["state"] for text in follower.stdout]
         assert states[-1] == "finished" and set(states[:-1]) <= {"running"}
         assert follower.wait(60) == 0
+
+
+def test_goodput_is_told(run_dir, capsys):
+    assert read_status(run_dir).goodput is None
+    ledger = {"began": 0.0, "seen": 100.0, "starts": 2, "spent": SPENT}
+    (run_dir / "goodput.json").write_text(json.dumps(ledger))
+    status = read_status(run_dir)
+    assert (status.goodput, status.spent) == (0.6, SPENT)
+    main(["status", str(run_dir), "--once"])
+    rest = "work that was lost 15.0 %, starting 10.0 %, waiting for data 10.0 %, not running 5.0 %"
+    assert f"60.0 % of the time trained; {rest}" in capsys.readouterr().out
+    (run_dir / "goodput.json").write_text("{torn")
+    assert read_status(run_dir).goodput is None
