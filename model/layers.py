@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -17,6 +16,7 @@ from unfold.model.gist.parts import turning
 from unfold.model.parallel.context import ContextParallel
 from unfold.model.parallel.megatron import ModelParallelConfig
 from unfold.model.parallel.tensor import Alone, ColumnLinear, Group, RowLinear, copy_to_group
+from unfold.model.pointwise import Pointwise
 from unfold.model.recompute import Again, Recompute
 
 
@@ -31,6 +31,7 @@ class BuildContext:
         context: how the sequence is spread over ranks; None where every rank has all of it.
         blank: leave weights as memory has them, because all of them are about to be read from a file.
         recompute: what layers compute again in backward.
+        pointwise: the small operations of a layer, as they are or compiled.
     """
 
     tp_group: Group
@@ -39,6 +40,7 @@ class BuildContext:
     context: ContextParallel | None = None
     blank: bool = False
     recompute: Recompute = Recompute()
+    pointwise: Pointwise = Pointwise()
 
     @classmethod
     def alone(cls, seed: int = 0) -> BuildContext:
@@ -105,13 +107,14 @@ class RMSNorm(nn.Module):
         # Each tensor-parallel rank norms its heads, or its part of a split sequence: their gradients are summed.
         self.norms_a_part = of_heads or build.sequence_split
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[.., size] -> [.., size]"""
-        weight = self.weight
+    def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """[.., size] -> [.., size]; with ``added``, of the same shape: x + added, and the norm of that."""
+        weight, pointwise = self.weight, self.build.pointwise
         if self.norms_a_part:
             weight = copy_to_group(weight, self.build.tp_group)
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        if added is None:
+            return pointwise.rms_norm(x, weight, self.eps)
+        return pointwise.add_and_norm(x, added, weight, self.eps)
 
 
 def rotary_frequencies(config: ModelConfig, device: torch.device | str = "cpu") -> Tensor:
@@ -175,11 +178,6 @@ class Rotary:
         pairs = [(f.cos[0, :, 0], f.sin[0, :, 0]) for f in factors]
         return cls(*turning(*pairs, torch.promote_types(dtype, torch.float32)))
 
-    def apply(self, x: Tensor) -> Tensor:
-        """[B, T, H, D] -> same: the first half of a head is rotated against its second half (Hugging Face's convention)."""
-        a, b = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, -1)
-        return torch.cat([a * self.cos - b * self.sin, b * self.cos + a * self.sin], -1).to(x.dtype)
-
 
 class MLP(nn.Module):
     """Gated feed-forward layer: down(silu(gate(x)) * up(x)); gate and up are one matrix."""
@@ -191,7 +189,7 @@ class MLP(nn.Module):
         self.gate_up = build.column(f"{name}.gate_up", *sizes, config.init_std, stride=2, bias=config.mlp_bias)
         self.down = build.row(f"{name}.down", config.ffn_size, config.hidden_size, residual_std, bias=config.mlp_bias)
 
-        self.tiles = build.recompute.mlp_tiles
+        self.tiles, self.swiglu = build.recompute.mlp_tiles, build.pointwise.swiglu
 
     def forward(self, x: Tensor, again: Again | None = None) -> Tensor:
         """[T, B, hidden] -> [T, B, hidden]
@@ -200,8 +198,7 @@ class MLP(nn.Module):
         """
         tiles = min(self.tiles, len(x))
         if tiles == 1:
-            gate, up = self.gate_up(x).chunk(2, -1)
-            return self.down(F.silu(gate) * up)
+            return self.down(self.swiglu(self.gate_up(x)))
         layers = self.gate_up, self.down
         present = [layer.bias is not None for layer in layers]
         weights = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
@@ -209,8 +206,7 @@ class MLP(nn.Module):
         def tile(x: Tensor, *weights: Tensor) -> Tensor:
             given = iter(weights)
             (w_in, b_in), (w_out, b_out) = ((next(given), next(given) if biased else None) for biased in present)
-            gate, up = self.gate_up.product(x, w_in, b_in).chunk(2, -1)
-            return self.down.product(F.silu(gate) * up, w_out, b_out)
+            return self.down.product(self.swiglu(self.gate_up.product(x, w_in, b_in)), w_out, b_out)
 
         return _Tiled.apply(tile, tiles, again is not None and again.now, x, *weights)
 

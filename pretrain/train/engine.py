@@ -15,6 +15,7 @@ from torch import nn
 from unfold.model.layers import MLP, BuildContext
 from unfold.model.parallel.context import ContextParallel
 from unfold.model.parallel.pipeline import StageAttention, canonical_name, layer_specs, stage_loss
+from unfold.model.pointwise import Pointwise
 from unfold.model.recompute import Offload, Recompute
 from unfold.model.transformer import Transformer
 from unfold.pretrain.checkpoint.state import allocate_optimizer_state
@@ -54,7 +55,12 @@ def build_engine(config: RunConfig, parallel: Parallel) -> deepspeed.DeepSpeedEn
     if parallel.context_group.size() > 1:
         context = ContextParallel(parallel.context_group, config.parallel.context_method)
     build = BuildContext(
-        parallel.tensor_group, config.train.seed, config.parallel.sequence, context, recompute=_recompute(config.train)
+        parallel.tensor_group,
+        config.train.seed,
+        config.parallel.sequence,
+        context,
+        recompute=_recompute(config.train),
+        pointwise=Pointwise.compiled() if config.train.fuse_pointwise else Pointwise(),
     )
     model = _pipeline(config, build, parallel) if parallel.stages > 1 else Transformer(config.model, build)
     if config.train.mlp_tiles > 1 and config.parallel.zero == 3:
@@ -172,4 +178,3 @@ def set_learning_rate(engine: deepspeed.DeepSpeedEngine, rate: float) -> None:
     """Set the rate of every parameter group; that of Muon's matrices follows the same schedule from its own peak."""
     for group in engine.optimizer.param_groups:
         group["lr"] = rate * group.get("rate_factor", 1.0)
-
