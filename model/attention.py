@@ -19,7 +19,7 @@ class Attention(nn.Module):
         self.index = index
         self.head_dim = config.head_dim
         self.group = config.heads // config.kv_heads
-        self.rotates = index not in config.nope_layers
+        self.rotates, self.rotate = index not in config.nope_layers, build.pointwise.rotate
         # Rows ordered [KV head, (its query heads, key, value), head_dim]: any tensor-parallel size splits them evenly.
         width = (config.heads + 2 * config.kv_heads) * config.head_dim
         self.qkv = build.column(f"{name}.qkv", config.hidden_size, width, config.init_std, bias=config.qkv_bias)
@@ -42,7 +42,7 @@ class Attention(nn.Module):
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.rotates:
-            q, k = rotary.apply(q), rotary.apply(k)
+            q, k = (self.rotate(x, rotary.cos, rotary.sin) for x in (q, k))
         return q, k, v.squeeze(3)
 
     def project(self, out: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -18,6 +17,7 @@ from unfold.model.gist.parts import turning
 from unfold.model.parallel.context import ContextParallel, ContextPart
 from unfold.model.parallel.megatron import ModelParallelConfig
 from unfold.model.parallel.tensor import Alone, ColumnLinear, Group, RowLinear, copy_to_group
+from unfold.model.pointwise import Pointwise
 from unfold.model.recompute import Again, Recompute
 
 
@@ -34,6 +34,7 @@ class BuildContext:
         recompute: what layers compute again in backward.
         rows: ids whose rows of embedding and head are parameters of their own (:mod:`unfold.model.rows`).
         lora: adapters beside the linear layers (:mod:`unfold.model.lora`); None: there are none.
+        pointwise: the small operations of a layer, as they are or compiled.
     """
 
     tp_group: Group
@@ -44,6 +45,7 @@ class BuildContext:
     recompute: Recompute = Recompute()
     rows: tuple[int, ...] = ()
     lora: LoraConfig | None = None
+    pointwise: Pointwise = Pointwise()
 
     @classmethod
     def alone(cls, seed: int = 0) -> BuildContext:
@@ -119,13 +121,14 @@ class RMSNorm(nn.Module):
         # Each tensor-parallel rank norms its heads, or its part of a split sequence: their gradients are summed.
         self.norms_a_part = of_heads or build.sequence_split
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[.., size] -> [.., size]"""
-        weight = self.weight
+    def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """[.., size] -> [.., size]; with ``added``, of the same shape: x + added, and the norm of that."""
+        weight, pointwise = self.weight, self.build.pointwise
         if self.norms_a_part:
             weight = copy_to_group(weight, self.build.tp_group)
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        if added is None:
+            return pointwise.rms_norm(x, weight, self.eps)
+        return pointwise.add_and_norm(x, added, weight, self.eps)
 
 
 def rotary_frequencies(config: ModelConfig, device: torch.device | str = "cpu") -> Tensor:
@@ -189,11 +192,6 @@ class Rotary:
         pairs = [(f.cos[0, :, 0], f.sin[0, :, 0]) for f in factors]
         return cls(*turning(*pairs, torch.promote_types(dtype, torch.float32)))
 
-    def apply(self, x: Tensor) -> Tensor:
-        """[B, T, H, D] -> same: the first half of a head is rotated against its second half (Hugging Face's convention)."""
-        a, b = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, -1)
-        return torch.cat([a * self.cos - b * self.sin, b * self.cos + a * self.sin], -1).to(x.dtype)
-
 
 class MLP(nn.Module):
     """Gated feed-forward layer: down(silu(gate(x)) * up(x)); gate and up are one matrix."""
@@ -205,7 +203,7 @@ class MLP(nn.Module):
         self.gate_up = build.column(f"{name}.gate_up", *sizes, config.init_std, stride=2, bias=config.mlp_bias)
         self.down = build.row(f"{name}.down", config.ffn_size, config.hidden_size, residual_std, bias=config.mlp_bias)
 
-        self.tiles = build.recompute.mlp_tiles
+        self.tiles, self.swiglu = build.recompute.mlp_tiles, build.pointwise.swiglu
 
     def forward(self, x: Tensor, again: Again | None = None) -> Tensor:
         """[T, B, hidden] -> [T, B, hidden]
@@ -214,13 +212,12 @@ class MLP(nn.Module):
         """
         tiles = min(self.tiles, len(x))
         if tiles == 1:
-            gate, up = self.gate_up(x).chunk(2, -1)
-            return self.down(F.silu(gate) * up)
+            return self.down(self.swiglu(self.gate_up(x)))
         first, second = self.gate_up.own(), self.down.own()
 
         def tile(x: Tensor, *weights: Tensor) -> Tensor:
-            gate, up = self.gate_up.product(x, *weights[: len(first)]).chunk(2, -1)
-            return self.down.product(F.silu(gate) * up, *weights[len(first) :])
+            gate_up = self.gate_up.product(x, *weights[: len(first)])
+            return self.down.product(self.swiglu(gate_up), *weights[len(first) :])
 
         return _Tiled.apply(tile, tiles, again is not None and again.now, x, *first, *second)
 

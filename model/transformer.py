@@ -74,25 +74,24 @@ class Layer(nn.Module):
         """[T, B, hidden] -> [T, B, hidden]"""
         recompute = self.recompute
         if recompute.checkpointing == "none" or not (self.training and torch.is_grad_enabled()):
-            x = x + self.attention(self.attention_norm(x), rotary, attend)
-            return x + self.mlp(self.mlp_norm(x))
+            return self._whole(x, rotary, attend)
         with recompute.keeping(attend):
             if recompute.checkpointing == "full":
                 return computed_again(self._whole, x, rotary, attend)
             q, k, v = computed_again(self._before_attention, x, rotary)
             return computed_again(self._after_attention, x, attend(self.attention.index, q, k, v))
 
-    def _whole(self, x: Tensor, rotary: Rotary, attend: Attend, again: Again) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotary, attend)
-        return x + self.mlp(self.mlp_norm(x), again)
+    def _whole(self, x: Tensor, rotary: Rotary, attend: Attend, again: Again | None = None) -> Tensor:
+        x, normed = self.mlp_norm(x, self.attention(self.attention_norm(x), rotary, attend))
+        return x + self.mlp(normed, again)
 
     def _before_attention(self, x: Tensor, rotary: Rotary, again: Again) -> tuple[Tensor, ...]:
         # Contiguous, since a view would keep the whole fused projection.
         return tuple(part.contiguous() for part in self.attention.heads(self.attention_norm(x), rotary))
 
     def _after_attention(self, x: Tensor, out: Tensor, again: Again) -> Tensor:
-        x = x + self.attention.project(out)
-        return x + self.mlp(self.mlp_norm(x), again)
+        x, normed = self.mlp_norm(x, self.attention.project(out))
+        return x + self.mlp(normed, again)
 
 
 def build_model(config: ModelConfig, seed: int = 0) -> Transformer:

@@ -81,6 +81,10 @@ class TrainConfig(Settings):
     mlp_tiles: Count = option(
         1, "pieces of the sequence of which the feed-forward layer holds one at a time, and computes it again in backward"
     )
+    fuse_pointwise: bool = option(
+        False,
+        "compile norms (with additions), rotation, and the feed-forward layer's activation into a kernel each; for GPUs",
+    )
     stages: tuple[StageConfig, ...] = option(
         (), "parts of the run with settings of their own, e.g. [{until: 300, recall: none}]; see `train.stages`"
     )

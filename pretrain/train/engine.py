@@ -15,6 +15,7 @@ from torch import nn
 from unfold.model.layers import MLP, BuildContext
 from unfold.model.parallel.context import ContextParallel
 from unfold.model.parallel.pipeline import StageAttention, canonical_name, layer_specs, stage_loss
+from unfold.model.pointwise import Pointwise
 from unfold.model.recompute import Offload, Recompute
 from unfold.model.transformer import Transformer
 from unfold.pretrain.checkpoint.state import allocate_optimizer_state
@@ -65,6 +66,7 @@ def build_engine(config: RunConfig, parallel: Parallel, row_ids: tuple[int, ...]
         recompute=_recompute(config.train),
         rows=row_ids if needs_rows(config) else (),
         lora=config.lora if config.lora.rank else None,
+        pointwise=Pointwise.compiled() if config.train.fuse_pointwise else Pointwise(),
     )
     model = _pipeline(config, build, parallel) if parallel.stages > 1 else Transformer(config.model, build)
     if config.train.mlp_tiles > 1 and config.parallel.zero == 3:

@@ -9,6 +9,7 @@ from tests.integration.runs import train
 STEPS = "train.steps=10"
 
 SELECTIVE, TILES = "train.activation_checkpointing=selective", "train.mlp_tiles=3"
+FUSED = "train.fuse_pointwise=true"
 HOST = "train.offload_activations=true"
 
 # name: (ranks, settings). All train the same global batch of packed documents with clipping.
@@ -16,6 +17,9 @@ LAYOUTS = {
     "micro_batch 4": (1, ["train.micro_batch=4"]),
     "activation checkpointing": (1, ["train.activation_checkpointing=full"]),
     "selective, tiles, host": (1, [SELECTIVE, TILES, HOST]),
+    "fused": (1, [FUSED]),
+    "dp2 zero3 fused tiles": (2, ["parallel.zero=3", TILES, FUSED]),
+    "tp2 sequence fused checkpointing": (2, ["parallel.tensor=2", "parallel.sequence=true", FUSED, SELECTIVE]),
     "dp2 zero1": (2, ["parallel.zero=1"]),
     "dp2 zero2 micro_batch 2": (2, ["parallel.zero=2", "train.micro_batch=2"]),
     "dp2 zero3": (2, ["parallel.zero=3"]),

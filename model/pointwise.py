@@ -1,0 +1,55 @@
+"""The small operations of a layer: norm, rotation, the feed-forward layer's activation, each a function of its own.
+
+As they are here, each of their steps is a kernel that reads and writes memory. Compiled, each function is one kernel forward and
+one or two backward, with the same roundings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm of the last dimension, computed in at least fp32: x [.., size], weight [size] -> [.., size]"""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def add_and_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + y, and its norm."""
+    x = x + y
+    return x, rms_norm(x, weight, eps)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [B, T, H, D], cos, sin fp32 [B, T, 1, D / 2] -> [B, T, H, D]: the first half of a head against its second half (Hugging
+    Face's convention)."""
+    a, b = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up: [.., 2 F] -> [.., F]"""
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+@dataclass(frozen=True)
+class Pointwise:
+    """The functions of this module, as they are or compiled."""
+
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
+    add_and_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]] = add_and_norm
+    rotate: Callable[[Tensor, Tensor, Tensor], Tensor] = rotate
+    swiglu: Callable[[Tensor], Tensor] = swiglu
+
+    @classmethod
+    def compiled(cls) -> Pointwise:
+        """Compiled by PyTorch when they are first called, for any length. Roundings between the steps stay as written."""
+        as_one = lambda function: torch.compile(function, dynamic=True, fullgraph=True, options={"emulate_precision_casts": True})
+        return cls(as_one(rms_norm), as_one(add_and_norm), as_one(rotate), as_one(swiglu))
