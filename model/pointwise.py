@@ -1,7 +1,7 @@
 """The small operations of a layer: norm, rotation, the feed-forward layer's activation, each a function of its own.
 
-As they are here, each of their steps is a kernel that reads and writes memory. Compiled, each function is one kernel forward and
-one or two backward, with the same roundings.
+As they are here, each of their steps is a kernel that reads and writes memory. Compiled, a function is one kernel or two forward
+and one or two backward, with the same roundings.
 """
 
 from __future__ import annotations
@@ -50,6 +50,25 @@ class Pointwise:
 
     @classmethod
     def compiled(cls) -> Pointwise:
-        """Compiled by PyTorch when they are first called, for any length. Roundings between the steps stay as written."""
-        as_one = lambda function: torch.compile(function, dynamic=True, fullgraph=True, options={"emulate_precision_casts": True})
-        return cls(as_one(rms_norm), as_one(add_and_norm), as_one(rotate), as_one(swiglu))
+        """Compiled by PyTorch when they are first called, once for all lengths."""
+        # The halves of a head are joined by the kernel that computes them, on a CPU too. Gradients of gate and up are written
+        # into their places: joined later, each would be computed twice or lie in memory first.
+        joined = {"force_pointwise_cat": True}
+        in_place = {"max_pointwise_cat_inputs": 0, "max_complex_pointwise_cat_inputs": 0}
+        return cls(_Compiled(rms_norm, 1), _Compiled(add_and_norm, 1), _Compiled(rotate, 2, joined), _Compiled(swiglu, 1, in_place))
+
+
+class _Compiled:
+    """A function compiled for any number of samples and tokens; the model's own sizes are known to the compiler."""
+
+    def __init__(self, function: Callable, own: int, options: dict | None = None):
+        """own: so many last dimensions of its inputs are sizes of the model; options: of inductor."""
+        # Roundings between the steps stay where they are written.
+        options = {"emulate_precision_casts": True} | (options or {})
+        self.own, self.function = own, torch.compile(function, dynamic=True, options=options)
+
+    def __call__(self, *inputs: Tensor | float) -> Tensor | tuple[Tensor, Tensor]:
+        for x in inputs:
+            if isinstance(x, Tensor) and x.dim() > self.own:
+                torch._dynamo.mark_static(x, list(range(x.dim() - self.own, x.dim())))
+        return self.function(*inputs)

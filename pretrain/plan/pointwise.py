@@ -1,6 +1,7 @@
 """Work that is bound by memory, counted: the operations of a layer run on the meta device, where they move nothing but are seen.
 
-An operation is one kernel, which reads its inputs and writes its outputs once. Attention's own kernels are not among them.
+An operation is one kernel, which reads its inputs and writes its outputs once; compiled ones are counted kernel by kernel
+(:mod:`unfold.pretrain.plan.fused`). Attention's own kernels are not among them.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from torch import Tensor
 from unfold.model.config import ModelConfig
 from unfold.model.layers import BuildContext, RMSNorm, Rotary
 from unfold.model.loss import CHUNK
+from unfold.model.pointwise import Pointwise as Functions
 from unfold.model.recompute import Recompute
 from unfold.model.transformer import Layer
 from unfold.pretrain.config import RunConfig
 from unfold.pretrain.plan.activations import FP32, Activations, element_size
+from unfold.pretrain.plan.fused import COUNTED
 from unfold.pretrain.plan.moved import Moved
 from unfold.pretrain.plan.work import Parameters
 
@@ -43,7 +46,8 @@ class Pointwise:
             ffn_size=model.ffn_size // kept.tensor,
         )
         recompute = Recompute(train.activation_checkpointing, mlp_tiles=train.mlp_tiles)
-        build = replace(BuildContext.alone(), blank=True, recompute=recompute)
+        functions = COUNTED if train.fuse_pointwise else Functions()
+        build = replace(BuildContext.alone(), blank=True, recompute=recompute, pointwise=functions)
         with torch.device("meta"):
             layer = Layer(local, build, 0).to(torch.bfloat16 if config.precision == "bf16" else torch.float32)
             moved = count_layer(layer, local, kept.samples, kept.tokens // kept.samples)
@@ -84,10 +88,10 @@ def _residual_stream(norm: RMSNorm, tokens: int, passes: int) -> int:
     """Bytes of a layer's two norms and two additions, with so many forward passes and one backward pass."""
     x = norm.weight.new_empty(tokens, norm.weight.shape[0], requires_grad=True)
     with Moved() as forward:
-        out = x + norm(x)
+        out = torch.add(*norm(x, norm(x)))
     with Moved() as backward:
         out.backward(torch.empty_like(out))
-    return 2 * (passes * forward.total + backward.total)
+    return passes * forward.total + backward.total
 
 
 def loss_bytes(config: RunConfig, kept: Activations) -> int:
