@@ -17,7 +17,7 @@ from unfold.model.gist.parts import turning
 from unfold.model.parallel.context import ContextParallel, ContextPart
 from unfold.model.parallel.megatron import ModelParallelConfig
 from unfold.model.parallel.tensor import Alone, ColumnLinear, Group, RowLinear, copy_to_group
-from unfold.model.pointwise import Pointwise
+from unfold.model.pointwise import Pointwise, rotate
 from unfold.model.recompute import Again, Recompute
 
 
@@ -191,6 +191,10 @@ class Rotary:
         factors = [cls.of(position[None], config, dtype) for position in (here, there)]
         pairs = [(f.cos[0, :, 0], f.sin[0, :, 0]) for f in factors]
         return cls(*turning(*pairs, torch.promote_types(dtype, torch.float32)))
+
+    def apply(self, x: Tensor) -> Tensor:
+        """[B, T, H, D] -> same, rotated."""
+        return rotate(x, self.cos, self.sin)
 
 
 class MLP(nn.Module):

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+GRAPHS = 64  # of one function in a process, at most
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root-mean-square norm of the last dimension, computed in at least fp32: x [.., size], weight [size] -> [.., size]"""
@@ -55,7 +57,11 @@ class Pointwise:
         # into their places: joined later, each would be computed twice or lie in memory first.
         joined = {"force_pointwise_cat": True}
         in_place = {"max_pointwise_cat_inputs": 0, "max_complex_pointwise_cat_inputs": 0}
-        return cls(_Compiled(rms_norm, 1), _Compiled(add_and_norm, 1), _Compiled(rotate, 2, joined), _Compiled(swiglu, 1, in_place))
+        # A norm is met with and without gradients, of the stream and of heads, made here and brought back from the host: each a
+        # graph of its own. Beyond the limit a function runs as it is, and what it saves would differ between a part's two passes.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
+        norms = _Compiled(rms_norm, 1), _Compiled(add_and_norm, 1)
+        return cls(*norms, _Compiled(rotate, 2, joined), _Compiled(swiglu, 1, in_place))
 
 
 class _Compiled:

@@ -21,8 +21,8 @@ Kind = TypeVar("Kind")
 # Settings that may differ when a run is resumed: none of them changes what is learned or in which order.
 FREE_ON_RESUME = ("parallel.", "checkpoint.", "faults.", "monitor.", "evaluation.", "train.micro_batch",
                   "train.activation_checkpointing",
-                  "train.offload_activations", "train.mlp_tiles", "train.fuse_pointwise", "train.valid_", "train.allow_changes", "data.train",
-                  "data.valid", "data.tokenizer", "data.cache")  # fmt: skip
+                  "train.offload_activations", "train.mlp_tiles", "train.fuse_pointwise", "train.valid_", "train.allow_changes",
+                  "data.train", "data.valid", "data.tokenizer", "data.cache")  # fmt: skip
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:

@@ -11,8 +11,8 @@ from torch import Tensor
 from unfold.model.pointwise import Pointwise
 
 # A kernel is an operation that is told what it reads and writes, so that whoever watches operations sees it.
-NAMES = ("add", "rms_norm", "rms_norm_backward", "rms_norm_weight_gradient", "rotate", "rotate_backward", "swiglu", "swiglu_backward")
-for _name in NAMES:
+NORM = ("add", "rms_norm", "rms_norm_backward", "rms_norm_weight_gradient")
+for _name in (*NORM, "rotate", "rotate_backward", "swiglu", "swiglu_backward"):
     torch.library.define(f"fused::{_name}", "(Tensor[] read, Tensor(a!)[] written) -> ()")
     torch.library.impl(f"fused::{_name}", "CompositeExplicitAutograd", lambda read, written: None)
 kernel = torch.ops.fused

@@ -1,6 +1,10 @@
-"""What the kernels of GPUs do not serve is refused before anything starts, never computed by a slow path unasked."""
+"""What the kernels of GPUs do not serve, or no compiler is there for, is refused before anything starts, never computed by a slow
+path unasked."""
 
 from __future__ import annotations
+
+import os
+import shutil
 
 import torch
 
@@ -15,6 +19,19 @@ def refuse_unserved(config: RunConfig, device: torch.device) -> None:
     errors = unserved(config)
     if errors:
         raise UserError("\n".join(errors))
+
+
+def refuse_uncompiled(config: RunConfig, device: torch.device) -> None:
+    """UserError where train.fuse_pointwise has no compiler: C++ for a CPU; for a GPU C, with which Triton builds launchers."""
+    if not config.train.fuse_pointwise:
+        return
+    variable, names = ("CXX", ["g++"]) if device.type == "cpu" else ("CC", ["gcc", "clang"])
+    names = [os.environ[variable]] if os.environ.get(variable) else names
+    if not any(shutil.which(name) for name in names):
+        raise UserError(
+            f"train.fuse_pointwise: true needs a compiler, and {' or '.join(names)} is not found; "
+            f"install it, name one in {variable}, or set false"
+        )
 
 
 def unserved(config: RunConfig) -> list[str]:

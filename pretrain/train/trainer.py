@@ -32,7 +32,7 @@ from unfold.pretrain.train.history import FaultyStep, History
 from unfold.pretrain.train.inputs import Inputs, open_inputs
 from unfold.pretrain.train.prefetch import prefetch
 from unfold.pretrain.train.records import Records
-from unfold.pretrain.train.served import refuse_unserved
+from unfold.pretrain.train.served import refuse_uncompiled, refuse_unserved
 from unfold.pretrain.train.step import StepResult, train_step, validation_loss
 from unfold.pretrain.train.trainable import check_trainable
 from unfold.pretrain.train.watch import StepWatch
@@ -51,6 +51,7 @@ def train(config: RunConfig, run_dir: Path) -> None:
         try:
             accumulation_steps(config, parallel.data_size)  # this and the next refuse before the model is built
             refuse_unserved(config, parallel.device)
+            refuse_uncompiled(config, parallel.device)
             say = print_line if parallel.is_main else _silent
             for line in allowed:
                 say(f"changed by train.allow_changes: {line}")

@@ -23,6 +23,7 @@ from unfold.pretrain.command import main
 from unfold.pretrain.config import RunConfig, load_config, parse_config
 from unfold.pretrain.plan import rates
 from unfold.pretrain.plan.activations import Activations
+from unfold.pretrain.plan.fused import COUNTED
 from unfold.pretrain.plan.hardware import Cluster, find_gpu
 from unfold.pretrain.plan.make import Plan, Planner
 from unfold.pretrain.plan.memory import layers_peak
@@ -58,7 +59,8 @@ def built(config: RunConfig, device: str = "cpu") -> Transformer:
     offload = Offload() if train.offload_activations else None
     recompute = Recompute(train.activation_checkpointing, offload, train.mlp_tiles)
     with torch.device(device):
-        model = Transformer(config.model, replace(BuildContext.alone(), blank=device == "meta", recompute=recompute))
+        build = replace(BuildContext.alone(), blank=device == "meta", recompute=recompute)
+        model = Transformer(config.model, replace(build, pointwise=COUNTED) if train.fuse_pointwise else build)
     return model.to(DTYPES[config.precision])
 
 
@@ -103,6 +105,29 @@ def test_what_is_counted_without_memory_is_what_runs(shape, checkpointing, tiles
     flops, again = product_flops(config, kept, 1)
     head = 6 * config.model.padded_vocab_size * config.model.hidden_size * kept.targets
     assert flops - head == moved.products and (again > 0) == (checkpointing != "none" or tiles > 1)
+
+
+@pytest.mark.parametrize("checkpointing,tiles", KEEPING)
+def test_compiled_functions_move_less_and_multiply_as_much(checkpointing, tiles):
+    """The plan's kernels in place of the functions; each is held against the compiler in tests/model/test_pointwise.py."""
+    config = configuration(SHAPES["head norms"], "bf16", 3 + 8 * 600, activation_checkpointing=checkpointing, mlp_tiles=tiles)
+    kept = Activations.of(config, measure_sample(config))
+    fused = replace(config, train=replace(config.train, fuse_pointwise=True))
+    before, after = Pointwise.of(config, kept), Pointwise.of(fused, kept)
+    assert after.bytes < before.bytes / 2 and after.kernels < before.kernels / 2
+    plain, counted = (count_layer(built(c).layers[0], config.model, 1, kept.tokens) for c in (config, fused))
+    assert counted.products == plain.products and counted.total == after.bytes
+
+
+def test_a_sequence_that_is_split_has_less_of_the_compiled_norms():
+    """Sequence parallelism over two ranks: half of the norms and additions of the residual stream."""
+    config = configuration(SHAPES["wide heads"], "bf16", 3 + 8 * 600, fuse_pointwise=True)
+    kept = replace(Activations.of(config, measure_sample(config)), tensor=2)
+    halved = replace(kept, sequence=True)
+    stream = config.model.hidden_size * kept.tokens * 2  # bytes
+    # Norm 7, addition and norm 11, the last addition and the sum of two gradients 3 each.
+    saved = Pointwise.of(config, kept).bytes - Pointwise.of(config, halved).bytes
+    assert saved == pytest.approx(24 * stream / 2, rel=0.02)
 
 
 @pytest.mark.parametrize("precision", DTYPES)

@@ -10,7 +10,7 @@ from unfold.model.config import GistConfig, ModelConfig
 from unfold.pretrain.config import RunConfig, StageConfig
 from unfold.pretrain.config.schema import DataConfig
 from unfold.pretrain.errors import UserError
-from unfold.pretrain.train.served import refuse_unserved
+from unfold.pretrain.train.served import refuse_uncompiled, refuse_unserved
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
@@ -48,3 +48,18 @@ def test_a_stage_is_looked_at_too():
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, stages=stages))
     with pytest.raises(UserError, match="train.stages.0.top_p: 0.5 has no kernels"):
         refuse_unserved(config, torch.device("cuda"))
+
+
+@pytest.mark.parametrize("device,variable,name", [("cpu", "CXX", "g\\+\\+"), ("cuda", "CC", "gcc or clang")])
+def test_compiling_without_a_compiler_is_refused(monkeypatch, tmp_path, device, variable, name):
+    config = run_config(recall="none")
+    fused = dataclasses.replace(config, train=dataclasses.replace(config.train, fuse_pointwise=True))
+    monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    refuse_uncompiled(config, torch.device(device))
+    with pytest.raises(UserError, match=f"train.fuse_pointwise: true needs a compiler, and {name} is not found; .* {variable}"):
+        refuse_uncompiled(fused, torch.device(device))
+    own = tmp_path / "own"
+    own.touch(0o755)
+    monkeypatch.setenv(variable, str(own))
+    refuse_uncompiled(fused, torch.device(device))
