@@ -30,7 +30,8 @@ def without_inductor(monkeypatch):
     torch._dynamo.reset()
     traced = partial(torch.compile, backend="aot_eager")
     monkeypatch.setattr(torch, "compile", lambda function, dynamic, options: traced(function, dynamic=dynamic))
-    yield
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield
     torch._dynamo.reset()
 
 

@@ -19,6 +19,7 @@ LAYOUTS = {
     "selective, tiles, host": (1, [SELECTIVE, TILES, HOST]),
     "fused": (1, [FUSED]),
     "dp2 zero3 fused tiles": (2, ["parallel.zero=3", TILES, FUSED]),
+    "cp2 pp2 fused": (4, ["parallel.context=2", "parallel.pipeline=2", FUSED]),
     "tp2 sequence fused checkpointing": (2, ["parallel.tensor=2", "parallel.sequence=true", FUSED, SELECTIVE]),
     "dp2 zero1": (2, ["parallel.zero=1"]),
     "dp2 zero2 micro_batch 2": (2, ["parallel.zero=2", "train.micro_batch=2"]),
