@@ -95,7 +95,6 @@ def start(config_file: str, overrides: list[str], rank: int, world: int) -> dict
         "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters()),
         "held": held,
         "rectangles": len(written),
-        "files": len({f.which for f in written}),
         "written": sum(f.values.numel() for f in written) * 4,
         "index": len(json.dumps(places)),
         "calls": dict(counts),
