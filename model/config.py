@@ -41,9 +41,7 @@ class GistConfig(Settings):
     )
     links: Natural = option(5, "link tokens after the parts of a linked context, for each part; other data has none")
     recall_from: Count = option(1, "first layer, counted from 0, in which tokens recall; gists of n levels route from layer n on")
-    unfold_all: bool = option(
-        False, "recalling tokens unfold everything: all gists and raw tokens before them; topk, top_p, budget_ratio do not count"
-    )
+    unfold_all: bool = option(False, "recalling tokens unfold everything before them in their document, whatever the budget")
     topk: Count | None = option(None, "gists selected per level and query head; none: the adaptive budget, see budget_ratio")
     top_p: Annotated[float, Bounds(gt=0, lt=1)] | None = option(
         None, "instead of a number of gists: the fewest whose softmax reaches this; between 0 and 1"
@@ -54,7 +52,6 @@ class GistConfig(Settings):
     share: Literal["head", "group"] = option(
         "head", "KV group of heads: head (each query head selects, all read the union) | group (one selection by summed scores)"
     )
-    unfold_all: bool = option(False, "recalling tokens unfold everything before them in their document, whatever the budget")
     unfold_share: Part = option(0.0, "training: part of the samples, drawn by their numbers, that unfold everything")
     forget_share: Part = option(0.0, "training: part of the samples, drawn by their numbers, in which nothing recalls")
     route_loss: NotNegative = option(

@@ -52,6 +52,15 @@ class Fused:
         """Which of the layers have an adapter."""
         return [i for i, name in enumerate(self.names) if name in targets]
 
+    def stride(self, chosen: Sequence[int]) -> int:
+        """How many tensors of a checkpoint hold the rows of some of its layers.
+
+        Parts that tensor parallelism splits each by itself (gate and up) are apart. Those of query, key and value, whose KV heads
+        are split, are not; also where there is one KV head.
+        """
+        sizes = {self.sizes[i] for i in chosen}
+        return len(chosen) if self.groups == 1 and len(sizes) == 1 else 1
+
     def in_place(self, parts: Sequence[Tensor | None], dim: int) -> Tensor:
         """Rows of its layers (None: zeros), [.., rows of a part, ..] at ``dim`` -> [.., all rows, ..]"""
         like = next(part for part in parts if part is not None)
@@ -152,7 +161,7 @@ def _add(
     if column:
         a, b = nn.Parameter(a), nn.Parameter(torch.zeros(rows // ranks, lora.rank))
         # Each part of gate and up is split by itself; of query, key and value the KV heads are.
-        set_tensor_model_parallel_attributes(b, True, 0, len(chosen) if fused.groups == 1 else 1)
+        set_tensor_model_parallel_attributes(b, True, 0, fused.stride(chosen))
         groups = fused.groups // ranks if fused.groups > 1 else 1
         sizes = fused.sizes if fused.groups > 1 else tuple(size // ranks for size in fused.sizes)
         fused = Fused(fused.names, sizes, groups, fused.inputs)

@@ -17,15 +17,22 @@ from unfold.model.parallel.tensor import Group, copy_to_group
 ROWS = "rows"
 
 
-def add_rows(module: nn.Module, ids: Sequence[int], shape: tuple[int, int], init: Callable[[Tensor], Tensor]) -> None:
+def add_rows(
+    module: nn.Module, ids: Sequence[int], shape: tuple[int, int], init: Callable[[Tensor], Tensor], group: Group
+) -> None:
     """Give the owner of a vocabulary's matrix [vocab, hidden] these rows, with the values that they have in it at first.
 
-    shape, init: of the whole matrix.
+    shape, init: of the whole matrix; group: over whose ranks it is split.
     """
     ids = tuple(sorted(ids))
+    own = shape[0] // group.size()
+    mine = [(i, row % own) for i, row in enumerate(ids) if row // own == group.rank()]
     module.register_parameter(ROWS, nn.Parameter(init(torch.empty(shape))[list(ids)].clone()))
     module.rows.row_ids = module.weight.row_ids = ids  # told to checkpoints
     module.register_buffer("row_ids", torch.tensor(ids), persistent=False)
+    # Which of the rows this rank's part of the matrix takes, and where: made here, since a copy to a GPU would be waited for.
+    module.register_buffer("rows_taken", torch.tensor([i for i, _ in mine], dtype=torch.int64), persistent=False)
+    module.register_buffer("rows_places", torch.tensor([place for _, place in mine], dtype=torch.int64), persistent=False)
 
 
 def with_own_rows(x: Tensor, ids: Tensor, rows: Tensor, row_ids: Tensor) -> Tensor:
@@ -40,8 +47,5 @@ def matrix_with_rows(module: nn.Module, group: Group) -> Tensor:
     weight, rows = module.weight, getattr(module, ROWS, None)
     if rows is None:
         return weight
-    first = group.rank() * weight.shape[0]
-    mine = [(i, row - first) for i, row in enumerate(rows.row_ids) if 0 <= row - first < weight.shape[0]]
-    which, where = (torch.tensor([pair[k] for pair in mine], dtype=torch.int64, device=weight.device) for k in (0, 1))
     # All ranks take part in the sum of the gradients, also those that have none of these ids.
-    return weight.index_copy(0, where, copy_to_group(rows, group).index_select(0, which))
+    return weight.index_copy(0, module.rows_places, copy_to_group(rows, group).index_select(0, module.rows_taken))

@@ -39,7 +39,7 @@ class Embedding(VocabularyEmbedding):
         self.build = build
         if build.rows:
             shape = config.padded_vocab_size, config.hidden_size
-            add_rows(self, build.rows, shape, build.normal("embedding.weight", config.init_std))
+            add_rows(self, build.rows, shape, build.normal("embedding.weight", config.init_std), build.tp_group)
 
     def replaced(self, x: Tensor, ids: Tensor) -> Tensor:
         """Embedded tokens [T, B, hidden], those whose rows are a parameter of their own taken from it."""
@@ -51,7 +51,7 @@ def build_head(config: ModelConfig, build: BuildContext) -> ColumnLinear:
     head = build.column("head", config.hidden_size, config.padded_vocab_size, config.init_std)
     if build.rows:
         shape = config.padded_vocab_size, config.hidden_size
-        add_rows(head, build.rows, shape, build.normal("head.weight", config.init_std))
+        add_rows(head, build.rows, shape, build.normal("head.weight", config.init_std), build.tp_group)
     return head
 
 

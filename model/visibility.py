@@ -187,7 +187,9 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
         return compressed_attention(q, k, v, layout.planned("dense", lambda whole: dense_layout(whole).intervals))
     documents = layout.planned("documents", Documents.of)
     flat = [x.flatten(0, 1) for x in (q, k, v)]  # [B * T, H, D]
-    attend = _documents_at_once if q.is_cuda and q.element_size() == 2 else _document_by_document
+    # Flash attention takes no batch without a document, and such heads only.
+    at_once = q.is_cuda and q.element_size() == 2 and documents.longest and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    attend = _documents_at_once if at_once else _document_by_document
     return attend(*flat, documents).view_as(q)
 
 

@@ -77,8 +77,9 @@ class Parallel:
         return self._sums(values, dist.group.WORLD)
 
     def vector(self, values: Sequence[float | Tensor]) -> Tensor:
-        """Numbers, some of which may be on the device already: fp64 [numbers] there."""
-        number = lambda x: x.double() if isinstance(x, Tensor) else torch.full((), x, dtype=torch.float64, device=self.device)
+        """Numbers, some of which may be on the device already: fp64 [numbers] there. An offloaded optimizer's are on the host."""
+        like = {"dtype": torch.float64, "device": self.device}
+        number = lambda x: x.to(**like) if isinstance(x, Tensor) else torch.full((), x, **like)
         return torch.stack([number(x) for x in values])
 
     def _sums(self, values: Sequence[float | Tensor], group: ProcessGroup) -> Tensor:

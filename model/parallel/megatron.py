@@ -7,7 +7,7 @@ afterwards.
 
 from unittest.mock import patch
 
-with patch("torch.compile", lambda function=None, **options: function):
+with patch("torch.compile", lambda function=None, **options: (lambda later: later) if function is None else function):
     from megatron.core import parallel_state
     from megatron.core.model_parallel_config import ModelParallelConfig
     from megatron.core.tensor_parallel import (

@@ -41,7 +41,7 @@ def adapter_parts(
         return {}
     prefix = f"model.{layer}.{part}"
     a = read(f"{prefix}.{A}").split(lora.rank)
-    if fused.groups == 1 and len(chosen) > 1:  # a checkpoint holds each of them by itself
+    if fused.stride(chosen) > 1:
         b = [read(f"{prefix}.{B}.{i}") for i in range(len(chosen))]
     else:
         b = fused.apart(read(f"{prefix}.{B}"), chosen)

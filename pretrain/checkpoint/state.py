@@ -236,8 +236,9 @@ def _runs(engine, parallel: Parallel, parameter: nn.Parameter, kind: str) -> Ite
 
 
 def adam_step(engine: deepspeed.DeepSpeedEngine) -> Tensor:
-    """Updates done so far (skipped steps are none), fp32 [1] on CPU."""
-    return torch.as_tensor(_adam_states(engine)[0]["step"]).detach().float().cpu().reshape(1)
+    """Updates that Adam has done so far (skipped steps are none; 0 where it has nothing to train), fp32 [1] on CPU."""
+    step = next((state["step"] for state in _adam_states(engine)), 0)
+    return torch.as_tensor(step).detach().float().cpu().reshape(1)
 
 
 @torch.no_grad()

@@ -200,7 +200,7 @@ def _taken(
         return
     prefix = f"model.layers.{layer}.{part}"
     yield f"{prefix}.{A}", torch.cat(stacked)
-    if fused.groups == 1 and len(chosen) > 1:  # a checkpoint holds each of them by itself
+    if fused.stride(chosen) > 1:
         yield from ((f"{prefix}.{B}.{i}", x) for i, x in enumerate(rows))
     else:
         blocks = [x.unflatten(0, (fused.groups, fused.sizes[i])) for i, x in zip(chosen, rows)]

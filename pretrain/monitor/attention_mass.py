@@ -211,7 +211,8 @@ def _part_of(tree: GistTree, queries: Tensor) -> GistTree:
     first = torch.arange(tree.others.batch + 1, device=tokens.device) * tree.others.tokens
     return replace(
         tree,
-        others=replace(tree.others, plans={}),  # plans are of all queries
+        others=replace(tree.others, plans={}, host=None),  # plans, and the host's copy that they are made of, are of all queries
+        host=None,
         tokens=tokens,
         splits=tuple(torch.searchsorted(tokens, first).tolist()),
         lo=tree.lo[:, queries],

@@ -72,21 +72,30 @@ class Beside:
             self._begin(self._jobs[0])
         return found
 
-    def close(self, wait: bool) -> list[tuple[int, dict]]:
-        """The run ends: wait for what is left, or end it; returns (step, metrics) of what ended."""
-        found = []
-        while wait and self._jobs:
+    def drop(self, step: int) -> None:
+        """The checkpoint of this step could not be written: nothing can be done with it."""
+        for job in [job for job in self._jobs if job.step == step]:
+            self._jobs.remove(job)
+            self._say(f"{job.what} of step {step} is left out: there is no checkpoint of it")
+
+    def wait(self, seconds: float) -> list[tuple[int, dict]]:
+        """Wait for what is left, so long at most; returns (step, metrics) of what ended."""
+        found, until = [], time.monotonic() + seconds
+        while self._jobs and time.monotonic() < until:
             step = self._jobs[0].step
             if metrics := self.poll():
                 found.append((step, metrics))
             time.sleep(0.05)
+        return found
+
+    def close(self) -> None:
+        """The run ends: so does what is left."""
         for job in self._jobs:
             if job.process is not None:
                 job.process.terminate()
                 job.process.wait()
             self._say(f"{job.what} of step {job.step} was not done before the run stopped")
         self._jobs.clear()
-        return found
 
     def _commands(self, step: int) -> list[tuple[int, list[str]]]:
         every = self._config.every

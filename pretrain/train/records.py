@@ -17,6 +17,8 @@ from unfold.pretrain.monitor.metrics import Outputs
 from unfold.pretrain.parallel import Parallel
 from unfold.pretrain.train.beside import Beside
 
+POLL_S = 2.0  # how long all ranks wait for evaluations before they tell that they are alive
+
 
 class Records:
     """What a run leaves on disk while it goes on.
@@ -77,25 +79,45 @@ class Records:
         self._saver.wait()
         self._tell()
 
-    def close(self, stopped: bool) -> None:
-        """The end, on all ranks; stopped: before the last step. Raises UserError where the last checkpoint is not written."""
+    def close(self, may_wait: Callable[[], bool]) -> None:
+        """The end, on all ranks. Raises UserError where the last checkpoint is not written.
+
+        may_wait: asked again and again, on all ranks, while evaluations and exports are awaited; the main rank's answer counts.
+        """
         self.settle()
+        failed = self._from_main(self._failed)  # also the barrier: no rank leaves while another still writes
+        # The ranks wait together: a launcher ends those that are left soon after the first one has ended.
+        while self._from_main(may_wait() and not failed and self._await(POLL_S)):
+            pass
         if self.beside:
-            for step, found in self.beside.close(wait=not stopped and not self._failed):
-                if self._outputs:
-                    self._outputs.write_beside(step, found)
-        failed = [self._failed]
-        dist.broadcast_object_list(failed, src=0)  # also the barrier: no rank leaves while another still writes
+            self.beside.close()
         if self._outputs:
             self._outputs.close()
-        if failed[0]:
-            raise UserError(f"the last checkpoint could not be written ({failed[0]}); the older ones are untouched")
+        if failed:
+            raise UserError(f"the last checkpoint could not be written ({failed}); the older ones are untouched")
+
+    def _await(self, seconds: float) -> bool:
+        """Wait so long for what is evaluated and exported, and write what has ended; whether something is left."""
+        if self.beside is None:
+            return False  # the main rank's answer counts
+        for step, found in self.beside.wait(seconds):
+            if self._outputs:
+                self._outputs.write_beside(step, found)
+        return bool(self.beside.in_use)
+
+    def _from_main(self, value):
+        """The main rank's value, on all ranks."""
+        held = [value]
+        dist.broadcast_object_list(held, src=0)
+        return held[0]
 
     def _tell(self) -> list[SaveResult]:
         results = self._saver.poll()
         for result in results:
             self._failed = result.error
             if result.error:
+                if self.beside:
+                    self.beside.drop(result.step)
                 what = f"checkpoint of step {result.step} FAILED: {result.error}"
                 self.say(f"error: {what}. Training goes on; older checkpoints are untouched")
         return results

@@ -50,9 +50,17 @@ def rate_factor(config: RunConfig, name: str) -> float:
     return next((rate.factor for rate in config.optimizer.rates if chosen(rate.match, name)), 1.0)
 
 
-def check_trainable(config: RunConfig) -> None:
-    """Raises UserError for a pattern that means no parameter, and where nothing is trained, or nothing of a stage."""
+def check_trainable(config: RunConfig, reserved_ids: Sequence[int]) -> None:
+    """Raises UserError for a pattern that means no parameter, and where nothing is trained, or nothing of a stage.
+
+    reserved_ids: the tokenizer's gists and links, whose rows may be trained alone.
+    """
     names = parameter_names(config)
+    if needs_rows(config) and not reserved_ids:
+        raise UserError(
+            f"train.trainable: {GISTS!r} means no row, since the tokenizer has neither gists nor links; "
+            "give it some (import-tokenizer --gist-levels), or name other parameters"
+        )
     for setting, pattern in _patterns(config):
         if not any(hits(pattern, name) for name in names):
             near = difflib.get_close_matches(pattern, names, 1, 0.4) or [names[0]]

@@ -42,7 +42,7 @@ def train(config: RunConfig, run_dir: Path) -> None:
     """Train, or go on training, in ``run_dir``. Every rank calls it."""
     inputs = open_inputs(config)
     config = inputs.config
-    check_trainable(config)
+    check_trainable(config, inputs.tokenizer.reserved_ids)
     allowed = check_run_dir(run_dir, config)
     deepspeed.utils.logger.setLevel(logging.WARNING)
     record_collectives(config.monitor.flight_recorder, run_dir)
@@ -100,10 +100,15 @@ class Trainer:
                 self.records.settle()
                 self.watchdog.beat(fault.step, "rollback")
                 done = self.history.go_back(fault, self.engine, self.records.say)
-        self.records.close(stopped=bool(stop))
+        self.records.close(lambda: not stop and self._may_wait())
         self.watch.close()
         if stop:
             self.records.say(f"stopped by {stop}; the state is saved, the same command goes on from there")
+
+    def _may_wait(self) -> bool:
+        """Whether to go on waiting for evaluations after the last step: until a signal asks to stop. The rank lives on."""
+        self.watchdog.beat(self.config.train.steps, "evaluation")
+        return not self.signals.received
 
     def _begin(self) -> int:
         """Bring the engine to where the run is; returns the steps done."""
@@ -222,7 +227,7 @@ class Trainer:
     def _source_losses(self) -> dict[str, float]:
         """Validation losses of the held-out sources."""
         batches = self.inputs.source_batches(self.parallel)
-        return {name: validation_loss(self.engine, those, self.parallel, self.config.folding) for name, those in batches}
+        return {name: validation_loss(self.engine, those, self.parallel) for name, those in batches}
 
     def _validate(self, step: int) -> dict:
         gist, monitor = self.config.folding, self.config.monitor

@@ -9,6 +9,7 @@ import torch
 
 from tests.integration.runs import series
 from tests.training import train_ranks
+from unfold.model.lora import Fused
 from unfold.pretrain.checkpoint.tensors import TensorDirectory
 from unfold.pretrain.config import load_config
 from unfold.pretrain.data.tokenizer import load_tokenizer
@@ -142,8 +143,19 @@ def test_adapters_in_bf16(config, alone, tmp_path, ranks, layout):
 )
 def test_what_cannot_be_trained_is_refused(config, settings, told):
     with pytest.raises(UserError) as refused:
-        check_trainable(load_config(config, settings))
+        check_trainable(load_config(config, settings), (1,))
     assert told in str(refused.value)
+
+
+def test_rows_of_gists_need_gists(config):
+    with pytest.raises(UserError, match="'gists' means no row, since the tokenizer has neither gists nor links"):
+        check_trainable(load_config(config, ["train.trainable=[gists]"]), ())
+
+
+def test_one_kv_head_is_one_tensor_of_a_checkpoint():
+    """As are several: only parts that tensor parallelism splits each by itself lie apart."""
+    assert [Fused(("q", "k", "v"), (16, 8, 8), groups, 32).stride([0, 1, 2]) for groups in (1, 2)] == [1, 1]
+    assert Fused(("gate", "up"), (64, 64), 1, 32).stride([0, 1]) == 2
 
 
 def test_patterns(config):

@@ -1,5 +1,7 @@
 """Where attention goes, against softmax over the dense mask, and against recall's sets taken one by one."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -83,6 +85,16 @@ def test_recall(share, mode):
     found = attention_mass(q, k, layout, recall)
     assert found.tolist() == pytest.approx(list(expected.values()), rel=1e-5, abs=1e-9)
     assert expected["unfolded"] > 1
+
+
+def test_plans_of_all_queries_do_not_serve_some():
+    """Nor does the host's copy of the tree, of which a GPU's plans are made."""
+    config = GistConfig((4, 2), recall="all", topk=3)
+    layout, _, _ = make(config)
+    tree = Recall.of(layout, config).tree
+    whole = replace(tree, others=replace(tree.others, host=tree.others), host=tree)
+    some = subject._part_of(whole, torch.tensor([0, 2, 5]))
+    assert some.host is None and some.others.host is None and not some.plans and not some.others.plans
 
 
 def test_queries_are_raw_tokens_spread_over_the_batch():

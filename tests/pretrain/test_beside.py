@@ -57,7 +57,7 @@ def test_results_are_found_in_the_order_of_the_steps(make, tmp_path):
     assert beside.poll() == {} and beside._jobs[0].process is None  # the checkpoint is not whole yet
     save(tmp_path, 2)
     save(tmp_path, 4)
-    ended = beside.close(wait=True)
+    ended = beside.wait(60)
     assert beside.in_use == set() and [step for step, _ in ended] == [2, 2, 4, 4, 4]
     metrics = MetricsFile(tmp_path / "metrics.jsonl", 0)
     for step in range(1, 5):
@@ -79,7 +79,7 @@ def test_what_fails_is_told_and_nothing_else_happens(make, tmp_path):
     beside, said = make(FAILS, export_every=3)
     save(tmp_path, 3)
     beside.add(3)
-    assert beside.close(wait=True) == [(3, {"export_error": "no such file"})]
+    assert beside.wait(60) == [(3, {"export_error": "no such file"})]
     assert said == ["error: export of step 3 failed: no such file. Training goes on"]
 
 
@@ -88,7 +88,7 @@ def test_a_run_that_is_stopped_does_not_wait(make, tmp_path):
     save(tmp_path, 3)
     beside.add(3)
     assert beside.poll() == {}
-    assert beside.close(wait=False) == []
+    beside.close()
     assert said == ["export of step 3 was not done before the run stopped"]
 
 
@@ -103,7 +103,17 @@ def test_processes_of_a_run_know_nothing_of_its_ranks(make, tmp_path, monkeypatc
     )
     save(tmp_path, 1)
     beside.add(1)
-    assert beside.close(wait=True) == [(1, {"export_error": ".2"})]
+    assert beside.wait(60) == [(1, {"export_error": ".2"})]
+
+
+def test_what_was_not_saved_keeps_nobody_waiting(make, tmp_path):
+    beside, said = make(EVALUATES, export_every=1)
+    beside.add(1)
+    beside.add(2)
+    save(tmp_path, 2)
+    beside.drop(1)
+    assert [step for step, _ in beside.wait(60)] == [2] and beside.in_use == set()
+    assert said[0] == "export of step 1 is left out: there is no checkpoint of it"
 
 
 @pytest.mark.parametrize(
