@@ -4,13 +4,15 @@
 
 A layer's forward and backward pass is run on tensors that have shapes but no memory; every operation that moves memory is one
 kernel on a GPU, which reads its inputs and writes its outputs once. With train.fuse_pointwise PyTorch compiles the layer's small
-functions for this machine's CPU, and the kernels that it makes, with what each reads and writes, stand beside what was counted.
+functions for this machine's CPU; the kernels that it makes, with what each reads and writes, and how long that took stand beside
+what was counted.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -99,11 +101,14 @@ def main() -> None:
         print(f"| {name} | {moved.kernels[name]} | {size / 1e9:.1f} |")
     if fused:
         tokens = 64
-        print(f"\n| compiled, {tokens} tokens | kernels | of the compiler | bytes | of the compiler |\n|---|---|---|---|---|")
+        print(f"\n| compiled, {tokens} tokens | kernels | of the compiler | bytes | of the compiler | seconds |")
+        print("|---" * 6 + "|")
         for name in FUNCTIONS:
             arguments = inputs(name, model, tokens, torch.bfloat16)
-            (kernels, size), (made, moving) = as_counted(name, arguments), as_compiled(name, arguments)
-            print(f"| {name} | {kernels} | {made} | {size:,} | {moving:,} |")
+            kernels, size = as_counted(name, arguments)
+            began = time.monotonic()
+            made, moving = as_compiled(name, arguments)
+            print(f"| {name} | {kernels} | {made} | {size:,} | {moving:,} | {time.monotonic() - began:.0f} |")
 
 
 if __name__ == "__main__":
