@@ -19,9 +19,9 @@ from unfold.model.gist.growing import Sight, families
 from .gist_sequence import GistSettings
 
 # What this file fills in: other fields are another interface.
-INTERVALS = ("rows", "row_of", "lo", "hi", "segment_start", "plans")
+INTERVALS = ("rows", "row_of", "lo", "hi", "segment_start", "plans", "host")
 RULE = ("ratio", "chunk", "topk", "top_p", "share", "everything")
-TREE = ("others", "child_lo", "child_hi", "parent", "tokens", "splits", "lo", "hi", "tail", "span")
+TREE = ("others", "child_lo", "child_hi", "parent", "tokens", "splits", "lo", "hi", "tail", "span", "host")
 
 
 def find_kernels() -> SimpleNamespace | None:

@@ -20,7 +20,7 @@ LAYOUTS = (
     (2, ("parallel.zero=3",)),
     (2, ("parallel.tensor=2",)),
 )
-SHORT = ("sigterm while saving", "kill one rank, flip a byte", "full disk, kill all", "stop a rank, cut a file")
+SHORT = ("sigterm while saving", "kill one rank, flip a byte")
 LONG = (
     "kill all",
     "kill one rank",
@@ -112,9 +112,9 @@ def check(metrics: list[dict], undisturbed: list[dict]) -> None:
 
 
 def test_short_chaos(tiny, tmp_path):
-    config = settings(tiny, tmp_path / "c.yaml", 24)
+    config = settings(tiny, tmp_path / "c.yaml", 16)
     chaos = Chaos(config, tmp_path / "run", 1)
-    layouts = (LAYOUTS[5], LAYOUTS[4], LAYOUTS[0], LAYOUTS[3])
+    layouts = (LAYOUTS[5], LAYOUTS[4])
     for disaster, layout in zip(SHORT, layouts, strict=True):
         chaos.round(disaster, *layout)
     check(chaos.finish(*LAYOUTS[2]), train(config, tmp_path / "undisturbed"))

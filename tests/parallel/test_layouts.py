@@ -123,13 +123,14 @@ def test_bf16_layouts_stay_close(name, config, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["dp2 zero2 micro_batch 2", pytest.param("dp2 zero3", marks=pytest.mark.long)])
-def test_gradients_that_are_reduced_in_another_precision_stay_close(name, config, tmp_path):
+@pytest.mark.parametrize("precision,other", [("fp32", "bf16"), pytest.param("bf16", "fp32", marks=pytest.mark.long)])
+def test_gradients_that_are_reduced_in_another_precision_stay_close(name, precision, other, config, alone, tmp_path):
     """fp32 in a bf16 run, bf16 in an fp32 run: the losses differ, and by no more than bf16 layouts do."""
     ranks, settings = LAYOUTS[name]
-    for precision, other in (("bf16", "fp32"), ("fp32", "bf16")):
-        steps = ["train.steps=4", f"precision={precision}", *settings]
-        own = train(config, tmp_path / precision, ranks, *steps)
-        reduced = train(config, tmp_path / f"{precision}-{other}", ranks, *steps, f"parallel.reduce={other}")
-        assert [m["loss"] for m in own] != [m["loss"] for m in reduced]
-        for got, want in zip(reduced, own, strict=True):
-            assert abs(got["loss"] - want["loss"]) <= 3e-3 * want["loss"]
+    steps = [STEPS, f"precision={precision}", *settings]
+    own = alone if precision == "fp32" else train(config, tmp_path / precision, ranks, *steps)
+    reduced = train(config, tmp_path / f"{precision}-{other}", ranks, *steps, f"parallel.reduce={other}")
+    # One process has the layout's own losses within 2e-6.
+    assert any(abs(got["loss"] - want["loss"]) > 2e-6 * want["loss"] for got, want in zip(reduced, own, strict=True))
+    for got, want in zip(reduced, own, strict=True):
+        assert abs(got["loss"] - want["loss"]) <= 3e-3 * want["loss"]
