@@ -19,6 +19,7 @@ from unfold.kernels.compressed.plan import key_plan, row_plan
 from unfold.model.config import GistConfig
 from unfold.model.gist import build_layout, interleave, max_interleaved_length
 from unfold.model.parallel.context import make_plan
+from unfold.model.parallel.division import Division
 
 RANKS = 8
 
@@ -43,7 +44,7 @@ def measure(raw: int, config: GistConfig) -> dict[str, float]:
         layout, found["layout"] = timed(lambda: build_layout(level, doc, config))
         found["layout bytes"] = memory.peak
     with LiveMemory() as memory:
-        _, found["exchange"] = timed(lambda: make_plan(layout, RANKS - 1, RANKS))
+        _, found["exchange"] = timed(lambda: make_plan(layout, Division.even(layout.intervals, RANKS), RANKS - 1))
         found["exchange bytes"] = memory.peak
     with LiveMemory() as memory:
         _, found["plans"] = timed(lambda: (row_plan(layout.intervals, 4, 128, 64), key_plan(layout.intervals, 64, 64, 64)))
