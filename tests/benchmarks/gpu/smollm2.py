@@ -16,6 +16,7 @@ Writes results.json (rates, curves, what was evaluated), table.md, log.txt and a
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -28,6 +29,7 @@ from pathlib import Path
 
 import torch
 
+from tests.benchmarks.gpu.runner import Runner
 from tests.benchmarks.smollm2_gists import ARMS, USUAL, evaluations, findings, table, training
 from unfold.pretrain.monitor.metrics import read_metrics
 
@@ -103,10 +105,8 @@ def pace(moments: list[float]) -> float:
     """Seconds in which every arm does a step, from the moments at which all had done 0, 1, 2, .. of a calibration's: a mean over
     its three thirds of their medians, since the settings of arms change between steps, and then something compiles."""
     seconds = [after - before for before, after in zip(moments[1:], moments[2:])]
-    third = max(1, len(seconds) // 3)
-    return statistics.mean(
-        statistics.median(seconds[i : i + third]) for i in range(0, third * 3, third) if seconds[i : i + third]
-    )
+    edges = [round(i * len(seconds) / 3) for i in range(4)]
+    return statistics.mean(statistics.median(seconds[lo:hi]) for lo, hi in itertools.pairwise(edges))
 
 
 def planned_steps(calibration: dict, seconds: float, checkpoints: int) -> int:
@@ -185,7 +185,7 @@ def calibrate(course: Course, args: argparse.Namespace) -> dict:
             f"calibration with train.fuse_pointwise: {args.fuse} failed for {set(args.arms) - set(done) or 'want of time'}"
         )
     found = {"arms": list(done), "fuse": args.fuse, "steps": done, "device": device()}
-    if len(moments) > 3:
+    if len(moments) > 4:
         found |= {"start_s": moments[1] - moments[0], "step_s": pace(moments)}
     args.tokens = min(args.tokens, 4 * args.raw_tokens)
     trained = {arm: steps for arm, steps in done.items() if steps == CALIBRATION_STEPS}
@@ -245,6 +245,28 @@ def experiment(course: Course, args: argparse.Namespace) -> dict:
     (args.output / "results.json").write_text(json.dumps(everything, indent=1) + "\n")
     (args.output / "table.md").write_text("\n".join(table(results)) + "\n")
     return results
+
+
+def step(runner: Runner, args: argparse.Namespace) -> None:
+    """The step ``smollm2`` of tests.benchmarks.gpu, in the time that is left: a third calibrates, the rest trains and evaluates.
+
+    DATA/smollm2 holds imported/ and the shards; where it does not, the step is left out. On a CPU a few small steps are taken.
+    """
+    source, output = args.data / "smollm2", runner.output / "smollm2"
+    if not (source / "imported" / "config.yaml").exists():
+        runner.say(f"smollm2: left out, {source} has no imported/ (python -m tests.benchmarks.smollm2_gists makes it)")
+        return
+    output.mkdir(exist_ok=True)
+    for path in source.glob("*"):
+        if path.name == "imported" or path.name.startswith("text_"):
+            (output / path.name).symlink_to(path.resolve())
+    command = [sys.executable, "-m", "tests.benchmarks.gpu.smollm2", "--output", str(output), "--before"]
+    if not args.gpu:
+        command += ["--arms", "dense", "recipe_8", "--batch", "1", "--micro-batch", "1", "--raw-tokens", "256", "--no-fuse"]
+        command += ["--precision", "fp32", "--evaluation-dtype", "fp32", "--tokens", "512"]
+    for name, more, part in (("smollm2-calibrate", ["--calibrate"], 0.33), ("smollm2", [], 1.0)):
+        seconds = part * (runner.left() - 15)
+        runner.run(name, [*command, *more, "--minutes", str(seconds / 60)], seconds + 10)
 
 
 def main() -> int:
