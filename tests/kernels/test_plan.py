@@ -63,6 +63,23 @@ def test_key_plan_meets_every_pair_once(name, chunk, monkeypatch):
         assert met.max() <= 1 and met[visible].all()
 
 
+@pytest.mark.parametrize("name", [name for name in CASES if "linked" in name])
+def test_no_item_in_vain_between_the_parts_of_linked_contexts(name, monkeypatch):
+    """What lies between a part and the links and the suffix that read it is left out, but for the item that writes zeros."""
+    monkeypatch.setattr(plans, "SHORTEST_SPLIT", 8)
+    monkeypatch.setattr(plans, "SPLITS", 100)
+    intervals = make_layout(name)[0].intervals
+    plan = key_plan(intervals, 16, 4, 2)
+    for part in (plan.sink, plan.top, plan.local):
+        of_block = part.items[:, [0, 2]].unique(dim=0, return_inverse=True)[1]
+        for block, (number, _, key, key_end, token, _, token_end, _) in zip(of_block, part.items.tolist()):
+            reached = seen(intervals, number)[token:token_end, key:key_end].any()
+            assert reached or (of_block == block).sum() == 1
+    monkeypatch.setattr(plans.TokenSearch, "gaps", property(lambda _: False, lambda *_: None), raising=False)
+    again = key_plan(make_layout(name)[0].intervals, 16, 4, 2)
+    assert len(again.top.items) + len(again.local.items) > len(plan.top.items) + len(plan.local.items)
+
+
 @pytest.mark.parametrize("chunk", [16, 512])
 @pytest.mark.parametrize("name", CASES)
 def test_every_key_block_is_written_once(name, chunk, monkeypatch):
