@@ -1,5 +1,6 @@
 """The work lists of the tiled kernels: nothing missing, nothing twice, and no more tiles than promised."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -8,7 +9,8 @@ from tests.kernels.uniform import uniform_intervals, uniform_tree
 from unfold.kernels.compressed import plan as plans
 from unfold.kernels.compressed.plan import key_plan, row_plan
 from unfold.kernels.compressed.tiles import TABLE
-from unfold.model.gist import GistConfig, build_layout, build_recall
+from unfold.model.gist import GistConfig, build_layout, build_recall, interleave
+from unfold.model.gist.linked import Bundle
 
 # Tiled keys per query that a prototype needed at c = (8, 4), see docs/kernels.md.
 PROMISED = {8192: 353, 32768: 737, 131072: 2273}
@@ -155,3 +157,21 @@ def test_uniform_tree_is_that_of_the_layout(chunk_sizes):
     for name in ("child_lo", "child_hi", "parent", "tokens", "lo", "hi", "tail", "span"):
         assert torch.equal(getattr(tree, name), getattr(want, name)), name
     assert tree.splits == want.splits and torch.equal(tree.others.hi, want.others.hi)
+
+
+def test_ten_parts_of_a_linked_context_multiply_with_few_keys_in_vain(monkeypatch):
+    """What docs/kernels.md says."""
+    config, raw, parts = GistConfig((8, 4)), 16384, (1600,) * 10
+    ids, starts = np.zeros(raw, np.int64), np.ones(100, bool)
+    made = interleave(ids, [raw], starts, config, [98, 97], contexts=[16000], bundles=[Bundle(0, parts)], link_ids=[99] * 5)
+    columns = [torch.from_numpy(x)[None] for x in (made.level, made.doc, made.role, made.part)]
+
+    def multiplied():
+        intervals = build_layout(*columns[:2], config, *columns[2:]).intervals
+        plan = key_plan(intervals, 64, 64, 64)
+        tiles = sum(part.tiles(4, 128) for part in (plan.sink, plan.top, plan.local))
+        return tiles * 128 * 64 / 4 / intervals.tokens
+
+    assert round(multiplied()) == 503
+    monkeypatch.setattr(plans.TokenSearch, "gaps", property(lambda _: False, lambda *_: None), raising=False)
+    assert round(multiplied()) == 1467
