@@ -1,7 +1,7 @@
 """A text that grows: where its gists go, what each of its tokens sees, and what lies behind each gist.
 
 The rules of :mod:`unfold.model.gist.insertion` and :mod:`unfold.model.gist.layout`, token by token. One code for generation and
-for exported models, with which this file is shipped: it needs torch alone.
+for exported models, with which this file is shipped: it needs torch alone, beside what is shipped too.
 
 The items of each *segment* (0 holds the gists of the top level, L - 1 those of level 0, L the raw tokens) are numbered from 0
 in the text's order: the places of their keys in a cache. What a token sees in a segment is one range of these numbers.
@@ -17,13 +17,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from unfold.model.kinds import window_of
 
-def recalls_in(layer: int, first: int) -> bool:
-    """Whether tokens recall in a layer, counted from 0. first: ``recall_from``, at least 1.
 
-    Not in the very first one, where gists hold nothing of their own yet; a gist of level l does from layer l + 1 on.
+def recalls_in(layer: int, first: int, kind: str = "gist") -> bool:
+    """Whether tokens recall in a layer, counted from 0. first: ``recall_from``, at least 1; kind: of the layer.
+
+    Only in gist layers, and not in the very first layer, where gists hold nothing of their own yet; a gist of level l does from
+    layer l + 1 on.
     """
-    return layer >= first
+    return kind == "gist" and layer >= first
 
 
 class Folding(Protocol):
@@ -59,6 +62,13 @@ class Growable:
             self._move(max(length, 2 * self.memory.shape[self.dim], 16))
         self.memory.narrow(self.dim, self.length, rows.shape[self.dim]).copy_(rows)
         self.length = length
+
+    def forget(self, first: int, count: int) -> None:
+        """Take out ``count`` rows from number ``first`` on; those behind them move up."""
+        behind = self.length - first - count
+        kept = self.memory.narrow(self.dim, first + count, behind).clone()  # lest it is read where it is being written
+        self.memory.narrow(self.dim, first, behind).copy_(kept)
+        self.length -= count
 
     def truncate(self, length: int) -> None:
         """Forget the rows from ``length`` on."""
@@ -330,6 +340,27 @@ class Outline:
         if recalls is not None:
             unfolds = torch.as_tensor(recalls, dtype=torch.bool, device=self.device)
         return Sight(segment, number, lo, hi, sinks, tail, unfolds, start, self.borders, self.sink)
+
+    def in_layer(self, kind: str, sight: Sight) -> Sight:
+        """What the tokens of a sight of this text see in layers of one kind (:mod:`unfold.model.kinds`)."""
+        if kind == "gist":
+            return sight
+        segments = torch.arange(self.levels + 1, device=self.device)[:, None]
+        lo = sight.hi - (sight.segment == segments).long()  # of the gists themselves alone
+        window = window_of(kind)
+        lo[-1] = 0 if window is None else self._first_within(sight.position, window)
+        sinks = torch.zeros_like(sight.sinks) if window is None else lo[-1].clamp(max=self.sink)
+        return replace(sight, lo=lo, sinks=sinks, recalls=torch.zeros_like(sight.recalls))
+
+    def unseen(self, window: int, items: int) -> int:
+        """Of the first so many raw items how many behind the sinks later tokens never see, in layers with this window."""
+        if self.levels:  # the open chunk may be taken off, to be folded
+            items = min(items, int(self.ends[-1].rows[-1]) if len(self.ends[-1].rows) else 0)
+        return max(0, items - window - self.sink)  # a gist that comes next looks from where the last raw token does
+
+    def _first_within(self, position: Tensor, window: int) -> Tensor:
+        """The first raw item within the window of tokens at these positions."""
+        return (position - window + 1).clamp(min=0)
 
     @property
     def borders(self) -> tuple[Tensor, ...]:
