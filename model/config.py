@@ -233,6 +233,16 @@ class ModelConfig(Settings):
         """The kind of every layer."""
         return [kind_of(self.kinds, index) for index in range(self.layers)]
 
+    def kinds_with(self, gists: bool) -> Kinds:
+        """Kinds of the layers for a text with gists or without, whichever the model is for.
+
+        A model with gists that reads a text without them is dense all over, as its export is to a reader that knows no gists. In a
+        dense model that reads gists its dense layers are gist layers.
+        """
+        if gists == (self.attention == "gist"):
+            return self.kinds
+        return tuple("gist" if kind == "dense" else kind for kind in self.layer_attention) or "gist" if gists else "dense"
+
     @property
     def padded_vocab_size(self) -> int:
         """Rows of the embedding: the vocabulary padded to a multiple of 128, whatever the tensor-parallel size."""

@@ -9,6 +9,7 @@ token whose position it shares, so N means what Hugging Face's ``sliding_window`
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 WINDOW = "window:"
@@ -25,6 +26,12 @@ def kind_of(kinds: Kinds, layer: int) -> str:
 def window_of(kind: str) -> int | None:
     """N of ``window:N``; None where there is no limit."""
     return int(kind.removeprefix(WINDOW)) if kind.startswith(WINDOW) else None
+
+
+def describe_kinds(kinds: Sequence[str]) -> str:
+    """How many layers are of which kind: ``12 gist, 4 window of 1,024``. kinds: of every layer."""
+    name = lambda kind: kind if window_of(kind) is None else f"window of {window_of(kind):,}"
+    return ", ".join(f"{count} {name(kind)}" for kind, count in Counter(kinds).items())
 
 
 def objection(kind: str) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 from unfold.model.config import ModelConfig
 from unfold.model.gist.growing import Growable, Outline, Sight
 from unfold.model.gist.joining import JoinedOutline
-from unfold.model.kinds import window_of
+from unfold.model.kinds import kind_of, window_of
 
 
 @dataclass
@@ -130,7 +130,8 @@ class SequenceCache:
         whole: bool = False,
     ):
         self.outline, self.reads, self.whole = outline, Reads(), whole
-        self.kinds = model.layer_kinds
+        kinds = model.kinds_with(outline.levels > 0)
+        self.kinds = [kind_of(kinds, index) for index in range(model.layers)]
         # Of each kind how many items of every segment its layers have forgotten; of raw tokens those behind the sinks.
         self.forgotten = {kind: [0] * len(outline.counts) for kind in dict.fromkeys(self.kinds)}
         of_host = lambda kind, s: raw_on_host and kind == "gist" and s == outline.levels
