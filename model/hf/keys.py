@@ -174,7 +174,9 @@ def _layer_kinds(theirs) -> tuple[str, ...]:
         return ()
     types = getattr(theirs, "layer_types", None) or [SLIDING] * theirs.num_hidden_layers
     kinds = tuple(f"window:{window}" if name == SLIDING else "dense" for name in types)
-    return kinds if SLIDING in types else ()
+    if SLIDING not in types:
+        return ()
+    return kinds if len(set(kinds)) > 1 else kinds[:1]
 
 
 def _unsupported(keys: dict[str, Any], theirs) -> list[str]:

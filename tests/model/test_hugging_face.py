@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.model.families import MODELS, SHAPE, architecture, random_model
-from unfold.model.config import GistConfig, ModelConfig, RopeScaling
+from unfold.model.config import ModelConfig, RopeScaling
 from unfold.model.gist import build_layout
 from unfold.model.hf.keys import hf_config, model_config
 from unfold.model.hf.names import entries, from_hugging_face, to_hugging_face
@@ -28,8 +28,7 @@ def model(name, build) -> Transformer:
 
 
 def dense_logits(model: Transformer, ids: torch.Tensor) -> torch.Tensor:
-    layout = build_layout(torch.full_like(ids, -1), torch.zeros_like(ids), GistConfig((ids.shape[1] + 1,)))
-    return model.logits(ids, layout)
+    return model.logits(ids, build_layout(torch.full_like(ids, -1), torch.zeros_like(ids), None))
 
 
 @torch.no_grad()
