@@ -189,8 +189,8 @@ class ModelConfig(Settings):
     )
     layer_attention: tuple[str, ...] = option(
         (),
-        "kinds of layers, a pattern that is repeated over all of them (one per layer is such a pattern): gist, dense, window:N (the "
-        "last N raw tokens, and the sinks where there are gists); empty: every layer as attention says",
+        "kinds of layers, a pattern that is repeated over all of them (a list of one per layer is such a pattern): gist, dense, "
+        "window:N (the last N raw tokens, and the sinks where there are gists); empty: every layer as attention says",
     )
 
     def __post_init__(self):
@@ -236,8 +236,8 @@ class ModelConfig(Settings):
     def kinds_with(self, gists: bool) -> Kinds:
         """Kinds of the layers for a text with gists or without, whichever the model is for.
 
-        A model with gists that reads a text without them is dense all over, as its export is to a reader that knows no gists. In a
-        dense model that reads gists its dense layers are gist layers.
+        A model with gists that reads a text without them is dense all over, as its export is to a reader that knows no gists.
+        Where a dense model reads gists, its dense layers are gist layers.
         """
         if gists == (self.attention == "gist"):
             return self.kinds

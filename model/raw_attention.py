@@ -1,4 +1,4 @@
-"""Attention of layers that are not gist layers: raw tokens see raw tokens, through flash attention; gists are taken care of apart."""
+"""Attention of dense and window layers: raw tokens see raw tokens, through flash attention; gists are taken care of apart."""
 
 from __future__ import annotations
 

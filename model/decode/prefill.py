@@ -21,6 +21,7 @@ from unfold.kernels.unfold import recall_queries, unfold_attention
 from unfold.model.decode.cache import SequenceCache
 from unfold.model.gist.growing import Outline, Sight, families, recalls_in
 
+
 @dataclass(frozen=True)
 class Run:
     """What a run of new tokens sees in the layers of one kind, as a sample of its own (:func:`short_sample`)."""

@@ -1,7 +1,7 @@
 """A text that grows: where its gists go, what each of its tokens sees, and what lies behind each gist.
 
 The rules of :mod:`unfold.model.gist.insertion` and :mod:`unfold.model.gist.layout`, token by token. One code for generation and
-for exported models, with which this file is shipped: it needs torch alone, beside what is shipped too.
+for exported models, with which this file is shipped: it needs torch alone.
 
 The items of each *segment* (0 holds the gists of the top level, L - 1 those of level 0, L the raw tokens) are numbered from 0
 in the text's order: the places of their keys in a cache. What a token sees in a segment is one range of these numbers.
@@ -23,8 +23,7 @@ from unfold.model.kinds import window_of
 def recalls_in(layer: int, first: int, kind: str = "gist") -> bool:
     """Whether tokens recall in a layer, counted from 0. first: ``recall_from``, at least 1; kind: of the layer.
 
-    Only in gist layers, and not in the very first layer, where gists hold nothing of their own yet; a gist of level l does from
-    layer l + 1 on.
+    Only in gist layers, and not in the first layer, where gists hold nothing yet; one of level l does from layer l + 1 on.
     """
     return kind == "gist" and layer >= first
 
@@ -49,9 +48,7 @@ class Growable:
         pinned: in host memory that a GPU may read by itself.
     """
 
-    def __init__(
-        self, shape: Sequence[int], dim: int, dtype: torch.dtype, device: torch.device | str, pinned: bool = False
-    ):
+    def __init__(self, shape: Sequence[int], dim: int, dtype: torch.dtype, device: torch.device | str, pinned: bool = False):
         self.dim, self.length, self.pinned = dim, 0, pinned
         self.memory = torch.empty([*shape[:dim], 0, *shape[dim + 1 :]], dtype=dtype, device=device)
 
@@ -126,9 +123,7 @@ class Feed:
 
     def then(self, after: Feed) -> Feed:
         """This and another one, which drops none of what this one reads."""
-        return Feed(
-            self.drop + after.drop, self.ids + after.ids, self.level + after.level, self.recalls + after.recalls
-        )
+        return Feed(self.drop + after.drop, self.ids + after.ids, self.level + after.level, self.recalls + after.recalls)
 
 
 def raw_feed(tokens: Sequence[int], recalls: bool) -> Feed:
@@ -355,7 +350,7 @@ class Outline:
     def unseen(self, window: int, items: int) -> int:
         """Of the first so many raw items how many behind the sinks later tokens never see, in layers with this window."""
         if self.levels:  # the open chunk may be taken off, to be folded
-            items = min(items, int(self.ends[-1].rows[-1]) if len(self.ends[-1].rows) else 0)
+            items = min(items, int(self.ends[-1].rows[-1:].sum()))
         return max(0, items - window - self.sink)  # a gist that comes next looks from where the last raw token does
 
     def _first_within(self, position: Tensor, window: int) -> Tensor:

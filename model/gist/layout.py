@@ -184,8 +184,8 @@ def _find_units(unit: Tensor, before: Tensor) -> Units:
 def raw_layout(layout: Layout, window: int | None = None, samples: Tensor | None = None, gists: bool = True) -> Layout:
     """The same rows where every token sees the raw tokens of its document (or part) up to itself, and itself.
 
-    In a bundle a token of a part sees that part's; links and the suffix see all raw tokens and links before them; a prefix is seen
-    like sinks are.
+    In a bundle a token of a part sees that part's; links and the suffix see all raw tokens and links before them; a prefix is
+    seen like sinks are.
 
     Args:
         layout: of whole samples under the compressed mask.

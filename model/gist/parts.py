@@ -176,5 +176,5 @@ def turning(here: tuple[Tensor, Tensor], there: tuple[Tensor, Tensor], dtype: to
 
 
 def side_by_side(parts: Sequence[Part], order: Sequence[tuple[int, slice]], segment: int, layer: int) -> Tensor:
-    """Keys and values of items of several parts, [2, Hkv, items, D], in one of the layers that keep them; order: (part, its items)."""
+    """Keys and values of items of several parts in a layer that keeps them, [2, Hkv, items, D]; order: (part, its items)."""
     return torch.cat([parts[i].rows[segment][:, layer, :, items] for i, items in order], 2)

@@ -103,7 +103,7 @@ def _family_keys(family: Family, config: ModelConfig) -> dict[str, Any]:
 
 
 def _window_keys(config: ModelConfig) -> dict[str, Any]:
-    """Of a dense model what its layers see; one with gists says that elsewhere, and to who knows none all of its layers are dense."""
+    """Of a dense model what its layers see. One with gists tells it elsewhere: to who knows none all of its layers are dense."""
     windows = [window_of(kind) for kind in config.layer_kinds] if config.attention == "dense" else []
     size = next((window for window in windows if window), None)
     if size is None:

@@ -51,7 +51,7 @@ class ContextTraffic:
 
 @dataclass(frozen=True)
 class ContextParallel:
-    """How the sequence is spread: the group, in the order of the parts, the method, for layers of which kinds, and what was sent."""
+    """How the sequence is spread: the group, in the order of the parts, the method, the kinds of layers, and what was sent."""
 
     group: ProcessGroup
     method: str

@@ -120,7 +120,7 @@ def _layer_kinds(source: Path, keys: dict, model: ModelConfig, say: Callable[[st
         say(f"every layer has a window ({windows}); all become gist layers, and model.layer_attention may keep it in some")
         return ()
     if windows:
-        say(f"layers with full attention become gist layers; the others keep their window ({windows}), and see gist.sink sinks too")
+        say(f"layers with full attention become gist layers; the others keep their window ({windows}), and see sinks (gist.sink)")
     return kinds
 
 
