@@ -21,7 +21,7 @@ MODELS = {
     "windows beside gists": (SUFFIX, ("window:6", "gist", "dense")),
     "a window within a chunk": (GistConfig((8,), sink=0), ("gist", "window:3", "gist")),
     "one gist layer": (dataclasses.replace(SUFFIX, recall="all", sink=5), ("window:9", "dense", "gist")),
-    "windows without gists": (None, ("window:6", "dense", "window:1")),
+    "windows without gists": (None, ("window:6", "dense")),
 }
 
 
