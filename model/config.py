@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal, get_args
 
 from unfold.model.families import find_family
@@ -22,9 +22,36 @@ from unfold.model.settings import (
 )
 
 # Settings of gists that training alone follows: a model that is trained is read the same whatever they were.
-TRAINING_ONLY = ("unfold_share", "forget_share", "route_loss", "route_queries", "route_far")
+TRAINING_ONLY = ("unfold_share", "forget_share", "route_loss", "route_queries", "route_far", "choices")
 # Of every sample, that each of the ranks which share it holds: more are more even work, and more borders at which keys are sent.
 CONTEXT_SLICES = 4
+
+
+def sizes_name(chunk_sizes: tuple[int, ...]) -> str:
+    """Chunk sizes as metrics name them: (8, 4) is 8x4."""
+    return "x".join(map(str, chunk_sizes))
+
+
+def _size_errors(chunk_sizes: tuple[int, ...]) -> list[str]:
+    """What is wrong with chunk sizes."""
+    if not chunk_sizes:
+        return ["chunk_sizes: empty; give one size per gist level, e.g. (8, 4)"]
+    return [f"chunk_sizes: {list(chunk_sizes)} has a size below 1"] if any(c < 1 for c in chunk_sizes) else []
+
+
+@dataclass(frozen=True)
+class ChoiceConfig(Settings):
+    """Chunk sizes that a sample of training may draw, in place of `gist.chunk_sizes`."""
+
+    chunk_sizes: tuple[int, ...] = option((8, 4), "as gist.chunk_sizes; choices may differ in their number of levels")
+    weight: Positive = option(1.0, "how often it is drawn, against the weights of the other choices")
+
+    def __post_init__(self):
+        object.__setattr__(self, "chunk_sizes", tuple(self.chunk_sizes))
+        super().__post_init__()
+
+    def misfits(self) -> list[str]:
+        return _size_errors(self.chunk_sizes)
 
 
 @dataclass(frozen=True)
@@ -60,17 +87,25 @@ class GistConfig(Settings):
     )
     route_queries: Count = option(256, "recalling tokens per sample, drawn by its number, for which the routing loss is taken")
     route_far: bool = option(False, "the routing loss leaves out chunks that are in a query's window anyway; for recall: all")
+    choices: tuple[ChoiceConfig, ...] = option(
+        (),
+        "training: each sample draws chunk sizes among these, by the seed and its number, e.g. [{chunk_sizes: [8]}, "
+        "{chunk_sizes: [8, 4], weight: 2}]; chunk_sizes must be one of them, and is what all else takes unasked; empty: none",
+    )
 
     def __post_init__(self):
         object.__setattr__(self, "chunk_sizes", tuple(self.chunk_sizes))
+        object.__setattr__(self, "choices", tuple(self.choices))
         super().__post_init__()
 
     def misfits(self) -> list[str]:
-        errors = []
-        if not self.chunk_sizes:
-            errors.append("chunk_sizes: empty; give one size per gist level, e.g. (8, 4)")
-        if any(c < 1 for c in self.chunk_sizes):
-            errors.append(f"chunk_sizes: {list(self.chunk_sizes)} has a size below 1")
+        errors = _size_errors(self.chunk_sizes)
+        several = [choice.chunk_sizes for choice in self.choices]
+        if twice := sorted({sizes for sizes in several if several.count(sizes) > 1}):
+            errors.append(f"choices: chunk_sizes {list(twice[0])} stand there twice; give them once, with the sum of the weights")
+        if several and self.chunk_sizes not in several:
+            told = ", ".join(str(list(sizes)) for sizes in several)
+            errors.append(f"chunk_sizes: {list(self.chunk_sizes)} is not among gist.choices ({told}); set it to one of them")
         budgets = [name for name in ("topk", "top_p", "budget_ratio") if getattr(self, name) is not None]
         if len(budgets) > 1:
             errors.append(f"{', '.join(budgets)}: set at most one of them, each is a budget of its own")
@@ -87,6 +122,20 @@ class GistConfig(Settings):
     def ratio(self) -> int:
         """Compression ratio: raw tokens per top-level gist."""
         return math.prod(self.chunk_sizes)
+
+    @property
+    def variants(self) -> tuple[GistConfig, ...]:
+        """The same for every choice of chunk sizes; this one alone where there are none."""
+        return tuple(self.with_sizes(choice.chunk_sizes) for choice in self.choices) or (self,)
+
+    @property
+    def deepest(self) -> int:
+        """Gist levels of the choice that has most."""
+        return max(variant.levels for variant in self.variants)
+
+    def with_sizes(self, chunk_sizes: tuple[int, ...]) -> GistConfig:
+        """The same with these chunk sizes and no choices. Raises SettingsError where they cannot be."""
+        return replace(self, chunk_sizes=chunk_sizes, choices=())
 
 
 @dataclass(frozen=True)

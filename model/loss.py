@@ -79,12 +79,24 @@ def token_loss_sum(
         rows = copy_to_group(rows, build.tp_group)
     wants_gradient = torch.is_grad_enabled()
     wants = wants_gradient and rows.requires_grad, wants_gradient and weight.requires_grad
-    loss, squared, divergence = _Losses.apply(rows, weight, targets.ids, taught, added.z, added.logits, build.tp_group, wants)
+    weights, each = (added.z, added.logits), rows.new_empty(len(rows), dtype=torch.float32) if added.apart else None
+    loss, squared, divergence = _Losses.apply(rows, weight, targets.ids, taught, weights, build.tp_group, wants, each)
     if added.z:
         added.note("z", squared)
     if added.logits:
         added.note("logits", divergence)
+    if added.apart:
+        _note_apart(added, each, targets.places % hidden.shape[1])
     return loss
+
+
+def _note_apart(added: AddedLosses, each: Tensor, sample: Tensor) -> None:
+    """Sum token losses, [N], by what their samples are called. sample: int64 [N]."""
+    zeros = torch.zeros(2, len(added.apart), dtype=torch.float64, device=each.device)
+    sums = zeros.index_add_(1, sample, torch.stack([each.double(), torch.ones_like(each, dtype=torch.float64)]))
+    for (loss, tokens), name in zip(sums.unbind(1), added.apart):
+        added.note(f"loss.{name}", loss)
+        added.note(f"tokens.{name}", tokens)
 
 
 class _Losses(torch.autograd.Function):
@@ -97,15 +109,16 @@ class _Losses(torch.autograd.Function):
         weight: Tensor,
         targets: Tensor,
         taught: Tensor | None,
-        z: float,
-        divergence: float,
+        weights: tuple[float, float],
         group: Group,
         wants: tuple[bool, bool],
+        each: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """rows [N, hidden]; weight [vocab / n, hidden]; targets [N]; taught [M, hidden], the teacher's first M rows, or None.
 
-        z, divergence: what these weigh against a row's cross-entropy in the gradient of the first result.
+        weights: what squared log-partition and divergence weigh against a row's cross-entropy in the gradient of the first result.
         wants: whether gradients of rows and weight are asked for; each is a product of the size of the logits' own.
+        each: fp32 [N] to write every row's cross-entropy into; None: nobody asks.
         """
         wide = torch.promote_types(rows.dtype, torch.float32)
         sums = torch.zeros(3, dtype=wide, device=rows.device)
@@ -117,8 +130,10 @@ class _Losses(torch.autograd.Function):
             part = rows[start:stop]
             logits = (part @ weight.t()).to(wide)
             others = (taught[start:stop] @ weight.t()).to(wide) if start < compared else None
-            losses, d_logits = _chunk_losses(logits, others, targets[start:stop], (z, divergence), group, of_rows or of_weight)
+            losses, d_logits, own = _chunk_losses(logits, others, targets[start:stop], weights, group, of_rows or of_weight)
             sums += losses
+            if each is not None:
+                each[start:stop] = own
             del logits, others  # they hold nothing more, and memory is what chunks are for
             if of_rows or of_weight:
                 d_logits = d_logits.to(rows.dtype)
@@ -134,7 +149,7 @@ class _Losses(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor, *_):
         d_rows, d_weight = (None if x is None else (grad * x).to(x.dtype) for x in ctx.saved_tensors)
-        return d_rows, d_weight, None, None, None, None, None, None
+        return d_rows, d_weight, *(None,) * 6
 
 
 def _chunks(compared: int, rows: int) -> list[tuple[int, int]]:
@@ -158,8 +173,8 @@ def _chunk_losses(
     weights: tuple[float, float],
     group: Group,
     wants_gradient: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """The three sums of a chunk, and the gradient of their weighted sum in place of its logits.
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The three sums of a chunk, the gradient of their weighted sum in place of its logits, and each row's cross-entropy.
 
     logits, others: this rank's part of the student's and of the teacher's, [n, vocab / ranks]; both are overwritten.
     """
@@ -182,15 +197,16 @@ def _chunk_losses(
     total, at_target, *of_teacher = partial
     log_total = total.log()
     partition = log_total + top[0]
-    losses = [(log_total - at_target).sum(), partition.square().sum(), torch.zeros_like(total[0])]
+    own_losses = log_total - at_target
+    losses = [own_losses.sum(), partition.square().sum(), torch.zeros_like(total[0])]
     if others is not None:
         teacher_total, weighted = of_teacher
         losses[2] = (weighted / teacher_total - teacher_total.log() + log_total).sum()
     if not wants_gradient:
-        return torch.stack(losses), None
+        return torch.stack(losses), None, own_losses
     factor = 1 + 2 * z * partition + (divergence if others is not None else 0.0)
     logits *= (factor / total)[:, None]
     logits.scatter_add_(1, own, (elsewhere.to(logits.dtype) - 1)[:, None])
     if others is not None:
         logits -= others.mul_((divergence / teacher_total)[:, None])
-    return torch.stack(losses), logits
+    return torch.stack(losses), logits, own_losses

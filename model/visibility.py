@@ -35,6 +35,8 @@ class AddedLosses:
             of ``samples`` with a target (see :mod:`unfold.model.distill`).
         hidden: of the smooth-L1 between layers' outputs under both, per element of a raw token of ``samples``.
         samples: whom dense attention teaches, in order; none: it is not computed.
+        apart: under which name each sample's cross-entropy is summed apart, as ``loss.NAME``, and its tokens with a target are
+            counted, as ``tokens.NAME``; none: nothing is.
         sums: each of these losses (without weight), summed over what the rank holds; filled by the forward pass.
     """
 
@@ -42,6 +44,7 @@ class AddedLosses:
     logits: float = 0.0
     hidden: float = 0.0
     samples: tuple[int, ...] = ()
+    apart: tuple[str, ...] = ()
     sums: dict[str, Tensor] = field(default_factory=dict, compare=False)
 
     def note(self, name: str, value: Tensor) -> None:
@@ -59,6 +62,7 @@ class MicroBatch(Planned):
         layout: what follows from where the gists are.
         recall: which tokens unfold chunks, and how; None where none does.
         distilled: samples that learn from dense attention where that is asked for.
+        drawn: the chunk sizes that each sample drew, as metrics name them; none where nothing was drawn.
         added: what is learned beside the next token; None: nothing.
         host: the same on the host, where this was copied from it.
     """
@@ -68,6 +72,7 @@ class MicroBatch(Planned):
     layout: Layout
     recall: Recall | None = None
     distilled: tuple[int, ...] = ()
+    drawn: tuple[str, ...] = ()
     added: AddedLosses | None = None
     host: MicroBatch | None = field(default=None, repr=False, compare=False)
 

@@ -6,6 +6,7 @@ items, wherever the token sees the segment. Built only when something recalls; f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -58,7 +59,14 @@ class Recall:
         return cls.from_flags(layout, config, recalls.int() * (RECALLS | UNFOLDS_ALL * config.unfold_all))
 
     @classmethod
-    def from_flags(cls, layout: Layout, config: GistConfig, flags: Tensor, route_scale: float = 0.0) -> Recall | None:
+    def from_flags(
+        cls,
+        layout: Layout,
+        config: GistConfig,
+        flags: Tensor,
+        route_scale: float = 0.0,
+        samples: Sequence[GistConfig] = (),
+    ) -> Recall | None:
         """For a micro-batch of which every token says what it does; None when no token recalls.
 
         Args:
@@ -66,12 +74,16 @@ class Recall:
             config: its chunk sizes, sink, budget and sharing.
             flags: int [B, T]; those of gists, links and padding are passed over.
             route_scale: see :class:`Routing`.
+            samples: the settings of each sample where their chunk sizes differ; ``config`` has as many levels as any of them.
         """
         recalls = (flags & RECALLS > 0) & layout.text
         if not recalls.any():
             return None
         wide, routed = recalls & (flags & UNFOLDS_ALL > 0), recalls & (flags & ROUTES > 0)
         tree = build_recall(layout, config, recalls & ~wide)
+        rule = select_rule(config)
+        if samples:
+            tree, rule = _own_budgets(tree, rule, samples, flags.shape[1])
         unfolding = None
         if wide.any():
             unfolding = int(wide.sum()), _read_by(layout, wide)
@@ -81,7 +93,7 @@ class Recall:
             first = first_rows(layout)[:, -1].flatten()
             queries = build_recall(layout, config, routed)
             routing = Routing(Routed(queries, first[queries.tokens].int()), config.route_far, route_scale)
-        return cls(tree, select_rule(config), config.recall_from, flags.int() * recalls, unfolding, routing)
+        return cls(tree, rule, config.recall_from, flags.int() * recalls, unfolding, routing)
 
     @property
     def queries(self) -> int:
@@ -151,6 +163,20 @@ def select_rule(config: GistConfig) -> SelectRule:
         share=config.share,
         everything=config.unfold_all,
     )
+
+
+def _own_budgets(
+    tree: GistTree, rule: SelectRule, samples: Sequence[GistConfig], tokens: int
+) -> tuple[GistTree, SelectRule]:
+    """Adaptive budgets by each sample's own ratio and chunks.
+
+    A query's span is divided by its sample's part of the divisor beforehand, and the rule's part becomes 1: dividing by both, one
+    after the other, gives what dividing by their product does.
+    """
+    rules = [select_rule(config) for config in samples]
+    divisor = torch.tensor([own.ratio * own.chunk for own in rules], dtype=tree.span.dtype, device=tree.span.device)
+    span = tree.span // divisor[tree.tokens // tokens]
+    return replace(tree, span=span), replace(rule, ratio=1, chunk=1)
 
 
 def build_recall(layout: Layout, config: GistConfig, recalls: Tensor) -> GistTree:

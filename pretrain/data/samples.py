@@ -12,13 +12,14 @@ but the first is predicted.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from unfold.data_prep.format.lazy import LazyShard
-from unfold.model.config import GistConfig
+from unfold.model.config import GistConfig, sizes_name
 from unfold.model.gist import (
     Bundle,
     Interleaved,
@@ -31,6 +32,7 @@ from unfold.model.gist import (
 )
 from unfold.model.visibility import IGNORED, MicroBatch
 from unfold.pretrain.data.blend import make_blend, parse_entry
+from unfold.pretrain.data.choices import drawn, of_all
 from unfold.pretrain.data.flags import plain_flags, sample_flags
 from unfold.pretrain.data.linked import bundle_of, check_links, shuffle_parts
 from unfold.pretrain.data.packing import CutWindows, PackedWindows, Segment
@@ -178,7 +180,11 @@ def _targets(raw: np.ndarray, lengths: Sequence[int], spans: Sequence[tuple[int,
 
 
 class BatchBuilder:
-    """Turns global sample numbers into micro-batches of one fixed shape."""
+    """Turns global sample numbers into micro-batches of one fixed shape, or of one for every choice of chunk sizes.
+
+    Attributes:
+        length: of samples with `gist.chunk_sizes`, padded; with choices in training of the longest of them.
+    """
 
     def __init__(
         self,
@@ -188,49 +194,59 @@ class BatchBuilder:
         length_multiple: int = 1,
         seed: int = 0,
         shuffle_parts: bool = False,
+        one_length: bool = False,
     ):
         """Check what linked contexts need.
 
         Args:
-            gist: None for dense attention (no gists).
+            gist: None for dense attention (no gists); its choices are for training.
             length_multiple: the padded length is a multiple of it.
             seed: of what training draws for every sample.
             shuffle_parts: draw the order of the parts of linked contexts for every sample.
+            one_length: pad every micro-batch to the longest choice of chunk sizes, not only to the longest of its own.
 
         Raises:
             UserError: the tokenizer has too few link ids.
         """
         self.source, self.tokenizer, self.gist, self.seed = source, tokenizer, gist, seed
-        self._shuffle_parts = shuffle_parts
-        longest = source.raw_tokens
-        if gist is not None:
-            if source.linked:
-                check_links(tokenizer, gist)
-            longest = max_interleaved_length(longest, gist.chunk_sizes, source.closed, gist.links * source.parts)
-        self.length = -(-longest // length_multiple) * length_multiple
+        self._shuffle_parts, self._length_multiple, self._one_length = shuffle_parts, length_multiple, one_length
+        if gist is not None and source.linked:
+            check_links(tokenizer, gist)
+        self.length = self._length_of(gist.variants if gist else [])
 
     def build(self, samples: Sequence[int], stage: GistConfig | None = None) -> MicroBatch:
         """The micro-batch of these global sample numbers, on CPU: ids, labels and layout [len(samples), length].
 
         stage: how a stage of training recalls; None for recall as the settings have it, without what training draws.
         """
-        columns = self._columns(len(samples))
-        for row, sample in enumerate(samples):
-            made, labels, flags = self._sample(sample, stage)
+        gists = [self.gist if stage is None else drawn(stage, self.seed, sample) for sample in samples]
+        has_choices = stage is not None and bool(stage.choices)
+        columns = self._columns(len(samples), self._length_of(gists) if has_choices and not self._one_length else self.length)
+        for row, (sample, gist) in enumerate(zip(samples, gists)):
+            made, labels, flags = self._sample(sample, gist, stage is not None)
             given = {"labels": labels, "flags": flags, **{name: getattr(made, name) for name in ("ids", "level", "doc")}}
             if made.role is not None:
                 given |= {"role": made.role, "part": made.part}
             for name, values in given.items():
                 columns[name][row, : len(values)] = values
-        return self._micro_batch(columns, stage or self.gist)
+        batch = self._micro_batch(columns, gists)
+        return replace(batch, drawn=tuple(sizes_name(g.chunk_sizes) for g in gists)) if has_choices else batch
 
     def empty(self) -> MicroBatch:
         """One sample of padding without any target, for a rank that has nothing to do but must take part."""
-        return self._micro_batch(self._columns(1), self.gist)
+        return self._micro_batch(self._columns(1, self.length), [self.gist])
 
-    def _columns(self, samples: int) -> dict[str, np.ndarray]:
+    def _length_of(self, gists: Sequence[GistConfig]) -> int:
+        """The padded length of a micro-batch with these settings of its samples; none: without gists."""
+        source = self.source
+        longest = lambda gist: max_interleaved_length(
+            source.raw_tokens, gist.chunk_sizes, source.closed, gist.links * source.parts
+        )
+        return -(-max(map(longest, gists), default=source.raw_tokens) // self._length_multiple) * self._length_multiple
+
+    def _columns(self, samples: int, length: int) -> dict[str, np.ndarray]:
         """Arrays [samples, length] of padding; role and part where any sample of the source may have bundles."""
-        shape = (samples, self.length)
+        shape = (samples, length)
         wide = {"ids": np.zeros(shape, np.int64), "labels": np.full(shape, IGNORED, np.int64)}
         places = {name: np.full(shape, -1, np.int32) for name in ("level", "doc")}
         linked = ("role", "part") if self.source.linked else ()
@@ -238,39 +254,44 @@ class BatchBuilder:
 
     def sample(self, sample: int) -> Interleaved:
         """A global sample number with its gists and links."""
-        return self._sample(sample, None)[0]
+        return self._sample(sample, self.gist, False)[0]
 
-    def _sample(self, sample: int, stage: GistConfig | None) -> tuple[Interleaved, np.ndarray, np.ndarray]:
-        """A sample with its gists and links, and the label and flags of each of its tokens."""
+    def _sample(self, sample: int, gist: GistConfig | None, trains: bool) -> tuple[Interleaved, np.ndarray, np.ndarray]:
+        """A sample with its gists and links, and the label and flags of each of its tokens.
+
+        gist: its own settings; trains: whether what training draws is drawn.
+        """
         pieces = self.source.segments(sample)
         raw, spans, bundles = self.source.read(pieces), self.source.spans(pieces), self.source.bundles(pieces)
         lengths = [piece.length for piece in pieces]
         if self._shuffle_parts:
             bundles = shuffle_parts(raw, lengths, bundles, self.seed, sample)
         targets = _targets(raw, lengths, spans)
-        if self.gist is None:
+        if gist is None:
             made = without_gists(raw, lengths, bundles)
             return made, targets, np.zeros(len(raw), np.int32)
         contexts = np.array([-1 if own is None or bundle else own[0] for own, bundle in zip(spans, bundles)])
-        gist_ids, link_ids = self.tokenizer.gist_ids[: self.gist.levels], self.tokenizer.link_ids[: self.gist.links]
+        gist_ids, link_ids = self.tokenizer.gist_ids[: gist.levels], self.tokenizer.link_ids[: gist.links]
         where = {"contexts": contexts, "bundles": bundles, "link_ids": link_ids}
-        made = interleave(raw, lengths, self.tokenizer.word_starts, self.gist, gist_ids, **where)
+        made = interleave(raw, lengths, self.tokenizer.word_starts, gist, gist_ids, **where)
         labels = np.full(len(made.ids), IGNORED, np.int64)
         labels[made.raw] = targets
         context = contexts[made.doc]
         suffix = made.raw & (context >= 0) & (made.position >= context)
         if made.role is not None:
             suffix |= made.role == Role.SUFFIX
-        flags = plain_flags(made, suffix, self.gist)
-        if stage is not None:
-            flags = sample_flags(made, suffix, stage, self.seed, sample)
+        flags = sample_flags(made, suffix, gist, self.seed, sample) if trains else plain_flags(made, suffix, gist)
         return made, labels, flags
 
-    def _micro_batch(self, columns: dict[str, np.ndarray], gist: GistConfig | None) -> MicroBatch:
-        """columns: see :meth:`_columns`; flags: see `unfold.pretrain.data.flags`; gist: how those recall that do."""
+    def _micro_batch(self, columns: dict[str, np.ndarray], gists: Sequence[GistConfig | None]) -> MicroBatch:
+        """columns: see :meth:`_columns`; flags: see `unfold.pretrain.data.flags`; gists: of each sample, how it recalls if it does."""
+        mixed = len(set(gists)) > 1
+        gist = of_all(gists) if mixed else gists[0]
         tensors = {name: torch.from_numpy(values) for name, values in columns.items()}
-        layout = build_layout(tensors["level"], tensors["doc"], self.gist, tensors.get("role"), tensors.get("part"))
-        recall = Recall.from_flags(layout, gist, tensors["flags"]) if columns["flags"].any() else None
+        layout = build_layout(tensors["level"], tensors["doc"], gist, tensors.get("role"), tensors.get("part"))
+        recall = None
+        if columns["flags"].any():
+            recall = Recall.from_flags(layout, gist, tensors["flags"], samples=gists if mixed else ())
         return MicroBatch(tensors["ids"], tensors["labels"], layout, recall)
 
 

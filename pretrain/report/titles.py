@@ -35,6 +35,7 @@ def _by_layer(key: str, what: str, unit: str) -> dict[str, tuple[str, str, str]]
 PARTED = {
     "attention_mass.": ("Where attention goes", "Attention to", "share of softmax mass"),
     "attention_logits.largest_by_layer.": ("Largest attention logit, by layer", "Largest attention logit, layer", "logit"),
+    "loss.": ("Loss by chunk sizes", "Loss of chunk sizes", "nats per token"),
     "source_loss.": ("Loss of held-out sources", "Loss of", "nats per token"),
     "routing.": ("What recall finds", "Recall:", "share"),
     **_by_layer("grad_norms", "Gradient norm", "norm, before clipping"),

@@ -7,6 +7,7 @@ these samples' raw tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -23,10 +24,14 @@ METRICS = {"z": "z_loss", "logits": "distill_logits", "hidden": "distill_hidden"
 
 @dataclass(frozen=True)
 class Added:
-    """The weights of a run's terms. Without any, a step does nothing that it would not do anyway."""
+    """The weights of a run's terms. Without any, a step does nothing that it would not do anyway.
+
+    choices: names of the chunk sizes that samples may have drawn, whose cross-entropies are told apart.
+    """
 
     z: float = 0.0
     distill: DistillConfig = DistillConfig()
+    choices: tuple[str, ...] = ()
 
     def to_step(
         self,
@@ -40,7 +45,7 @@ class Added:
 
         tokens: loss tokens of the global batch.
         """
-        if not self.z and not self.distill.active:
+        if not self.z and not self.distill.active and not self.choices:
             return batches, {}
         divisors = {"z": tokens} if self.z else {}
         if self.distill.active:
@@ -56,8 +61,15 @@ class Added:
 
     def shares(self, batches: Sequence[MicroBatch], divisors: dict[str, float]) -> dict[str, float | Tensor]:
         """What this rank's micro-batches add to a step's metrics; tensor-parallel ranks have it alike."""
-        sums = [batch.added.sums for batch in batches if divisors and batch.added]
-        return {METRICS[name]: sum(s[name].double() for s in sums if name in s) / divisor for name, divisor in divisors.items()}
+        sums = [batch.added.sums for batch in batches if batch.added]
+        total = lambda name: sum(s[name].double() for s in sums if name in s)
+        learned = {METRICS[name]: total(name) / divisor for name, divisor in divisors.items()}
+        return learned | {name: total(name) for choice in self.choices for name in (f"loss.{choice}", f"tokens.{choice}")}
+
+    def metrics(self, totals: dict[str, float]) -> dict[str, float]:
+        """A step's metrics from the sums over all ranks of :meth:`shares`: the loss of chunk sizes that no sample drew is left out."""
+        losses = {f"loss.{c}": (totals.pop(f"loss.{c}"), totals.pop(f"tokens.{c}")) for c in self.choices}
+        return totals | {name: loss / tokens for name, (loss, tokens) in losses.items() if tokens and math.isfinite(loss)}
 
 
 NOTHING_ADDED = Added()
@@ -91,4 +103,4 @@ def _taught(batches: Sequence[MicroBatch], engine: deepspeed.DeepSpeedEngine, pa
 def _with_terms(batch: MicroBatch, weights: dict[str, float], taught: bool) -> MicroBatch:
     if not batch.distilled:  # its first sample keeps company, for nothing
         weights = weights | {"logits": 0.0, "hidden": 0.0}
-    return replace(batch, added=AddedLosses(**weights, samples=(batch.distilled or (0,)) if taught else ()))
+    return replace(batch, added=AddedLosses(**weights, samples=(batch.distilled or (0,)) if taught else (), apart=batch.drawn))

@@ -72,7 +72,7 @@ def _first_samples(builder: BatchBuilder, most: int, parallel: Parallel) -> list
 def open_inputs(config: RunConfig) -> Inputs:
     """Open tokenizer and shards. Raises UserError for what is missing, damaged or does not belong together."""
     gist = config.folding
-    tokenizer = load_tokenizer(config.data.tokenizer, gist.levels if gist else 0)
+    tokenizer = load_tokenizer(config.data.tokenizer, gist.deepest if gist else 0)
     config = with_vocab_size(config, tokenizer.vocab_size)
 
     length_multiple = config.parallel.length_multiple
@@ -80,7 +80,10 @@ def open_inputs(config: RunConfig) -> Inputs:
     def builder(prefixes: tuple[str, ...], setting: str, shuffle_parts: bool = False) -> BatchBuilder:
         source = TokenSource(prefixes, config.data.raw_tokens, config.train.seed, tokenizer, setting, config.data.cache)
         source.check_positions(gist.links if gist else 0, config.model.max_position, setting)
-        return BatchBuilder(source, gist, tokenizer, length_multiple, config.train.seed, shuffle_parts)
+        # Validation has no choices. A pipeline learns its shapes once a step.
+        own = gist if gist is None or setting == "data.train" else gist.with_sizes(gist.chunk_sizes)
+        one_length = config.parallel.pipeline > 1
+        return BatchBuilder(source, own, tokenizer, length_multiple, config.train.seed, shuffle_parts, one_length)
 
     train = builder(config.data.train, "data.train", config.data.shuffle_parts)
     if config.data.shuffle_parts and not train.source.linked:

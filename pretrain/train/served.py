@@ -55,8 +55,8 @@ def unserved(config: RunConfig) -> list[str]:
     group = model.heads // model.kv_heads
     if group > LARGEST_TILE:
         errors.append(f"model.kv_heads: {group} query heads for each of {model.kv_heads}; recall on GPUs serves {LARGEST_TILE}")
-    longest = gist.chunk_sizes[0] * 3 // 2  # a chunk grows by up to half to where a word starts
+    size = max(variant.chunk_sizes[0] for variant in gist.variants)
+    longest = size * 3 // 2  # a chunk grows by up to half to where a word starts
     if longest > LONGEST_CHUNK:
-        size = gist.chunk_sizes[0]
         errors.append(f"gist.chunk_sizes: a chunk of {size} tokens can grow to {longest}; recall on GPUs serves {LONGEST_CHUNK}")
     return errors

@@ -95,7 +95,7 @@ def train_step(
         selected=selected / queries if queries else None,
         route_loss=route * parallel.tensor_group.size() / terms if terms else None,
         context=(means.pop("sent"), traffic.whole / traffic.exchanges) if traffic else None,
-        added=means,
+        added=added.metrics(means),
         skipped=skipped,
         busy_s=work.seconds(),
     )

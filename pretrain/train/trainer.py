@@ -9,6 +9,7 @@ from pathlib import Path
 
 import deepspeed
 
+from unfold.model.config import sizes_name
 from unfold.model.visibility import MicroBatch
 from unfold.pretrain import parallel as parallel_groups
 from unfold.pretrain.checkpoint.resume import check_run_dir, locked_on_all, prepare_run_dir, warm_start
@@ -167,7 +168,8 @@ class Trainer:
         rate = learning_rate(step - 1, self.config.train.steps, self.config.optimizer.lr, self.config.schedule)
         set_learning_rate(self.engine, rate)
         gist = gist_at(self.config, step)
-        added = Added(self.config.train.z_loss, self.config.distill)
+        choices = gist.choices if gist else ()
+        added = Added(self.config.train.z_loss, self.config.distill, tuple(sizes_name(c.chunk_sizes) for c in choices))
         with self.norms.over(step):
             result = train_step(self.engine, micro_batches, self.parallel, self.config.model, gist, added)
         if not result.skipped:

@@ -130,7 +130,7 @@ def test_a_split_vocabulary_gives_the_same(monkeypatch):
 
 def _loss_and_gradients(rows, weight, targets, taught, group):
     leaves = [x.detach().clone().requires_grad_() for x in (rows, weight)]
-    sums = _Losses.apply(*leaves, targets, taught, 0.3, 0.7, group, (True, True))
+    sums = _Losses.apply(*leaves, targets, taught, (0.3, 0.7), group, (True, True), None)
     return torch.stack(sums).detach(), *torch.autograd.grad(sums[0], leaves)
 
 
