@@ -116,7 +116,7 @@ class _Losses(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """rows [N, hidden]; weight [vocab / n, hidden]; targets [N]; taught [M, hidden], the teacher's first M rows, or None.
 
-        weights: what squared log-partition and divergence weigh against a row's cross-entropy in the gradient of the first result.
+        weights: what squared log-partition and divergence weigh against a row's cross-entropy in the first result's gradient.
         wants: whether gradients of rows and weight are asked for; each is a product of the size of the logits' own.
         each: fp32 [N] to write every row's cross-entropy into; None: nobody asks.
         """

@@ -14,8 +14,10 @@ from unfold.data_prep.format.text import encodable, read_text
 from unfold.pretrain.data.chat import add_chat_arguments, load_bos, load_chat, put_question, shown_prompt
 from unfold.pretrain.errors import UserError
 from unfold.pretrain.parts import add_document_arguments, check_documents, link_ids_of, open_store, refused, shown_documents
+from unfold.pretrain.sizes import check_levels, parse_sizes
 
 if TYPE_CHECKING:
+    from unfold.model.config import GistConfig
     from unfold.model.decode.cost import Recorder
 
 
@@ -41,6 +43,9 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--grow",
         action="store_true",
         help="with --context-file: give prompt and answer gists as their chunks close (without a context this is always so)",
+    )
+    parser.add_argument(
+        "--chunk-sizes", default="", metavar="C,..", help="fold with these sizes, e.g. 8,4 (default: the run's gist.chunk_sizes)"
     )
     parser.add_argument("--recall", choices=("none", "suffix", "all"), help="who unfolds chunks (default: the run's gist.recall)")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
@@ -95,6 +100,7 @@ def check(args: Namespace) -> None:
     if not all(args.stop):
         raise UserError("--stop: is empty; give at least one character")
     given = {"--context-file": args.context_file, "--grow": args.grow, "--recall": args.recall, "--step": args.step}
+    given |= {"--chunk-sizes": args.chunk_sizes}
     given |= {"--document": args.document, "--raw-cache": args.raw_cache == "host"}
     if args.model and any(given.values()):
         names = ", ".join(name for name, value in given.items() if value)
@@ -144,6 +150,8 @@ def _from_run(args: Namespace, prompts: list[str]) -> Iterator[tuple[int, str]]:
     gist = run.config.folding
     if args.recall and gist is None:
         raise UserError(f"--recall: {args.run_dir} was trained with dense attention, which has nothing to recall")
+    if args.chunk_sizes:
+        gist = _with_sizes(args, gist, len(info.gist_ids))
     if args.recall:
         gist = dataclasses.replace(gist, recall=args.recall)
     if gist is None and (texts or args.raw_cache == "host"):
@@ -175,6 +183,18 @@ def _from_run(args: Namespace, prompts: list[str]) -> Iterator[tuple[int, str]]:
     yield from stream_text(decoder, sequences, _sampling(args), tokenizer.decode, info.stop_ids, args.stop, recorder)
     mode = "dense" if gist is None else f"gists {','.join(map(str, gist.chunk_sizes))}, recall {gist.recall}"
     _tell(args, recorder, f"{mode}, {store.read} of {len(documents)} documents read now" if store else mode)
+
+
+def _with_sizes(args: Namespace, gist: GistConfig | None, gist_ids: int) -> GistConfig:
+    """How the run folds, with the chunk sizes of the command line. gist_ids: that its vocabulary has."""
+    sizes = parse_sizes(args.chunk_sizes)
+    if gist is None:
+        raise UserError(f"--chunk-sizes {args.chunk_sizes}: {args.run_dir} was trained with dense attention, without gists")
+    check_levels(sizes, gist_ids, str(args.run_dir))
+    try:
+        return gist.with_sizes(sizes)
+    except ValueError as error:
+        raise UserError(f"--chunk-sizes {args.chunk_sizes}: {error}") from None
 
 
 def _tell(args: Namespace, recorder: Recorder, mode: str) -> None:

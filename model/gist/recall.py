@@ -165,9 +165,7 @@ def select_rule(config: GistConfig) -> SelectRule:
     )
 
 
-def _own_budgets(
-    tree: GistTree, rule: SelectRule, samples: Sequence[GistConfig], tokens: int
-) -> tuple[GistTree, SelectRule]:
+def _own_budgets(tree: GistTree, rule: SelectRule, samples: Sequence[GistConfig], tokens: int) -> tuple[GistTree, SelectRule]:
     """Adaptive budgets by each sample's own ratio and chunks.
 
     A query's span is divided by its sample's part of the divisor beforehand, and the rule's part becomes 1: dividing by both, one

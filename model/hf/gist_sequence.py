@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from math import prod
@@ -22,7 +23,7 @@ class GistSettings:
 
     Attributes:
         chunk_sizes: raw tokens per level-0 gist, level-0 gists per level-1 gist, ..
-        token_ids: vocabulary id of each gist level.
+        token_ids: vocabulary id of each gist level; an entry may have more of them, for choices with more levels.
         reserved_ids: every id of the vocabulary of a gist or link; none of them is ever generated.
         word_starts: for each vocabulary id whether it starts a word: base64 of the zlib-compressed bitmap, lowest bit first.
         sink: first raw tokens that all later tokens see.
@@ -35,6 +36,7 @@ class GistSettings:
         unfold_all: whether they unfold everything before them, whatever the budget is.
         links, link_ids: how many link tokens a part of a linked context has, and their ids; none where the vocabulary has none.
         layer_attention: kinds of layers, repeated over them; empty: all are gist layers.
+        choices: the chunk sizes that samples drew among in training, where there were several; others may be read with too.
     """
 
     chunk_sizes: tuple[int, ...]
@@ -54,6 +56,7 @@ class GistSettings:
     links: int = 0
     link_ids: tuple[int, ...] = ()
     layer_attention: tuple[str, ...] = ()
+    choices: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self):
         if self.unfold_all:  # no budget counts, and one selection serves all heads: they would make the same
@@ -61,8 +64,8 @@ class GistSettings:
                 object.__setattr__(self, name, value)
 
     @classmethod
-    def of(cls, config) -> GistSettings:
-        """Those of a model's configuration; ValueError if it has none or they cannot be read."""
+    def of(cls, config, chunk_sizes: Sequence[int] | None = None) -> GistSettings:
+        """Those of a model's configuration; ValueError if they cannot be read. chunk_sizes: in place of its own."""
         entry = getattr(config, "gist", None)
         if not isinstance(entry, dict):
             raise ValueError(f"config.gist: {entry!r}; gist attention needs the entry that an export writes")
@@ -70,9 +73,14 @@ class GistSettings:
         missing = {"chunk_sizes", "token_ids", "reserved_ids", "word_starts"} - entry.keys()
         if missing or entry.keys() - known:
             raise ValueError(f"config.gist: lacks {sorted(missing)}, has unknown {sorted(entry.keys() - known)}; export again")
+        ids, sizes = entry["token_ids"], entry["chunk_sizes"] if chunk_sizes is None else list(chunk_sizes)
+        where = "config.gist" if chunk_sizes is None else f"gist_chunk_sizes: {sizes}"
+        if not sizes or any(not isinstance(size, int) or size < 1 for size in sizes):
+            raise ValueError(f"{where}: chunk_sizes {sizes!r}; expected whole numbers above 0, one per level, such as [8, 4]")
+        if len(ids) < len(sizes):
+            raise ValueError(f"{where}: {len(ids)} token_ids for {len(sizes)} chunk_sizes; one per level")
+        entry = {**entry, "chunk_sizes": sizes, "token_ids": ids[: len(sizes)]}
         settings = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()})
-        if len(settings.token_ids) != settings.levels:
-            raise ValueError(f"config.gist: {len(settings.token_ids)} token_ids for {settings.levels} chunk_sizes; one per level")
         for name, allowed in (("recall", ("none", "suffix", "all")), ("share", ("head", "group"))):
             if getattr(settings, name) not in allowed:
                 raise ValueError(f"config.gist: {name} {getattr(settings, name)!r} is not one of {', '.join(allowed)}")

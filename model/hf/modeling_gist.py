@@ -137,6 +137,7 @@ class GistForCausalLM:
         logits_to_keep: int | Tensor = 0,
         gist_query_start: int | Tensor | None = None,
         gist_grow: bool | None = None,
+        gist_chunk_sizes: Sequence[int] | None = None,
         cache: Cache | None = None,
         **kwargs,
     ):
@@ -154,13 +155,14 @@ class GistForCausalLM:
                 are folded into gists and closed, what follows them (a question, its answer) recalls. One number or [B].
                 Without it a prompt is folded as it is, and what is read after it recalls.
             gist_grow: whether what follows a closed context gets gists as its chunks close. By default it does not.
+            gist_chunk_sizes: for new sequences, in place of those of ``config.gist``; a cache goes on with its own.
         """
         if past_key_values is not None and cache is not None:
             raise ValueError("past_key_values, cache: are two names of the same thing; give one of them")
         before = past_key_values if cache is None else cache
         if self.config._attn_implementation != GIST:
-            if gist_query_start is not None or gist_grow is not None:
-                raise ValueError('gist_query_start, gist_grow: need attn_implementation="gist"')
+            if any(x is not None for x in (gist_query_start, gist_grow, gist_chunk_sizes)):
+                raise ValueError('gist_query_start, gist_grow, gist_chunk_sizes: need attn_implementation="gist"')
             return super().forward(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -177,7 +179,7 @@ class GistForCausalLM:
         if kwargs.pop("output_attentions", None) or getattr(self.config, "output_attentions", False):
             raise ValueError("output_attentions: gist attention keeps no weights; load with attn_implementation='eager' for them")
         real = _real_tokens(input_ids, attention_mask)
-        cache = self._gist_cache(before, input_ids)
+        cache = self._gist_cache(before, input_ids, gist_chunk_sizes)
         first = _first_tokens(real, None if cache.length else position_ids)
         packed = bool((first.sum(1) > 1).any())
         if packed and gist_query_start is not None:
@@ -242,17 +244,20 @@ class GistForCausalLM:
         cache.length, cache.input_ids = len(ids), torch.tensor([ids], device=self.device)
         return cache
 
-    def _gist_cache(self, cache: Cache | None, input_ids: Tensor) -> GistCache:
+    def _gist_cache(self, cache: Cache | None, input_ids: Tensor, chunk_sizes: Sequence[int] | None) -> GistCache:
         """The cache to go on with; an empty stock cache, such as generate() makes, stands for a new one."""
         if isinstance(cache, GistCache) and cache.sequences:
             if len(cache.sequences) != len(input_ids):
                 raise ValueError(f"{CACHE}: holds {len(cache.sequences)} sequences, input_ids {len(input_ids)}")
+            own = cache.sequences[0].settings.chunk_sizes
+            if chunk_sizes is not None and tuple(chunk_sizes) != own:
+                raise ValueError(f"gist_chunk_sizes: {list(chunk_sizes)}, but {CACHE} was read with {list(own)}; begin a new one")
             return cache
         if cache is not None and (not isinstance(cache, (GistCache, DynamicCache)) or cache.get_seq_length()):
             raise ValueError(
                 f"{CACHE}: a {type(cache).__name__}; gists need the cache of their own that forward and generate return"
             )
-        settings = GistSettings.of(self.config)
+        settings = GistSettings.of(self.config, chunk_sizes)
         return GistCache([GistSequence(settings, input_ids.device) for _ in input_ids])
 
     def _read(

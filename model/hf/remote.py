@@ -58,7 +58,7 @@ def config_entries(
     Args:
         architecture: the stock class, such as 'LlamaForCausalLM'.
         gist: how tokens are folded and recalled.
-        gist_ids: one id per level.
+        gist_ids: one id per level, of the choice with most levels.
         reserved_ids: every id of the vocabulary that stands for no text, gists and links; never generated.
         word_starts: [vocab] bool.
         link_ids: of the links of one part of a linked context.
@@ -70,6 +70,9 @@ def config_entries(
     entry = {name: value for name, value in dataclasses.asdict(gist).items() if name in known}
     entry |= {"chunk_sizes": list(gist.chunk_sizes), "token_ids": list(gist_ids), "reserved_ids": list(reserved_ids)}
     entry["link_ids"] = list(link_ids)
+    del entry["choices"]
+    if gist.choices:
+        entry["choices"] = [list(choice.chunk_sizes) for choice in gist.choices]
     if layer_attention:
         entry["layer_attention"] = list(layer_attention)
     entry["word_starts"] = pack_word_starts(torch.from_numpy(np.ascontiguousarray(word_starts)))

@@ -284,7 +284,7 @@ class BatchBuilder:
         return made, labels, flags
 
     def _micro_batch(self, columns: dict[str, np.ndarray], gists: Sequence[GistConfig | None]) -> MicroBatch:
-        """columns: see :meth:`_columns`; flags: see `unfold.pretrain.data.flags`; gists: of each sample, how it recalls if it does."""
+        """columns: see :meth:`_columns`; flags: see `unfold.pretrain.data.flags`; gists: the settings of each sample."""
         mixed = len(set(gists)) > 1
         gist = of_all(gists) if mixed else gists[0]
         tensors = {name: torch.from_numpy(values) for name, values in columns.items()}

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from unfold.model.config import GistConfig
 from unfold.pretrain.errors import UserError
+from unfold.pretrain.sizes import check_levels, parse_sizes
 
 if TYPE_CHECKING:
     from unfold.data_prep.format.tokenizer import TokenizerInfo
@@ -206,7 +207,7 @@ def load_subject(args: Namespace) -> Subject:
         variants = make_variants(args, own, found.tokenizer, str(args.run_dir))
         return _loaded(f"{args.run_dir} step {found.manifest.step}", found, variants, args)
     own = read_gists(args.model, read_keys(args.model))
-    wanted = [_sizes(text) for text in args.chunk_sizes or []] + [own.chunk_sizes if own else NO_GISTS]
+    wanted = [parse_sizes(text) for text in args.chunk_sizes or []] + [own.chunk_sizes if own else NO_GISTS]
     with tempfile.TemporaryDirectory(prefix="unfold-evaluate-") as scratch:
         # Imported as for training: any family that import knows, its tokenizer, and gist rows where it has none.
         imported = _import(args, Path(scratch) / "model", max(len(sizes) for sizes in wanted))
@@ -251,14 +252,12 @@ def make_variants(args: Namespace, own: GistConfig | None, tokenizer: TokenizerI
         raise UserError("--chunk-sizes: folds tokens into gists; add --mode forget or --mode recall")
     if folds and own is None:
         print(f"note: {name} was not trained with gists; what forget and recall show is the untrained method", file=sys.stderr)
-    several = list(dict.fromkeys(_sizes(text) for text in args.chunk_sizes or [])) or [base.chunk_sizes]
+    several = list(dict.fromkeys(parse_sizes(text) for text in args.chunk_sizes or [])) or [base.chunk_sizes]
     none = {"topk": None, "top_p": None, "budget_ratio": None, "unfold_all": False} if budget else {}
     gists = []
     for sizes in several if folds else []:
-        if len(sizes) > (gist_ids := len(tokenizer.gist_ids)):
-            text = ",".join(map(str, sizes))
-            raise UserError(f"--chunk-sizes {text}: {len(sizes)} levels, but {name} has {gist_ids} gist ids; give fewer levels")
-        gists.append(_replaced(base, {"chunk_sizes": sizes, **none, **chosen}))
+        check_levels(sizes, len(tokenizer.gist_ids), name)
+        gists.append(_replaced(base, {"chunk_sizes": sizes, "choices": (), **none, **chosen}))
     of_mode = lambda mode: [Variant(mode.removeprefix("linked-"), gist, mode in LINKED) for gist in gists]
     return tuple(v for mode in modes for v in ([Variant("dense", None)] if mode == "dense" else of_mode(mode)))
 
@@ -268,13 +267,6 @@ def _replaced(gist: GistConfig, changes: dict) -> GistConfig:
         return dataclasses.replace(gist, **changes)
     except ValueError as error:
         raise UserError(f"gist settings of the command line: {error}") from None
-
-
-def _sizes(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(size) for size in text.split(","))
-    except ValueError:
-        raise UserError(f"--chunk-sizes {text}: expected numbers such as 8,4") from None
 
 
 def _import(args: Namespace, output: Path, levels: int) -> Path:

@@ -70,6 +70,7 @@ def read_keys(directory: Path, name: str = "config.json") -> dict:
 # Entries of an export's gist settings that follow from its tokenizer.
 OF_TOKENIZER = {"link_ids", "token_ids", "reserved_ids", "word_starts"}
 OF_MODEL = {"layer_attention"}  # entries that are settings of the model
+OF_TRAINING = {"choices"}  # which chunk sizes it was trained with: a new run chooses its own
 
 
 def read_gists(directory: Path, keys: dict) -> GistConfig | None:
@@ -81,9 +82,9 @@ def read_gists(directory: Path, keys: dict) -> GistConfig | None:
     entry = keys.get("gist")
     if entry is None:
         return None
-    known = {field.name for field in dataclasses.fields(GistConfig)}
+    known = {field.name for field in dataclasses.fields(GistConfig)} - OF_TRAINING
     try:
-        if unknown := sorted(entry.keys() - known - OF_TOKENIZER - OF_MODEL):
+        if unknown := sorted(entry.keys() - known - OF_TOKENIZER - OF_MODEL - OF_TRAINING):
             raise ValueError(f"{', '.join(unknown)}: not known to this version of unfold, which knows {', '.join(sorted(known))}")
         return GistConfig(**{name: value for name, value in entry.items() if name in known})
     except (AttributeError, TypeError, ValueError) as error:

@@ -44,7 +44,7 @@ def write_model_keys(model: ModelConfig, gist: GistConfig, tokenizer: RunTokeniz
     if model.attention == "gist":
         architecture, ids = model_family(model).architecture, tokenizer.gist_ids
         try:
-            own = ids[: gist.levels], tokenizer.reserved_ids, tokenizer.word_starts, tokenizer.link_ids[: gist.links]
+            own = ids[: gist.deepest], tokenizer.reserved_ids, tokenizer.word_starts, tokenizer.link_ids[: gist.links]
             keys |= config_entries(architecture, gist, *own, layer_attention=model.layer_attention)
         except ValueError as error:
             raise UserError(str(error)) from None
@@ -87,7 +87,7 @@ def write_model_card(run: FoundRun, directory: Path) -> None:
     has_gists = config.model.attention == "gist"
     tags = ["unfold", *(["gist", "sparse-attention"] if has_gists else [])]
     front = ["---", "library_name: transformers", "pipeline_tag: text-generation", f"tags: [{', '.join(tags)}]", "---"]
-    how = f"gist attention, chunk sizes {list(config.gist.chunk_sizes)}" if has_gists else "dense attention"
+    how = f"gist attention, chunk sizes {_told_sizes(config.gist)}" if has_gists else "dense attention"
     trained = f"trained with {how} on {manifest.raw_tokens:,} raw tokens ({manifest.step:,} steps)"
     if not manifest.step:
         trained = f"set up for {how}, but not trained with it: the weights are as they were imported"
@@ -111,6 +111,11 @@ def write_model_card(run: FoundRun, directory: Path) -> None:
                 "# with gists, as it was trained; runs the code in this directory",
                 'how = {"trust_remote_code": True, "attn_implementation": "gist"}',
                 "model = AutoModelForCausalLM.from_pretrained(DIRECTORY, **how)",
+                *(
+                    ["# with other chunk sizes that it was trained with:", f"# model.generate(.., gist_chunk_sizes={other})"]
+                    if (other := _other_choice(config.gist))
+                    else []
+                ),
             ]
             if has_gists
             else []
@@ -121,6 +126,17 @@ def write_model_card(run: FoundRun, directory: Path) -> None:
         "`export_proof.json` says how closely transformers reproduced the training code's logits when this directory was made.",
     ]
     (directory / "README.md").write_text("\n".join(text) + "\n", encoding="utf-8")
+
+
+def _told_sizes(gist: GistConfig) -> str:
+    """Chunk sizes in words, those that samples drew among included."""
+    drawn = ", ".join(str(list(choice.chunk_sizes)) for choice in gist.choices)
+    return f"{list(gist.chunk_sizes)}{f' by default, drawn among {drawn} in training' if drawn else ''}"
+
+
+def _other_choice(gist: GistConfig) -> list[int]:
+    """Chunk sizes that the model was trained with and that are not its default; none where there are no others."""
+    return next((list(c.chunk_sizes) for c in gist.choices if c.chunk_sizes != gist.chunk_sizes), [])
 
 
 def _training_table(config: RunConfig, manifest) -> list[str]:
@@ -136,7 +152,7 @@ def _training_table(config: RunConfig, manifest) -> list[str]:
     }
     if config.model.attention == "gist":
         rows["Gists"] = (
-            f"chunk sizes {list(gist.chunk_sizes)} ({gist.ratio}x compression), sink {gist.sink}, n_prev {gist.n_prev}, "
+            f"chunk sizes {_told_sizes(gist)} ({gist.ratio}x compression), sink {gist.sink}, n_prev {gist.n_prev}, "
             f"{'own group only, ' if gist.own_group else ''}recall {gist.recall}"
             f"{f' from layer {gist.recall_from} on' if gist.recall_from > 1 else ''}"
         )

@@ -25,6 +25,7 @@ from unfold.pretrain.hf.directory import new_directory, read_gists, read_keys
 from unfold.pretrain.hf.generation import write_generation
 from unfold.pretrain.hf.import_weights import WeightFiles, write_checkpoint_weights
 from unfold.pretrain.hf.vocabulary import adopt_tokenizer, match_vocabulary
+from unfold.pretrain.sizes import parse_sizes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FILE_BYTES = 5 * 10**9
@@ -80,10 +81,7 @@ def import_model(args: argparse.Namespace) -> Path:
 
 def _gists(args: argparse.Namespace, own: GistConfig | None) -> tuple[int, GistConfig | None]:
     """Gist ids wanted, and how the model folds (None: it is dense). own: what the source says of its gists."""
-    try:
-        sizes = tuple(int(size) for size in args.chunk_sizes.split(",")) if args.chunk_sizes else None
-    except ValueError:
-        raise UserError(f"--chunk-sizes {args.chunk_sizes}: expected numbers such as 8,4") from None
+    sizes = parse_sizes(args.chunk_sizes) if args.chunk_sizes else None
     if args.gist_levels is not None and args.gist_levels < 0:
         raise UserError(f"--gist-levels {args.gist_levels}: is below 0")
     if args.links < 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from unfold.pretrain.plan.work import Flops, SampleSize, count_flops, measure_sa
 def with_known_vocabulary(config: RunConfig) -> RunConfig:
     """The configuration with the tokenizer's vocabulary size, where the tokenizer is there. Raises UserError without any."""
     if Path(config.data.tokenizer).is_dir():
-        levels = config.folding.levels if config.folding else 0
+        levels = config.folding.deepest if config.folding else 0
         return with_vocab_size(config, load_tokenizer(config.data.tokenizer, levels).vocab_size)
     if not config.model.vocab_size:
         raise UserError(
@@ -36,6 +36,7 @@ class Plan:
 
     Attributes:
         memory: of a rank of every pipeline stage.
+        costliest: the chunk sizes that all samples are taken to have drawn; none where they draw none.
     """
 
     config: RunConfig
@@ -45,6 +46,7 @@ class Plan:
     memory: list[Memory]
     traffic: list[Traffic]
     flops: Flops
+    costliest: tuple[int, ...] = ()
 
     @cached_property
     def time(self) -> StepTime | None:
@@ -83,7 +85,18 @@ class Planner:
         return self.cluster.gpu.memory * (1 - RESERVED)
 
     def plan(self, config: RunConfig) -> Plan:
-        """Raises UserError where the ranks cannot be divided as configured; does not ask whether it fits."""
+        """Raises UserError where the ranks cannot be divided as configured; does not ask whether it fits.
+
+        Where samples draw chunk sizes, all are taken to have drawn those that cost most: most FLOPs in what takes time, and most
+        memory in what takes memory.
+        """
+        if config.folding is None or not config.gist.choices:
+            return self._plan(config)
+        several = [self._plan(replace(config, gist=variant)) for variant in config.gist.variants]
+        costliest, fullest = max(several, key=lambda p: p.flops.total), max(several, key=lambda p: p.fullest.total)
+        return replace(costliest, config=config, memory=fullest.memory, costliest=costliest.config.gist.chunk_sizes)
+
+    def _plan(self, config: RunConfig) -> Plan:
         division = Division.of(config, self.cluster.gpus)
         sample = self._sample(config)
         flops = count_flops(config.model, sample, config.train.global_batch)

@@ -30,6 +30,8 @@ def report(name: str, plan: Plan, dense: Plan | None, usable: float) -> Iterator
         f"ZeRO-{plan.config.parallel.zero}; {division.micro_batches} micro-batch(es) of {plan.config.train.micro_batch} "
         "sample(s) per step on every rank"
     )
+    if plan.costliest:
+        yield f"gist.choices: counted as if every sample drew the costliest, chunk_sizes {list(plan.costliest)}"
     yield ""
     yield from rank_table(division, cluster)
     yield ""

