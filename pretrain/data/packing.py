@@ -87,8 +87,8 @@ class PackedWindows(Windows):
             if long.any():
                 raise UserError(
                     f"{self._setting}: {shard.prefix} has {int(long.sum())} documents of more than data.raw_tokens = "
-                    f"{raw_tokens} tokens (the longest {shard.lengths.max()}); raise it, or make the shard with --max-tokens {raw_tokens} "
-                    "and, to cut contexts, --truncate middle"
+                    f"{raw_tokens} tokens (the longest {shard.lengths.max()}); raise it, or make the shard with --max-tokens "
+                    f"{raw_tokens} and, to cut contexts, --truncate middle"
                 )
 
     def per_epoch(self, raw_tokens: int) -> int:
