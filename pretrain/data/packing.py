@@ -35,11 +35,13 @@ class Packed:
 
     Attributes:
         pieces: entries, offsets, lengths.
+        rising: int64 [pieces], the place of each among them by rising entry and offset.
         starts: int64 [windows + 1], the number of each window's first piece.
         closed, parts: contexts or parts that a window closes at most, and parts of linked contexts in it.
     """
 
     pieces: Pieces
+    rising: np.ndarray
     starts: np.ndarray
     closed: int
     parts: int
@@ -52,10 +54,10 @@ class Packed:
         """The pieces of all windows but these; those of one document that follow one another are one piece."""
         there = np.ones(self.windows, bool)
         there[windows] = False
-        chosen = np.repeat(there, np.diff(self.starts))
+        places = np.empty_like(self.rising)
+        places[self.rising] = np.arange(len(places))
+        chosen = places[np.repeat(there, np.diff(self.starts))[places]]
         entry, offset, length = (x[chosen] for x in self.pieces)
-        order = np.lexsort((offset, entry))
-        entry, offset, length = (x[order] for x in (entry, offset, length))
         follows = (entry[1:] == entry[:-1]) & (offset[1:] == offset[:-1] + length[:-1])
         first = np.flatnonzero(np.append(True, ~follows)[: len(entry)])
         return entry[first], offset[first], np.add.reduceat(length, first) if len(first) else length
@@ -154,16 +156,17 @@ class PackedWindows(Windows):
         return self._known[key]
 
     def _pack(self, pieces: Pieces, raw_tokens: int, draw: int) -> Packed:
-        """draw: what the order of the pieces is drawn from."""
+        """pieces: by rising entry and offset. draw: what the order in which they are packed is drawn from."""
         pieces = cut(pieces, raw_tokens)
         order = self._draw(draw).permutation(len(pieces[0]))
         window = pack(pieces[2][order], raw_tokens, OPEN_WINDOWS)
         by_window = np.argsort(window, kind="stable")
-        pieces = tuple(x[order[by_window]] for x in pieces)
+        rising = order[by_window]  # as they come here
+        pieces = tuple(x[rising] for x in pieces)
         starts = np.searchsorted(window[by_window], np.arange(int(window.max()) + 2))
         parts = self._parts[pieces[0]]
         most = lambda counts: int(np.add.reduceat(counts, starts[:-1]).max())
-        return Packed(pieces, starts, most(np.maximum(parts, 1)), most(parts))
+        return Packed(pieces, rising, starts, most(np.maximum(parts, 1)), most(parts))
 
 
 def cut(pieces: Pieces, longest: int) -> Pieces:
@@ -190,20 +193,24 @@ def pack(lengths: np.ndarray, room: int, most_open: int) -> np.ndarray:
         int64 [documents], the window of each; windows are numbered from 0 without gaps.
     """
     window = np.empty(len(lengths), np.int64)
-    left = np.zeros(most_open, np.int64)  # room in each open window
-    number = np.full(most_open, -1, np.int64)
+    number = np.zeros(most_open, np.int64)  # the window in each slot
+    open_ones = np.arange(most_open)  # room left * most_open + slot, rising; a slot without a window has no room left
     made = 0
     for i in range(len(lengths)):
-        best, fullest = -1, 0
-        for slot in range(most_open):
-            if left[slot] >= lengths[i] and number[slot] >= 0 and (best < 0 or left[slot] < left[best]):
-                best = slot
-            if left[slot] < left[fullest]:
-                fullest = slot
-        if best < 0:
-            best = fullest
-            left[best], number[best] = room, made
+        at = np.searchsorted(open_ones, lengths[i] * most_open)
+        if at < most_open:
+            key = open_ones[at] - lengths[i] * most_open
+            while at > 0 and open_ones[at - 1] > key:
+                open_ones[at] = open_ones[at - 1]
+                at -= 1
+        else:  # it fits nowhere: the first one, which is the fullest, closes
+            key = (room - lengths[i]) * most_open + open_ones[0] % most_open
+            number[key % most_open] = made
             made += 1
-        left[best] -= lengths[i]
-        window[i] = number[best]
+            at = 0
+            while at + 1 < most_open and open_ones[at + 1] < key:
+                open_ones[at] = open_ones[at + 1]
+                at += 1
+        open_ones[at] = key
+        window[i] = number[key % most_open]
     return window
