@@ -38,10 +38,14 @@ class StepAttention:
 
     def __init__(self, batch: Sequence[NewTokens], rule: SelectRule | None, first: int):
         self.batch, self.rule, self.first = batch, rule, first
-        join = lambda name: torch.cat([getattr(new.sight, name) for new in batch], -1)
         self.caches = [new.cache for new in batch for _ in new.sight.recalls]
+        views = [new.cache.views(new.sight) for new in batch]
+        self.steps = {kind: self._step([view[kind] for view in views]) for kind in views[0]}
+
+    def _step(self, sights: Sequence[Sight]) -> Step:
+        join = lambda name: torch.cat([getattr(sight, name) for sight in sights], -1)
         ranges = (join(name) for name in ("lo", "hi", "sinks", "hi", "tail", "span", "recalls"))
-        self.step = Step([cache.outline for cache in self.caches], *ranges)
+        return Step([cache.outline for cache in self.caches], *ranges)
 
     def __call__(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [1, T, H, D], k, v [1, T, Hkv, D] -> [1, T, H, D]"""
@@ -50,5 +54,6 @@ class StepAttention:
             after = at + len(new.sight.recalls)
             new.cache.append(index, new.sight.segment, k[0, at:after], v[0, at:after])
             at = after
-        step = self.step if recalls_in(index, self.first) else self.step.forgetting()
+        kind = self.caches[0].kinds[index]
+        step = self.steps[kind] if recalls_in(index, self.first, kind) else self.steps[kind].forgetting()
         return decode_attention(q[0], [cache.layers[index] for cache in self.caches], step, self.rule)[None]

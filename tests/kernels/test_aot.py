@@ -32,7 +32,7 @@ SOME = [
 
 
 def compile_and_check(arch, name, dim, dtype):
-    report = aot.compile_program(arch, name, dim, dtype)
+    report = aot.compile_program(arch, name, dim, dtype).report()
     committed = aot.load_table()
     if committed[0] != aot.VERSION:
         pytest.skip(f"compiles, but the table was made with {committed[0]}: this is {aot.VERSION}, whose registers differ")
@@ -63,7 +63,7 @@ def test_the_committed_table_is_whole_and_within_bounds():
 def test_a_worse_kernel_is_found():
     """The check fails on a larger tile: spills, shared memory, and growth against the table."""
     key = aot.key_of("sm_90", "forward", 128, "bf16")
-    large = aot.compile_program("sm_90", "forward", 128, "bf16", Tile(128, 256, 4, 3))
+    large = aot.compile_program("sm_90", "forward", 128, "bf16", Tile(128, 256, 4, 3)).report()
     made_with, table = aot.load_table()
     wrong = "\n".join(aot.check(key, large, (aot.VERSION, table)))
     assert "spills" in wrong and "spill_bytes 0 ->" in wrong and "of shared memory, sm_90 has" in wrong
@@ -92,7 +92,7 @@ SOME_RECALL = [
     "arch,name,dim,dtype", [x if x in SOME_RECALL else pytest.param(*x, marks=pytest.mark.long) for x in RECALL]
 )
 def test_recall_compiles_within_bounds(arch, name, dim, dtype):
-    report = aot.compile_recall_program(arch, name, dim, dtype)
+    report = aot.compile_recall_program(arch, name, dim, dtype).report()
     committed = aot.load_table(aot.RECALL_TABLE)
     if committed[0] != aot.VERSION:
         pytest.skip(f"compiles, but the table was made with {committed[0]}: this is {aot.VERSION}, whose registers differ")
