@@ -119,10 +119,10 @@ class TokenSource:
             lengths = [stretches[i].raw_tokens for i in firsts]
             self._legs.append([Leg(*leg) for leg in zip(begins, lengths, counts)])
 
-    def check(self) -> TokenSource:
-        """This source. Raises UserError where the documents of a source do not make samples of a length that it is to give."""
+    def check(self, stretches: int = 1) -> TokenSource:
+        """This source. Raises UserError where documents do not make samples of a length that the first stretches have."""
         for stream, legs in zip(self._streams, self._legs):
-            for leg in legs:
+            for leg in legs[: self._leg_of[stretches - 1]]:
                 if leg.planned != 0:
                     stream.check(leg.raw_tokens)
         return self

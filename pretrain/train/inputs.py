@@ -114,7 +114,7 @@ def open_inputs(config: RunConfig) -> Inputs:
         return BatchBuilder(source, gist, tokenizer, length_multiple, config.train.seed, shuffle_parts)
 
     train = builder(config.data.train, "data.train", config.data.shuffle_parts)
-    train.source.along(stretches_of(config)).check()
+    train.source.along(stretches_of(config)).check(len(config.stages))
     if config.data.shuffle_parts and not train.source.linked:
         raise UserError(
             "data.shuffle_parts: true, but no shard of data.train has linked contexts; make shards with "

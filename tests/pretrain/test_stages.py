@@ -184,6 +184,14 @@ def test_stages_of_one_length_change_no_sample(tiny, tokenizer):
     assert staged.fingerprint_until(100) == plain.fingerprint_until(100)
 
 
+def test_a_run_whose_last_stage_ends_it_may_go_on(tiny, tokenizer):
+    """train.steps may be raised on resume: what was read stays, and the rest follows on it."""
+    _, short, _ = staged_source(tiny, tokenizer, LENGTHS[:2], steps=9)
+    config, longer, quarantine = staged_source(tiny, tokenizer, LENGTHS[:2], steps=30)
+    assert all(short.segments(n) == longer.segments(n) for n in range(60))
+    assert max(read_tokens(config, longer, quarantine.number, 30).values()) == 1
+
+
 def test_a_leg_goes_on_in_the_next_epoch(tiny, tokenizer):
     config, source, _ = staged_source(
         tiny, tokenizer, ({"until": 100, "raw_tokens": 300}, {"until": 200, "raw_tokens": 64}), steps=300
