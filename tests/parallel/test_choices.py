@@ -117,7 +117,7 @@ def test_generation_and_evaluation_take_any_choice(alone, tiny, tmp_path, capsys
         str(tmp_path / "p"),
     ]
     assert not main(["evaluate", "perplexity", "--run-dir", run_dir, "--chunk-sizes", sizes, "4,2", *data])
-    made = json.loads((tmp_path / "p" / "results.json").read_text())
+    made = json.loads((tmp_path / "p" / "perplexity.json").read_text())
     assert sizes.split(",") == [str(size) for size in made["results"][0]["chunk_sizes"]]
 
 
