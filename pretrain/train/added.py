@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 import deepspeed
 from torch import Tensor
 
-from unfold.model.config import ModelConfig
+from unfold.model.config import ModelConfig, sizes_name
 from unfold.model.visibility import IGNORED, AddedLosses, MicroBatch
-from unfold.pretrain.config import DistillConfig
+from unfold.pretrain.config import DistillConfig, RunConfig
 from unfold.pretrain.parallel import Parallel
 
 METRICS = {"z": "z_loss", "logits": "distill_logits", "hidden": "distill_hidden"}
@@ -32,6 +32,12 @@ class Added:
     z: float = 0.0
     distill: DistillConfig = DistillConfig()
     choices: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Added:
+        """Those of a run, or of one of its stages."""
+        choices = config.folding.choices if config.folding else ()
+        return cls(config.train.z_loss, config.distill, tuple(sizes_name(choice.chunk_sizes) for choice in choices))
 
     def to_step(
         self,

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import deepspeed
 
-from unfold.model.config import sizes_name
 from unfold.model.visibility import MicroBatch
 from unfold.pretrain import parallel as parallel_groups
 from unfold.pretrain.checkpoint.resume import check_run_dir, locked_on_all, prepare_run_dir, warm_start
@@ -180,10 +179,8 @@ class Trainer:
         """One step of the optimizer; and the learning rate that it took."""
         rate, config = rate_at(self.config, step), self.config.at(step)
         set_learning_rate(self.engine, rate)
-        choices = config.folding.choices if config.folding else ()
-        added = Added(config.train.z_loss, config.distill, tuple(sizes_name(c.chunk_sizes) for c in choices))
         with self.norms.over(step):
-            result = train_step(self.engine, micro_batches, self.parallel, config.model, config.folding, added)
+            result = train_step(self.engine, micro_batches, self.parallel, config.model, config.folding, Added.of(config))
         if not result.skipped:
             self.average.update()
         return result, rate

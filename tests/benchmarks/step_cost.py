@@ -70,9 +70,10 @@ class Variant:
 
         batches = next(self.batches)
         clock = self._clock()
-        added = Added(self.config.train.z_loss, self.config.distill)
         with self.norms.over(len(self.seconds) + 1):
-            result = train_step(self.engine, batches, self.parallel, self.config.model, self.config.folding, added)
+            result = train_step(
+                self.engine, batches, self.parallel, self.config.model, self.config.folding, Added.of(self.config)
+            )
         self.average.update()
         self.norms.metrics(result.grad_norm, result.skipped)
         self.seconds.append(self._clock() - clock)
