@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from unfold.data_prep.format.text import encodable, read_text
+from unfold.pretrain.config.sizes import check_levels, parse_sizes
 from unfold.pretrain.data.chat import add_chat_arguments, load_bos, load_chat, put_question, shown_prompt
 from unfold.pretrain.errors import UserError
 from unfold.pretrain.parts import add_document_arguments, check_documents, link_ids_of, open_store, refused, shown_documents
-from unfold.pretrain.sizes import check_levels, parse_sizes
 
 if TYPE_CHECKING:
     from unfold.model.config import GistConfig

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from unfold.model.config import GistConfig
+from unfold.pretrain.config.sizes import check_levels, parse_sizes
 from unfold.pretrain.errors import UserError
-from unfold.pretrain.sizes import check_levels, parse_sizes
 
 if TYPE_CHECKING:
     from unfold.data_prep.format.tokenizer import TokenizerInfo

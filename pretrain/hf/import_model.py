@@ -19,13 +19,13 @@ from unfold.model.config import GistConfig, ModelConfig
 from unfold.model.hf.keys import model_config
 from unfold.pretrain.checkpoint.manifest import MANIFEST, Manifest, checkpoint_name, sync_directory, write_atomically
 from unfold.pretrain.config import RunConfig, parse_config
+from unfold.pretrain.config.sizes import parse_sizes
 from unfold.pretrain.data.tokenizer import RunTokenizer, load_tokenizer
 from unfold.pretrain.errors import UserError
 from unfold.pretrain.hf.directory import new_directory, read_gists, read_keys
 from unfold.pretrain.hf.generation import write_generation
 from unfold.pretrain.hf.import_weights import WeightFiles, write_checkpoint_weights
 from unfold.pretrain.hf.vocabulary import adopt_tokenizer, match_vocabulary
-from unfold.pretrain.sizes import parse_sizes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FILE_BYTES = 5 * 10**9
