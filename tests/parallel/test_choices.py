@@ -144,7 +144,8 @@ def test_an_export_names_its_default_and_takes_any_choice(alone, tmp_path):
         want = ours.logits(torch.from_numpy(made.ids)[None], layout, Recall.of(layout, gist))[0, made.raw]
         with torch.no_grad():
             out = theirs(raw[None], gist_chunk_sizes=choice["chunk_sizes"], use_cache=True)
-        torch.testing.assert_close(out.logits[0], want, rtol=0, atol=2e-5)
+        sure = 60 - 8 - 8 // 2  # the last chunk may still grow where text goes on
+        torch.testing.assert_close(out.logits[0, :sure], want[:sure], rtol=0, atol=2e-5)
         text = theirs.generate(raw[None], gist_chunk_sizes=choice["chunk_sizes"], max_new_tokens=3, do_sample=False)
         assert text.shape[0] == 1 and 60 < text.shape[1] <= 63
     with pytest.raises(ValueError, match=r"gist_chunk_sizes: \[2, 2, 2, 2\].*3 token_ids"):
