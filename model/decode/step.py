@@ -27,6 +27,13 @@ class NewTokens:
     sight: Sight
 
 
+def step_of(batch: Sequence[NewTokens]) -> Step:
+    """All new tokens of a batch, one after another."""
+    join = lambda name: torch.cat([getattr(new.sight, name) for new in batch], -1)
+    ranges = (join(name) for name in ("lo", "hi", "sinks", "hi", "tail", "span", "recalls"))
+    return Step([new.cache.outline for new in batch for _ in new.sight.recalls], *ranges)
+
+
 class StepAttention:
     """Every new token of a batch of sequences attends to its own cache; an :data:`unfold.model.visibility.Attend` of one row.
 
@@ -38,10 +45,8 @@ class StepAttention:
 
     def __init__(self, batch: Sequence[NewTokens], rule: SelectRule | None, first: int):
         self.batch, self.rule, self.first = batch, rule, first
-        join = lambda name: torch.cat([getattr(new.sight, name) for new in batch], -1)
         self.caches = [new.cache for new in batch for _ in new.sight.recalls]
-        ranges = (join(name) for name in ("lo", "hi", "sinks", "hi", "tail", "span", "recalls"))
-        self.step = Step([cache.outline for cache in self.caches], *ranges)
+        self.step = step_of(batch)
 
     def __call__(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [1, T, H, D], k, v [1, T, Hkv, D] -> [1, T, H, D]"""

@@ -46,19 +46,21 @@ class Growable:
         pinned: in host memory that a GPU may read by itself.
     """
 
-    def __init__(
-        self, shape: Sequence[int], dim: int, dtype: torch.dtype, device: torch.device | str, pinned: bool = False
-    ):
+    def __init__(self, shape: Sequence[int], dim: int, dtype: torch.dtype, device: torch.device | str, pinned: bool = False):
         self.dim, self.length, self.pinned = dim, 0, pinned
         self.memory = torch.empty([*shape[:dim], 0, *shape[dim + 1 :]], dtype=dtype, device=device)
 
     def append(self, rows: Tensor) -> None:
         """Append rows: of the same shape but for the growing dimension."""
         length = self.length + rows.shape[self.dim]
-        if length > self.memory.shape[self.dim]:
-            self._move(max(length, 2 * self.memory.shape[self.dim], 16))
+        self.reserve(length)
         self.memory.narrow(self.dim, self.length, rows.shape[self.dim]).copy_(rows)
         self.length = length
+
+    def reserve(self, room: int) -> None:
+        """Make room for so many rows in all; those behind ``length`` hold anything."""
+        if room > self.memory.shape[self.dim]:
+            self._move(max(room, 2 * self.memory.shape[self.dim], 16))
 
     def truncate(self, length: int) -> None:
         """Forget the rows from ``length`` on."""
@@ -116,9 +118,7 @@ class Feed:
 
     def then(self, after: Feed) -> Feed:
         """This and another one, which drops none of what this one reads."""
-        return Feed(
-            self.drop + after.drop, self.ids + after.ids, self.level + after.level, self.recalls + after.recalls
-        )
+        return Feed(self.drop + after.drop, self.ids + after.ids, self.level + after.level, self.recalls + after.recalls)
 
 
 def raw_feed(tokens: Sequence[int], recalls: bool) -> Feed:
@@ -174,6 +174,11 @@ class GistPlacement:
         if close:
             self._close_all(feed)
         return feed
+
+    @property
+    def certain(self) -> bool:
+        """Whether the next token stands in the open chunk whatever it is: its feed is that token alone."""
+        return len(self.chunk) < self.sinks_left + self.folding.chunk_sizes[0]
 
     def leave(self, tokens: Sequence[int], recalls: bool = False) -> Feed:
         """Append raw tokens to the open chunk without gists: a suffix."""
@@ -299,6 +304,10 @@ class Outline:
         self.counts[-1] -= tokens
         if tokens and self.levels and self.counts[self.levels - 1]:
             assert self.counts[-1] >= int(self.ends[-1].rows[-1]), "a gist stands among them"
+
+    def append_raw(self, tokens: int) -> None:
+        """Append raw tokens whose sight nobody asks for."""
+        self.counts[-1] += tokens
 
     def append(self, level: Sequence[int] | Tensor, recalls: Sequence[bool] | None = None) -> Sight:
         """Append tokens of these levels, [n], -1 for raw ones. recalls: which of them unfold chunks; None: none."""
