@@ -69,4 +69,5 @@ def choose(logits: Tensor, never: Tensor, sampling: Sampling, draw: Tensor) -> T
     whole = reached[:, -1:].contiguous()
     # The first token with which the sum passes the number drawn; rounding up to the whole sum leads behind no token that counts.
     place = torch.searchsorted(reached, draw[:, None] * whole, right=True).minimum(torch.searchsorted(reached, whole))
+    place = place.clamp(max=share.shape[1] - 1)  # where nothing is a number
     return (place if order is None else order.gather(1, place))[:, 0]

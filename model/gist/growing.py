@@ -46,7 +46,9 @@ class Growable:
         pinned: in host memory that a GPU may read by itself.
     """
 
-    def __init__(self, shape: Sequence[int], dim: int, dtype: torch.dtype, device: torch.device | str, pinned: bool = False):
+    def __init__(
+        self, shape: Sequence[int], dim: int, dtype: torch.dtype, device: torch.device | str, pinned: bool = False
+    ):
         self.dim, self.length, self.pinned = dim, 0, pinned
         self.memory = torch.empty([*shape[:dim], 0, *shape[dim + 1 :]], dtype=dtype, device=device)
 
@@ -118,7 +120,9 @@ class Feed:
 
     def then(self, after: Feed) -> Feed:
         """This and another one, which drops none of what this one reads."""
-        return Feed(self.drop + after.drop, self.ids + after.ids, self.level + after.level, self.recalls + after.recalls)
+        return Feed(
+            self.drop + after.drop, self.ids + after.ids, self.level + after.level, self.recalls + after.recalls
+        )
 
 
 def raw_feed(tokens: Sequence[int], recalls: bool) -> Feed:

@@ -1,15 +1,27 @@
-"""Generation through steps at fixed addresses: the same tokens and logits as step by step, and nothing that a graph forbids."""
+"""Generation through steps at fixed addresses: the same tokens and logits as step by step, and nothing that a graph forbids.
+
+Here on the CPU, in fp64, with plain loops over the tables in place of the kernels; tests/kernels/test_frames.py has the kernels.
+"""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter, tree_map
 
 from tests.model import by_tables
-from tests.model.decoding import make_decoder, text
+from tests.model.decoding import GISTS, STARTS, make_decoder, text
+from tests.model.test_parts import DOCUMENTS, documents
+from tests.model.test_parts import make as make_joining
+from tests.waits import Waits
 from unfold.model.config import GistConfig
-from unfold.model.decode.generation import Sampling
-from unfold.model.decode.rounds import Frames
+from unfold.model.decode import frame as frames
+from unfold.model.decode import rounds
+from unfold.model.decode.generation import Decoder, Sampling
+
+LENGTHS = [(52, 7), (21, 1)]
 
 
 def read(decoder, context, question, seed=0):
@@ -22,7 +34,7 @@ def read(decoder, context, question, seed=0):
 def framed(decoder):
     """The same decoder with frames, as on a GPU."""
     other = copy.copy(decoder)
-    other.frames = Frames(other)
+    other.frames = rounds.Frames(other)
     return other
 
 
@@ -31,17 +43,28 @@ def continued(decoder, sequences, sampling, **how):
     return [(n, token, sequences[n].logits.clone()) for n, token in decoder.stream(sequences, sampling, **how)]
 
 
-def same(decoder, lengths, sampling, **how):
-    one, two = ([read(decoder, *n) for n in lengths] for _ in range(2))
-    want = continued(decoder, one, sampling, **how)
-    got = continued(framed(decoder), two, sampling, **how)
+def check_same(got, want, others, sequences):
+    """What came, and what the sequences are afterwards."""
     assert [x[:2] for x in got] == [x[:2] for x in want] and got
     assert max(float((a[2] - b[2]).abs().max()) for a, b in zip(got, want)) < 1e-10
-    for a, b in zip(one, two):
+    for a, b in zip(sequences, others):
         assert (a.ids, a.level, a.recalls, a.pending) == (b.ids, b.level, b.recalls, b.pending)
         assert a.cache.outline.counts == b.cache.outline.counts
-        for rows, others in zip(a.cache.layers[-1], b.cache.layers[-1]):
-            torch.testing.assert_close(others.buffer.rows, rows.buffer.rows, atol=1e-10, rtol=0)
+        for layer, other in zip(a.cache.layers, b.cache.layers):
+            for rows, others in zip(layer, other):
+                torch.testing.assert_close(others.buffer.rows, rows.buffer.rows, atol=1e-10, rtol=0)
+
+
+def same(decoder, start, sampling, **how):
+    """start: makes the sequences of a decoder, the same ones every time."""
+    other = framed(decoder)
+    one, two = start(decoder), start(decoder)
+    check_same(continued(other, two, sampling, **how), continued(decoder, one, sampling, **how), two, one)
+    return other, two
+
+
+def both(decoder):
+    return [read(decoder, *lengths, seed=n) for n, lengths in enumerate(LENGTHS)]
 
 
 @pytest.fixture(autouse=True)
@@ -49,9 +72,208 @@ def by_plain_loops(monkeypatch):
     by_tables.patch(monkeypatch)
 
 
+@pytest.fixture
+def short_ahead(monkeypatch):
+    """States that hold for three tokens, so that buckets and memories change under way."""
+    for module in (frames, rounds):
+        monkeypatch.setattr(module, "AHEAD", 3)
+
+
 @pytest.mark.parametrize("grow", [False, True])
 @pytest.mark.parametrize("recall", ["none", "suffix"])
 @pytest.mark.parametrize("sizes", [(4,), (4, 2), (3, 2, 2)])
 def test_equals_step_by_step(build, sizes, recall, grow):
     decoder = make_decoder(build, GistConfig(sizes, recall=recall, budget_ratio=2), grow)
-    same(decoder, [(70, 9), (33, 1)], Sampling(14, temperature=1.0))
+    same(decoder, both, Sampling(9, temperature=1.0))
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.7])
+def test_dense(build, top_p):
+    same(make_decoder(build, None), both, Sampling(8, temperature=1.0, top_p=top_p))
+
+
+RULES = {
+    "fixed": dict(topk=2),
+    "everything": dict(topk=10**6),
+    "by group": dict(topk=2, share="group"),
+    "unfold all": dict(topk=2, unfold_all=True),
+    "own group": dict(own_group=True, recall_from=2, budget_ratio=1),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_budget_while_buckets_and_memories_change(build, rule, short_ahead):
+    """Greedy; the budget grows with the text, and states are filled anew every fourth token."""
+    decoder = make_decoder(build, GistConfig((4, 2), recall="suffix", **RULES[rule]))
+    other, _ = same(decoder, both, Sampling(9))
+    (only,) = other.frames.made.values()
+    assert only.slots == only.sequences == 2
+
+
+@pytest.mark.parametrize("starts", ["none", "all"])
+def test_chunks_that_are_read_again_or_close_when_they_are_due(build, starts, short_ahead):
+    bitmap = {"none": STARTS & False, "all": STARTS | True}[starts]
+    decoder = make_decoder(build, GistConfig((5, 2), recall="suffix", topk=2), True, bitmap)
+    other, _ = same(decoder, lambda d: [read(d, 33, 3), d_start(d)], Sampling(16, temperature=1.5))
+    assert max(slots for slots, _ in other.frames.made) >= 4
+
+
+def d_start(decoder):
+    """A prompt alone, whose text grows."""
+    sequence = decoder.start()
+    decoder.read_context(sequence, text(2), close=False)
+    return sequence
+
+
+def test_joined_parts(build):
+    decoder = make_joining(build, GistConfig((4, 2), recall="suffix", topk=2))
+    parts = [decoder.read_part(tokens) for tokens in documents(DOCUMENTS["several"])]
+
+    def start(decoder):
+        joined = decoder.join(parts, text(4))
+        decoder.read_suffix(joined, text(5, 20))
+        return [joined, read(decoder, 40, 3)]
+
+    same(decoder, start, Sampling(6))
+
+
+def test_draws_beyond_a_block(build, monkeypatch):
+    for module in (frames, rounds, __import__("unfold.model.decode.sampling", fromlist=["x"])):
+        monkeypatch.setattr(module, "BLOCK", 4)
+    same(make_decoder(build, None), both, Sampling(11, temperature=1.0))
+
+
+@pytest.mark.parametrize("gist", [GistConfig((4, 2), recall="suffix"), None], ids=["gists", "dense"])
+def test_sequences_that_end_under_way(build, gist):
+    """By a stop id, by the caller, by the caller who stops listening; what the GPU has read ahead is of no account."""
+    decoder = make_decoder(build, gist)
+    start = lambda d: [read(d, *n) for n in [(40, 3), (17, 2), (9, 5)]]
+    plain = continued(decoder, start(decoder), Sampling(8, temperature=1.0))
+    stop = next(token for n, token, _ in plain[6:] if n == 1)
+    results = []
+    for d in (decoder, framed(decoder)):
+        sequences, ended, got = start(d), set(), []
+        for n, token in d.stream(sequences, Sampling(9, temperature=1.0), [stop], ended):
+            got.append((n, token, sequences[n].logits.clone()))
+            if len(got) == 9:
+                ended.add(0)
+            if len(got) == 13:
+                break
+        got += continued(d, sequences[1:], Sampling(3, temperature=1.0, seed=5))
+        d.read_suffix(sequences[0], text(4, 9))
+        got += continued(d, sequences, Sampling(4))
+        results += [got, sequences]
+    check_same(results[2], results[0], results[3], results[1])
+
+
+def test_a_branch_in_mid_stream_goes_its_own_way(build):
+    decoder = make_decoder(build, GistConfig((4, 2), recall="suffix", topk=2))
+    results = []
+    for d in (decoder, framed(decoder)):
+        sequences, branch = [read(d, 30, 3)], None
+        for count, _ in enumerate(d.stream(sequences, Sampling(6))):
+            if count == 2:
+                branch = copy.deepcopy(sequences[0])
+        branches = [branch, *sequences]
+        d.step(branches)
+        results += [continued(d, branches, Sampling(4, temperature=1.0)), branches]
+    check_same(results[2], results[0], results[3], results[1])
+
+
+class Record(TorchDispatchMode):
+    """Operations with the shapes of their tensors, and the addresses of those that lie in some memories."""
+
+    def __init__(self, memories):
+        super().__init__()
+        self.fixed = {x.untyped_storage().data_ptr() for x in memories}
+        self.log = []
+
+    def note(self, what, *values):
+        def told(x):
+            if not isinstance(x, torch.Tensor):
+                return x if isinstance(x, (int, float, str, bool, type(None))) else str(x)
+            at = x.data_ptr() if x.untyped_storage().data_ptr() in self.fixed else None
+            return tuple(x.shape), x.stride(), x.dtype, at
+
+        self.log.append((what, tree_map(told, values)))
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.note(str(func), list(args), kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["dense", "forget", "recall"])
+def test_a_step_reads_nothing_on_the_host_and_is_always_the_same(build, kind, monkeypatch):
+    """What replaying needs: every operation and launch once more, at the same addresses, with the same shapes; nothing waits."""
+    gist = {"dense": None, "forget": GistConfig((4, 2)), "recall": GistConfig((4, 2), recall="suffix")}[kind]
+    decoder = framed(make_decoder(build, gist))
+    sequences = both(decoder)
+    decoder.frames.replays.prepare = lambda key, step, rest: step
+    stream = decoder.stream(sequences, Sampling(20, temperature=1.0, top_p=0.9))
+    for _ in range(4):
+        next(stream)
+    (frame,) = decoder.frames.made.values()
+    monkeypatch.undo()  # the kernels' own launching, but for the launches
+    from unfold.kernels.decode import triton as backend
+
+    memories = [frame.state.memory, frame.logits, frame.chosen, frame.draws, frame.anchor, frame.ends, decoder.never]
+    memories += list(decoder.model.parameters())
+    record, waits = Record(memories), Waits(monkeypatch)
+    for x in memories:
+        waits.mark(x)
+    launch = lambda self, kernel, grid, launch, *args, **sizes: record.note(kernel, grid, launch, list(args), sizes)
+    monkeypatch.setattr(backend.Chain, "launch", launch)
+    grids = lambda grid: lambda *args, **sizes: record.note("keep", grid, list(args), sizes)
+    monkeypatch.setattr(backend, "keep_kernel", type("Kernel", (), {"__getitem__": staticmethod(grids)})())
+    monkeypatch.setattr(backend, "architecture", lambda q: "sm_90")
+    made = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: waits.mark(made(*a, **k)))
+    logs = []
+    for _ in range(3):
+        record.log = []
+        with waits, record:
+            frame.step()
+        logs.append(record.log)
+    assert not waits.where, waits.where
+    assert waits.operations > 100 and len(logs[0]) > 100
+    assert sum(isinstance(entry[0], str) and entry[0] == "keep" for entry in logs[0]) == 3
+    for log in logs[1:]:
+        assert log == logs[0]
+    fixed = {at for _, values in logs[0] for x in tree_iter(values) if isinstance(x, int) for at in [x]}
+    assert frame.logits.data_ptr() in fixed and frame.state.memory.data_ptr() in fixed
+
+
+def test_graphs_are_captured_once_and_kept_within_a_number(monkeypatch):
+    """Of capturing what a CPU can tell: when it is asked for, from which state, and what happens where it fails."""
+    from unfold.model.decode import replay
+
+    replays = replay.Replays(torch.device("cpu"))
+    assert replays.prepare("a", step := lambda: None, None) is step, "without a GPU a step runs as it is"
+    log = []
+    replays.capture = True
+    replays._captured = lambda step: log.append("captured") or SimpleNamespace(replay=lambda: "replayed")
+    monkeypatch.setattr(replay, "MOST", 2)
+    for key in "aabacaba":
+        assert replays.prepare(key, step, lambda: log.append("rest"))() == "replayed"
+    assert log == ["rest", "captured"] * 4 and list(replays.graphs) == ["b", "a"]  # b was dropped for c, and made again
+
+
+def test_where_a_graph_cannot_be_captured_one_line_says_so(build, caplog):
+    decoder = framed(make_decoder(build, None))
+    replays = decoder.frames.replays
+
+    def fail(step):
+        step()
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore lines")
+
+    replays.capture, replays._captured = True, fail
+    want = continued(make_decoder(build, None), [read(decoder, 9, 1)], Sampling(4))
+    got = continued(decoder, [read(decoder, 9, 1)], Sampling(4))
+    assert [x[:2] for x in got] == [x[:2] for x in want] and not replays.capture
+    (message,) = caplog.messages
+    assert "without CUDA graphs" in message and "not permitted" in message and "\n" not in message
+
+
+def test_a_decoder_on_a_cpu_has_no_frames(build):
+    decoder = make_decoder(build, None)
+    assert Decoder(decoder.model, None, GISTS, STARTS).frames is None
