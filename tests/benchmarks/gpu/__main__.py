@@ -4,14 +4,17 @@ r"""Everything that only a GPU can tell, by one command: right or wrong, how fas
 
 Steps, each in processes of its own, each with a share of the time, none keeping the others from running:
 
-- ``check``: tests.benchmarks.gpu.smoke, the same under compute-sanitizer, and tests/kernels in parallel processes, all at once;
+- ``check``: tests.benchmarks.gpu.smoke, the same under compute-sanitizer, tests/kernels in parallel processes, and what a
+  training step waits for (tests.benchmarks.gpu.waits), all at once;
 - ``times``: every kernel's own time in whole steps, and at several tile sizes (tests.benchmarks.gpu.kernel_times --sweep);
 - ``decode``: a decoding step beside dense attention, and its kernels (tests.benchmarks.gpu.decode_times);
 - ``bench``: compressed attention beside dense and FlexAttention (python -m tests.benchmarks.gpu.attention);
 - ``counters``: hardware counters of the main kernels, by Nsight Compute;
-- ``train``: training a model of Llama-8B's width and four layers at 32k tokens: dense, forgetting, recalling.
+- ``train``: training a model of Llama-8B's width and four layers (tests.benchmarks.gpu.training): at 32k tokens dense, forgetting
+  and recalling, and what --arms names beside, each with a profile of one step.
 
-Training reads DATA (tokenizer/ and shards/sotu_train, as launch/demo.sh makes them; shards/suffix, supervised, for those arms).
+Training reads DATA (tokenizer/ and shards/sotu_train, as launch/demo.sh makes them; shards/suffix, supervised, and shards/long,
+one document, for the arms that name them).
 DIR gets a log and a file per step. A machine without a network may lack packages: --wheels names a folder of wheels, which go on
 the path first. Made where there is a network, for Python 3.12, torch 2.11, Triton 3.6 and transformers being there (9 MB):
 
@@ -27,67 +30,22 @@ nothing.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
-import signal
-import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from tests.benchmarks.gpu.runner import Runner
+from tests.benchmarks.gpu.training import ARMS, pause, start_training, train
+
 HERE = "tests.benchmarks.gpu"
 
 
-@dataclass
-class Runner:
-    """Runs commands until a deadline and keeps one log."""
-
-    output: Path
-    deadline: float
-    begin: float
-    paused: dict[str, tuple] = field(default_factory=dict)
-
-    def say(self, text: str) -> None:
-        line = f"[{time.perf_counter() - self.begin:5.0f} s] {text}"
-        print(line, flush=True)
-        with open(self.output / "log.txt", "a") as file:
-            file.write(line + "\n")
-
-    def left(self) -> float:
-        return self.deadline - time.perf_counter()
-
-    def start(self, name: str, arguments: list[str], seconds: float, **environment: str) -> tuple:
-        path = self.output / f"{name}.log"
-        process = subprocess.Popen(
-            arguments, stdout=open(path, "w"), stderr=subprocess.STDOUT, env=os.environ | environment, start_new_session=True
-        )
-        return process, path, time.perf_counter() + min(seconds, self.left()), name
-
-    def finish(self, started: tuple, lines: int = 30) -> str:
-        """Wait for a process or for its time to be up; the last lines of what it printed go to the log."""
-        process, path, until, name = started
-        try:
-            status = process.wait(max(0.1, until - time.perf_counter()))
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGINT)  # a test run then still says what has failed
-            try:
-                process.wait(8)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-            status = "stopped, its time was up"
-        text = path.read_text(errors="replace")
-        self.say(f"{name}: exit {status}")
-        print("\n".join(text.splitlines()[-lines:]), flush=True)
-        return text
-
-    def run(self, name: str, arguments: list[str], seconds: float, lines: int = 30) -> str:
-        return self.finish(self.start(name, arguments, seconds), lines)
+TESTED = ("compressed_triton", "select_triton", "unfold_triton", "route_triton", "decode", "variants")
 
 
 def check(runner: Runner, args: argparse.Namespace) -> None:
@@ -99,22 +57,26 @@ def check(runner: Runner, args: argparse.Namespace) -> None:
         files = [f"tests/kernels/test_{name}_triton.py" for name in ("compressed", "unfold")]
         tests = [*python, "pytest", "-q", "-m", "not long", "-k", "hidden"]
         runner.finish(runner.start("tests", [*tests, *files], args.check_seconds))
+        runner.run("waits", [*python, f"{HERE}.waits"], args.check_seconds)
         return
     sanitizer = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", *smoke, "--raw", "300", "--once"]
     workers = str(args.workers or max(2, (os.cpu_count() or 2) - 3))
     tests = [*python, "pytest", "-v", "--tb=short", "-m", "not long", "-k", args.tests, "-n", workers, "-p", "no:cacheprovider"]
-    files = [f"tests/kernels/test_{name}.py" for name in ("compressed_triton", "select_triton", "unfold_triton", "decode")]
+    files = [f"tests/kernels/test_{name}.py" for name in TESTED]
     started = [
         runner.start("smoke", smoke, args.check_seconds),
         runner.start("tests", [*tests, *files], args.check_seconds),
         runner.start("sanitizer", [*sanitizer, "--dtypes", "bfloat16"], args.check_seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1"),
+        runner.start("waits", [*python, f"{HERE}.waits"], args.check_seconds),
     ]
     if "train" in args.steps:
         runner.paused |= {name: start_training(runner, args, name) for name in args.arms[: args.paused]}
     if "times" in args.steps:  # what is timed later compiles beside them
         warm = [*python, f"{HERE}.kernel_times", "--compile-only", *args.times_flags]
         started.append(runner.start("warm", warm, args.check_seconds))
-        started.append(runner.start("warm-decode", [*python, f"{HERE}.decode_times", "--seconds", "0"], args.check_seconds))
+    if "decode" in args.steps:
+        warm = [*python, f"{HERE}.decode_times", "--seconds", "0", *args.decode_flags]
+        started.append(runner.start("warm-decode", warm, args.check_seconds))
     if "bench" in args.steps:
         for raw in BENCH_RAW:
             flex = [*python, *BENCH, "--raw", str(raw), "--only", "flex, sorted keys", "--seconds", "0"]
@@ -135,6 +97,7 @@ def times(runner: Runner, args: argparse.Namespace) -> None:
 
 def decode(runner: Runner, args: argparse.Namespace) -> None:
     command = [sys.executable, "-m", f"{HERE}.decode_times", "--output", str(runner.output / "decode_times.json")]
+    command += args.decode_flags
     if not args.gpu:
         command += ["--raw", "256", "--batch", "1", "--heads", "2", "--kv-heads", "1", "--dim", "64", "--only", "default"]
     runner.run("decode", [*command, "--seconds", str(args.decode_seconds)], args.decode_seconds + 10, 60)
@@ -151,78 +114,6 @@ def bench(runner: Runner, args: argparse.Namespace) -> None:
         return
     flags = ["--seconds", "0.1", "--only", "dense SDPA", "dense cuDNN", "ours", "flex, sorted keys"]
     runner.run("bench", [*command, *flags, "--output", str(runner.output)], 150)
-
-
-TRAIN_STEPS = 10
-# Name: shards, settings. Those of `suffix` hold questions and answers, a tenth of each sample.
-ARMS = {
-    "dense": ("sotu_train", ["model.attention=dense"]),
-    "forgetting": ("sotu_train", []),
-    "recalling": ("sotu_train", ["gist.recall=all"]),
-    "suffix forgetting": ("suffix", []),
-    "suffix recalling": ("suffix", ["gist.recall=suffix"]),
-}
-CONFIG = dict(
-    precision="bf16",
-    model=dict(hidden_size=4096, layers=4, heads=32, kv_heads=8, head_dim=128, ffn_size=14336, max_position=131072),
-    gist=dict(chunk_sizes=[8, 4]),
-    train=dict(steps=1000, global_batch=1, valid_every=0),
-    optimizer=dict(lr=1e-4),
-    checkpoint=dict(every=1000),
-    monitor=dict(wandb=False),
-)
-
-
-SMALL = dict(precision="fp32", model=dict(hidden_size=128, layers=2, heads=2, kv_heads=1, ffn_size=256, max_position=131072))
-
-
-def start_training(runner: Runner, args: argparse.Namespace, name: str) -> tuple:
-    """Start an arm of training."""
-    shards, changes = ARMS[name]
-    directory = args.data / "shards"
-    data = dict(train=[str(directory / shards)], tokenizer=str(args.data / "tokenizer"), raw_tokens=args.train_raw)
-    run_dir = runner.output / f"run-{name.replace(' ', '-')}"
-    path = runner.output / f"{run_dir.name}.json"
-    path.write_text(json.dumps(CONFIG | ({} if args.gpu else SMALL) | dict(data=data)))  # JSON is YAML
-    sets = [x for change in changes for x in ("--set", change)]
-    command = [sys.executable, "-m", "pretrain", "train", "--config", str(path), "--run-dir", str(run_dir), *sets]
-    return *runner.start(run_dir.name, command, 300), run_dir
-
-
-def steps_of(run_dir: Path) -> list[dict]:
-    metrics = run_dir / "metrics.jsonl"
-    return [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
-
-
-def pause(started: tuple, seconds: float) -> None:
-    """Let an arm come to its first steps, then stop it: its start need not take time of its own later."""
-    until = time.perf_counter() + seconds
-    while started[0].poll() is None and time.perf_counter() < until and len(steps_of(started[-1])) < 2:
-        time.sleep(0.1)
-    if started[0].poll() is None:
-        os.killpg(started[0].pid, signal.SIGSTOP)
-
-
-def train(runner: Runner, args: argparse.Namespace) -> None:
-    results = {}
-    for name in args.arms:
-        started = runner.paused.pop(name, None) or start_training(runner, args, name)
-        process, *_, run_dir = started
-        os.killpg(process.pid, signal.SIGCONT)
-        first, until = len(steps_of(run_dir)), time.perf_counter() + min(70, runner.left())
-        # The last step would save 15 GB: enough has been seen before.
-        while process.poll() is None and time.perf_counter() < until and len(steps_of(run_dir)) < first + TRAIN_STEPS:
-            time.sleep(0.1)
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        runner.finish(started[:-1], 8)
-        steps = steps_of(run_dir)
-        if len(steps) > first + 2:
-            rate = statistics.median(s["raw_tokens_per_s"] for s in steps[first + 1 :])
-            results[name] = dict(raw_tokens_per_s=rate, loss=[s["loss"] for s in steps], last=steps[-1])
-            runner.say(f"train, {name}: {rate:,.0f} raw tokens/s, loss {steps[0]['loss']:.3f} -> {steps[-1]['loss']:.3f}")
-        shutil.rmtree(run_dir, ignore_errors=True)
-    (runner.output / "train.json").write_text(json.dumps(dict(config=CONFIG, results=results), indent=1))
 
 
 def counters(runner: Runner, args: argparse.Namespace) -> None:
@@ -262,6 +153,8 @@ def main() -> int:
     parser.add_argument("--times-seconds", type=float, default=130)
     parser.add_argument("--workers", type=int, default=0, help="processes of the tests; 0: by the number of cores")
     parser.add_argument("--decode-seconds", type=float, default=55)
+    parser.add_argument("--arm-seconds", type=float, default=70, help="at most so long for an arm of training")
+    parser.add_argument("--decode-flags", type=str.split, default=[], help="flags of decode_times, in one word")
     parser.add_argument("--tests", default="test", help="pytest's -k: which of the tests of kernels")
     parser.add_argument("--times-flags", type=str.split, default=["--sweep"], help="flags of kernel_times, in one word")
     args = parser.parse_args()

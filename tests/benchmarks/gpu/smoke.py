@@ -23,6 +23,7 @@ from tests.benchmarks.gpu import recall as bench_recall
 from tests.kernels.uniform import uniform_tree
 from unfold.kernels.compressed import compressed_attention
 from unfold.kernels.decode import decode_attention
+from unfold.kernels.route import Routed, routing_loss
 from unfold.kernels.select import select_gists
 from unfold.kernels.unfold import recall_attention, unfold_attention
 
@@ -68,7 +69,25 @@ def decode(args: SimpleNamespace) -> tuple[str | None, list[Tensor]]:
     return None if error <= bound else f"off by {error:.2e}, allowed {bound:.0e}", [out]
 
 
-OPERATIONS: dict[str, Callable] = {"compressed": compressed, "recall": recall, "decode": decode}
+def route(args: SimpleNamespace) -> tuple[str | None, list[Tensor]]:
+    """The routing loss and its gradient against the CPU path in fp64: see tests/kernels/test_route_triton.py for the bounds."""
+    tree = uniform_tree(args.raw, CHUNKS, args.raw // 8, device=args.device)
+    tokens = tree.others.tokens
+    q, k = bench_recall.random_leaves(args, (len(tree.tokens), args.heads, args.dim), (1, tokens, args.kv_heads, args.dim))
+    routed = Routed(tree, torch.zeros_like(tree.span) + tree.others.segment_start[0, tree.levels])
+    found = {}
+    for backend, dtype in (("triton", args.dtype), ("cpu", args.dtype), ("cpu", torch.float64)):
+        own = k.detach().to(dtype).requires_grad_()
+        loss = routing_loss(q.detach().to(dtype), own, routed, backend=backend)
+        found[backend, dtype] = loss.detach(), torch.autograd.grad(loss, own)[0]
+    want = found["cpu", torch.float64]
+    off = lambda got: [float((a.double() - b).abs().amax() / b.abs().amax()) for a, b in zip(got, want)]
+    ours, plain = off(found["triton", args.dtype]), off(found["cpu", args.dtype])
+    wrong = [f"{a:.1e} against {b:.1e}" for a, b in zip(ours, plain) if not a <= 2 * b + torch.finfo(args.dtype).eps]
+    return f"off by {', '.join(wrong)}" if wrong else None, list(found["triton", args.dtype])
+
+
+OPERATIONS: dict[str, Callable] = {"compressed": compressed, "recall": recall, "route": route, "decode": decode}
 
 
 def main() -> int:
