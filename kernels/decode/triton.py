@@ -23,6 +23,7 @@ from unfold.kernels.select.selection import SelectRule
 
 LARGEST_GROUP = 32  # query heads per KV head
 LARGEST_ROW = 1 << 26
+INSTEAD = "use backend='cpu', which runs on any device"
 UNIT = kernels.UNIT.value
 HELD = 8192  # scores that a program of the search holds in registers
 COMPARED = 256
@@ -71,18 +72,27 @@ def decode_attention_triton(
 
 def why_not(q: Tensor, layers: Sequence[Sequence[RowStore]], rule: SelectRule | None) -> str | None:
     """Why the Triton kernels do not serve this case, in words; None if they do."""
-    instead = "use backend='cpu', which runs on any device"
     group = q.shape[1] // layers[0][-1].memory.shape[1]
+    return why_not_shape(q.dtype, q.shape[2], group, rule) or why_not_rows(layers)
+
+
+def why_not_shape(dtype: torch.dtype, dim: int, group: int, rule: SelectRule | None) -> str | None:
+    """The same, of a whole model. dim: of a head; group: query heads per KV head."""
     if rule is not None and rule.top_p is not None:
-        return f"top_p: {rule.top_p}; backend 'triton' selects by number, {instead}"
-    if q.dtype not in DTYPES:
-        return f"q: dtype {q.dtype}; backend 'triton' serves fp16, bf16 and fp32, {instead}"
-    if q.shape[2] not in HEAD_DIMS:
-        return f"q: head dimension {q.shape[2]} is not one of {HEAD_DIMS}, {instead}"
+        return f"top_p: {rule.top_p}; backend 'triton' selects by number, {INSTEAD}"
+    if dtype not in DTYPES:
+        return f"q: dtype {dtype}; backend 'triton' serves fp16, bf16 and fp32, {INSTEAD}"
+    if dim not in HEAD_DIMS:
+        return f"q: head dimension {dim} is not one of {HEAD_DIMS}, {INSTEAD}"
     if group > LARGEST_GROUP:
-        return f"q: {group} query heads per KV head, backend 'triton' serves {LARGEST_GROUP}; {instead}"
+        return f"q: {group} query heads per KV head, backend 'triton' serves {LARGEST_GROUP}; {INSTEAD}"
+    return None
+
+
+def why_not_rows(layers: Sequence[Sequence[RowStore]]) -> str | None:
+    """The same, of caches."""
     if max(rows.memory.shape[2] for layer in layers for rows in layer) > LARGEST_ROW:
-        return f"cache: more than {LARGEST_ROW} rows, {instead}"
+        return f"cache: more than {LARGEST_ROW} rows, {INSTEAD}"
     return None
 
 

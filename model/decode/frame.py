@@ -99,7 +99,7 @@ class Frame:
         self.ends = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.resting = State(*sizes, "cpu", pinned=self.device.type == "cuda")
         self._rest(self.resting)
-        self.left, self.tables, self.sampling, self.run_step = 0, (), None, self.step
+        self.left, self.tables, self.sampling, self.replay = 0, (), None, None
 
     def _rest(self, state: State) -> None:
         """Every slot pads the frame."""
@@ -135,13 +135,11 @@ class Frame:
         for ints, table in zip(state.ints, tables):
             ints[at] = table.ints
         state.places[:, at] = self._places([tokens for _, tokens, _ in new])
-        self.tables = tuple(
-            replace(table, ints=ints, ends=self.ends) for table, ints in zip(tables, self.state.ints)
-        )  # fmt: skip
+        self.tables = tuple(replace(table, ints=ints, ends=self.ends) for table, ints in zip(tables, self.state.ints))
         buckets = tuple((t.candidates, t.widths, t.room, t.rows, t.recalls) for t in tables)
         key = self.slots, self.sequences, buckets, sampling and replace(sampling, max_new_tokens=0, seed=0)
         self.sampling, self.left = sampling, AHEAD if alone else 0
-        self.run_step = self.replays.prepare(key, self.step, lambda: self.state.memory.copy_(self.resting.memory))
+        self.replay = self.replays.prepare(key, self)
         self.state.memory.copy_(state.memory, non_blocking=True)
 
     def _tables(self, step: Step) -> list:
@@ -153,8 +151,10 @@ class Frame:
 
     def _places(self, batch: Sequence[NewTokens]) -> Tensor:
         """[layers, tokens, ..]"""
-        from unfold.kernels.decode.triton import places_of
+        from unfold.kernels.decode.triton import places_of, why_not_rows
 
+        if reason := why_not_rows([new.cache.layers[0] for new in batch]):
+            raise ValueError(reason)
         lines = []
         for index in range(len(self.model.layers)):
             own = [places_of(self.anchor, new.cache.layers[index], self.ends, new.cache.outline) for new in batch]
@@ -163,12 +163,28 @@ class Frame:
 
     def run(self) -> None:
         """One step; on a GPU nothing waits for it."""
-        self.run_step()
+        self.replay()
         self.left -= 1
+
+    def rest(self) -> None:
+        """As every method up to :meth:`step`: see :class:`unfold.model.decode.replay.Replayable`."""
+        self.state.memory.copy_(self.resting.memory)
+
+    def kept(self) -> list[Tensor]:
+        return [self.state.memory, self.logits, self.chosen]
+
+    def spoil(self) -> None:
+        from unfold.kernels.decode.triton import keep
+
+        _, kv_heads, slots, dim = self.anchor.shape
+        rows = self.anchor.new_full((slots, kv_heads, dim), torch.nan)
+        for places in self.state.places:
+            keep(rows, rows, self.anchor, places, self.state.items)
+        self.logits.fill_(torch.nan)
+        self.chosen.fill_(-1)
 
     @torch.no_grad()
     def step(self) -> None:
-        """What a graph captures."""
         state = self.state
         hidden = self.model.run_layers(state.ids[None], state.position[None], self)[:, 0]
         self.logits.copy_(self.model.head_logits(hidden.index_select(0, state.last)))

@@ -13,7 +13,7 @@ from torch import Tensor
 from unfold.model.decode.cache import CachedJoinedOutline, CachedOutline, SequenceCache
 from unfold.model.decode.parts import identity_of, join, part_of
 from unfold.model.decode.prefill import PrefillAttention
-from unfold.model.decode.rounds import FrameRounds, Frames, Rounds
+from unfold.model.decode.rounds import FrameRounds, Rounds, frames_of
 from unfold.model.decode.sampling import Sampling
 from unfold.model.decode.step import NewTokens, StepAttention
 from unfold.model.gist import GistConfig, select_rule
@@ -68,7 +68,8 @@ class Decoder:
         link_ids: of the links of one part, in order; empty: parts are joined without links.
         raw_cache: where keys and values of raw tokens are kept: 'device', or 'host', from where what is unfolded is fetched.
             Gists are always on the device.
-        capture: on a GPU, replay steps from CUDA graphs; without it the same steps are launched operation by operation.
+        capture: on a GPU, replay steps from CUDA graphs, each compared with the step itself at its first use; without it the
+            same steps are launched operation by operation. Steps over a raw cache on the host always are.
     """
 
     def __init__(
@@ -94,7 +95,7 @@ class Decoder:
         weight = model.head_weight
         self.device, self.dtype = weight.device, weight.dtype
         self.never = torch.tensor(self.gist_ids, dtype=torch.int64, device=self.device)
-        self.frames = Frames(self, capture) if self.device.type == "cuda" else None
+        self.frames = frames_of(self, capture)
 
     def start(self) -> LiveSequence:
         """A new, empty sequence."""

@@ -1,8 +1,8 @@
 """Rounds of decoding: every sequence reads the token chosen last, and the next one is chosen for each.
 
-On a CPU (:class:`Rounds`) step by step. On a GPU (:class:`FrameRounds`) through steps at fixed addresses, replayed from CUDA
-graphs, and one ahead: while the host looks at a round's tokens, the GPU already reads them. What it read of a sequence that then
-ends is of no account: rows behind a cache's length hold anything.
+On a CPU, and where :func:`frames_of` says so, step by step (:class:`Rounds`). On a GPU (:class:`FrameRounds`) through steps at
+fixed addresses, replayed from CUDA graphs, and one ahead: while the host looks at a round's tokens, the GPU already reads them.
+What it read of a sequence that then ends is of no account: rows behind a cache's length hold anything.
 """
 
 from __future__ import annotations
@@ -77,6 +77,17 @@ class Frames:
         return self.made[sizes]
 
 
+def frames_of(decoder: Decoder, capture: bool) -> Frames | None:
+    """A decoder's frames; None where it reads step by step: on a CPU, what the kernels do not serve, raw rows on the host."""
+    if decoder.device.type != "cuda" or decoder.raw_on_host:
+        return None
+    from unfold.kernels.decode.triton import why_not_shape
+
+    config = decoder.model.config
+    refused = why_not_shape(decoder.dtype, config.head_dim, config.heads // config.kv_heads, decoder.rule)
+    return None if refused else Frames(decoder, capture)
+
+
 @dataclass(frozen=True)
 class Flight:
     """A step that was launched.
@@ -143,7 +154,7 @@ class FrameRounds(Rounds):
         return [chosen[n] for n in reading]
 
     def close(self) -> None:
-        """Rows on the host may be moved or freed once nothing writes them."""
+        """Nothing reads or writes the sequences any more when the caller has them."""
         if self.ahead is not None:
             self.ahead.wait()
 

@@ -1,4 +1,4 @@
-"""Steps at fixed addresses through the Triton kernels, on a GPU or in Triton's interpreter: tokens and logits of the CPU's steps."""
+"""Steps at fixed addresses through the Triton kernels, on a GPU or in the interpreter: tokens and logits of the CPU's steps."""
 
 import copy
 
@@ -34,7 +34,9 @@ def short_and_faithful(monkeypatch):
 def make_decoder(build, gist, device, grow=False):
     """In fp32, of the smallest shape that the kernels serve."""
     kind = "gist" if gist else "dense"
-    config = ModelConfig(VOCAB, hidden_size=32, layers=2, heads=2, kv_heads=1, head_dim=64, ffn_size=48, init_std=0.2, attention=kind)
+    config = ModelConfig(
+        VOCAB, hidden_size=32, layers=2, heads=2, kv_heads=1, head_dim=64, ffn_size=48, init_std=0.2, attention=kind
+    )
     model = Transformer(config, build).float().eval().to(device)
     return Decoder(model, gist, range(WORDS, VOCAB), np.arange(VOCAB) % 2 == 0, grow)
 

@@ -16,6 +16,7 @@ from tests.model.decoding import GISTS, STARTS, make_decoder, text
 from tests.model.test_parts import DOCUMENTS, documents
 from tests.model.test_parts import make as make_joining
 from tests.waits import Waits
+from unfold.kernels.select import SelectRule
 from unfold.model.config import GistConfig
 from unfold.model.decode import frame as frames
 from unfold.model.decode import rounds
@@ -208,7 +209,7 @@ def test_a_step_reads_nothing_on_the_host_and_is_always_the_same(build, kind, mo
     gist = {"dense": None, "forget": GistConfig((4, 2)), "recall": GistConfig((4, 2), recall="suffix")}[kind]
     decoder = framed(make_decoder(build, gist))
     sequences = both(decoder)
-    decoder.frames.replays.prepare = lambda key, step, rest: step
+    decoder.frames.replays.prepare = lambda key, frame: frame.step
     stream = decoder.stream(sequences, Sampling(20, temperature=1.0, top_p=0.9))
     for _ in range(4):
         next(stream)
@@ -243,37 +244,20 @@ def test_a_step_reads_nothing_on_the_host_and_is_always_the_same(build, kind, mo
     assert frame.logits.data_ptr() in fixed and frame.state.memory.data_ptr() in fixed
 
 
-def test_graphs_are_captured_once_and_kept_within_a_number(monkeypatch):
-    """Of capturing what a CPU can tell: when it is asked for, from which state, and what happens where it fails."""
-    from unfold.model.decode import replay
-
-    replays = replay.Replays(torch.device("cpu"))
-    assert replays.prepare("a", step := lambda: None, None) is step, "without a GPU a step runs as it is"
-    log = []
-    replays.capture = True
-    replays._captured = lambda step: log.append("captured") or SimpleNamespace(replay=lambda: "replayed")
-    monkeypatch.setattr(replay, "MOST", 2)
-    for key in "aabacaba":
-        assert replays.prepare(key, step, lambda: log.append("rest"))() == "replayed"
-    assert log == ["rest", "captured"] * 4 and list(replays.graphs) == ["b", "a"]  # b was dropped for c, and made again
-
-
-def test_where_a_graph_cannot_be_captured_one_line_says_so(build, caplog):
-    decoder = framed(make_decoder(build, None))
-    replays = decoder.frames.replays
-
-    def fail(step):
-        step()
-        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore lines")
-
-    replays.capture, replays._captured = True, fail
-    want = continued(make_decoder(build, None), [read(decoder, 9, 1)], Sampling(4))
-    got = continued(decoder, [read(decoder, 9, 1)], Sampling(4))
-    assert [x[:2] for x in got] == [x[:2] for x in want] and not replays.capture
-    (message,) = caplog.messages
-    assert "without CUDA graphs" in message and "not permitted" in message and "\n" not in message
-
-
-def test_a_decoder_on_a_cpu_has_no_frames(build):
+def test_which_decoders_have_frames(build):
+    """None on a CPU; on a GPU those whose shape the kernels serve, with all rows on the device."""
     decoder = make_decoder(build, None)
     assert Decoder(decoder.model, None, GISTS, STARTS).frames is None
+    config = SimpleNamespace(head_dim=64, heads=4, kv_heads=2)
+    on_a_gpu = dict(device=torch.device("cuda"), dtype=torch.bfloat16, rule=None, raw_on_host=False)
+    made = lambda capture=False, **other: rounds.frames_of(
+        SimpleNamespace(**on_a_gpu | other, model=SimpleNamespace(config=config)), capture
+    )
+    assert not made().replays.capture
+    refused = [
+        dict(raw_on_host=True),
+        dict(dtype=torch.float64),
+        dict(rule=SelectRule(2, 4, top_p=0.5)),
+        dict(device=decoder.device),
+    ]
+    assert [made(**other) for other in refused] == [None] * 4
