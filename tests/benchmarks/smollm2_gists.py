@@ -20,25 +20,32 @@ from pathlib import Path
 from tests.benchmarks.smollm2 import fetch, hf_directory
 
 HELD_OUT = 0.08  # of the documents
+ROUTED_TOKENS = 65536  # raw tokens at most for coverage, which takes longer than perplexity
 ROUTED = {"gist.recall": "all", "gist.route_loss": 0.3, "gist.route_far": "true"}
+WIDE_FIRST = "[{{until: {third}, unfold_all: true, route_loss: 1.0}}]"
 # Steps are parts of all of them. The paper forgets first, and recalls in the last fifth; the recipe unfolds everything in the
 # first third, where gists learn to be found at the full weight.
 ARMS = {
     "dense": {"model.attention": "dense"},
     "paper_8": {"gist.chunk_sizes": "[8]", "gist.recall": "all", "train.stages": "[{{until: {four_fifths}, recall: none}}]"},
-    "recipe_8": {
-        "gist.chunk_sizes": "[8]",
-        **ROUTED,
-        "train.stages": "[{{until: {third}, unfold_all: true, route_loss: 1.0}}]",
-    },
+    "recipe_8": {"gist.chunk_sizes": "[8]", **ROUTED, "train.stages": WIDE_FIRST},
     "recipe_4x4": {
         "gist.chunk_sizes": "[4, 4]",
         **ROUTED,
         "gist.own_group": "true",
         "gist.recall_from": 2,
-        "train.stages": "[{{until: {third}, unfold_all: true, route_loss: 1.0}}]",
+        "train.stages": WIDE_FIRST,
+    },
+    "recipe_16": {"gist.chunk_sizes": "[16]", **ROUTED, "train.stages": WIDE_FIRST},
+    "distilled_8": {
+        "gist.chunk_sizes": "[8]",
+        **ROUTED,
+        "distill.logits": 1.0,
+        "distill.every": 4,
+        "train.stages": WIDE_FIRST,
     },
 }
+USUAL = ["dense", "paper_8", "recipe_8", "recipe_4x4"]
 
 
 def main() -> None:
@@ -46,12 +53,13 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, required=True, metavar="DIR", help="where downloads are kept")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="everything that is made")
     parser.add_argument("--text", nargs="+", required=True, metavar="FILE", help="files or directories of text")
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="ARM", help="default: all")
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=USUAL, metavar="ARM", help=f"of {', '.join(ARMS)}")
     parser.add_argument("--steps", type=int, default=245)
     parser.add_argument("--raw-tokens", type=int, default=1024, help="of a sample, and of a window of the evaluation")
     parser.add_argument("--batch", type=int, default=2, help="samples of a step")
     parser.add_argument("--lr", type=float, default=2e-4)
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="of training; evaluation is in fp32")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="of training")
+    parser.add_argument("--evaluation-dtype", choices=("fp32", "bf16"), default="fp32", help="of weights and activations")
     parser.add_argument("--tokens", type=int, default=16384, help="held-out raw tokens that are evaluated on")
     words = "checkpoints to evaluate (default: the last); where they are there, nothing is trained"
     parser.add_argument("--at", type=int, nargs="+", metavar="STEP", help=words)
@@ -72,16 +80,15 @@ def experiment(args: argparse.Namespace) -> dict:
         command("data_prep", "tokenize", *shards, "--valid-fraction", HELD_OUT, "--workers", 1)
     results = {}
     if args.before:
-        results["before"] = evaluate(args, root / "imported", 0, "dense", root / "evaluated" / "before")
+        results["before"] = evaluate(args, "dense", 0, root / "evaluated" / "before")
     for arm in args.arms:
         run_dir = root / "runs" / arm
         steps = args.at or [args.steps]
         if not all((run_dir / "checkpoints" / f"step-{step:08d}" / "manifest.json").exists() for step in steps):
-            config = ["--config", root / "imported" / "config.yaml"]
-            command("pretrain", "train", *config, "--run-dir", run_dir, *settings(args, arm))
+            command("pretrain", *training(args, arm))
         for step in steps:
             tokens = step * args.batch * args.raw_tokens
-            found = evaluate(args, run_dir, step, arm, root / "evaluated" / f"{arm}-{step}")
+            found = evaluate(args, arm, step, root / "evaluated" / f"{arm}-{step}")
             results[f"{arm} {tokens}"] = {"arm": arm, "raw_tokens": tokens, **found}
         if args.export and arm != "dense":
             make(root / "exported" / arm, "pretrain", "export", "--run-dir", run_dir, "--dtype", "bf16")
@@ -90,15 +97,17 @@ def experiment(args: argparse.Namespace) -> dict:
     return results
 
 
-def settings(args: argparse.Namespace, arm: str) -> list:
-    """Overrides of the imported configuration: what all arms share, and their own."""
+def training(args: argparse.Namespace, arm: str, **others) -> list:
+    """Arguments of ``pretrain`` that train an arm: what all share, its own settings, then ``others`` (dots written ``__``)."""
     root = args.output
     steps = {"third": round(args.steps / 3), "four_fifths": round(args.steps * 0.8)}
     chosen = {
         "data.train": f"[{root / 'text_train'}]",
         "data.valid": f"[{root / 'text_valid'}]",
+        "data.tokenizer": root / "imported" / "tokenizer",
         "data.raw_tokens": args.raw_tokens,
         "precision": args.precision,
+        "train.init_from": root / "imported",
         "train.steps": args.steps,
         "train.global_batch": args.batch,
         "train.valid_every": 0,
@@ -108,31 +117,46 @@ def settings(args: argparse.Namespace, arm: str) -> list:
         "checkpoint.keep": 1,
         "monitor.wandb": "false",
         **{key: value.format(**steps) if isinstance(value, str) else value for key, value in ARMS[arm].items()},
+        **{key.replace("__", "."): value for key, value in others.items()},
     }
-    return [word for key, value in chosen.items() for word in ("--set", f"{key}={value}")]
+    sets = [word for key, value in chosen.items() for word in ("--set", f"{key}={value}")]
+    return ["train", "--config", root / "imported" / "config.yaml", "--run-dir", root / "runs" / arm, *sets]
 
 
-def evaluate(args: argparse.Namespace, run_dir: Path, step: int, arm: str, output: Path) -> dict:
-    """Perplexity under every mode, coverage and passkey of a checkpoint; of the dense arm and before training with gists of 8."""
-    sizes = "4,4" if arm == "recipe_4x4" else "8"
-    source = ["--run-dir", run_dir, *(["--step", step] if step else [])]
+def evaluations(args: argparse.Namespace, arm: str, step: int, output: Path) -> dict[str, list]:
+    """Arguments of ``pretrain`` by the kind of evaluation, for a checkpoint of an arm, or the imported model where the step is 0:
+    perplexity under every mode, coverage and passkey; of the dense arm dense alone, before training with gists of 8."""
+    sizes = ARMS[arm].get("gist.chunk_sizes", "[8]").strip("[]").replace(" ", "")
+    source = ["--run-dir", args.output / "runs" / arm, "--step", step] if step else ["--run-dir", args.output / "imported"]
     modes = ["dense"] if arm == "dense" and step else ["dense", "forget", "recall"]
     gists = ["--mode", *modes, *(["--chunk-sizes", sizes] if len(modes) > 1 else [])]
-    text = ["--data", args.output / "text_valid", "--length", args.raw_tokens, "--max-tokens", args.tokens]
-    if not (output / "perplexity.json").exists():
-        command("pretrain", "evaluate", "perplexity", *source, *text, *gists, "--output", output)
-    if len(modes) > 1 and not (output / "routing.json").exists():
-        command("pretrain", "evaluate", "routing", *source, *text, "--chunk-sizes", sizes, "--output", output)
-    if not (output / "passkey.json").exists():
-        keys = ["--lengths", args.raw_tokens // 2, "--depths", 0.25, 0.75, "--trials", 3]
-        command("pretrain", "evaluate", "passkey", *source, *keys, *gists, "--output", output)
-    read = lambda name: json.loads((output / name).read_text())["results"]
-    found = {"perplexity": read("perplexity.json"), "passkey": read("passkey.json")}
-    return found | ({"routing": read("routing.json")[0]["overall"]} if len(modes) > 1 else {})
+    text = lambda tokens: ["--data", args.output / "text_valid", "--length", args.raw_tokens, "--max-tokens", tokens]
+    routed = text(min(args.tokens, ROUTED_TOKENS))
+    keys = ["--lengths", args.raw_tokens // 2, "--depths", 0.25, 0.75, "--trials", 3]
+    common = [*source, "--dtype", args.evaluation_dtype, "--output", output]
+    kinds = {"perplexity": text(args.tokens) + gists, "routing": [*routed, "--chunk-sizes", sizes], "passkey": keys + gists}
+    return {kind: ["evaluate", kind, *common, *own] for kind, own in kinds.items() if kind != "routing" or len(modes) > 1}
+
+
+def findings(output: Path) -> dict:
+    """What evaluations wrote into a directory, by their kind; of routing what holds for all layers."""
+    found = {path.stem: json.loads(path.read_text())["results"] for path in sorted(output.glob("*.json"))}
+    return found | ({"routing": found["routing"][0]["overall"]} if "routing" in found else {})
+
+
+def evaluate(args: argparse.Namespace, arm: str, step: int, output: Path) -> dict:
+    """Evaluate a checkpoint in all ways that are not there yet."""
+    for kind, arguments in evaluations(args, arm, step, output).items():
+        if not (output / f"{kind}.json").exists():
+            command("pretrain", *arguments)
+    return findings(output)
 
 
 def table(results: dict) -> list[str]:
     """Markdown: a line per checkpoint and mode; perplexity, as a multiple of the dense arm's at the same tokens, by position."""
+    results = {name: result for name, result in results.items() if "perplexity" in result}
+    if not results:
+        return ["nothing was evaluated"]
     dense = {r["raw_tokens"]: r["perplexity"][0]["perplexity"] for r in results.values() if r.get("arm") == "dense"}
     first = next(iter(results.values()))["perplexity"][0]["buckets"]
     spans = " | ".join(f"{b['from']}-{b['to'] - 1}" for b in first)

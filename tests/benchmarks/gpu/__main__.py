@@ -11,7 +11,8 @@ Steps, each in processes of its own, each with a share of the time, none keeping
 - ``bench``: compressed attention beside dense and FlexAttention (python -m tests.benchmarks.gpu.attention);
 - ``counters``: hardware counters of the main kernels, by Nsight Compute;
 - ``train``: training a model of Llama-8B's width and four layers (tests.benchmarks.gpu.training): at 32k tokens dense, forgetting
-  and recalling, and what --arms names beside, each with a profile of one step.
+  and recalling, and what --arms names beside, each with a profile of one step;
+- ``smollm2``: a released model's continued pretraining in several ways (tests.benchmarks.gpu.smollm2), where DATA/smollm2 is.
 
 Training reads DATA (tokenizer/ and shards/sotu_train, as launch/demo.sh makes them; shards/suffix, supervised, and shards/long,
 one document, for the arms that name them).
@@ -39,6 +40,7 @@ from pathlib import Path
 
 import torch
 
+from tests.benchmarks.gpu import smollm2
 from tests.benchmarks.gpu.runner import Runner
 from tests.benchmarks.gpu.training import ARMS, pause, start_training, train
 
@@ -128,7 +130,15 @@ def counters(runner: Runner, args: argparse.Namespace) -> None:
     runner.run("counters", [*ncu, "--log-file", str(runner.output / "counters.csv"), *command, *output], 120, 5)
 
 
-STEPS = {"check": check, "times": times, "train": train, "decode": decode, "bench": bench, "counters": counters}
+STEPS = {
+    "check": check,
+    "times": times,
+    "train": train,
+    "decode": decode,
+    "bench": bench,
+    "counters": counters,
+    "smollm2": smollm2.step,
+}
 
 
 def install(wheels: Path, site: Path) -> None:
