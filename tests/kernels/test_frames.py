@@ -8,6 +8,7 @@ import torch
 
 from tests.kernels.interpreter import DEVICE, INTERPRETED, compute_like_a_gpu, needs_runs
 from tests.model.decoding import text
+from tests.model.test_replay import capturing
 from unfold.model.config import GistConfig, ModelConfig
 from unfold.model.decode import frame, rounds
 from unfold.model.decode.generation import Decoder, Sampling
@@ -58,7 +59,11 @@ def test_tokens_and_logits_of_the_cpu(build, kind, grow):
     plain = make_decoder(build, GISTS[kind], "cpu", grow)
     framed = copy.copy(plain) if DEVICE == "cpu" else make_decoder(build, GISTS[kind], DEVICE, grow)
     framed.frames = rounds.Frames(framed)
+    if DEVICE == "cpu":
+        capturing(framed.frames.replays)  # fake graphs
     want, got = continued(plain, 7), continued(framed, 7)
     assert [x[:2] for x in got] == [x[:2] for x in want] and len(got) == 14
     for a, b in zip(got, want):
         torch.testing.assert_close(a[2], b[2], atol=1e-5, rtol=0)
+    replays = framed.frames.replays
+    assert replays.capture and replays.graphs, "every graph, at its first replay, did what the step does"

@@ -5,7 +5,9 @@
 Layers as wide as Llama-3.1-8B's, four of them, random weights. Contexts are not read: caches are filled with random keys and
 values. Contestants: *SDPA*, dense, PyTorch's flash decoding over caches of one fixed length in the same model, its step captured
 in the same way; *dense*, *forgetting* and *recall* as ``generate`` runs them (Decoder.stream). ``ms`` is the time between rounds
-of tokens, ``step_ms`` that of the step alone, replayed without the host's part. Tokens of both ways are compared. Kernels are
+of tokens, ``step_ms`` that of the step alone, replayed without the host's part. ``captured`` says whether graphs were captured
+and did what the step does; ``same_tokens`` is the share of tokens that equal those of the first way, all where it is captured.
+(Another backend, as in the way "as before" on a CPU, may choose otherwise where two logits of bf16 are nearly equal.) Kernels are
 compiled first, in parallel processes. On a CPU machine (TRITON_INTERPRET=1 and small sizes) the same course, with times that mean
 nothing.
 """
@@ -30,6 +32,7 @@ from tests.benchmarks.gpu.recall import sdpa
 from unfold.model.config import GistConfig, ModelConfig
 from unfold.model.decode.generation import Decoder, LiveSequence, Sampling
 from unfold.model.decode.replay import Replays
+from unfold.model.decode.rounds import Frames
 from unfold.model.layers import BuildContext
 from unfold.model.transformer import Transformer
 
@@ -121,8 +124,6 @@ def step_milliseconds(run: Callable[[], object], own: SimpleNamespace, repeats: 
 
 def with_frames(decoder: Decoder, capture: bool) -> Decoder:
     """In the interpreter too, where a decoder has none by itself."""
-    from unfold.model.decode.rounds import Frames
-
     decoder.frames = Frames(decoder, capture)
     return decoder
 
@@ -162,7 +163,10 @@ def measure(name: str, model: Transformer, raw: int, batch: int, own: SimpleName
 
 @dataclass
 class SdpaStep:
-    """A greedy step of a dense model over caches of one length, [layers][2, B, Hkv, rows, D], by PyTorch's SDPA."""
+    """A greedy step of a dense model over caches of one length, [layers][2, B, Hkv, rows, D], by PyTorch's SDPA.
+
+    An unfold.model.decode.replay.Replayable.
+    """
 
     model: Transformer
     caches: list[Tensor]
@@ -181,6 +185,16 @@ class SdpaStep:
         hidden = self.model.run_layers(self.ids[None], self.position.expand(1, len(self.ids)), self)[:, 0]
         self.ids.copy_(self.model.head_logits(hidden).argmax(1))
 
+    def rest(self) -> None:
+        """It may be stepped on from any state."""
+
+    def kept(self) -> list[Tensor]:
+        return [self.ids]
+
+    def spoil(self) -> None:
+        for cache in self.caches:
+            cache.index_fill_(3, self.position, torch.nan)
+
 
 def measure_sdpa(model: Transformer, raw: int, batch: int, own: SimpleNamespace) -> list[dict]:
     results = []
@@ -190,7 +204,7 @@ def measure_sdpa(model: Transformer, raw: int, batch: int, own: SimpleNamespace)
         ids = torch.ones(batch, dtype=torch.int64, device=own.device)
         step = SdpaStep(model, caches, ids, torch.full((1,), raw, device=own.device))
         replays = Replays(torch.device(own.device), way == "captured")
-        run = replays.prepare("sdpa", step.step, lambda: None)
+        run = replays.prepare("sdpa", step)
         ms = step_milliseconds(run, own, own.tokens)
         result = dict(name="SDPA", way=way, raw=raw, batch=batch, step_ms=round(ms, 3), tokens_per_s=round(1e3 * batch / ms, 1))
         results.append(result | dict(captured=replays.capture))
