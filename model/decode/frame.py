@@ -72,6 +72,7 @@ class Frame:
         chosen: [S] int64, the tokens chosen from them.
         draws: fp64 [S, BLOCK], the numbers drawn.
         left: steps that may follow before the state must be filled again.
+        fills: how often it was filled.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class Frame:
         self.ends = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.resting = State(*sizes, "cpu", pinned=self.device.type == "cuda")
         self._rest(self.resting)
-        self.left, self.tables, self.sampling, self.replay = 0, (), None, None
+        self.left, self.fills, self.tables, self.sampling, self.replay = 0, 0, (), None, None
 
     def _rest(self, state: State) -> None:
         """Every slot pads the frame."""
@@ -139,6 +140,7 @@ class Frame:
         buckets = tuple((t.candidates, t.widths, t.room, t.rows, t.recalls) for t in tables)
         key = self.slots, self.sequences, buckets, sampling and replace(sampling, max_new_tokens=0, seed=0)
         self.sampling, self.left = sampling, AHEAD if alone else 0
+        self.fills += 1
         self.replay = self.replays.prepare(key, self)
         self.state.memory.copy_(state.memory, non_blocking=True)
 

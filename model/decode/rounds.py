@@ -119,7 +119,8 @@ class FrameRounds(Rounds):
         self.choosing = sampling
         self.frame: Frame | None = None
         self.ahead: Flight | None = None  # of the round that comes next
-        self.block = -1
+        self.due: list[tuple[int, list[int]]] = []  # what its sequences are like before it, if nobody else continued them
+        self.fills = self.block = -1
 
     def read(self) -> None:
         """Read what is pending of all sequences."""
@@ -133,7 +134,7 @@ class FrameRounds(Rounds):
         self.number += 1
         reading = [n for n in running if self.all[n].pending]
         flight, self.ahead = self.ahead, None
-        if flight is not None and flight.numbers != reading:  # some have ended since
+        if flight is not None and (flight.numbers != reading or self._standing(reading) != self.due):  # some have ended since
             flight.wait()
             flight = None
         if flight is not None:
@@ -145,10 +146,12 @@ class FrameRounds(Rounds):
             for n in reading:
                 self.all[n].logits = flight.logits[n]
             return self._choose(running)
-        if not last and self.frame.left > 0 and all(self.decoder.certain(self.all[n]) for n in reading):
+        goes_on = self.frame.left > 0 and self.frame.fills == self.fills  # another stream of the decoder may have filled it
+        if not last and goes_on and all(self.decoder.certain(self.all[n]) for n in reading):
             self.ahead = self._run(reading, self.number + 1)
         flight.wait()
         chosen = flight.chosen.tolist()
+        self.due = [(length, [chosen[n]]) for n, (length, _) in zip(reading, self._standing(reading))]
         for n in reading:
             self.all[n].logits = flight.logits[n]
         return [chosen[n] for n in reading]
@@ -157,6 +160,10 @@ class FrameRounds(Rounds):
         """Nothing reads or writes the sequences any more when the caller has them."""
         if self.ahead is not None:
             self.ahead.wait()
+
+    def _standing(self, numbers: Sequence[int]) -> list[tuple[int, list[int]]]:
+        """Tokens that these sequences hold, and what is pending."""
+        return [(len(self.all[n].ids), self.all[n].pending) for n in numbers]
 
     def _enter(self, number: int) -> None:
         """What the host keeps of a raw token that a step has read already."""
@@ -180,6 +187,7 @@ class FrameRounds(Rounds):
         self.frame = self.decoder.frames.frame(sum(count), len(self.all), max(count) == 1)
         self.block = -1
         self.frame.fill(new, self.choosing, self.number)
+        self.fills = self.frame.fills
         return self._run(reading, self.number)
 
     def _run(self, reading: list[int], number: int) -> Flight:

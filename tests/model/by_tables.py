@@ -46,7 +46,7 @@ def run(q: Tensor, tables, places: Tensor, scale: float, kv_heads: int, rule, an
         rows = [rows_at(anchor, line, s) for s in range(levels + 1)]
         begins = [tables.ends.data_ptr() + 8 * begin for begin in line[2 * (levels + 1) :]]
         ends = [memory_at(begin, (count,), torch.int64) for begin, count in zip(begins, upto)]
-        check_buckets(tables, ends, sinks, taken, upto, tail)
+        check_buckets(tables, ends, sinks, window, taken, upto, tail)
         step = SimpleNamespace(
             lo=torch.tensor([*shown, window])[:, None], hi=torch.tensor([*hi, end])[:, None], sinks=torch.tensor([sinks]),
             recalls=torch.tensor([any(taken)]), levels=levels, tail=torch.tensor(tail)[:, None], span=torch.zeros(1),
@@ -62,7 +62,8 @@ def run(q: Tensor, tables, places: Tensor, scale: float, kv_heads: int, rule, an
     return torch.stack(outs).view_as(q)
 
 
-def check_buckets(tables, ends, sinks, taken, upto, tail) -> None:
+def check_buckets(tables, ends, sinks, window, taken, upto, tail) -> None:
+    """Raw tokens in the window are not unfolded."""
     above = 0
     for s, count in enumerate(taken):
         if count:
@@ -70,6 +71,7 @@ def check_buckets(tables, ends, sinks, taken, upto, tail) -> None:
             assert above * tables.widths[s - 1] + upto[s] - tail[s] <= tables.candidates[s]
         if len(ends[s]):
             lo, hi = children(ends, sinks, s, torch.arange(len(ends[s])))
+            hi = hi.clamp(max=window) if s == len(ends) - 1 else hi
             assert int((hi - lo).max()) <= tables.widths[s]
         above = count
 

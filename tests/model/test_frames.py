@@ -181,6 +181,28 @@ def test_a_branch_in_mid_stream_goes_its_own_way(build):
     check_same(results[2], results[0], results[3], results[1])
 
 
+@pytest.mark.parametrize("gist", [GistConfig((4, 2), recall="suffix", topk=2), None], ids=["gists", "dense"])
+def test_streams_that_take_turns(build, gist):
+    """Two of the same decoder and of the same size, other sequences that are read between, a token that the caller replaces."""
+    decoder = make_decoder(build, gist)
+    results = []
+    for d in (decoder, framed(decoder)):
+        pairs, other, got = [both(d), [read(d, 30, 2, 5), read(d, 8, 3, 6)]], read(d, 12, 2, 7), []
+        streams = [d.stream(pair, Sampling(9, temperature=1.0, seed=n)) for n, pair in enumerate(pairs)]
+        for turn in (0, 0, 1, 0, 1, 1, 0, 0, 1, 0, 1, 0):
+            got += [(n, token, pairs[turn][n].logits.clone()) for n, token in (next(streams[turn]), next(streams[turn]))]
+            if len(got) == 10:
+                pairs[0][1].pending = [3]
+                got += continued(d, pairs[1], Sampling(2))  # a stream within a stream, over the same sequences
+                got += continued(d, [other, other_one(d)], Sampling(3))
+        results += [got, [*pairs[0], *pairs[1]]]
+    check_same(results[2], results[0], results[3], results[1])
+
+
+def other_one(decoder):
+    return read(decoder, 5, 1, 8)
+
+
 class Record(TorchDispatchMode):
     """Operations with the shapes of their tensors, and the addresses of those that lie in some memories."""
 
