@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal, get_args
 
 from unfold.model.families import find_family
+from unfold.model.kinds import Kinds, kind_of, objection
 from unfold.model.settings import (
     Bounds,
     Count,
@@ -186,9 +187,15 @@ class ModelConfig(Settings):
     attention: Literal["gist", "dense"] = option(
         "gist", "gist: hierarchical gist sparse attention; dense: causal attention over raw tokens, no gists"
     )
+    layer_attention: tuple[str, ...] = option(
+        (),
+        "kinds of layers, a pattern that is repeated over all of them (a list of one per layer is such a pattern): gist, dense, "
+        "window:N (the last N raw tokens, and the sinks where there are gists); empty: every layer as attention says",
+    )
 
     def __post_init__(self):
         object.__setattr__(self, "nope_layers", tuple(self.nope_layers))
+        object.__setattr__(self, "layer_attention", tuple(map(str, self.layer_attention)))
         errors = field_errors(self)
         if not errors and self.heads % self.kv_heads:
             errors.append(f"kv_heads: {self.kv_heads} does not divide heads ({self.heads})")
@@ -200,7 +207,41 @@ class ModelConfig(Settings):
             errors.append(f"head_dim: {self.head_dim} must be even, for rotary positions")
         if outside := [i for i in self.nope_layers if not 0 <= i < self.layers]:
             errors.append(f"nope_layers: {outside} are not among the layers 0 to {self.layers - 1}")
+        errors += self._kind_errors()
         raise_together(errors + find_family(self)[1])
+
+    def _kind_errors(self) -> list[str]:
+        """What is wrong with the kinds of layers."""
+        kinds, name = self.layer_attention, f"layer_attention: {', '.join(self.layer_attention)}"
+        if wrong := [text for text in map(objection, kinds) if text]:
+            return [f"layer_attention: {text}" for text in dict.fromkeys(wrong)]
+        if len(kinds) > self.layers:
+            return [f"{name} are {len(kinds)} kinds for {self.layers} layers; give at most one per layer"]
+        if kinds and self.attention == "gist" and "gist" not in kinds:
+            return [f"{name}, but attention: gist; make a layer gist, or set attention: dense"]
+        if "gist" in kinds and self.attention == "dense":
+            return [f"{name}, but attention: dense, which has no gists; set attention: gist"]
+        return []
+
+    @property
+    def kinds(self) -> Kinds:
+        """Kinds of the layers, see :func:`unfold.model.kinds.kind_of`."""
+        return self.layer_attention or self.attention
+
+    @property
+    def layer_kinds(self) -> list[str]:
+        """The kind of every layer."""
+        return [kind_of(self.kinds, index) for index in range(self.layers)]
+
+    def kinds_with(self, gists: bool) -> Kinds:
+        """Kinds of the layers for a text with gists or without, whichever the model is for.
+
+        A model with gists that reads a text without them is dense all over, as its export is to a reader that knows no gists.
+        Where a dense model reads gists, its dense layers are gist layers.
+        """
+        if gists == (self.attention == "gist"):
+            return self.kinds
+        return tuple("gist" if kind == "dense" else kind for kind in self.layer_attention) or "gist" if gists else "dense"
 
     @property
     def padded_vocab_size(self) -> int:

@@ -1,5 +1,7 @@
 """Learning from dense attention: what the same weights make of the same rows where raw tokens see all raw tokens before them.
 
+Layers with a window keep it: they have nothing else to show.
+
 The teacher is no second model and has no layout of its own: its rows are the student's, gists included (nobody sees them
 there), so it runs wherever the student does, layer by layer beside it. Raw tokens get what a dense model would give them.
 """
@@ -12,7 +14,9 @@ import torch
 from torch import Tensor
 
 from unfold.model.config import ModelConfig
-from unfold.model.gist import Layout, dense_layout
+from unfold.model.gist import Layout
+from unfold.model.gist.layout import raw_layout
+from unfold.model.kinds import dense_kinds, kind_of, window_of
 from unfold.model.layers import BuildContext, Rotary
 from unfold.model.parallel.tensor import sum_over_group
 from unfold.model.visibility import Attend, MicroBatch, attention_for
@@ -28,8 +32,13 @@ class DenseTeacher:
     def __init__(self, batch: MicroBatch, config: ModelConfig, build: BuildContext):
         self._build, self._added = build, batch.added
         samples = batch.added.samples
-        self._chosen, layout = batch.layout.planned(("taught", samples), lambda whole: _taught(whole, samples))
-        self._attend: Attend = attention_for("gist", layout, None, build.part_of(batch.layout))
+        part = build.part_of(batch.layout)
+        attends: dict[str, Attend] = {}
+        for kind in dict.fromkeys(dense_kinds(config.kinds)):
+            make = lambda whole: _taught(whole, samples, window_of(kind))  # noqa: B023
+            self._chosen, layout = batch.layout.planned(("taught", samples, kind), make)
+            attends[kind] = attention_for("gist", layout, None, part)
+        self._attend: Attend = lambda index, *qkv: attends[kind_of(dense_kinds(config.kinds), index)](index, *qkv)
         part = lambda x: build.own_part(x, batch.layout)
         self._config, self._position = config, part(layout.position)
         raw = part((layout.level < 0) & (layout.doc >= 0)).t()
@@ -68,10 +77,10 @@ class DenseTeacher:
         return x if self._chosen is None else x.index_select(1, self._chosen)
 
 
-def _taught(layout: Layout, samples: tuple[int, ...]) -> tuple[Tensor | None, Layout]:
+def _taught(layout: Layout, samples: tuple[int, ...], window: int | None) -> tuple[Tensor | None, Layout]:
     """Which samples of a micro-batch are wanted, None for all, whose hidden states then need no copy; and their dense layout."""
     chosen = None if len(samples) == len(layout.doc) else torch.tensor(samples, device=layout.device)
-    return chosen, dense_layout(layout, chosen)
+    return chosen, raw_layout(layout, window, chosen, gists=False)
 
 
 class _Distance(torch.autograd.Function):

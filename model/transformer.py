@@ -124,7 +124,7 @@ class Transformer(nn.Module):
         self, ids: Tensor, layout: Layout, recall: Recall | None = None, teacher: DenseTeacher | None = None
     ) -> Tensor:
         """[B, T] -> [T, B, hidden] after the final norm; under context parallelism this rank's part of T."""
-        attend = attention_for(self.config.attention, layout, recall, self.build.part_of(layout))
+        attend = attention_for(self.config.kinds, layout, recall, self.build.part_of(layout))
         ids, position = (self.build.own_part(x, layout) for x in (ids, layout.position))
         return self.run_layers(ids, position, attend, teacher)
 

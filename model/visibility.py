@@ -1,27 +1,23 @@
-"""Who sees whom: what a micro-batch says of it, what each kind of layer does with it, and which layers recall.
-
-The kinds of layers (docs/method.md#which-tokens-and-layers-recall) stand here alone: ``gist`` and ``dense`` are served, each for
-the whole model.
-"""
+"""Who sees whom: what a micro-batch says of it, what each kind of layer does with it, and which layers recall."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from unfold.kernels.common.plans import Planned, to_device
 from unfold.kernels.compressed import compressed_attention
 from unfold.kernels.route import routing_loss
 from unfold.kernels.unfold import recall_attention
-from unfold.model.gist import Layout, Recall, dense_layout, recalls_in
+from unfold.model.gist import Layout, Recall, recalls_in
+from unfold.model.kinds import Kinds, kind_of
 from unfold.model.parallel.context import ContextAttention, ContextPart
+from unfold.model.raw_attention import raw_attention
 
 IGNORED = -100  # label of a position that has no target
 
@@ -93,17 +89,19 @@ class MicroBatch(Planned):
         return replace(self, ids=ids, labels=labels, layout=layout, recall=recall, host=host)
 
 
-def attention_for(kind: str, layout: Layout, recall: Recall | None = None, part: ContextPart | None = None) -> Attend:
+def attention_for(kinds: Kinds, layout: Layout, recall: Recall | None = None, part: ContextPart | None = None) -> Attend:
     """The attention of a model's layers in one micro-batch.
 
     Args:
-        kind: of the layers, see :class:`MicroBatchAttention`.
+        kinds: of the layers, see :class:`MicroBatchAttention`.
         layout, recall: of the whole samples.
         part: of these, what this rank holds; None where every rank has all of them.
     """
     if part is None:
-        return MicroBatchAttention(kind, layout, recall)
-    return ContextAttention(part, partial(MicroBatchAttention, kind), layout, recall)
+        return MicroBatchAttention(kinds, layout, recall)
+    # Where keys are exchanged a layer's layout is that of its kind already.
+    here = kinds if part.context.method == "ulysses" else "gist"
+    return ContextAttention(part, partial(MicroBatchAttention, here), layout, recall, kinds)
 
 
 @dataclass(frozen=True)
@@ -111,24 +109,28 @@ class MicroBatchAttention:
     """Attention among the tokens of one micro-batch, as in training; an :data:`Attend`.
 
     Attributes:
-        kind: of the layers: 'gist' or 'dense'.
+        kinds: of the layers (:mod:`unfold.model.kinds`).
         layout: of the micro-batch.
         recall: who unfolds what, None where nothing does.
     """
 
-    kind: str
+    kinds: Kinds
     layout: Layout
     recall: Recall | None = None
 
     def recall_in(self, index: int) -> Recall | None:
         """Who unfolds what in one layer."""
-        if self.kind != "gist" or self.recall is None or not recalls_in(index, self.recall.first_layer):
-            return None
-        return self.recall
+        kind, recall = kind_of(self.kinds, index), self.recall
+        return recall if recall is not None and recalls_in(index, recall.first_layer, kind) else None
+
+    def layout_in(self, index: int) -> Layout:
+        """What the tokens see in one layer, those that recall aside."""
+        return self.layout.in_layer(kind_of(self.kinds, index))
 
     def __call__(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.kind == "dense":
-            return dense_attention(q, k, v, self.layout)
+        kind = kind_of(self.kinds, index)
+        if kind != "gist":
+            return raw_attention(q, k, v, self.layout, kind)
         recall = self.recall_in(index)
         if recall is None:
             return compressed_attention(q, k, v, self.layout.intervals)
@@ -139,79 +141,3 @@ class MicroBatchAttention:
             return out
         asking = q.detach().flatten(0, 1).index_select(0, routing.routed.tree.tokens)
         return routing.take(index, routing_loss(asking, k, routing.routed, far=routing.far), out)
-
-
-@dataclass(frozen=True)
-class Documents:
-    """The documents of a micro-batch, of which dense attention makes sequences of their own. P pieces: documents and padding.
-
-    Attributes:
-        lengths: of all pieces, in the order of the tokens of all samples.
-        real: which of them are documents.
-        starts: int32 [documents + 1], where they begin when they stand side by side, and where the last one ends.
-        longest: of them.
-        places: int64 [tokens of documents], where these stand in the micro-batch; None where there is no padding.
-    """
-
-    lengths: tuple[int, ...]
-    real: tuple[bool, ...]
-    starts: Tensor
-    longest: int
-    places: Tensor | None
-
-    @classmethod
-    def of(cls, layout: Layout) -> Documents:
-        """Those of a layout, from which sizes are read."""
-        batch, tokens = layout.doc.shape
-        lengths, real, done = [], [], 0
-        for sample, start, stop in layout.document_spans:
-            start, stop = sample * tokens + start, sample * tokens + stop
-            if start > done:
-                lengths, real = [*lengths, start - done], [*real, False]
-            lengths, real, done = [*lengths, stop - start], [*real, True], stop
-        if done < batch * tokens:
-            lengths, real = [*lengths, batch * tokens - done], [*real, False]
-        own = [n for n, is_real in zip(lengths, real) if is_real]
-        starts = torch.tensor([0, *own]).cumsum(0).int()
-        places = None if all(real) else (layout.doc >= 0).flatten().nonzero()[:, 0]
-        return cls(tuple(lengths), tuple(real), starts.to(layout.device), max(own, default=0), places)
-
-
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
-    """Causal attention within each document: the baseline. On a GPU in 16 bits one call of PyTorch's flash attention.
-
-    Of a bundle see :func:`unfold.model.gist.dense_layout`. Args and result as
-    :func:`unfold.kernels.compressed.compressed_attention`; what padding gets means nothing.
-    """
-    if layout.role is not None:  # what links and suffixes see is no square
-        return compressed_attention(q, k, v, layout.planned("dense", lambda whole: dense_layout(whole).intervals))
-    documents = layout.planned("documents", Documents.of)
-    flat = [x.flatten(0, 1) for x in (q, k, v)]  # [B * T, H, D]
-    # Flash attention takes no batch without a document, and such heads only.
-    at_once = q.is_cuda and q.element_size() == 2 and documents.longest and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
-    attend = _documents_at_once if at_once else _document_by_document
-    return attend(*flat, documents).view_as(q)
-
-
-def _document_by_document(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
-    """Through PyTorch's SDPA. The gradients of all documents are joined once (slices would each make a whole one)."""
-    outs = []
-    for is_real, *part in zip(documents.real, *(x.split(documents.lengths) for x in (q, k, v))):
-        by_head = [x.transpose(0, 1)[None] for x in part]  # [1, H, n, D]
-        attend = partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
-        outs.append(attend(*by_head)[0].transpose(0, 1) if is_real else torch.zeros_like(part[0]))
-    return torch.cat(outs)
-
-
-def _documents_at_once(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
-    """Through PyTorch's attention over sequences of several lengths, which takes 16 bits on a GPU."""
-    from torch.nn.attention.varlen import varlen_attn  # here: a CPU run needs none of it
-
-    shape, places = q.shape, documents.places
-    if places is not None:
-        q, k, v = (x.index_select(0, places) for x in (q, k, v))
-    # Before 2.12 it takes fewer key heads without being told.
-    grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-    edges = (documents.starts, documents.starts, documents.longest, documents.longest)
-    out = varlen_attn(q, k, v, *edges, window_size=(-1, 0), **grouped)
-    return out if places is None else out.new_zeros(shape).index_copy(0, places, out)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from unfold.model.config import ModelConfig
-from unfold.model.gist.growing import Growable, Outline
+from unfold.model.gist.growing import Growable, Outline, Sight
 from unfold.model.gist.joining import JoinedOutline
+from unfold.model.kinds import kind_of, window_of
 
 
 @dataclass
@@ -108,11 +109,15 @@ class CachedJoinedOutline(OnDevices, JoinedOutline):
 class SequenceCache:
     """The state of one sequence: its outline and, per layer and segment, its keys and values.
 
+    A layer keeps what its kind can still read: gist layers everything, dense layers all raw tokens, layers with a window the last
+    of them and the sinks. Of gists the latter two keep those that were read last, which see themselves.
+
     Args:
-        model: shape of the layers.
+        model: shape of the layers, and their kinds.
         outline: of the sequence.
         dtype, device: of keys and values.
-        raw_on_host: keep those of raw tokens in host memory, see :class:`Rows`.
+        raw_on_host: keep those of raw tokens of gist layers in host memory, see :class:`Rows`.
+        whole: layers with a window keep all raw tokens, too: for a part, behind which others may come to stand.
     """
 
     def __init__(
@@ -122,10 +127,52 @@ class SequenceCache:
         dtype: torch.dtype,
         device: torch.device,
         raw_on_host: bool = False,
+        whole: bool = False,
     ):
-        self.outline, self.reads = outline, Reads()
-        make = lambda s: Rows(model.kv_heads, model.head_dim, dtype, device, self.reads, raw_on_host and s == outline.levels)
-        self.layers = [[make(s) for s in range(len(outline.counts))] for _ in range(model.layers)]  # [layer][segment]
+        self.outline, self.reads, self.whole = outline, Reads(), whole
+        kinds = model.kinds_with(outline.levels > 0)
+        self.kinds = [kind_of(kinds, index) for index in range(model.layers)]
+        # Of each kind how many items of every segment its layers have forgotten; of raw tokens those behind the sinks.
+        self.forgotten = {kind: [0] * len(outline.counts) for kind in dict.fromkeys(self.kinds)}
+        of_host = lambda kind, s: raw_on_host and kind == "gist" and s == outline.levels
+        make = lambda kind, s: Rows(model.kv_heads, model.head_dim, dtype, device, self.reads, of_host(kind, s))
+        self.layers = [[make(kind, s) for s in range(len(outline.counts))] for kind in self.kinds]  # [layer][segment]
+
+    def views(self, sight: Sight) -> dict[str, Sight]:
+        """By kind of layer what new tokens see, in numbers of the rows that the layers keep.
+
+        To be asked for once, before the tokens' keys and values come: layers forget here what nobody sees any more.
+        """
+        views = {}
+        for kind, forgotten in self.forgotten.items():
+            seen = self.outline.in_layer(kind, sight)
+            if kind != "gist":
+                self._forget(kind, forgotten, sight.start)
+                gone = torch.tensor(forgotten)[:, None]
+                seen = replace(seen, lo=seen.lo - gone, hi=seen.hi - gone, number=seen.number - gone[seen.segment, 0])
+            views[kind] = seen
+        return views
+
+    def _forget(self, kind: str, forgotten: list[int], start: tuple[int, ...]) -> None:
+        """start: items of each segment before what is read next."""
+        layers = [layer for layer, own in zip(self.layers, self.kinds) if own == kind]
+        for s, items in enumerate(start[:-1]):
+            forgotten[s] = items
+            for layer in layers:
+                layer[s].buffer.truncate(0)
+        window = window_of(kind)
+        if window is None or self.whole:
+            return
+        more = self.outline.unseen(window, start[-1]) - forgotten[-1]
+        if more > 0 and 2 * more >= start[-1] - forgotten[-1]:  # what stays is moved: each row once, in the mean
+            forgotten[-1] += more
+            for layer in layers:
+                layer[-1].buffer.forget(self.outline.sink, more)
+
+    def held(self, segment: int) -> list[int]:
+        """The layers that keep all items of a segment."""
+        raw = segment == len(self.outline.counts) - 1
+        return [index for index, kind in enumerate(self.kinds) if raw or kind == "gist"]
 
     def append(self, layer: int, segment: Tensor, k: Tensor, v: Tensor) -> None:
         """Keep new tokens' k, v [n, Hkv, D] in one layer; segment: [n] int64."""
@@ -155,4 +202,4 @@ class SequenceCache:
         if tokens:
             self.outline.drop(tokens)
             for layer in self.layers:
-                layer[-1].buffer.truncate(self.outline.counts[-1])
+                layer[-1].buffer.truncate(layer[-1].buffer.length - tokens)

@@ -123,7 +123,7 @@ class Frame:
         alone = self.slots == self.sequences
         assert sum(count) <= self.slots and not (alone and max(count) > 1)
         at = [n for n, _, _ in new] if alone else [i for i in range(sum(count))]
-        step = step_of([tokens for _, tokens, _ in new])
+        step = step_of([tokens.cache for _, tokens, _ in new], [tokens.sight for _, tokens, _ in new])
         state.ids[at] = torch.tensor([i for _, _, ids in new for i in ids])
         for name in ("position", "segment", "number", "recalls"):
             values = torch.cat([getattr(tokens.sight, name) for _, tokens, _ in new]).long()

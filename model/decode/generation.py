@@ -117,7 +117,7 @@ class Decoder:
             raise ValueError("parts: need a model with gists; a dense one reads its documents every time")
         if not tokens:
             raise ValueError("document: has no token; leave it out")
-        sequence = self.start()
+        sequence = self._sequence(CachedOutline(self.gist), whole=True)
         self.read_context(sequence, tokens)
         return part_of(self.identity, tokens, sequence.cache).to(self.device, self.raw_on_host)
 
@@ -166,9 +166,9 @@ class Decoder:
         attend = PrefillAttention(sequence.cache, sight, None, self.first, self.device)
         sequence.logits = self.model.head_logits(self._run(list(tokens), sight.position, attend)[-1])
 
-    def _sequence(self, outline: CachedOutline | CachedJoinedOutline) -> LiveSequence:
+    def _sequence(self, outline: CachedOutline | CachedJoinedOutline, whole: bool = False) -> LiveSequence:
         placement = GistPlacement(self.gist, self.word_starts, self.gist_ids[: self.gist.levels]) if self.gist else None
-        cache = SequenceCache(self.model.config, outline, self.dtype, self.device, self.raw_on_host)
+        cache = SequenceCache(self.model.config, outline, self.dtype, self.device, self.raw_on_host, whole)
         return LiveSequence(cache, placement)
 
     def read_context(self, sequence: LiveSequence, tokens: Sequence[int], close: bool = True) -> None:

@@ -32,7 +32,8 @@ def identity_of(
 
 def part_of(identity: Identity, ids: Sequence[int], cache: SequenceCache) -> Part:
     """Of a sequence that was read and closed. ids: its raw tokens."""
-    held = [torch.stack([layer[s].buffer.rows for layer in cache.layers], 1) for s in range(len(cache.outline.counts))]
+    of_layers = lambda s: [cache.layers[index][s].buffer.rows for index in cache.held(s)]
+    held = [torch.stack(of_layers(s), 1) for s in range(len(cache.outline.counts))]
     return Part(identity, list(ids), PartShape.of(cache.outline), tuple(held))
 
 
@@ -49,6 +50,6 @@ def join(cache: SequenceCache, parts: Sequence[Part], config: ModelConfig) -> No
             continue
         device = cache.layers[0][s].device
         turn = Rotary.turning(*(x.to(device) for x in positions), config, parts[0].rows[s].dtype)
-        for index, layer in enumerate(cache.layers):
-            keys, values = side_by_side(parts, order, s, index).to(device)
-            layer[s].put(keys if index in config.nope_layers else turn.apply(keys), values)
+        for place, index in enumerate(cache.held(s)):
+            keys, values = side_by_side(parts, order, s, place).to(device)
+            cache.layers[index][s].put(keys if index in config.nope_layers else turn.apply(keys), values)

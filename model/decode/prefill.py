@@ -1,13 +1,13 @@
 """Attention of a run of new tokens over a cache, through the kernels that training uses.
 
-Under the compressed mask a run of tokens sees one span per segment: these rows, in level-sorted order, are a short
+A run of tokens that do not recall sees one span per segment: these rows, in level-sorted order, are a short
 sample of their own in which the older rows ask nothing. Recalling tokens may reach everything: for them a layer's whole cache
 is put in that order, once per run; where raw rows lie on the host, what is unfolded is brought alone.
 """
 
 from __future__ import annotations
 
-import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,20 @@ from unfold.kernels.unfold import recall_queries, unfold_attention
 from unfold.model.decode.cache import SequenceCache
 from unfold.model.gist.growing import Outline, Sight, families, recalls_in
 
-DENSE_BLOCK = 128  # queries of dense attention at a time: bounds its mask
+
+@dataclass(frozen=True)
+class Run:
+    """What a run of new tokens sees in the layers of one kind, as a sample of its own (:func:`short_sample`)."""
+
+    spans: list[tuple[int, int, int]]
+    own: Tensor
+    intervals: Intervals
+
+    @classmethod
+    def of(cls, sight: Sight, device: torch.device) -> Run:
+        """On the device of the layers."""
+        spans, own, intervals = short_sample(sight)
+        return cls(spans, own.to(device), intervals.to(device))
 
 
 class PrefillAttention:
@@ -36,29 +49,25 @@ class PrefillAttention:
 
     def __init__(self, cache: SequenceCache, sight: Sight, rule: SelectRule | None, first: int, device: torch.device):
         self.cache, self.sight, self.rule, self.first = cache, sight, rule, first
-        if not cache.outline.levels:
-            return
-        self.spans, self.own, intervals = short_sample(sight)
-        self.own = self.own.to(device)
-        self.intervals = intervals.to(device)
+        self.runs = {kind: Run.of(seen, device) for kind, seen in cache.views(sight).items()}
         self.tree = None
         if bool(sight.recalls.any()):
+            run = self.runs["gist"]
             self.recalling = sight.recalls.nonzero()[:, 0].to(device)
             self.tree = whole_tree(cache.outline, sight.at(sight.recalls)).to(device)
-            asleep = torch.zeros(1, intervals.tokens, dtype=torch.bool, device=device)
-            asleep[0, self.own[self.recalling]] = True
-            self.forgetting = self.intervals.without(asleep)
+            asleep = torch.zeros(1, run.intervals.tokens, dtype=torch.bool, device=device)
+            asleep[0, run.own[self.recalling]] = True
+            self.forgetting = run.intervals.without(asleep)
 
     def __call__(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [1, n, H, D], k, v [1, n, Hkv, D] -> [1, n, H, D]"""
         self.cache.append(index, self.sight.segment, k[0], v[0])
-        if not self.cache.outline.levels:
-            return self._dense(index, q)
-        recall = self.tree is not None and recalls_in(index, self.first)
-        queries = q.new_zeros(1, self.intervals.tokens, *q.shape[2:])
-        queries[0, self.own] = q[0]
-        near = self._rows(index, self.spans)
-        out = compressed_attention(queries, *near, self.forgetting if recall else self.intervals)[:, self.own]
+        kind = self.cache.kinds[index]
+        run, recall = self.runs[kind], self.tree is not None and recalls_in(index, self.first, kind)
+        queries = q.new_zeros(1, run.intervals.tokens, *q.shape[2:])
+        queries[0, run.own] = q[0]
+        near = self._rows(index, run.spans)
+        out = compressed_attention(queries, *near, self.forgetting if recall else run.intervals)[:, run.own]
         if recall:
             out[0, self.recalling] = self._recall(index, q[0, self.recalling])
         return out
@@ -85,24 +94,6 @@ class PrefillAttention:
         keys = torch.cat([layer[s].keys(first, last) for s, first, last in spans], 1)
         values = torch.cat([layer[s].values(first, last) for s, first, last in spans], 1)
         return keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
-
-    def _dense(self, index: int, q: Tensor) -> Tensor:
-        """Causal attention over all raw tokens, a block of queries at a time."""
-        out, raw = torch.empty_like(q), self.cache.layers[index][-1]
-        for i in range(0, q.shape[1], DENSE_BLOCK):
-            last = self.sight.hi[-1, i : i + DENSE_BLOCK].to(q.device)  # what each query sees
-            end = int(last[-1])
-            seen = torch.arange(end, device=q.device) < last[:, None]
-            part = F.scaled_dot_product_attention(
-                q[:, i : i + DENSE_BLOCK].transpose(1, 2),
-                raw.keys(0, end)[None],
-                raw.values(0, end)[None],
-                attn_mask=seen,
-                enable_gqa=True,
-                scale=1 / math.sqrt(q.shape[3]),
-            )
-            out[:, i : i + DENSE_BLOCK] = part.transpose(1, 2)
-        return out
 
 
 def short_sample(sight: Sight) -> tuple[list[tuple[int, int, int]], Tensor, Intervals]:

@@ -18,6 +18,7 @@ from unfold.model.decode.frame import AHEAD, Frame
 from unfold.model.decode.replay import Replays
 from unfold.model.decode.sampling import BLOCK, Draws, Sampling, choose
 from unfold.model.decode.step import NewTokens
+from unfold.model.kinds import kind_of
 
 if TYPE_CHECKING:
     from unfold.model.decode.generation import Decoder, LiveSequence
@@ -78,12 +79,16 @@ class Frames:
 
 
 def frames_of(decoder: Decoder, capture: bool) -> Frames | None:
-    """A decoder's frames; None where it reads step by step: on a CPU, what the kernels do not serve, raw rows on the host."""
-    if decoder.device.type != "cuda" or decoder.raw_on_host:
+    """A decoder's frames; None where it reads step by step.
+
+    On a CPU, where raw rows lie on the host, where layers are of several kinds or of a window, and what the kernels do not serve.
+    """
+    config = decoder.model.config
+    kinds, own = config.kinds_with(decoder.gist is not None), "gist" if decoder.gist else "dense"
+    if decoder.device.type != "cuda" or decoder.raw_on_host or any(kind_of(kinds, n) != own for n in range(config.layers)):
         return None
     from unfold.kernels.decode.triton import why_not_shape
 
-    config = decoder.model.config
     refused = why_not_shape(decoder.dtype, config.head_dim, config.heads // config.kv_heads, decoder.rule)
     return None if refused else Frames(decoder, capture)
 

@@ -27,11 +27,11 @@ class NewTokens:
     sight: Sight
 
 
-def step_of(batch: Sequence[NewTokens]) -> Step:
-    """All new tokens of a batch, one after another."""
-    join = lambda name: torch.cat([getattr(new.sight, name) for new in batch], -1)
+def step_of(caches: Sequence[SequenceCache], sights: Sequence[Sight]) -> Step:
+    """The new tokens of some sequences, one after another, in layers of one kind. sights: of each sequence's tokens there."""
+    join = lambda name: torch.cat([getattr(sight, name) for sight in sights], -1)
     ranges = (join(name) for name in ("lo", "hi", "sinks", "hi", "tail", "span", "recalls"))
-    return Step([new.cache.outline for new in batch for _ in new.sight.recalls], *ranges)
+    return Step([cache.outline for cache, sight in zip(caches, sights) for _ in sight.recalls], *ranges)
 
 
 class StepAttention:
@@ -46,7 +46,8 @@ class StepAttention:
     def __init__(self, batch: Sequence[NewTokens], rule: SelectRule | None, first: int):
         self.batch, self.rule, self.first = batch, rule, first
         self.caches = [new.cache for new in batch for _ in new.sight.recalls]
-        self.step = step_of(batch)
+        views, caches = [new.cache.views(new.sight) for new in batch], [new.cache for new in batch]
+        self.steps = {kind: step_of(caches, [view[kind] for view in views]) for kind in views[0]}
 
     def __call__(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [1, T, H, D], k, v [1, T, Hkv, D] -> [1, T, H, D]"""
@@ -55,5 +56,6 @@ class StepAttention:
             after = at + len(new.sight.recalls)
             new.cache.append(index, new.sight.segment, k[0, at:after], v[0, at:after])
             at = after
-        step = self.step if recalls_in(index, self.first) else self.step.forgetting()
+        kind = self.caches[0].kinds[index]
+        step = self.steps[kind] if recalls_in(index, self.first, kind) else self.steps[kind].forgetting()
         return decode_attention(q[0], [cache.layers[index] for cache in self.caches], step, self.rule)[None]

@@ -17,13 +17,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from unfold.model.kinds import window_of
 
-def recalls_in(layer: int, first: int) -> bool:
-    """Whether tokens recall in a layer, counted from 0. first: ``recall_from``, at least 1.
 
-    Not in the very first one, where gists hold nothing of their own yet; a gist of level l does from layer l + 1 on.
+def recalls_in(layer: int, first: int, kind: str = "gist") -> bool:
+    """Whether tokens recall in a layer, counted from 0. first: ``recall_from``, at least 1; kind: of the layer.
+
+    Only in gist layers, and not in the first layer, where gists hold nothing yet; one of level l does from layer l + 1 on.
     """
-    return layer >= first
+    return kind == "gist" and layer >= first
 
 
 class Folding(Protocol):
@@ -46,9 +48,7 @@ class Growable:
         pinned: in host memory that a GPU may read by itself.
     """
 
-    def __init__(
-        self, shape: Sequence[int], dim: int, dtype: torch.dtype, device: torch.device | str, pinned: bool = False
-    ):
+    def __init__(self, shape: Sequence[int], dim: int, dtype: torch.dtype, device: torch.device | str, pinned: bool = False):
         self.dim, self.length, self.pinned = dim, 0, pinned
         self.memory = torch.empty([*shape[:dim], 0, *shape[dim + 1 :]], dtype=dtype, device=device)
 
@@ -63,6 +63,13 @@ class Growable:
         """Make room for so many rows in all; those behind ``length`` hold anything."""
         if room > self.memory.shape[self.dim]:
             self._move(max(room, 2 * self.memory.shape[self.dim], 16))
+
+    def forget(self, first: int, count: int) -> None:
+        """Take out ``count`` rows from number ``first`` on; those behind them move up."""
+        behind = self.length - first - count
+        kept = self.memory.narrow(self.dim, first + count, behind).clone()  # lest it is read where it is being written
+        self.memory.narrow(self.dim, first, behind).copy_(kept)
+        self.length -= count
 
     def truncate(self, length: int) -> None:
         """Forget the rows from ``length`` on."""
@@ -120,9 +127,7 @@ class Feed:
 
     def then(self, after: Feed) -> Feed:
         """This and another one, which drops none of what this one reads."""
-        return Feed(
-            self.drop + after.drop, self.ids + after.ids, self.level + after.level, self.recalls + after.recalls
-        )
+        return Feed(self.drop + after.drop, self.ids + after.ids, self.level + after.level, self.recalls + after.recalls)
 
 
 def raw_feed(tokens: Sequence[int], recalls: bool) -> Feed:
@@ -343,6 +348,27 @@ class Outline:
         if recalls is not None:
             unfolds = torch.as_tensor(recalls, dtype=torch.bool, device=self.device)
         return Sight(segment, number, lo, hi, sinks, tail, unfolds, start, self.borders, self.sink)
+
+    def in_layer(self, kind: str, sight: Sight) -> Sight:
+        """What the tokens of a sight of this text see in layers of one kind (:mod:`unfold.model.kinds`)."""
+        if kind == "gist":
+            return sight
+        segments = torch.arange(self.levels + 1, device=self.device)[:, None]
+        lo = sight.hi - (sight.segment == segments).long()  # of the gists themselves alone
+        window = window_of(kind)
+        lo[-1] = 0 if window is None else self._first_within(sight.position, window)
+        sinks = torch.zeros_like(sight.sinks) if window is None else lo[-1].clamp(max=self.sink)
+        return replace(sight, lo=lo, sinks=sinks, recalls=torch.zeros_like(sight.recalls))
+
+    def unseen(self, window: int, items: int) -> int:
+        """Of the first so many raw items how many behind the sinks later tokens never see, in layers with this window."""
+        if self.levels:  # the open chunk may be taken off, to be folded
+            items = min(items, int(self.ends[-1].rows[-1:].sum()))
+        return max(0, items - window - self.sink)  # a gist that comes next looks from where the last raw token does
+
+    def _first_within(self, position: Tensor, window: int) -> Tensor:
+        """The first raw item within the window of tokens at these positions."""
+        return (position - window + 1).clamp(min=0)
 
     @property
     def borders(self) -> tuple[Tensor, ...]:

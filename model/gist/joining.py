@@ -89,6 +89,8 @@ class JoinedOutline(Outline):
         self.counts[-1] = raw
         # What a part's links see: gists of each level, and how many of the first raw tokens.
         self.upto = torch.tensor(upto, dtype=torch.int64, device=device).view(-1, self.levels + 1)
+        rest = [torch.arange(sinks, shape.raw) + at for shape, sinks, at in zip(shapes, self.sinks, self.offsets)]
+        self.rest = torch.cat([torch.zeros(0, dtype=torch.int64), *rest]).to(device)  # positions of what parts hold behind sinks
         # Windows do not reach into a part: of the levels below the top, links and suffix alone.
         self.floor = torch.tensor([0, *self.counts[1:]], dtype=torch.int64, device=device)
 
@@ -106,6 +108,17 @@ class JoinedOutline(Outline):
         none = torch.zeros(0, dtype=torch.int64)
         there = [at + self.offsets[i] for at, (i, _) in zip(positions, order)]
         return order, torch.cat([none, *positions]), torch.cat([none, *there])
+
+    def _first_within(self, position: Tensor, window: int) -> Tensor:
+        """Of links and suffix, which see all sinks, the first item behind these; a prefix sees itself whole."""
+        first = position - window + 1
+        behind = self.sink + torch.searchsorted(self.rest, first)
+        return torch.where(position < self.prefix, 0, torch.where(first < int(self.floor[-1]), behind, first))
+
+    def unseen(self, window: int, items: int) -> int:
+        """As of any text; here none is taken off."""
+        following = torch.tensor([items], device=self.device)
+        return max(0, int(self._first_within(following, window)) - self.sink)
 
     def prefix_sight(self, begin: int, end: int) -> Sight:
         """What tokens ``[begin, end)`` of the prefix see: those before them, and themselves."""

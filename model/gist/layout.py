@@ -18,6 +18,7 @@ from unfold.kernels.common.plans import Planned, to_device
 from unfold.kernels.intervals import Intervals
 from unfold.model.config import GistConfig
 from unfold.model.gist.linked import Role, Units, see_parts, sink_copies, unit_of
+from unfold.model.kinds import window_of
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Layout(Planned):
         intervals: what each token sees under the compressed mask; padding sees itself.
         role, part: [B, T] int of a micro-batch with bundles, as :class:`unfold.model.gist.Interleaved` has them; else None.
         host: the same on the host, where this was copied from it.
+        sink: first raw tokens of a document that all its later tokens see; 0 where there are no gists.
     """
 
     level: Tensor
@@ -40,6 +42,7 @@ class Layout(Planned):
     role: Tensor | None = None
     part: Tensor | None = None
     host: Layout | None = field(default=None, repr=False, compare=False)
+    sink: int = 0
 
     @property
     def text(self) -> Tensor:
@@ -87,7 +90,13 @@ class Layout(Planned):
         doc, position = (to_device(x, device) for x in (self.doc, self.position))
         optional = (x if x is None else to_device(x, device) for x in (self.role, self.part))
         host = self if self.device.type == "cpu" else None
-        return Layout(level, doc, position, self.intervals.to(device), *optional, host)
+        return Layout(level, doc, position, self.intervals.to(device), *optional, host, self.sink)
+
+    def in_layer(self, kind: str) -> Layout:
+        """That of the layers of one kind (:mod:`unfold.model.kinds`): what their tokens see."""
+        if kind == "gist":
+            return self
+        return self.planned(("layers", kind), lambda whole: raw_layout(whole, window_of(kind)))
 
 
 def build_layout(
@@ -105,6 +114,7 @@ def build_layout(
         The layout, on the device of ``level``.
     """
     batch, tokens = level.shape
+    sink = config.sink if config else 0
     config = config or GistConfig((tokens + 1,))  # dense attention needs documents and positions: any sizes yield them
     levels = len(config.chunk_sizes)
     device = level.device
@@ -154,7 +164,7 @@ def build_layout(
     end = torch.full_like(segment_start[:, :1], rows.shape[1])
     intervals = Intervals(rows, row_of, lo, hi, torch.cat([segment_start, end], 1))
     position = (upto[:, levels] - raw_before - 1).clamp_(min=0).long().masked_fill(padding, 0)
-    return Layout(level, doc, position, intervals, role, part)
+    return Layout(level, doc, position, intervals, role, part, sink=sink)
 
 
 def _find_units(unit: Tensor, before: Tensor) -> Units:
@@ -171,25 +181,68 @@ def _find_units(unit: Tensor, before: Tensor) -> Units:
     return Units(number, first, before.gather(2, first[:, None].expand(-1, before.shape[1], -1)))
 
 
-def dense_layout(layout: Layout, samples: Tensor | None = None) -> Layout:
-    """The same rows under dense attention: a raw token sees all raw tokens of its document up to itself, a gist itself alone.
+def raw_layout(layout: Layout, window: int | None = None, samples: Tensor | None = None, gists: bool = True) -> Layout:
+    """The same rows where every token sees the raw tokens of its document (or part) up to itself, and itself.
 
-    Of a bundle a token of a part sees that part's, one of the links and the suffix all raw tokens and links before it.
+    In a bundle a token of a part sees that part's; links and the suffix see all raw tokens and links before them; a prefix is
+    seen like sinks are.
 
-    samples: int64 [n], those of the micro-batch that are wanted; None: all.
+    Args:
+        layout: of whole samples under the compressed mask.
+        window: of the raw tokens it sees the last so many, and the sinks before them; None: all.
+        samples: int64 [n], those of the micro-batch that are wanted; None: all.
+        gists: whether gists see raw tokens; else each sees itself alone, where nobody looks at what they find.
     """
     pick = lambda x: x if samples is None else x.index_select(0, samples)
     intervals, level, doc = layout.intervals, pick(layout.level), pick(layout.doc)
-    row_of, lo = pick(intervals.row_of), pick(intervals.lo).clone()
-    row = row_of.int()
+    row_of, lo, hi = (pick(x) for x in (intervals.row_of, intervals.lo, intervals.hi))
+    role, part = (x if x is None else pick(x) for x in (layout.role, layout.part))
+    row, raw = row_of.int(), intervals.segments - 2
     first = row.gather(1, pick(layout.first_seen))  # it is raw
-    segment = (intervals.segments - 3 - level).long()[:, None]  # the top level is 0, raw tokens are L; padding is among them
-    hi = lo.scatter(1, segment, row[:, None] + 1)  # elsewhere nothing: hi is lo
-    own_only = (level >= 0) | (doc < 0)
-    lo.scatter_(1, segment, torch.where(own_only, row, first)[:, None])
+    apart = (level >= 0) | (doc < 0)  # they see themselves beside raw tokens, or alone
+    # A range ends where the count of its segment's items stands, wherever it is seen or not.
+    end = torch.where(doc < 0 if gists else apart, first, hi[:, raw])
+    begin = first if window is None else torch.maximum(first, end - window)
+    if window is not None and role is not None:
+        begin = torch.where(role == Role.PREFIX, first, begin)
+    lo, sink_first, seen_sinks = hi.clone(), lo[:, -1], hi[:, -1] - lo[:, -1]
+    hi = lo.clone()
+    lo[:, raw], hi[:, raw] = begin, end
+    segment = (raw - 1 - level).long()[:, None]  # the top level is 0, raw tokens are L; padding is among them
+    own = lambda x, to: x.scatter_(1, segment, torch.where(apart, to, x.gather(1, segment)[:, 0])[:, None])
+    own(lo, row), own(hi, row + 1)
+    lo[:, -1] = hi[:, -1] = sink_first
+    if window is not None:
+        sinks = (begin - first).clamp(max=layout.sink)
+        if role is not None:
+            before = _sink_copies_before(pick(intervals.rows), row_of, sink_first, seen_sinks)
+            in_bundle = before.gather(1, begin.long()) - before.gather(1, first.long())
+            sinks = torch.where(role >= Role.LINK, in_bundle, sinks)
+        hi[:, -1] += sinks
     seen = Intervals(pick(intervals.rows), row_of, lo, hi, pick(intervals.segment_start))
-    optional = (x if x is None else pick(x) for x in (layout.role, layout.part))
-    return Layout(level, doc, pick(layout.position), seen, *optional)
+    return Layout(level, doc, pick(layout.position), seen, role, part, sink=layout.sink)
+
+
+def _sink_copies_before(rows: Tensor, row_of: Tensor, first: Tensor, seen: Tensor) -> Tensor:
+    """How many tokens with a sink copy that anybody sees stand in rows before a row: int32 [B, T + 1].
+
+    rows, row_of: of the intervals; first, seen: [B, T] int32, of every token the first copy it sees, and how many.
+    """
+    tokens = row_of.shape[1]
+    copies = rows.shape[1] - tokens
+    edges = torch.zeros(len(rows), copies + 1, dtype=torch.int32, device=rows.device)
+    one = (seen > 0).int()
+    begin = (first - tokens).long().clamp(0, copies)
+    edges.scatter_add_(1, begin, one).scatter_add_(1, (begin + seen).clamp(max=copies), -one)
+    is_seen = (edges.cumsum(1)[:, :copies] > 0).int()
+    marked = torch.zeros(len(rows), tokens + 1, dtype=torch.int32, device=rows.device)
+    marked.scatter_add_(1, row_of.gather(1, rows[:, tokens:]) + 1, is_seen)
+    return marked.cumsum(1, dtype=torch.int32)
+
+
+def dense_layout(layout: Layout, samples: Tensor | None = None) -> Layout:
+    """Dense attention for raw tokens, where nobody looks at what gists find: each of them sees itself alone."""
+    return raw_layout(layout, None, samples, gists=False)
 
 
 def document_starts(doc: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ class Part:
         ids: its raw tokens.
         shape: its outline.
         rows: of each segment (gists of the top level first, raw tokens last) its items' keys, rotated for their positions in the
-            part, and values: [2, layers, Hkv, items, D].
+            part, and values: [2, layers that keep them, Hkv, items, D].
     """
 
     identity: Identity
@@ -176,5 +176,5 @@ def turning(here: tuple[Tensor, Tensor], there: tuple[Tensor, Tensor], dtype: to
 
 
 def side_by_side(parts: Sequence[Part], order: Sequence[tuple[int, slice]], segment: int, layer: int) -> Tensor:
-    """Keys and values of items of several parts in one layer, [2, Hkv, items, D]; order: (part, its items)."""
+    """Keys and values of items of several parts in a layer that keeps them, [2, Hkv, items, D]; order: (part, its items)."""
     return torch.cat([parts[i].rows[segment][:, layer, :, items] for i, items in order], 2)

@@ -15,7 +15,7 @@ from .gist_attention import GistPass
 from .gist_sequence import GistSequence, GistSettings
 
 # Settings by which a part is read, and by which its tokens recall.
-READING = ("chunk_sizes", "sink", "n_prev", "own_group")
+READING = ("chunk_sizes", "sink", "n_prev", "own_group", "layer_attention")
 RECALLING = ("recall_from", "topk", "top_p", "budget_ratio", "share", "unfold_all")
 # What the weights do not say of a model.
 SHAPE = ("model_type", "num_attention_heads", "rope_parameters", "rope_scaling", "rope_theta", "no_rope_layers", "rms_norm_eps")

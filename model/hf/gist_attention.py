@@ -48,17 +48,26 @@ class GistPass:
     """
 
     def __init__(self, parts: Sequence[tuple[GistSequence, Sight]], kernels: SimpleNamespace | None, keep: bool):
-        self.parts, self.keep = parts, keep
-        whole = lambda sight: kernels is not None and not any(sight.start)
-        self.samples = [WholeSequence(kernels, sight, seq.settings) if whole(sight) else None for seq, sight in parts]
+        self.parts, self.kernels, self.keep = parts, kernels, keep
+        self.views: dict[str, list[tuple[Sight, WholeSequence | None]]] = {}
+
+    def seen(self, kind: str) -> list[tuple[Sight, WholeSequence | None]]:
+        """What the new tokens of every sequence see in layers of one kind, also as samples for the kernels."""
+        if kind not in self.views:
+            sights = [sequence.outline.in_layer(kind, sight) for sequence, sight in self.parts]
+            whole = lambda sight: self.kernels is not None and not any(sight.start)
+            sample = lambda sight, settings: WholeSequence(self.kernels, sight, settings) if whole(sight) else None
+            self.views[kind] = [(s, sample(s, sequence.settings)) for s, (sequence, _) in zip(sights, self.parts)]
+        return self.views[kind]
 
     def attend(self, index: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """Attention of layer ``index``. q [H, N, D], k, v [Hkv, N, D], rotary applied -> [H, N, D]"""
         out, at = [], 0
-        for (sequence, sight), sample in zip(self.parts, self.samples):
+        kind = self.parts[0][0].settings.kind(index)
+        for (sequence, _), (sight, sample) in zip(self.parts, self.seen(kind)):
             new = slice(at, at := at + len(sight.recalls))
             own = [x[:, new] for x in (q, k, v)]
-            recall = recalls_in(index, sequence.settings.recall_from)
+            recall = recalls_in(index, sequence.settings.recall_from, kind)
             by_kernels = sample is not None and sight.lo.device == q.device
             if self.keep or not by_kernels:
                 keep_rows(sequence.layer(index), sight, *own[1:])

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from unfold.model.gist.growing import Feed, GistPlacement, Outline, Sight
 from unfold.model.gist.joining import JoinedOutline
+from unfold.model.kinds import kind_of, objection
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class GistSettings:
         recall_from: first layer in which tokens recall.
         unfold_all: whether they unfold everything before them, whatever the budget is.
         links, link_ids: how many link tokens a part of a linked context has, and their ids; none where the vocabulary has none.
+        layer_attention: kinds of layers, repeated over them; empty: all are gist layers.
     """
 
     chunk_sizes: tuple[int, ...]
@@ -51,6 +53,7 @@ class GistSettings:
     unfold_all: bool = False
     links: int = 0
     link_ids: tuple[int, ...] = ()
+    layer_attention: tuple[str, ...] = ()
 
     def __post_init__(self):
         if self.unfold_all:  # no budget counts, and one selection serves all heads: they would make the same
@@ -73,7 +76,13 @@ class GistSettings:
         for name, allowed in (("recall", ("none", "suffix", "all")), ("share", ("head", "group"))):
             if getattr(settings, name) not in allowed:
                 raise ValueError(f"config.gist: {name} {getattr(settings, name)!r} is not one of {', '.join(allowed)}")
+        if wrong := next(filter(None, map(objection, settings.layer_attention)), ""):
+            raise ValueError(f"config.gist: layer_attention {wrong}")
         return settings
+
+    def kind(self, layer: int) -> str:
+        """That of a layer."""
+        return kind_of(self.layer_attention or "gist", layer)
 
     @property
     def levels(self) -> int:

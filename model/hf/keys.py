@@ -6,7 +6,8 @@ import difflib
 from typing import Any
 
 from unfold.model.config import ModelConfig, RopeScaling
-from unfold.model.families import FAMILIES, Family, find_family
+from unfold.model.families import FAMILIES, NO_WINDOWS, Family, find_family
+from unfold.model.kinds import window_of
 from unfold.model.settings import raise_together
 
 # Parameters of a rotary type: their key -> ours. What is not in here is refused on import unless it says nothing.
@@ -27,6 +28,7 @@ ROPE_KEYS = {
         "attention_factor": "attention_factor",
     },
 }
+FULL, SLIDING = "full_attention", "sliding_attention"  # what layer_types may say
 NO_EFFECT = {"partial_rotary_factor": (None, 1, 1.0), "truncate": (None, True), "mscale": (None,), "mscale_all_dim": (None,)}
 # Keys that every family shares: theirs -> ours.
 SHARED = {
@@ -89,15 +91,27 @@ def _rope_parameters(config: ModelConfig) -> dict[str, Any]:
 def _family_keys(family: Family, config: ModelConfig) -> dict[str, Any]:
     """The keys that not all families have."""
     bias = {"attention_bias": config.qkv_bias}
-    no_window = {"use_sliding_window": False, "sliding_window": None}
+    windows = _window_keys(config)
     uses_rope = [int(i not in config.nope_layers) for i in range(config.layers)]
     return {
         "llama": {**bias, "mlp_bias": config.mlp_bias},
-        "qwen2": no_window,
-        "qwen3": {**bias, **no_window},
-        "mistral": {"sliding_window": None},
-        "smollm3": {**bias, **no_window, "mlp_bias": config.mlp_bias, "no_rope_layers": uses_rope},
+        "qwen2": windows,
+        "qwen3": {**bias, **windows},
+        "mistral": {"sliding_window": windows["sliding_window"]},
+        "smollm3": {**bias, **windows, "mlp_bias": config.mlp_bias, "no_rope_layers": uses_rope},
     }[family.name]
+
+
+def _window_keys(config: ModelConfig) -> dict[str, Any]:
+    """Of a dense model what its layers see. One with gists tells it elsewhere: to who knows none all of its layers are dense."""
+    windows = [window_of(kind) for kind in config.layer_kinds] if config.attention == "dense" else []
+    size = next((window for window in windows if window), None)
+    if size is None:
+        return {"use_sliding_window": False, "sliding_window": None}
+    types = [SLIDING if window else FULL for window in windows]
+    # Older readers know no types, and a border alone: from there on every layer has a window.
+    border = next(i for i in range(config.layers + 1) if all(windows[i:]))
+    return {"use_sliding_window": True, "sliding_window": size, "max_window_layers": border, "layer_types": types}
 
 
 def find_architecture(keys: dict[str, Any]) -> Family:
@@ -148,7 +162,21 @@ def model_config(keys: dict[str, Any]) -> ModelConfig:
         mlp_bias=family.fixed.get("mlp_bias", has("mlp_bias")),
         qk_norm=family.fixed["qk_norm"],
         family=family.name,
+        attention="dense",
+        layer_attention=_layer_kinds(theirs),
     )
+
+
+def _layer_kinds(theirs) -> tuple[str, ...]:
+    """What every layer sees; nothing where all see everything, as where a window is as long as the longest text."""
+    window = getattr(theirs, "sliding_window", None)
+    if not getattr(theirs, "use_sliding_window", True) or window is None or window >= theirs.max_position_embeddings:
+        return ()
+    types = getattr(theirs, "layer_types", None) or [SLIDING] * theirs.num_hidden_layers
+    kinds = tuple(f"window:{window}" if name == SLIDING else "dense" for name in types)
+    if SLIDING not in types:
+        return ()
+    return kinds if len(set(kinds)) > 1 else kinds[:1]
 
 
 def _unsupported(keys: dict[str, Any], theirs) -> list[str]:
@@ -156,14 +184,13 @@ def _unsupported(keys: dict[str, Any], theirs) -> list[str]:
     errors = []
     if theirs.hidden_act != "silu":
         errors.append(f"hidden_act: {theirs.hidden_act!r} is not supported, only 'silu'")
-    window = getattr(theirs, "sliding_window", None)
-    if getattr(theirs, "use_sliding_window", True) and window is not None and window < theirs.max_position_embeddings:
-        errors.append(
-            f"sliding_window: {window} is not supported, every layer attends to the whole sequence; where the model may, set it "
-            "to null"
-        )
-    elif "sliding_attention" in (getattr(theirs, "layer_types", None) or []):
-        errors.append("layer_types: sliding_attention is not supported, only full_attention")
+    types = getattr(theirs, "layer_types", None) or []
+    if strange := sorted({str(name) for name in types} - {FULL, SLIDING}):
+        errors.append(f"layer_types: {', '.join(strange)} is not supported, only {FULL} and {SLIDING}")
+    if find_architecture(keys).windows == NO_WINDOWS and (keys.get("sliding_window") or SLIDING in types):
+        errors.append(f"sliding_window: {keys.get('sliding_window')}, but a {theirs.model_type} has none; set it to null")
+    if SLIDING in types and not getattr(theirs, "sliding_window", None):
+        errors.append(f"layer_types: {SLIDING}, but sliding_window is {getattr(theirs, 'sliding_window', None)}; give its size")
     if keys.get("quantization_config"):
         errors.append("quantization_config: quantised weights are not supported; give the model in bf16, fp16 or fp32")
     return errors

@@ -25,6 +25,7 @@ from transformers.modeling_utils import AttentionInterface
 from unfold.model.gist.growing import Sight
 from unfold.model.gist.joining import JoinedOutline
 from unfold.model.gist.parts import Identity, Part
+from unfold.model.kinds import kind_of  # noqa: F401
 
 from .documents import identity_of, join, part_of
 from .gist_attention import GistPass

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from unfold.model import kinds
 from unfold.model.config import TRAINING_ONLY, GistConfig
 from unfold.model.gist import growing, joining, parts
 from unfold.model.hf.gist_sequence import GistSettings, pack_word_starts
@@ -16,7 +17,7 @@ from unfold.model.hf.gist_sequence import GistSettings, pack_word_starts
 TOKENIZER_FILE = "exported_tokenizer.py"
 TOKENIZER_MAP = {"AutoTokenizer": [None, "exported_tokenizer.PreTrainedTokenizerFast"]}
 FILES = ("modeling_gist.py", "gist_attention.py", "own_kernels.py", "gist_sequence.py", "documents.py")
-SHARED = (growing, joining, parts)  # with generation
+SHARED = (growing, joining, parts, kinds)  # with generation
 
 
 def remote_code_files() -> dict[str, str]:
@@ -48,6 +49,7 @@ def config_entries(
     reserved_ids: Sequence[int],
     word_starts: np.ndarray,
     link_ids: Sequence[int] = (),
+    layer_attention: Sequence[str] = (),
 ) -> dict:
     """The entries of config.json that go with :func:`remote_code_files`.
 
@@ -60,6 +62,7 @@ def config_entries(
         reserved_ids: every id of the vocabulary that stands for no text, gists and links; never generated.
         word_starts: [vocab] bool.
         link_ids: of the links of one part of a linked context.
+        layer_attention: kinds of layers; empty: all are gist layers.
     """
     if strange := unknown_settings(gist):
         raise ValueError(f"gist.{strange[0]}: {getattr(gist, strange[0])!r}; the code that exports ship does not know it")
@@ -67,5 +70,7 @@ def config_entries(
     entry = {name: value for name, value in dataclasses.asdict(gist).items() if name in known}
     entry |= {"chunk_sizes": list(gist.chunk_sizes), "token_ids": list(gist_ids), "reserved_ids": list(reserved_ids)}
     entry["link_ids"] = list(link_ids)
+    if layer_attention:
+        entry["layer_attention"] = list(layer_attention)
     entry["word_starts"] = pack_word_starts(torch.from_numpy(np.ascontiguousarray(word_starts)))
     return {"gist": entry, "auto_map": {"AutoModelForCausalLM": f"modeling_gist.Gist{architecture}"}}

@@ -18,6 +18,7 @@ from torch.distributed import ProcessGroup
 
 from unfold.kernels.tree import GistTree
 from unfold.model.gist import Layout, Recall, recalls_in
+from unfold.model.kinds import Kinds, kind_of
 from unfold.model.parallel.division import Division
 from unfold.model.parallel.recall import RecallPlan, make_recall_plan, recall_over_ranks
 from unfold.model.parallel.route import rank_plan, routing_loss_over_ranks
@@ -50,10 +51,11 @@ class ContextTraffic:
 
 @dataclass(frozen=True)
 class ContextParallel:
-    """How the sequence is spread: the group, in the order of the parts, the method, and what was sent."""
+    """How the sequence is spread: the group, in the order of the parts, the method, the kinds of layers, and what was sent."""
 
     group: ProcessGroup
     method: str
+    kinds: Kinds = "gist"
     traffic: ContextTraffic = field(default_factory=ContextTraffic, compare=False)
 
     def of(self, layout: Layout) -> ContextPart:
@@ -63,7 +65,8 @@ class ContextParallel:
         def divide(whole: Layout) -> Division:
             if self.method == "ulysses":  # it puts the ranks' parts one after another
                 return Division.in_a_row(whole.intervals.tokens, size)
-            return Division.even(whole.intervals, size)
+            layers = [self.kinds] if isinstance(self.kinds, str) else self.kinds
+            return Division.even([whole.in_layer(kind).intervals for kind in layers], size)
 
         return ContextPart(self, layout.planned(("division", size, self.method), divide))
 
@@ -71,7 +74,8 @@ class ContextParallel:
         """Make what :meth:`of` and the layers will ask for, where it can be done ahead."""
         part = self.of(layout)
         if self.method == "gists":
-            part.plan(layout)
+            for kind in {self.kinds} if isinstance(self.kinds, str) else set(self.kinds):
+                part.plan(layout.in_layer(kind))
             if recall is not None:
                 part.recall_plan(recall.tree)
 
@@ -118,14 +122,17 @@ class ContextAttention:
 
     Attributes:
         part: this rank's, of the samples.
-        make: (layout, recall) -> attention (layer index, q, k, v) -> out among tokens that are all here.
+        make: (layout, recall) -> attention (layer index, q, k, v) -> out among tokens that are all here; where keys are exchanged
+            it is given layouts whose ranges are those of the layer's kind.
         layout, recall: of the whole samples, alike on all ranks.
+        kinds: of the layers.
     """
 
     part: ContextPart
     make: Callable
     layout: Layout
     recall: Recall | None
+    kinds: Kinds = "gist"
 
     def __call__(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [B, T / n, H, D], k, v [B, T / n, Hkv, D] -> [B, T / n, H, D], all of this rank's part."""
@@ -136,9 +143,10 @@ class ContextAttention:
             whole = self.make(self.layout, self.recall)
             return DistributedAttention(lambda *qkv: whole(index, *qkv), context.group)(q, k, v, 0)
         keys_values = torch.cat([k, v], 2)  # [B, T / n, 2 Hkv, D]
-        if self.recall is not None and recalls_in(index, self.recall.first_layer):
+        kind = kind_of(self.kinds, index)
+        if self.recall is not None and recalls_in(index, self.recall.first_layer, kind):
             return self._with_recall(index, q, keys_values)
-        plan = self.part.plan(self.layout)
+        plan = self.part.plan(self.layout.in_layer(kind))
         pool = context.gather(keys_values, plan.exports)
         k_near, v_near = take(pool, plan.source).split(k.shape[2], 2)
         blank = q.new_zeros(q.shape[0], 1, *q.shape[2:])

@@ -9,6 +9,7 @@ so all find the same. Where every rank attends to whole sequences (Ulysses) a ra
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,10 +37,13 @@ class Division:
         return cls(tokens, tuple((rank,) for rank in range(ranks)))
 
     @classmethod
-    def even(cls, intervals: Intervals, ranks: int) -> Division:
-        """CONTEXT_SLICES per rank, so that all have the same work while forgetting, as far as whole slices can."""
+    def even(cls, layers: Sequence[Intervals], ranks: int) -> Division:
+        """CONTEXT_SLICES per rank, so that all have the same work while forgetting, as far as whole slices can.
+
+        layers: what their tokens see, in a part of the layers that stands for them all.
+        """
         count = ranks * CONTEXT_SLICES
-        work = seen_by_tokens(intervals).unflatten(0, (count, -1)).sum(1).tolist()
+        work = sum(map(seen_by_tokens, layers)).unflatten(0, (count, -1)).sum(1).tolist()
         numbers: list[list[int]] = [[] for _ in range(ranks)]
         open_ranks = [(0, rank) for rank in range(ranks)]
         for number in sorted(range(count), key=lambda n: (-work[n], n)):
@@ -47,7 +51,7 @@ class Division:
             numbers[rank].append(number)
             if len(numbers[rank]) < CONTEXT_SLICES:
                 heapq.heappush(open_ranks, (done + work[number], rank))
-        return cls(intervals.tokens, tuple(tuple(sorted(own)) for own in numbers))
+        return cls(layers[0].tokens, tuple(tuple(sorted(own)) for own in numbers))
 
     def __post_init__(self):
         assert self.tokens % (self.ranks * self.slices) == 0, f"{self} leaves tokens over"

@@ -68,7 +68,7 @@ class StageAttention:
     def _begin(self) -> None:
         self._batch = batch = self._left.pop().to(self._device)
         layout = batch.layout
-        attend = attention_for(self._config.attention, layout, batch.recall, self._build.part_of(layout))
+        attend = attention_for(self._config.kinds, layout, batch.recall, self._build.part_of(layout))
         self._shared = Rotary.of(self._build.own_part(layout.position, layout), self._config), attend
 
     def _finish(self) -> None:

@@ -190,7 +190,8 @@ def merged_quarantine(manifest: Manifest, quarantine: Quarantine) -> Quarantine:
 
 # Settings of a model that no tensor's shape tells; weights trained with one value are worthless with another.
 STRUCTURE = ("heads", "kv_heads", "head_dim", "nope_layers", "norm_eps")
-ROTARY = ("rope_theta", "rope_scaling")  # may be changed on purpose, for longer sequences
+# May be changed on purpose, for longer sequences, and to give layers gists.
+CHANGED = ("rope_theta", "rope_scaling", "layer_attention")
 
 
 def warm_start(
@@ -228,4 +229,4 @@ def _warm_start_source(path: Path, tokenizer: RunTokenizer, model: ModelConfig) 
     differing = lambda names: "; ".join(f"model.{n}: {a} there, {b} given" for n, a, b in pairs(names) if a != b)
     if wrong := differing(STRUCTURE):
         return source, f"{path} is of another model ({wrong}); take its settings", "", none
-    return source, "", differing(ROTARY), saved.lora
+    return source, "", differing(CHANGED), saved.lora

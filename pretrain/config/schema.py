@@ -247,6 +247,11 @@ class RunConfig(Settings):
         if self.model.attention == "gist" and first >= max(2, layers):  # the default says nothing of a model of one layer
             most = max(1, layers - 1)
             errors.append(f"gist.recall_from: {first}, but model.layers is {layers}, and none recalls; at most {most} would do")
+        elif self.model.layer_attention and self.gist.recall != "none" and "gist" not in self.model.layer_kinds[first:]:
+            errors.append(
+                f"model.layer_attention: no layer from {first} on (gist.recall_from) is gist, and none recalls; make one gist, "
+                "or set gist.recall: none"
+            )
         if profiled := self.monitor.profile_steps:
             if profiled[1] > self.train.steps:
                 errors.append(f"monitor.profile_steps: {list(profiled)} goes beyond train.steps ({self.train.steps})")

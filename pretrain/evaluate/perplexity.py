@@ -183,7 +183,8 @@ def run_pack(subject: Subject, variant: Variant, group: list[np.ndarray]) -> tup
     row = lambda array: torch.from_numpy(array)[None]
     layout = build_layout(row(level), row(doc), gist)
     recall = None if gist is None else Recall.of(layout, gist)
-    attend = MicroBatchAttention("gist" if gist else "dense", layout.to(device), recall and recall.to(device))
+    kinds = subject.model.config.kinds_with(gist is not None)
+    attend = MicroBatchAttention(kinds, layout.to(device), recall and recall.to(device))
     with torch.no_grad():
         hidden = subject.model.run_layers(row(ids).to(device), attend.layout.position, attend)[:, 0]
     return hidden, attend, level

@@ -69,6 +69,7 @@ def read_keys(directory: Path, name: str = "config.json") -> dict:
 
 # Entries of an export's gist settings that follow from its tokenizer.
 OF_TOKENIZER = {"link_ids", "token_ids", "reserved_ids", "word_starts"}
+OF_MODEL = {"layer_attention"}  # entries that are settings of the model
 
 
 def read_gists(directory: Path, keys: dict) -> GistConfig | None:
@@ -82,7 +83,7 @@ def read_gists(directory: Path, keys: dict) -> GistConfig | None:
         return None
     known = {field.name for field in dataclasses.fields(GistConfig)}
     try:
-        if unknown := sorted(entry.keys() - known - OF_TOKENIZER):
+        if unknown := sorted(entry.keys() - known - OF_TOKENIZER - OF_MODEL):
             raise ValueError(f"{', '.join(unknown)}: not known to this version of unfold, which knows {', '.join(sorted(known))}")
         return GistConfig(**{name: value for name, value in entry.items() if name in known})
     except (AttributeError, TypeError, ValueError) as error:

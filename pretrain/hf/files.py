@@ -11,6 +11,7 @@ from sentencepiece import sentencepiece_model_pb2
 from unfold.model.config import GistConfig, ModelConfig
 from unfold.model.hf.keys import hf_config, model_family
 from unfold.model.hf.remote import TOKENIZER_MAP, config_entries, remote_code_files, tokenizer_code
+from unfold.model.kinds import describe_kinds
 from unfold.pretrain.checkpoint.load import FoundRun
 from unfold.pretrain.config import RunConfig
 from unfold.pretrain.data.tokenizer import GENERATION_FILE, RunTokenizer
@@ -44,7 +45,7 @@ def write_model_keys(model: ModelConfig, gist: GistConfig, tokenizer: RunTokeniz
         architecture, ids = model_family(model).architecture, tokenizer.gist_ids
         try:
             own = ids[: gist.levels], tokenizer.reserved_ids, tokenizer.word_starts, tokenizer.link_ids[: gist.links]
-            keys |= config_entries(architecture, gist, *own)
+            keys |= config_entries(architecture, gist, *own, layer_attention=model.layer_attention)
         except ValueError as error:
             raise UserError(str(error)) from None
     write_json(directory / "config.json", keys)
@@ -139,6 +140,8 @@ def _training_table(config: RunConfig, manifest) -> list[str]:
             f"{'own group only, ' if gist.own_group else ''}recall {gist.recall}"
             f"{f' from layer {gist.recall_from} on' if gist.recall_from > 1 else ''}"
         )
+    if config.model.layer_attention:
+        rows["Layers"] = describe_kinds(config.model.layer_kinds)
     if train.init_from:
         rows["Began from"] = f"weights of `{Path(train.init_from).name}`"
     if manifest.recent_losses:

@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -63,7 +64,9 @@ def import_model(args: argparse.Namespace) -> Path:
         write_generation(args.input, keys, tokenizer, partial / "tokenizer")
         for note in notes:
             say(note)
-        model = dataclasses.replace(model, vocab_size=rows.size, attention="gist" if gist else "dense")
+        kinds = _layer_kinds(args.input, keys, model, say) if gist else model.layer_attention
+        attention = "gist" if gist else "dense"
+        model = dataclasses.replace(model, vocab_size=rows.size, attention=attention, layer_attention=kinds)
         config = _configuration(model, gist, args.output)
         checkpoint = partial / "checkpoints" / checkpoint_name(0)
         checkpoint.mkdir(parents=True)
@@ -101,6 +104,24 @@ def _gists(args: argparse.Namespace, own: GistConfig | None) -> tuple[int, GistC
         return levels, dataclasses.replace(own, chunk_sizes=sizes, links=args.links or own.links) if sizes else None
     except ValueError as error:
         raise UserError(f"--chunk-sizes {args.chunk_sizes}: {error}") from None
+
+
+def _layer_kinds(source: Path, keys: dict, model: ModelConfig, say: Callable[[str], None]) -> tuple[str, ...]:
+    """Kinds of layers of a model that is to have gists: what its export says, or its own with gist layers for the dense ones."""
+    if keys.get("gist") is not None:
+        kinds = tuple(keys["gist"].get("layer_attention") or ())
+        try:
+            return dataclasses.replace(model, attention="gist", layer_attention=kinds).layer_attention
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{source}/config.json: gist.{error}") from None
+    kinds = tuple("gist" if kind == "dense" else kind for kind in model.layer_attention)
+    windows = ", ".join(dict.fromkeys(kind for kind in kinds if kind != "gist"))
+    if windows and "gist" not in kinds:
+        say(f"every layer has a window ({windows}); all become gist layers, and model.layer_attention may keep it in some")
+        return ()
+    if windows:
+        say(f"layers with full attention become gist layers; the others keep their window ({windows}), and see sinks (gist.sink)")
+    return kinds
 
 
 def _text(gist: GistConfig) -> str:

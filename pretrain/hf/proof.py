@@ -123,7 +123,7 @@ def _our_logits(run: FoundRun, dtype: torch.dtype, probe: Tensor) -> dict[str, T
 def _dense_logits(model: Transformer, probe: Tensor) -> Tensor:
     ids = probe[None, :PROBE_TOKENS].to(model.head_weight.device)
     layout = build_layout(torch.full_like(ids, -1), torch.zeros_like(ids), None)
-    hidden = model.run_layers(ids, layout.position, MicroBatchAttention("dense", layout))
+    hidden = model.run_layers(ids, layout.position, MicroBatchAttention(model.config.kinds_with(gists=False), layout))
     return model.head_logits(hidden)[:, 0].cpu()
 
 

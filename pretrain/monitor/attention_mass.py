@@ -85,7 +85,7 @@ class AttentionMass:
         if index not in self.measured:
             self.measured.add(index)
             row = self.sums[index] if self.layers else None
-            self.mass += attention_mass(q, k, attend.layout, attend.recall_in(index), row).cpu()
+            self.mass += attention_mass(q, k, attend.layout_in(index), attend.recall_in(index), row).cpu()
 
     def logits(self, parallel: Parallel) -> dict | None:
         """Over all ranks: the largest attention logit (after scaling), the share of saturated rows of softmax, the mean entropy

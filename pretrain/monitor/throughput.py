@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import psutil
 import torch
 
-from unfold.model.gist import dense_layout, recalls_in
+from unfold.model.gist import Layout, recalls_in
 from unfold.model.visibility import MicroBatch
 from unfold.pretrain.config import RunConfig
 from unfold.pretrain.parallel import Parallel
@@ -70,9 +71,9 @@ class Usage:
         for batch in batches:
             there = batch.layout.doc >= 0
             raw = int((there & (batch.layout.level < 0)).sum())
-            pairs = visible_pairs(batch, self._config.model.attention)
+            pairs = visible_pairs(batch, model.layer_kinds)
             if batch.recall is not None:
-                recalling = sum(recalls_in(layer, batch.recall.first_layer) for layer in range(model.layers))
+                recalling = sum(recalls_in(n, batch.recall.first_layer, kind) for n, kind in enumerate(model.layer_kinds))
                 pairs += _recalled_more(batch, result) * recalling / model.layers
             sample = dataclasses.replace(self._shape, raw=raw, tokens=int(there.sum()), keys=pairs)
             total += count_flops(model, sample, 1).total
@@ -86,14 +87,17 @@ class Usage:
         return most / GIB
 
 
-def visible_pairs(batch: MicroBatch, attention: str) -> int:
-    """(query, key) pairs that one layer computes while forgetting, padding aside."""
-    layout = batch.layout
-    if attention == "dense" and layout.role is None:
+def visible_pairs(batch: MicroBatch, kinds: Sequence[str]) -> float:
+    """(query, key) pairs that a layer computes while forgetting, padding aside: the mean over layers of these kinds."""
+    return sum(count * _pairs(batch.layout, kind) for kind, count in Counter(kinds).items()) / len(kinds)
+
+
+def _pairs(layout: Layout, kind: str) -> int:
+    if kind == "dense" and layout.role is None and not bool((layout.level >= 0).any()):
         return sum((stop - start) * (stop - start + 1) // 2 for _, start, stop in layout.document_spans)
-    intervals = (dense_layout(layout) if attention == "dense" else layout).intervals
+    intervals = layout.in_layer(kind).intervals
     seen = (intervals.hi - intervals.lo).sum(1, dtype=torch.int64)  # [B, T]
-    return int(seen[batch.layout.doc >= 0].sum())
+    return int(seen[layout.doc >= 0].sum())
 
 
 def _recalled_more(batch: MicroBatch, result: StepResult) -> float:

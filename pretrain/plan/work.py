@@ -92,7 +92,7 @@ def measure_sample(config: RunConfig, attention: str | None = None) -> SampleSiz
     if parallel.context == 1 or parallel.context_method == "ulysses":
         rows = layout.intervals.rows.shape[1] // parallel.context
         return SampleSize(raw, tokens, length, keys, held, 0, rows, gist.levels + 2)
-    division = Division.even(layout.intervals, parallel.context)
+    division = Division.even([layout.intervals], parallel.context)
     plan = make_plan(layout, division, 0)  # the first rank takes the slice that sees most
     near, sent = plan.layout.intervals, plan.exports.exported.shape[1]
     uneven = imbalance(visible_pairs(layout.intervals, division))

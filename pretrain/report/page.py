@@ -9,6 +9,7 @@ from html import escape
 
 import numpy as np
 
+from unfold.model.kinds import describe_kinds
 from unfold.pretrain.config import RunConfig, flatten
 from unfold.pretrain.config.reference import sections
 from unfold.pretrain.monitor.ledger import in_words, read_ledger, shares
@@ -68,6 +69,8 @@ def figures(run: Run) -> list[Figure]:
         detail = f"chunk sizes {sizes}: {gist.ratio}x compression; recall {gist.recall}"
     else:
         detail = "no gists, no compression"
+    if config.model.layer_attention:
+        detail += f"; layers: {describe_kinds(config.model.layer_kinds)}"
     found.append(Figure("Attention", config.model.attention, detail))
     return found
 
@@ -289,9 +292,13 @@ def sample_section(sample: Picture, config: RunConfig, names: list[str] | None) 
 
 
 def _story(config: RunConfig) -> str:
-    gist = config.gist
-    if config.model.attention != "gist":
-        return "<p>Dense attention: every token sees itself and all tokens before it in its document. There are no gists.</p>"
+    gist, model = config.gist, config.model
+    others = f" Of the layers are: {describe_kinds(model.layer_kinds)}." if model.layer_attention else ""
+    if model.attention != "gist":
+        seen = "Dense attention: every token sees itself and all tokens before it in its document. There are no gists."
+        return f"<p>{seen}{others}</p>"
+    if others:
+        others += " What is told here, and shown beside it, is that of gist layers; in the others gists are seen by nobody else."
     folds = [f"About every {gist.chunk_sizes[0]} raw tokens are folded into a level-0 gist (g0)"]
     folds += [f"every {c} level-{i} gists into a level-{i + 1} gist (g{i + 1})" for i, c in enumerate(gist.chunk_sizes[1:])]
     neighbours = f"the {gist.n_prev} before" if gist.n_prev > 1 else "the one before" if gist.n_prev else ""
@@ -304,7 +311,7 @@ def _story(config: RunConfig) -> str:
     return (
         f"<p>{', '.join(folds)}. A token sees {sinks}the raw tokens of {window}, and gists instead of everything older: "
         f"that is <em>forgetting</em>.{gists} In the grid, a row is a token that looks, a column a token that is seen."
-        f"{text(recall)}</p>"
+        f"{text(recall)}{others}</p>"
     )
 
 

@@ -57,7 +57,7 @@ def build_engine(config: RunConfig, parallel: Parallel, row_ids: tuple[int, ...]
     """
     context = None
     if parallel.context_group.size() > 1:
-        context = ContextParallel(parallel.context_group, config.parallel.context_method)
+        context = ContextParallel(parallel.context_group, config.parallel.context_method, config.model.kinds)
     build = BuildContext(
         parallel.tensor_group,
         config.train.seed,

@@ -38,7 +38,7 @@ class Inputs:
     def _ready(self, batch: MicroBatch, parallel: Parallel) -> MicroBatch:
         """With what can be worked out ahead of its step: who sends what to whom; for a GPU in pinned memory."""
         if parallel.context_group.size() > 1:
-            context = ContextParallel(parallel.context_group, self.config.parallel.context_method)
+            context = ContextParallel(parallel.context_group, self.config.parallel.context_method, self.config.model.kinds)
             context.prepare(batch.layout, batch.recall)
         return pinned(batch) if parallel.device.type == "cuda" else batch
 

@@ -191,7 +191,7 @@ def _routing_terms(batches: Sequence[MicroBatch], parallel: Parallel, model: Mod
     if gist is None or gist.route_loss == 0:
         return 0.0
     sampled = [b.recall.routing.routed.tree.queries for b in batches if b.recall and b.recall.routing]
-    layers = sum(recalls_in(layer, gist.recall_from) for layer in range(model.layers))
+    layers = sum(recalls_in(layer, gist.recall_from, kind) for layer, kind in enumerate(model.layer_kinds))
     return parallel.sum_over_data(sum(sampled)) * model.heads * layers
 
 

@@ -69,7 +69,7 @@ def main() -> None:
     layout = lay_out(args.raw, args.documents, config, CONTEXT_SLICES * args.ranks)
     tree = build_recall(layout, config, recalling_tokens(layout, config))
     print("| slices of a rank | forgetting: most / mean | recall: most / mean | sent, MiB | plan, s |\n|---|---|---|---|---|")
-    ways = Division.in_a_row(layout.intervals.tokens, args.ranks), Division.even(layout.intervals, args.ranks)
+    ways = Division.in_a_row(layout.intervals.tokens, args.ranks), Division.even([layout.intervals], args.ranks)
     for division in ways:
         began = time.monotonic()
         sent, seconds = sent_bytes(layout, division), time.monotonic() - began

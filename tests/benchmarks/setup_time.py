@@ -44,7 +44,7 @@ def measure(raw: int, config: GistConfig) -> dict[str, float]:
         layout, found["layout"] = timed(lambda: build_layout(level, doc, config))
         found["layout bytes"] = memory.peak
     with LiveMemory() as memory:
-        _, found["exchange"] = timed(lambda: make_plan(layout, Division.even(layout.intervals, RANKS), RANKS - 1))
+        _, found["exchange"] = timed(lambda: make_plan(layout, Division.even([layout.intervals], RANKS), RANKS - 1))
         found["exchange bytes"] = memory.peak
     with LiveMemory() as memory:
         _, found["plans"] = timed(lambda: (row_plan(layout.intervals, 4, 128, 64), key_plan(layout.intervals, 64, 64, 64)))

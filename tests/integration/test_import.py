@@ -20,7 +20,6 @@ from tests.integration.hugging_face import TEXT, write_directory, write_model, w
 from tests.integration.runs import command, train
 from tests.model.families import MODELS
 from tests.versions import NEWEST, OLDEST, environment_of
-from unfold.model.config import GistConfig
 from unfold.model.gist import build_layout
 from unfold.model.visibility import MicroBatchAttention
 from unfold.pretrain.checkpoint.load import find_run, load_model, load_run
@@ -56,9 +55,10 @@ def import_model(source: Path, output: Path, *options) -> Path:
 
 
 def dense_logits(model, ids: torch.Tensor) -> torch.Tensor:
-    layout = build_layout(torch.full_like(ids, -1), torch.zeros_like(ids), GistConfig((ids.shape[1] + 1,)))
+    layout = build_layout(torch.full_like(ids, -1), torch.zeros_like(ids), None)
+    attend = MicroBatchAttention(model.config.kinds_with(gists=False), layout)
     with torch.no_grad():
-        return model.head_logits(model.run_layers(ids, layout.position, MicroBatchAttention("dense", layout))).transpose(0, 1)
+        return model.head_logits(model.run_layers(ids, layout.position, attend)).transpose(0, 1)
 
 
 def tensors(directory: Path) -> dict[str, torch.Tensor]:

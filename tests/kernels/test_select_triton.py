@@ -110,7 +110,7 @@ def test_the_tree_of_a_context_rank():
     recalls = torch.zeros_like(layout.level, dtype=torch.bool).flatten().index_fill(0, tree.tokens, True).view_as(layout.level)
     layout = build_layout(pad(layout.level), pad(layout.doc), config)
     whole = build_recall(layout, config, pad(recalls, False))
-    plan = make_recall_plan(whole, Division.even(layout.intervals, 2), 1)
+    plan = make_recall_plan(whole, Division.even([layout.intervals], 2), 1)
     short = plan.short.to(DEVICE)
     g = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randint(-8, 9, shape, generator=g).float().to(DEVICE)

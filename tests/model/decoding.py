@@ -16,10 +16,9 @@ GISTS = range(WORDS, VOCAB)
 STARTS = np.arange(VOCAB) % 2 == 0
 
 
-def make_model(build, kind="gist", layers=3, seed_std=0.2) -> Transformer:
-    config = ModelConfig(
-        VOCAB, hidden_size=32, layers=layers, heads=4, kv_heads=2, ffn_size=48, init_std=seed_std, attention=kind
-    )
+def make_model(build, kind="gist", layers=3, seed_std=0.2, layer_attention=()) -> Transformer:
+    kinds = {"attention": kind, "layer_attention": layer_attention}
+    config = ModelConfig(VOCAB, hidden_size=32, layers=layers, heads=4, kv_heads=2, ffn_size=48, init_std=seed_std, **kinds)
     return Transformer(config, build).double().eval()
 
 
@@ -34,9 +33,8 @@ def text(length: int, seed: int = 0) -> list[int]:
 def recomputed(decoder: Decoder, sequence: LiveSequence) -> torch.Tensor:
     """[vocab] logits after the last raw token, from scratch: no cache, the kernels' reference of whole samples."""
     level = torch.tensor(sequence.level)[None]
-    gist = decoder.gist or GistConfig((level.shape[1] + 1,))
-    layout = build_layout(level, torch.zeros_like(level), gist)
-    recall = Recall.of(layout, gist, torch.tensor(sequence.recalls)[None])
+    layout = build_layout(level, torch.zeros_like(level), decoder.gist)
+    recall = decoder.gist and Recall.of(layout, decoder.gist, torch.tensor(sequence.recalls)[None])
     logits = decoder.model.logits(torch.tensor(sequence.ids)[None], layout, recall)[0]
     return logits[int((level[0] < 0).nonzero()[-1])]
 

@@ -32,6 +32,10 @@ MODELS = {
         rope_scaling=RopeScaling("yarn", 8.0, original_max_position=64, beta_fast=8.0, beta_slow=0.5, attention_factor=1.5),
     ),
     "mistral": ModelConfig(**{**SHAPE, "head_dim": 12}, tied_embeddings=False, family="mistral"),
+    "mistral, window": ModelConfig(**{**SHAPE, "head_dim": 12}, family="mistral", layer_attention=("window:9",)),
+    "qwen 2, windows": ModelConfig(**SHAPE, qkv_bias=True, layer_attention=("dense", "window:20")),
+    "qwen 3, windows": ModelConfig(**{**SHAPE, "layers": 3}, qk_norm=True, layer_attention=("window:20", "window:20", "dense")),
+    "smollm 3, windows": ModelConfig(**SHAPE, nope_layers=(0,), family="smollm3", layer_attention=("window:5", "dense")),
     "smollm 3": ModelConfig(**{**SHAPE, "layers": 3}, nope_layers=(0, 2), rope_theta=2e6),
     "smollm 3, biases": ModelConfig(
         **SHAPE, family="smollm3", nope_layers=(1,), qkv_bias=True, output_bias=True, mlp_bias=True, tied_embeddings=False

@@ -48,7 +48,8 @@ def write_export(directory: Path, model: Transformer, gist: GistConfig) -> Path:
     directory.mkdir(parents=True)
     keys = hf_config(model.config, "float32", None, None, None)
     links = GISTS[gist.levels :][: gist.links]
-    keys |= config_entries(keys["architectures"][0], gist, GISTS[: gist.levels], GISTS, STARTS, links)
+    own = GISTS[: gist.levels], GISTS, STARTS, links, model.config.layer_attention
+    keys |= config_entries(keys["architectures"][0], gist, *own)
     (directory / "config.json").write_text(json.dumps(keys, indent=2))
     generation = {"pad_token_id": PAD, "suppress_tokens": list(GISTS)}
     (directory / "generation_config.json").write_text(json.dumps(generation))

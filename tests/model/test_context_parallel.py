@@ -42,7 +42,7 @@ def test_ranks_together_compute_the_whole(name, size):
     layout = padded(layout, config, CONTEXT_SLICES * size)
     q, k, v, d_out = random_qkv(layout, 4, 2, 8, torch.float64)
     want = compressed_attention(q, k, v, layout.intervals)
-    got = play(layout, q, k, v, Division.even(layout.intervals, size))
+    got = play(layout, q, k, v, Division.even([layout.intervals], size))
     torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
     grads = zip(torch.autograd.grad(got, (q, k, v), d_out), torch.autograd.grad(want, (q, k, v), d_out))
     for a, b in grads:
@@ -64,7 +64,7 @@ def test_all_ranks_have_the_same_work(lengths, most):
     """Slices one after another are far from it."""
     ranks = 8
     intervals = sample_layout(lengths, GistConfig((8, 4)), ranks * CONTEXT_SLICES).intervals
-    even = Division.even(intervals, ranks)
+    even = Division.even([intervals], ranks)
     assert sorted(n for own in even.numbers for n in own) == list(range(ranks * CONTEXT_SLICES))
     assert imbalance(visible_pairs(intervals, even)) < most
     if len(lengths) < 100:
@@ -91,7 +91,7 @@ def test_what_is_sent_approaches_the_compression_ratio(chunk_sizes):
     sample = interleave(np.zeros(raw, np.int64), [raw], np.ones(1, bool), config, range(1, 1 + config.levels))
     level, doc = (torch.from_numpy(x)[None] for x in (sample.level, sample.doc))
     layout = padded(build_layout(level, doc, config), config, 4 * CONTEXT_SLICES)
-    plan = make_plan(layout, Division.even(layout.intervals, 4), 1)
+    plan = make_plan(layout, Division.even([layout.intervals], 4), 1)
     top_gists_held = plan.tokens_held / len(sample.ids) * (sample.level == config.levels - 1).sum()
     # Beyond the top-level gists, of each slice: sinks, the last chunks and the last sections before its border.
     border = CONTEXT_SLICES * (config.sink + 2 * sum(chunk_sizes) + 8)
@@ -108,7 +108,7 @@ def test_the_ratio_of_bytes_approaches_the_compression_ratio(monkeypatch):
         sample = interleave(np.zeros(raw, np.int64), [raw], np.ones(1, bool), config, [1, 2])
         level, doc = (torch.from_numpy(x)[None] for x in (sample.level, sample.doc))
         layout = padded(build_layout(level, doc, config), config, 4 * CONTEXT_SLICES)
-        plan = make_plan(layout, Division.even(layout.intervals, 4), 1)
+        plan = make_plan(layout, Division.even([layout.intervals], 4), 1)
         context = ContextParallel(FourRanks(), "gists")
         context.gather(torch.zeros(1, plan.tokens_held, 4, 8), plan.exports)
         counted = context.traffic.take()

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from tests.live_memory import LiveMemory
 from unfold.model.gist import build_layout
-from unfold.model.visibility import Documents, _documents_at_once, dense_attention
+from unfold.model.raw_attention import Documents, _documents_at_once, raw_attention
 
 # Per sample the document of each token; -1 is padding.
 SAMPLES = {
@@ -42,7 +42,7 @@ def assert_same(got, want, leaves, d_out):
 @pytest.mark.parametrize("name", SAMPLES)
 def test_documents_see_themselves_alone(name):
     layout, leaves, d_out = problem(name)
-    assert_same(dense_attention(*leaves, layout), by_mask(layout, *leaves), leaves, d_out)
+    assert_same(raw_attention(*leaves, layout), by_mask(layout, *leaves), leaves, d_out)
 
 
 @pytest.mark.parametrize("told", [True, False])
@@ -80,7 +80,7 @@ def test_no_gradient_is_made_once_per_document():
         layout = build_layout(torch.full_like(doc, -1), doc, None)
         leaves = [torch.randn(1, 256, heads, 16, requires_grad=True) for heads in (4, 2, 2)]
         with LiveMemory() as memory:
-            out = dense_attention(*leaves, layout)
+            out = raw_attention(*leaves, layout)
             before, memory.peak = memory.now, 0
             out.sum().backward()
         peaks.append(memory.peak - before)

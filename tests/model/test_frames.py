@@ -12,12 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
 from tests.model import by_tables
-from tests.model.decoding import GISTS, STARTS, make_decoder, text
+from tests.model.decoding import GISTS, STARTS, VOCAB, make_decoder, text
 from tests.model.test_parts import DOCUMENTS, documents
 from tests.model.test_parts import make as make_joining
 from tests.waits import Waits
 from unfold.kernels.select import SelectRule
-from unfold.model.config import GistConfig
+from unfold.model.config import GistConfig, ModelConfig
 from unfold.model.decode import frame as frames
 from unfold.model.decode import rounds
 from unfold.model.decode.generation import Decoder, Sampling
@@ -267,19 +267,23 @@ def test_a_step_reads_nothing_on_the_host_and_is_always_the_same(build, kind, mo
 
 
 def test_which_decoders_have_frames(build):
-    """None on a CPU; on a GPU those whose shape the kernels serve, with all rows on the device."""
+    """None on a CPU; on a GPU those whose shape the kernels serve, whose layers are of one kind, with all rows on the device."""
     decoder = make_decoder(build, None)
     assert Decoder(decoder.model, None, GISTS, STARTS).frames is None
-    config = SimpleNamespace(head_dim=64, heads=4, kv_heads=2)
-    on_a_gpu = dict(device=torch.device("cuda"), dtype=torch.bfloat16, rule=None, raw_on_host=False)
-    made = lambda capture=False, **other: rounds.frames_of(
-        SimpleNamespace(**on_a_gpu | other, model=SimpleNamespace(config=config)), capture
-    )
-    assert not made().replays.capture
+    gist, shape = GistConfig((4, 2)), dict(layers=3, heads=4, kv_heads=2, head_dim=64)
+    on_a_gpu = dict(device=torch.device("cuda"), dtype=torch.bfloat16, rule=None, raw_on_host=False, gist=gist)
+
+    def made(kind="gist", layer_attention=(), **other):
+        config = ModelConfig(VOCAB, attention=kind, layer_attention=layer_attention, **shape)
+        return rounds.frames_of(SimpleNamespace(**on_a_gpu | other, model=SimpleNamespace(config=config)), False)
+
+    assert not made().replays.capture and not made("dense", gist=None).replays.capture
     refused = [
         dict(raw_on_host=True),
         dict(dtype=torch.float64),
         dict(rule=SelectRule(2, 4, top_p=0.5)),
         dict(device=decoder.device),
     ]
-    assert [made(**other) for other in refused] == [None] * 4
+    refused += [dict(layer_attention=kinds) for kinds in (("gist", "window:8"), ("gist", "dense"))]
+    refused += [dict(kind="dense", layer_attention=("dense", "window:8"), gist=None)]
+    assert [made(**other) for other in refused] == [None] * 7

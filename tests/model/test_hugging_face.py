@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.model.families import MODELS, SHAPE, architecture, random_model
-from unfold.model.config import GistConfig, ModelConfig, RopeScaling
+from unfold.model.config import ModelConfig, RopeScaling
 from unfold.model.gist import build_layout
 from unfold.model.hf.keys import hf_config, model_config
 from unfold.model.hf.names import entries, from_hugging_face, to_hugging_face
@@ -28,8 +28,7 @@ def model(name, build) -> Transformer:
 
 
 def dense_logits(model: Transformer, ids: torch.Tensor) -> torch.Tensor:
-    layout = build_layout(torch.full_like(ids, -1), torch.zeros_like(ids), GistConfig((ids.shape[1] + 1,)))
-    return model.logits(ids, layout)
+    return model.logits(ids, build_layout(torch.full_like(ids, -1), torch.zeros_like(ids), None))
 
 
 @torch.no_grad()
@@ -83,7 +82,7 @@ def test_the_configuration_maps_both_ways(name):
     keys = hf_config(config, "float32", 1, 2, None)
     family = architecture(name).removesuffix("ForCausalLM").lower()
     scaling = replace(config.rope_scaling, attention_factor=config.rope_scaling.magnitude if "yarn" in name else None)
-    expected = replace(config, family=family, attention="gist", rope_scaling=scaling)
+    expected = replace(config, family=family, attention="dense", rope_scaling=scaling)
     assert model_config(keys) == expected
     # A file of the older generation has no rope_parameters, one of the newer no rope_theta and rope_scaling.
     assert model_config({k: v for k, v in keys.items() if k not in ("rope_parameters", "dtype")}) == expected
@@ -165,8 +164,11 @@ def test_a_model_of_no_family_is_refused(wrong, message):
 REFUSED = {
     "mixture of experts": ({"architectures": ["MixtralForCausalLM"]}, "architectures: ['MixtralForCausalLM'] is not supported; "),
     "no architecture": ({"architectures": None, "model_type": "lama"}, "'lama' is not supported (did you mean llama?); supp"),
-    "window": ({"sliding_window": 128, "model_type": "mistral"}, "sliding_window: 128 is not supported"),
-    "default window": ({"model_type": "mistral", "max_position_embeddings": 32768}, "sliding_window: 4096 is not supported"),
+    "window": ({"sliding_window": 128}, "sliding_window: 128, but a llama has none; set it to null"),
+    "kinds of layers": (
+        {"model_type": "qwen2", "layer_types": ["chunked_attention", "full_attention"]},
+        "layer_types: chunked_attention is not supported, only full_attention and sliding_attention",
+    ),
     "activation": ({"hidden_act": "gelu"}, "hidden_act: 'gelu' is not supported, only 'silu'"),
     "quantised": ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config: quantised weights are not supported"),
     "rotary type": (

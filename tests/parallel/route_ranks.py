@@ -21,7 +21,7 @@ def check(name: str, far: bool, share: float) -> int:
     """Compare one case; returns how many slices a group of it spans at most."""
     rank, size = dist.get_rank(), dist.get_world_size()
     layout, routed = make_routed(name, share=share, multiple=CONTEXT_SLICES * size)
-    division = Division.even(layout.intervals, size)
+    division = Division.even([layout.intervals], size)
     q, k = queries_and_keys(layout, routed, 4, 2, 8, torch.float64)
     want = routing_loss(q, k, routed, far=far)
     gradient = torch.autograd.grad(2 * want, k)[0]

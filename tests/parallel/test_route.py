@@ -50,7 +50,7 @@ def test_what_is_sent_does_not_grow_with_the_sequence(raw, monkeypatch):
         "all_gather_into_tensor",
         lambda out, x, group: (sent.append(x.numel()), out.view(size, -1).copy_(x.view(1, -1))),
     )
-    division = Division.even(layout.intervals, size)
+    division = Division.even([layout.intervals], size)
     own = rank_plan(routed, heads // kv_heads, division, 1)
     mine = own.mine
     q, k = torch.randn(len(mine), heads, dim), torch.randn(1, level.shape[1] // size, kv_heads, dim)
