@@ -81,16 +81,19 @@ class Frames:
 def frames_of(decoder: Decoder, capture: bool) -> Frames | None:
     """A decoder's frames; None where it reads step by step.
 
-    On a CPU, where raw rows lie on the host, where layers are of several kinds or of a window, and what the kernels do not serve.
+    That is without ``capture``, on a CPU, where raw rows lie on the host, where layers are of several kinds or of a window, and
+    where the kernels do not serve the model.
     """
+    if not capture or decoder.device.type != "cuda" or decoder.raw_on_host:
+        return None
     config = decoder.model.config
     kinds, own = config.kinds_with(decoder.gist is not None), "gist" if decoder.gist else "dense"
-    if decoder.device.type != "cuda" or decoder.raw_on_host or any(kind_of(kinds, n) != own for n in range(config.layers)):
+    if any(kind_of(kinds, n) != own for n in range(config.layers)):
         return None
     from unfold.kernels.decode.triton import why_not_shape
 
     refused = why_not_shape(decoder.dtype, config.head_dim, config.heads // config.kv_heads, decoder.rule)
-    return None if refused else Frames(decoder, capture)
+    return None if refused else Frames(decoder)
 
 
 @dataclass(frozen=True)

@@ -266,19 +266,21 @@ def test_a_step_reads_nothing_on_the_host_and_is_always_the_same(build, kind, mo
     assert frame.logits.data_ptr() in fixed and frame.state.memory.data_ptr() in fixed
 
 
-def test_which_decoders_have_frames(build):
+def test_which_decoders_have_frames(build, monkeypatch):
     """None on a CPU; on a GPU those whose shape the kernels serve, whose layers are of one kind, with all rows on the device."""
     decoder = make_decoder(build, None)
     assert Decoder(decoder.model, None, GISTS, STARTS).frames is None
     gist, shape = GistConfig((4, 2)), dict(layers=3, heads=4, kv_heads=2, head_dim=64)
     on_a_gpu = dict(device=torch.device("cuda"), dtype=torch.bfloat16, rule=None, raw_on_host=False, gist=gist)
 
-    def made(kind="gist", layer_attention=(), **other):
+    def made(kind="gist", layer_attention=(), capture=True, **other):
         config = ModelConfig(VOCAB, attention=kind, layer_attention=layer_attention, **shape)
-        return rounds.frames_of(SimpleNamespace(**on_a_gpu | other, model=SimpleNamespace(config=config)), False)
+        return rounds.frames_of(SimpleNamespace(**on_a_gpu | other, model=SimpleNamespace(config=config)), capture)
 
-    assert not made().replays.capture and not made("dense", gist=None).replays.capture
+    monkeypatch.setattr(rounds, "Frames", lambda decoder: "frames")
+    assert made() == made("dense", gist=None) == "frames"
     refused = [
+        dict(capture=False),
         dict(raw_on_host=True),
         dict(dtype=torch.float64),
         dict(rule=SelectRule(2, 4, top_p=0.5)),
@@ -286,4 +288,4 @@ def test_which_decoders_have_frames(build):
     ]
     refused += [dict(layer_attention=kinds) for kinds in (("gist", "window:8"), ("gist", "dense"))]
     refused += [dict(kind="dense", layer_attention=("dense", "window:8"), gist=None)]
-    assert [made(**other) for other in refused] == [None] * 7
+    assert [made(**other) for other in refused] == [None] * 8
