@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from unfold.model.decode.cache import CachedJoinedOutline, CachedOutline, SequenceCache
+from unfold.model.decode.live import LiveSequence
 from unfold.model.decode.parts import identity_of, join, part_of
 from unfold.model.decode.prefill import PrefillAttention
 from unfold.model.decode.rounds import FrameRounds, Rounds, frames_of
@@ -22,37 +22,6 @@ from unfold.model.gist.parts import Identity, Part, check_parts
 from unfold.model.transformer import Transformer
 
 PREFILL = 1024  # interleaved tokens read at a time: bounds the memory of a prefill
-
-
-@dataclass
-class LiveSequence:
-    """One sequence that is read and continued, over any number of turns.
-
-    Attributes:
-        cache: its keys and values.
-        placement: where its gists go; None for a dense model.
-        ids, level, recalls: its interleaved tokens so far: vocabulary ids, levels (-1 is raw), and which unfold chunks.
-        logits: [vocab] of the token after its last raw one; None before the first.
-        pending: raw tokens that were chosen but not read yet; the next read or step begins with them.
-    """
-
-    cache: SequenceCache
-    placement: GistPlacement | None
-    ids: list[int] = field(default_factory=list)
-    level: list[int] = field(default_factory=list)
-    recalls: list[bool] = field(default_factory=list)
-    logits: Tensor | None = None
-    pending: list[int] = field(default_factory=list)
-
-    def take(self, feed: Feed) -> range:
-        """Enter what the placement said into the record (not the cache): the places of the new tokens."""
-        start = len(self.ids) - feed.drop
-        del self.ids[start:], self.level[start:], self.recalls[start:]
-        self.cache.drop(feed.drop)
-        self.ids += feed.ids
-        self.level += feed.level
-        self.recalls += feed.recalls
-        return range(start, len(self.ids))
 
 
 class Decoder:

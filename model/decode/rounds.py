@@ -9,19 +9,41 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from unfold.kernels.select import SelectRule
 from unfold.model.decode.frame import AHEAD, Frame
+from unfold.model.decode.live import LiveSequence
 from unfold.model.decode.replay import Replays
 from unfold.model.decode.sampling import BLOCK, Draws, Sampling, choose
 from unfold.model.decode.step import NewTokens
+from unfold.model.gist import GistConfig
+from unfold.model.gist.growing import Feed
 from unfold.model.kinds import kind_of
+from unfold.model.transformer import Transformer
 
-if TYPE_CHECKING:
-    from unfold.model.decode.generation import Decoder, LiveSequence
+
+class Decoder(Protocol):
+    """What rounds need of :class:`unfold.model.decode.generation.Decoder`; see there."""
+
+    model: Transformer
+    gist: GistConfig | None
+    rule: SelectRule | None
+    first: int
+    never: Tensor
+    device: torch.device
+    dtype: torch.dtype
+    raw_on_host: bool
+    frames: Frames | None
+
+    def step(self, sequences: Sequence[LiveSequence]) -> None: ...
+
+    def feed_pending(self, sequence: LiveSequence) -> Feed: ...
+
+    def certain(self, sequence: LiveSequence) -> bool: ...
 
 
 class Rounds:
