@@ -12,9 +12,10 @@ from tests.integration.runs import train_until_killed
 from tests.training import train_ranks
 from unfold.model.hf.keys import hf_config
 from unfold.model.visibility import IGNORED
-from unfold.pretrain.checkpoint.load import load_run
+from unfold.pretrain.checkpoint.load import find_run, load_run
 from unfold.pretrain.config import load_config
 from unfold.pretrain.data.blend import Stretch
+from unfold.pretrain.hf.files import write_model_card
 from unfold.pretrain.train.engine import learning_rate
 from unfold.pretrain.train.inputs import open_inputs
 
@@ -66,6 +67,12 @@ def test_metrics_and_checkpoints_tell_the_stage(config, alone):
     for step, theta in ((3, 10000.0), (6, 50000.0), (9, 90000.0)):
         manifest = json.loads((run_dir / "checkpoints" / f"step-{step:08d}" / "manifest.json").read_text())
         assert manifest["stage"]["model"]["rope_theta"] == theta and manifest["samples"] == metrics[step - 1]["samples"]
+
+
+def test_an_export_says_how_it_was_trained(alone, tmp_path):
+    write_model_card(find_run(alone[1], 6), tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "3,072 in 6 steps, 36 samples, in stage 2 of 128" in card
 
 
 @pytest.mark.parametrize("step", [3, 6, 9])
