@@ -100,8 +100,8 @@ def check(args: Namespace) -> None:
     if not all(args.stop):
         raise UserError("--stop: is empty; give at least one character")
     given = {"--context-file": args.context_file, "--grow": args.grow, "--recall": args.recall, "--step": args.step}
+    given |= {"--document": args.document, "--raw-cache": args.raw_cache == "host", "--eager": args.eager}
     given |= {"--chunk-sizes": args.chunk_sizes}
-    given |= {"--document": args.document, "--raw-cache": args.raw_cache == "host"}
     if args.model and any(given.values()):
         names = ", ".join(name for name, value in given.items() if value)
         raise UserError(f"{names}: needs --run-dir; an exported model runs without gists")
@@ -162,7 +162,8 @@ def _from_run(args: Namespace, prompts: list[str]) -> Iterator[tuple[int, str]]:
     from unfold.model.decode.text import stream_text
 
     grow, links = args.grow or context is None, link_ids_of(info, gist) if texts else ()
-    decoder = Decoder(load_model(run), gist, info.reserved_ids, info.word_starts, grow, links, args.raw_cache)
+    how = dict(grow=grow, link_ids=links, raw_cache=args.raw_cache, capture=not args.eager)
+    decoder = Decoder(load_model(run), gist, info.reserved_ids, info.word_starts, **how)
     store = open_store(decoder, args) if texts else None
     recorder = Recorder(decoder.device)
     with recorder.reading():

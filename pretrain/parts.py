@@ -40,16 +40,21 @@ def add_document_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--document-cache-gib", type=float, default=4.0, metavar="N", help="most of it, in memory and in DIR; oldest use goes (4)"
     )
-    add_raw_cache_argument(parser)
+    add_decoding_arguments(parser)
 
 
-def add_raw_cache_argument(parser: ArgumentParser) -> None:
-    """Where raw keys and values lie."""
+def add_decoding_arguments(parser: ArgumentParser) -> None:
+    """Where raw keys and values lie, and how steps are launched."""
     parser.add_argument(
         "--raw-cache",
         choices=("device", "host"),
         default="device",
         help="host: keep keys and values of raw tokens in host memory, and fetch what is unfolded (default device)",
+    )
+    parser.add_argument(
+        "--eager",
+        action="store_true",
+        help="launch steps on a GPU operation by operation rather than replay them from CUDA graphs; changes nothing on a CPU",
     )
 
 

@@ -77,6 +77,12 @@ class Step:
         """The same tokens where none recalls, as in the first layer."""
         return self.memo("forgetting", lambda: replace(self, recalls=torch.zeros_like(self.recalls), plans={}))
 
+    def later(self, tokens: int) -> Step:
+        """The raw tokens that stand so many raw tokens, and no gist, after these."""
+        more = torch.zeros_like(self.hi)
+        more[-1] = tokens
+        return replace(self, hi=self.hi + more, upto=self.upto + more, span=self.span + tokens, plans={})
+
     def memo(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """What ``make`` returned the first time this key was asked for."""
         if key not in self.plans:

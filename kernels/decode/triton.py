@@ -2,13 +2,13 @@
 
 The kernels read every number that changes from step to step out of device tables, and their scratch has sizes of buckets (powers
 of two), so that a step can be captured in a CUDA graph and replayed while the sequences grow within the buckets
-(:func:`run`; :class:`Tables` are then refilled in place, outside of the graph).
+(:func:`keep` and :func:`run`; the tables are then refilled in place: model/decode/frame.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -16,12 +16,14 @@ from torch import Tensor
 
 from unfold.kernels.common.launch import DTYPES, HEAD_DIMS, INTERPRETED, LOG2_E, architecture, on_device
 from unfold.kernels.decode import attend, kernels
-from unfold.kernels.decode.step import RowStore, Step
+from unfold.kernels.decode.keep import keep_kernel
+from unfold.kernels.decode.step import Borders, RowStore, Step
 from unfold.kernels.decode.tiles import DecodeTiles, Launch, decode_tiles
 from unfold.kernels.select.selection import SelectRule
 
 LARGEST_GROUP = 32  # query heads per KV head
 LARGEST_ROW = 1 << 26
+INSTEAD = "use backend='cpu', which runs on any device"
 UNIT = kernels.UNIT.value
 HELD = 8192  # scores that a program of the search holds in registers
 COMPARED = 256
@@ -38,7 +40,7 @@ class Tables:
         candidates: buckets per level: most places for candidates of one selection.
         widths: buckets per level: most items that one of its gists closed.
         room: bucket: most gists of a level that one selection takes.
-        rows: most places of rows that a KV head reads.
+        rows: bucket: most places of rows that a KV head reads.
         recalls: whether any query does.
     """
 
@@ -70,26 +72,46 @@ def decode_attention_triton(
 
 def why_not(q: Tensor, layers: Sequence[Sequence[RowStore]], rule: SelectRule | None) -> str | None:
     """Why the Triton kernels do not serve this case, in words; None if they do."""
-    instead = "use backend='cpu', which runs on any device"
     group = q.shape[1] // layers[0][-1].memory.shape[1]
+    return why_not_shape(q.dtype, q.shape[2], group, rule) or why_not_rows(layers)
+
+
+def why_not_shape(dtype: torch.dtype, dim: int, group: int, rule: SelectRule | None) -> str | None:
+    """The same, of a whole model. dim: of a head; group: query heads per KV head."""
     if rule is not None and rule.top_p is not None:
-        return f"top_p: {rule.top_p}; backend 'triton' selects by number, {instead}"
-    if q.dtype not in DTYPES:
-        return f"q: dtype {q.dtype}; backend 'triton' serves fp16, bf16 and fp32, {instead}"
-    if q.shape[2] not in HEAD_DIMS:
-        return f"q: head dimension {q.shape[2]} is not one of {HEAD_DIMS}, {instead}"
+        return f"top_p: {rule.top_p}; backend 'triton' selects by number, {INSTEAD}"
+    if dtype not in DTYPES:
+        return f"q: dtype {dtype}; backend 'triton' serves fp16, bf16 and fp32, {INSTEAD}"
+    if dim not in HEAD_DIMS:
+        return f"q: head dimension {dim} is not one of {HEAD_DIMS}, {INSTEAD}"
     if group > LARGEST_GROUP:
-        return f"q: {group} query heads per KV head, backend 'triton' serves {LARGEST_GROUP}; {instead}"
+        return f"q: {group} query heads per KV head, backend 'triton' serves {LARGEST_GROUP}; {INSTEAD}"
+    return None
+
+
+def why_not_rows(layers: Sequence[Sequence[RowStore]]) -> str | None:
+    """The same, of caches."""
     if max(rows.memory.shape[2] for layer in layers for rows in layer) > LARGEST_ROW:
-        return f"cache: more than {LARGEST_ROW} rows, {instead}"
+        return f"cache: more than {LARGEST_ROW} rows, {INSTEAD}"
     return None
 
 
 def make_tables(step: Step, rule: SelectRule | None, group: int, device: torch.device) -> Tables:
     """The tables of a step, from what the CPU keeps of its sequences; one copy to the device."""
+    tables = tables_of(step, rule, group, device)
+    return replace(tables, ints=tables.ints.to(device, non_blocking=True))
+
+
+def tables_of(step: Step, rule: SelectRule | None, group: int, device: torch.device, ahead: int = 0) -> Tables:
+    """The same with ``ints`` on the CPU. ahead: its buckets hold until so many raw tokens more came to every sequence."""
+    tables = _tables(step, rule, group, device)
+    return replace(_tables(step.later(ahead), rule, group, device), ints=tables.ints) if ahead else tables
+
+
+def _tables(step: Step, rule: SelectRule | None, group: int, device: torch.device) -> Tables:
     levels, recalls = step.levels, step.recalls
     columns = [step.sinks, step.lo[-1], step.hi[-1]]
-    longest = torch.tensor([b.ends_on(device)[1] for b in step.borders], dtype=torch.int64).view(-1, levels).amax(0)
+    longest = torch.tensor([b.ends_on(device)[1] for b in step.borders], dtype=torch.int64).view(step.queries, levels).amax(0)
     widths = tuple(-(-max(1, w) // WIDTH) * WIDTH for w in longest.tolist())
     taken = selected = torch.zeros_like(step.span)  # most gists that one selection takes: of the level above, of all levels
     rooms, candidates = [], []
@@ -106,12 +128,12 @@ def make_tables(step: Step, rule: SelectRule | None, group: int, device: torch.d
     unfolded = taken * widths[-1] if levels else taken
     ends = [end for b in step.borders for end in b.ends_on(device)[0]]
     return Tables(
-        torch.stack(columns, 1).int().to(device, non_blocking=True),
+        torch.stack(columns, 1).int(),
         ends[0] if ends else torch.zeros(1, dtype=torch.int64, device=device),
         tuple(candidates),
         widths,
         max(rooms, default=0),
-        int((ranges + (selected + unfolded) * searches_of(rule, group)).max()),
+        triton.next_power_of_2(max(1, int((ranges + (selected + unfolded) * searches_of(rule, group)).max()))),
         bool(recalls.any()),
     )
 
@@ -120,16 +142,38 @@ def _bucket(counts: Tensor) -> int:
     return triton.next_power_of_2(max(16, int(counts.max())))
 
 
-def make_places(q: Tensor, layers: Sequence[Sequence[RowStore]], step: Step, ends: Tensor) -> Tensor:
-    """Where rows of a layer's caches lie, [N, 2 * (L + 1) + L] int64: from q in units of UNIT elements, from ``ends``."""
-    size, lines = q.element_size() * UNIT, []
-    for layer, borders in zip(layers, step.borders):
-        begins = [rows.memory.data_ptr() - q.data_ptr() for rows in layer]
-        assert not any(begin % size for begin in begins), "rows and queries must begin at multiples of 8 elements"
-        line = [x for begin, rows in zip(begins, layer) for x in (begin // size, rows.memory.shape[2])]
-        line += [(end.data_ptr() - ends.data_ptr()) // ends.element_size() for end in borders.ends_on(q.device)[0]]
-        lines.append(line)
-    return torch.tensor(lines, dtype=torch.int64).to(q.device, non_blocking=True)
+def make_places(anchor: Tensor, layers: Sequence[Sequence[RowStore]], step: Step, ends: Tensor) -> Tensor:
+    """Where rows of a layer's caches lie, [N, 2 * (L + 1) + L] int64, on the device of ``anchor``."""
+    lines = [places_of(anchor, layer, ends, borders) for layer, borders in zip(layers, step.borders)]
+    return torch.tensor(lines, dtype=torch.int64).to(anchor.device, non_blocking=True)
+
+
+def places_of(anchor: Tensor, layer: Sequence[RowStore], ends: Tensor, borders: Borders) -> list[int]:
+    """A line of places: of a sequence's rows from ``anchor`` in units of UNIT elements, of its borders from ``ends``."""
+    size, line = anchor.element_size() * UNIT, []
+    for rows in layer:
+        begin = rows.memory.data_ptr() - anchor.data_ptr()
+        assert not begin % size, "rows and what they count from must begin at multiples of 8 elements"
+        line += [begin // size, rows.memory.shape[2]]
+    return line + [(end.data_ptr() - ends.data_ptr()) // ends.element_size() for end in borders.ends_on(anchor.device)[0]]
+
+
+def keep(k: Tensor, v: Tensor, anchor: Tensor, places: Tensor, items: Tensor) -> None:
+    """Write new tokens' keys and values into their sequences' caches; like :func:`run` it looks at nothing on the device.
+
+    Args:
+        k, v: [N, Hkv, D], of any strides but the last.
+        anchor, places: as for :func:`run`.
+        items: [N, 2] int64, segment of each token and its row there.
+    """
+    tokens, kv_heads, dim = k.shape
+    assert k.stride(2) == v.stride(2) == 1, "keys and values of a head lie side by side"
+    strides = dict(zip(("K_TOKEN", "K_HEAD", "V_TOKEN", "V_HEAD"), (*k.stride()[:2], *v.stride()[:2])))
+    levels = (places.shape[1] - 2) // 3
+    with on_device(k):
+        keep_kernel[kv_heads, tokens](
+            k, v, anchor, places, items, HKV=kv_heads, D=dim, BD=triton.next_power_of_2(dim), L=levels, **strides, num_warps=1
+        )  # fmt: skip
 
 
 def run(
@@ -139,6 +183,7 @@ def run(
     scale: float,
     kv_heads: int,
     rule: SelectRule | None,
+    anchor: Tensor | None = None,
     tiles: DecodeTiles | None = None,
     pdl: bool | None = None,
 ) -> Tensor:
@@ -147,10 +192,11 @@ def run(
     Args:
         q: [N, H, D], contiguous.
         tables, places: what :func:`make_tables` and :func:`make_places` made for the step and the layer.
+        anchor: from what the places count; q when None.
         tiles: others than the table's, for tests and measurements.
         pdl: whether a launch begins before the one before it ends (programmatic dependent launch); None: where the GPU can.
     """
-    arch = architecture(q)
+    arch, anchor = architecture(q), q if anchor is None else anchor
     queries, heads, dim = q.shape
     group, levels, block_dim = heads // kv_heads, (places.shape[1] - 2) // 3, triton.next_power_of_2(dim)
     tiles = tiles or decode_tiles(block_dim, q.element_size())
@@ -173,13 +219,13 @@ def run(
             if s:
                 chain.launch(
                     kernels.score_below_kernel, (splits + marking, kv_heads * searches, queries), launch,
-                    q, q, tables.ints, places, *lists, score, capacity, tables.room, marking,
+                    q, anchor, tables.ints, places, *lists, score, capacity, tables.room, marking,
                     **sizes, GS=rows, BN=launch.keys, BO=min(others, 128), W=width, LEVEL=s,
                 )  # fmt: skip
             else:
                 chain.launch(
-                    kernels.score_top_kernel, (splits, kv_heads, queries), launch, q, q, tables.ints, places, score, capacity,
-                    **sizes, **product, BN=launch.keys,
+                    kernels.score_top_kernel, (splits, kv_heads, queries), launch,
+                    q, anchor, tables.ints, places, score, capacity, **sizes, **product, BN=launch.keys,
                 )  # fmt: skip
             warps, held = searched(capacity, tiles)
             chain.launch(
@@ -195,7 +241,7 @@ def run(
         width = tables.widths[-1] if levels else 1
         chain.launch(
             attend.attend_kernel, (splits, kv_heads, queries), tiles.attend,
-            q, q, tables.ints, places, *lists, part, most, weight, scale * LOG2_E, tables.room,
+            q, anchor, tables.ints, places, *lists, part, most, weight, scale * LOG2_E, tables.room,
             **sizes, **product, BN=keys, BO=others, W=width, RECALLS=tables.recalls,
         )  # fmt: skip
         width_of_part = min(tiles.part, block_dim)

@@ -184,6 +184,19 @@ class SequenceCache:
             if len(which):
                 rows.append(k[which], v[which])
 
+    def settle(self, ahead: int) -> None:
+        """Take the tokens that the outline holds for kept: kernels write them. With room for ``ahead`` raw ones more."""
+        for layer in self.layers:
+            for rows, count in zip(layer, self.outline.counts):
+                rows.buffer.reserve(count + (ahead if rows is layer[-1] else 0))
+                rows.buffer.length = count
+
+    def append_raw(self) -> None:
+        """Enter a raw token that kernels have written, within the room that :meth:`settle` made."""
+        self.outline.append_raw(1)
+        for layer in self.layers:
+            layer[-1].buffer.length += 1
+
     def drop(self, tokens: int) -> None:
         """Forget the last tokens, which must be raw."""
         if tokens:

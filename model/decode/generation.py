@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -11,8 +10,11 @@ import torch
 from torch import Tensor
 
 from unfold.model.decode.cache import CachedJoinedOutline, CachedOutline, SequenceCache
+from unfold.model.decode.live import LiveSequence
 from unfold.model.decode.parts import identity_of, join, part_of
 from unfold.model.decode.prefill import PrefillAttention
+from unfold.model.decode.rounds import FrameRounds, Rounds, frames_of
+from unfold.model.decode.sampling import Sampling
 from unfold.model.decode.step import NewTokens, StepAttention
 from unfold.model.gist import GistConfig, select_rule
 from unfold.model.gist.growing import Feed, GistPlacement, Sight, raw_feed
@@ -20,54 +22,6 @@ from unfold.model.gist.parts import Identity, Part, check_parts
 from unfold.model.transformer import Transformer
 
 PREFILL = 1024  # interleaved tokens read at a time: bounds the memory of a prefill
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen.
-
-    Attributes:
-        max_new_tokens: longest continuation.
-        temperature: 0 picks the likeliest token.
-        top_p: sample from the smallest set of tokens whose probabilities reach it.
-        seed: of the sampling; the n-th sequence of a batch draws as one alone with ``seed + n``.
-    """
-
-    max_new_tokens: int = 64
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-
-
-@dataclass
-class LiveSequence:
-    """One sequence that is read and continued, over any number of turns.
-
-    Attributes:
-        cache: its keys and values.
-        placement: where its gists go; None for a dense model.
-        ids, level, recalls: its interleaved tokens so far: vocabulary ids, levels (-1 is raw), and which unfold chunks.
-        logits: [vocab] of the token after its last raw one; None before the first.
-        pending: raw tokens that were chosen but not read yet; the next read or step begins with them.
-    """
-
-    cache: SequenceCache
-    placement: GistPlacement | None
-    ids: list[int] = field(default_factory=list)
-    level: list[int] = field(default_factory=list)
-    recalls: list[bool] = field(default_factory=list)
-    logits: Tensor | None = None
-    pending: list[int] = field(default_factory=list)
-
-    def take(self, feed: Feed) -> range:
-        """Enter what the placement said into the record (not the cache): the places of the new tokens."""
-        start = len(self.ids) - feed.drop
-        del self.ids[start:], self.level[start:], self.recalls[start:]
-        self.cache.drop(feed.drop)
-        self.ids += feed.ids
-        self.level += feed.level
-        self.recalls += feed.recalls
-        return range(start, len(self.ids))
 
 
 class Decoder:
@@ -83,6 +37,8 @@ class Decoder:
         link_ids: of the links of one part, in order; empty: parts are joined without links.
         raw_cache: where keys and values of raw tokens are kept: 'device', or 'host', from where what is unfolded is fetched.
             Gists are always on the device.
+        capture: on a GPU, replay steps from CUDA graphs, each compared with the step itself at its first use; without it, and
+            always over a raw cache on the host, steps are launched operation by operation, as on a CPU.
     """
 
     def __init__(
@@ -94,6 +50,7 @@ class Decoder:
         grow: bool = False,
         link_ids: Sequence[int] = (),
         raw_cache: str = "device",
+        capture: bool = True,
     ):
         if raw_cache not in ("device", "host"):
             raise ValueError(f"raw_cache: {raw_cache!r} is not one of device, host")
@@ -106,6 +63,8 @@ class Decoder:
         self.first = gist.recall_from if gist else 1  # layer that recalls
         weight = model.head_weight
         self.device, self.dtype = weight.device, weight.dtype
+        self.never = torch.tensor(self.gist_ids, dtype=torch.int64, device=self.device)
+        self.frames = frames_of(self, capture)
 
     def start(self) -> LiveSequence:
         """A new, empty sequence."""
@@ -222,29 +181,32 @@ class Decoder:
         for number, sequence in enumerate(sequences):
             if sequence.logits is None and not sequence.pending:
                 raise ValueError(f"sequences: number {number} is empty; it needs at least one token to be continued")
-        generators = [torch.Generator().manual_seed(sampling.seed + n) for n in range(len(sequences))]
-        for _ in range(sampling.max_new_tokens):
-            running = [n for n in range(len(sequences)) if n not in ended]
-            if not running:
-                return
-            self.step([sequences[n] for n in running if sequences[n].pending])
-            for n in running:
-                token = choose(self._emittable(sequences[n].logits), sampling, generators[n])
-                if token in stop_ids:
-                    ended.add(n)
-                    continue
-                sequences[n].pending = [token]
-                yield n, token
+        rounds = (FrameRounds if self.frames else Rounds)(self, sequences, sampling)
+        try:
+            for left in reversed(range(sampling.max_new_tokens)):
+                running = [n for n in range(len(sequences)) if n not in ended]
+                if not running:
+                    return
+                for n, token in zip(running, rounds.tokens(running, last=left == 0)):
+                    if token in stop_ids:
+                        ended.add(n)
+                        continue
+                    sequences[n].pending = [token]
+                    yield n, token
+        finally:
+            rounds.close()
 
     @torch.no_grad()
     def step(self, sequences: Sequence[LiveSequence]) -> None:
         """Read the pending tokens of some sequences, all in one pass of the model; each attends to its own cache."""
         if not sequences:
             return
+        if self.frames:
+            FrameRounds(self, sequences, None).read()
+            return
         batch, ids, last = [], [], []
         for sequence in sequences:
-            feed = self._suffix_feed(sequence, sequence.pending)
-            sequence.pending = []
+            feed = self.feed_pending(sequence)
             sequence.take(feed)
             batch.append(NewTokens(sequence.cache, sequence.cache.outline.append(feed.level, feed.recalls)))
             # A feed that a step reads ends with the token that was chosen last.
@@ -254,6 +216,15 @@ class Decoder:
         hidden = self._run(ids, position, StepAttention(batch, self.rule, self.first))
         for sequence, logits in zip(sequences, self.model.head_logits(hidden[last])):
             sequence.logits = logits
+
+    def feed_pending(self, sequence: LiveSequence) -> Feed:
+        """What a sequence reads with its pending tokens, which are none any more."""
+        tokens, sequence.pending = sequence.pending, []
+        return self._suffix_feed(sequence, tokens)
+
+    def certain(self, sequence: LiveSequence) -> bool:
+        """Whether the next token is all that a sequence then reads, whatever it is."""
+        return self.gist is None or not self.grow or sequence.placement.certain
 
     def _suffix_feed(self, sequence: LiveSequence, tokens: Sequence[int]) -> Feed:
         if self.gist is None:
@@ -278,12 +249,6 @@ class Decoder:
         """ids [n], rotary position [n] -> [n, hidden] after the final norm."""
         return self.model.run_layers(torch.tensor([ids], device=self.device), position[None].to(self.device), attend)[:, 0]
 
-    def _emittable(self, logits: Tensor) -> Tensor:
-        """[vocab] fp32 logits on the CPU with -inf at gist ids."""
-        logits = logits.float().cpu()
-        logits[self.gist_ids] = -torch.inf
-        return logits
-
     def _begin(self, sequence: LiveSequence, tokens: Sequence[int]) -> None:
         """Check what is to be read, and read what was chosen before it."""
         self._check_tokens(tokens)
@@ -294,14 +259,3 @@ class Decoder:
         for token in tokens:
             if not 0 <= token < len(self.word_starts):
                 raise ValueError(f"tokens: id {token} is outside the vocabulary of {len(self.word_starts)} pieces")
-
-
-def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """The next token id from [vocab] logits."""
-    if sampling.temperature <= 0:
-        return int(logits.argmax())
-    probabilities = (logits / sampling.temperature).softmax(-1)
-    ordered, order = probabilities.sort(descending=True, stable=True)
-    # Keep a token while what stands before it has not reached top_p: at least one stays.
-    ordered = ordered.masked_fill(ordered.cumsum(0) - ordered >= sampling.top_p, 0.0)
-    return int(order[torch.multinomial(ordered, 1, generator=generator)])

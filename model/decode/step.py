@@ -27,6 +27,13 @@ class NewTokens:
     sight: Sight
 
 
+def step_of(caches: Sequence[SequenceCache], sights: Sequence[Sight]) -> Step:
+    """The new tokens of some sequences, one after another, in layers of one kind. sights: of each sequence's tokens there."""
+    join = lambda name: torch.cat([getattr(sight, name) for sight in sights], -1)
+    ranges = (join(name) for name in ("lo", "hi", "sinks", "hi", "tail", "span", "recalls"))
+    return Step([cache.outline for cache, sight in zip(caches, sights) for _ in sight.recalls], *ranges)
+
+
 class StepAttention:
     """Every new token of a batch of sequences attends to its own cache; an :data:`unfold.model.visibility.Attend` of one row.
 
@@ -39,13 +46,8 @@ class StepAttention:
     def __init__(self, batch: Sequence[NewTokens], rule: SelectRule | None, first: int):
         self.batch, self.rule, self.first = batch, rule, first
         self.caches = [new.cache for new in batch for _ in new.sight.recalls]
-        views = [new.cache.views(new.sight) for new in batch]
-        self.steps = {kind: self._step([view[kind] for view in views]) for kind in views[0]}
-
-    def _step(self, sights: Sequence[Sight]) -> Step:
-        join = lambda name: torch.cat([getattr(sight, name) for sight in sights], -1)
-        ranges = (join(name) for name in ("lo", "hi", "sinks", "hi", "tail", "span", "recalls"))
-        return Step([cache.outline for cache in self.caches], *ranges)
+        views, caches = [new.cache.views(new.sight) for new in batch], [new.cache for new in batch]
+        self.steps = {kind: step_of(caches, [view[kind] for view in views]) for kind in views[0]}
 
     def __call__(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [1, T, H, D], k, v [1, T, Hkv, D] -> [1, T, H, D]"""

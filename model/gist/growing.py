@@ -55,10 +55,14 @@ class Growable:
     def append(self, rows: Tensor) -> None:
         """Append rows: of the same shape but for the growing dimension."""
         length = self.length + rows.shape[self.dim]
-        if length > self.memory.shape[self.dim]:
-            self._move(max(length, 2 * self.memory.shape[self.dim], 16))
+        self.reserve(length)
         self.memory.narrow(self.dim, self.length, rows.shape[self.dim]).copy_(rows)
         self.length = length
+
+    def reserve(self, room: int) -> None:
+        """Make room for so many rows in all; those behind ``length`` hold anything."""
+        if room > self.memory.shape[self.dim]:
+            self._move(max(room, 2 * self.memory.shape[self.dim], 16))
 
     def forget(self, first: int, count: int) -> None:
         """Take out ``count`` rows from number ``first`` on; those behind them move up."""
@@ -179,6 +183,11 @@ class GistPlacement:
         if close:
             self._close_all(feed)
         return feed
+
+    @property
+    def certain(self) -> bool:
+        """Whether the next token stands in the open chunk whatever it is: its feed is that token alone."""
+        return len(self.chunk) < self.sinks_left + self.folding.chunk_sizes[0]
 
     def leave(self, tokens: Sequence[int], recalls: bool = False) -> Feed:
         """Append raw tokens to the open chunk without gists: a suffix."""
@@ -304,6 +313,10 @@ class Outline:
         self.counts[-1] -= tokens
         if tokens and self.levels and self.counts[self.levels - 1]:
             assert self.counts[-1] >= int(self.ends[-1].rows[-1]), "a gist stands among them"
+
+    def append_raw(self, tokens: int) -> None:
+        """Append raw tokens whose sight nobody asks for."""
+        self.counts[-1] += tokens
 
     def append(self, level: Sequence[int] | Tensor, recalls: Sequence[bool] | None = None) -> Sight:
         """Append tokens of these levels, [n], -1 for raw ones. recalls: which of them unfold chunks; None: none."""

@@ -15,7 +15,7 @@ from unfold.pretrain.errors import UserError
 from unfold.pretrain.evaluate.answering import Reader, show_prompts
 from unfold.pretrain.evaluate.output import cost_table, heat_maps, make_output, table, write_json
 from unfold.pretrain.evaluate.subject import Subject, Variant, add_subject_arguments, load_subject
-from unfold.pretrain.parts import add_raw_cache_argument
+from unfold.pretrain.parts import add_decoding_arguments
 
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 INTRODUCTION = "There is a pass key hidden in the text below. Find it and remember it.\n"
@@ -43,7 +43,7 @@ class Trial:
 def add_arguments(parser: ArgumentParser) -> None:
     """The sub-command's flags."""
     add_subject_arguments(parser)
-    add_raw_cache_argument(parser)
+    add_decoding_arguments(parser)
     parser.add_argument(
         "--lengths",
         type=int,

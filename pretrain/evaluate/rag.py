@@ -21,7 +21,7 @@ from unfold.pretrain.evaluate.metrics import METRICS, Metric
 from unfold.pretrain.evaluate.output import bar_chart, cost_table, make_output, table, write_json
 from unfold.pretrain.evaluate.subject import Subject, Variant, add_subject_arguments, load_subject
 from unfold.pretrain.evaluate.tasks import TOTAL
-from unfold.pretrain.parts import add_raw_cache_argument
+from unfold.pretrain.parts import add_decoding_arguments
 
 # Of a text that is no chat. In a chat nothing introduces the documents but a system message, and the question is put as it is.
 INTRODUCTION = "Answer the question by the documents.\n\n"
@@ -111,7 +111,7 @@ class LinkedReader(Reader):
 def add_arguments(parser: ArgumentParser) -> None:
     """The sub-command's flags."""
     add_subject_arguments(parser, linked=True)
-    add_raw_cache_argument(parser)
+    add_decoding_arguments(parser)
     parser.add_argument(
         "--data",
         type=Path,

@@ -77,6 +77,7 @@ class Subject:
         chat: how questions are put; None: as they are.
         bos: begins what is read without a chat template.
         raw_cache: where keys and values of raw tokens are kept while answering with gists: device or host.
+        capture: whether a GPU replays decoding steps from CUDA graphs.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Subject:
     chat: Chat | None = None
     raw_cache: str = "device"
     bos: tuple[int, ...] = ()
+    capture: bool = True
 
     @property
     def max_position(self) -> int:
@@ -138,7 +140,8 @@ class Subject:
         tokenizer, gist = self.tokenizer, variant.recalling("suffix")
         links = tokenizer.link_ids[: gist.links] if variant.linked else ()
         raw_cache = self.raw_cache if gist else "device"  # a dense step reads every raw token
-        return Decoder(self.model, gist, tokenizer.reserved_ids, tokenizer.word_starts, link_ids=links, raw_cache=raw_cache)
+        own = tokenizer.reserved_ids, tokenizer.word_starts
+        return Decoder(self.model, gist, *own, link_ids=links, raw_cache=raw_cache, capture=self.capture)
 
     def check_length(self, length: int, flag: str) -> None:
         """Raises UserError when a sequence of so many raw tokens is longer than the model is meant for."""
@@ -287,5 +290,6 @@ def _loaded(name: str, found, variants: tuple[Variant, ...], args: Namespace) ->
     model = load_model(found)
     if args.dtype == "bf16":
         model = model.to(torch.bfloat16)
-    raw_cache = vars(args).get("raw_cache", "device")  # commands that write no answers have no such flag
-    return Subject(name, model, found.tokenizer, variants, found.config.data.raw_tokens, chat, raw_cache, bos)
+    flags = vars(args)  # commands that write no answers have not all of them
+    how = dict(raw_cache=flags.get("raw_cache", "device"), capture=not flags.get("eager", False))
+    return Subject(name, model, found.tokenizer, variants, found.config.data.raw_tokens, chat, bos=bos, **how)

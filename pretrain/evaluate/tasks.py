@@ -17,7 +17,7 @@ from unfold.pretrain.evaluate.longbench import RANGES, length_range
 from unfold.pretrain.evaluate.metrics import METRICS
 from unfold.pretrain.evaluate.output import bar_chart, cost_table, make_output, table, write_json
 from unfold.pretrain.evaluate.subject import Subject, add_subject_arguments, load_subject
-from unfold.pretrain.parts import add_raw_cache_argument
+from unfold.pretrain.parts import add_decoding_arguments
 
 if TYPE_CHECKING:
     from unfold.pretrain.evaluate.items import Item
@@ -42,7 +42,7 @@ class Prompt:
 def add_arguments(parser: ArgumentParser) -> None:
     """The sub-command's flags."""
     add_subject_arguments(parser)
-    add_raw_cache_argument(parser)
+    add_decoding_arguments(parser)
     parser.add_argument(
         "--tasks",
         type=Path,

@@ -1,7 +1,7 @@
 """Compiles every kernel for GPUs that need not be there, and says what each program takes: registers, spills, shared memory.
 
     python -m tests.benchmarks.compiled [--ops compressed recall] [--arch sm_80 sm_90] [--dtype bf16 fp16 fp32] [--dim 64 ..]
-        [--check] [--workers N] [--output docs/benchmarks]
+        [--only PROGRAM ..] [--check] [--workers N] [--output docs/benchmarks]
 
 Writes ``compressed_aot.json`` and ``recall_aot.json`` (one entry per architecture, kernel, head dimension and dtype; entries not
 compiled this time stay as they were) and the same as tables, ``.md``. Recall is selection, unfolding, routing and decoding.
@@ -214,6 +214,7 @@ def main() -> int:
     parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=["sm_80", "sm_90"])
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--dim", nargs="+", type=int, choices=HEAD_DIMS, default=list(HEAD_DIMS))
+    parser.add_argument("--only", nargs="+", metavar="PROGRAM", help="names of programs, such as 'decode keep' (default all)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that compile")
     parser.add_argument("--check", action="store_true", help="compare with the committed table instead of writing it")
     parser.add_argument("--output", type=Path, default=TABLE.parent)
@@ -234,6 +235,7 @@ def _compile_table(op: str, args: argparse.Namespace) -> list[str]:
         (op, arch, name, dim, dtype)
         for arch, dim, dtype in itertools.product(args.arch, args.dim, args.dtype)
         for name in names_of(op, arch, dim, dtype)
+        if not args.only or name in args.only
     ]
     with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
         for key, report in pool.imap(_compile, jobs):

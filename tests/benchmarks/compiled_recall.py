@@ -10,6 +10,7 @@ import triton
 from unfold.kernels.common.tiles import Tile
 from unfold.kernels.decode import attend
 from unfold.kernels.decode import kernels as decoding
+from unfold.kernels.decode.keep import keep_kernel
 from unfold.kernels.decode.tiles import decode_tiles
 from unfold.kernels.decode.triton import COMPARED, HELD, searched
 from unfold.kernels.route import kernels as routing
@@ -90,7 +91,7 @@ def recall_programs(arch: str, dim: int, dtype: str, item_size: int, heads: int,
     }
     made["unfold places"] = (place_kernel, Tile(1, ITEMS, 4, 3), dict(SIZE=size, BQ=size), {})
     made |= _route_programs(arch, dim, item_size, group)
-    made |= _decode_programs(arch, dim, item_size, group)
+    made |= _decode_programs(arch, dim, item_size, group, kv_heads)
     return {n: Program(k, t, common | dict(BM=t.rows, BN=t.keys) | own, types) for n, (k, t, own, types) in made.items()}
 
 
@@ -108,7 +109,7 @@ def _route_programs(arch: str, dim: int, item_size: int, group: int) -> dict[str
     }
 
 
-def _decode_programs(arch: str, dim: int, item_size: int, group: int) -> dict[str, tuple]:
+def _decode_programs(arch: str, dim: int, item_size: int, group: int, kv_heads: int) -> dict[str, tuple]:
     """The programs of decoding, every head selecting for itself: name -> kernel, tile, sizes, types."""
     width = triton.next_power_of_2(group)
     rows = max(16, width)
@@ -129,4 +130,6 @@ def _decode_programs(arch: str, dim: int, item_size: int, group: int) -> dict[st
     sums = Tile(1, tiles.part, tiles.combine_warps, 1)
     own = dict(BN=tiles.attend.keys, BS=tiles.splits, BP=tiles.part)
     made["decode combine"] = (attend.combine_kernel, sums, flags | own, {})
+    strides = dict(K_TOKEN=kv_heads * dim, K_HEAD=dim, V_TOKEN=kv_heads * dim, V_HEAD=dim)
+    made["decode keep"] = (keep_kernel, Tile(1, 1, 1, 3), strides, places | {"p_items": "*i64"})
     return made

@@ -242,6 +242,16 @@ def test_documents_that_cannot_be_joined(run_dir, tmp_path):
             generated("--run-dir", run_dir, "--document", tmp_path / name, "--prompt", "a")
 
 
+def test_eager_generation_captures_no_graphs(run_dir, monkeypatch):
+    """The text is the same; on a CPU nothing is captured anyway."""
+    from unfold.model.decode import generation
+
+    asked = []
+    monkeypatch.setattr(generation, "frames_of", lambda decoder, capture: asked.append(capture))
+    flags = "--run-dir", run_dir, "--prompt", PROMPT, "--max-new-tokens", 4
+    assert generated(*flags) == generated(*flags, "--eager") and asked == [True, False]
+
+
 def test_what_generation_cost(exported, run_dir, capsys):
     """One line on stderr, on request, for a run and for an export; the text is the same."""
     figures = r"first token after \d+\.\d{4} s, \d+\.\d{4} s for each token after it, at most \d+\.\d\d GiB of memory$"
@@ -288,6 +298,7 @@ def test_questions_on_a_context(run_dir, tmp_path):
         (["export", "--run-dir", "{new}", "--output", "{new}x"], "is not a run directory"),
         (["generate", "--run-dir", "{run}", "--prompt", ""], "--prompt: is empty"),
         (["generate", "--model", "{hf}", "--prompt", "a", "--recall", "all"], "--recall: needs --run-dir"),
+        (["generate", "--model", "{hf}", "--prompt", "a", "--eager"], "--eager: needs --run-dir"),
         (["generate", "--model", "{new}", "--prompt", "a"], "is not an exported model"),
         (["generate", "--run-dir", "{run}", "--prompt", "a", "--top-p", "0"], "--top-p 0.0: is not in (0, 1]"),
     ],

@@ -14,7 +14,7 @@ from unfold.kernels.decode.step import Step
 from unfold.kernels.select import SelectRule
 from unfold.model.config import GistConfig, ModelConfig
 from unfold.model.decode.cache import CachedJoinedOutline, CachedOutline, SequenceCache
-from unfold.model.decode.step import NewTokens, StepAttention
+from unfold.model.decode.step import step_of
 from unfold.model.gist.joining import PartShape
 
 TRITON = importlib.util.find_spec("triton") is not None
@@ -79,18 +79,18 @@ def batch(name, heads, kv_heads, dim, dtype, device="cpu", recalls=True, whole=F
     draw = lambda *shape: torch.randn(shape, generator=g)
     if whole:  # small whole numbers: products that every order of sums gives exactly, many of them equal
         draw = lambda *shape: torch.randint(-1, 2, shape, generator=g).float()
-    new, caches = [], []
+    caches, sights = [], []
     for context, suffix in lengths:
         cache = SequenceCache(model, outline_of(gist, context), dtype, torch.device(device))
         level = torch.tensor([-1] * max(suffix, 1))
         if len(level) > 1:
             cache.outline.append(level[:-1])
-        sight = cache.outline.append(level[-1:], [recalls])
+        sights.append(cache.outline.append(level[-1:], [recalls]))
         for rows, count in zip(cache.layers[0], cache.outline.counts):
             rows.append(*(draw(count, kv_heads, dim).to(device, dtype) for _ in range(2)))
-        new.append(NewTokens(cache, sight))
-        caches.append(cache.layers[0])
-    return draw(len(new), heads, dim).to(device, dtype), caches, StepAttention(new, None, 1).step
+        caches.append(cache)
+    q = draw(len(caches), heads, dim).to(device, dtype)
+    return q, [cache.layers[0] for cache in caches], step_of(caches, sights)
 
 
 def rule_of(name, share="head"):

@@ -22,6 +22,7 @@ from tests.kernels.test_decode import batch, few_or_many_splits, rule_of, run_ke
 from tests.kernels.uniform import gradients
 from unfold.kernels.compressed import compressed_attention
 from unfold.kernels.compressed import plan as compressed_plan
+from unfold.kernels.decode import triton as backend
 from unfold.kernels.route import routing_loss
 from unfold.kernels.unfold import plan as unfold_plan
 from unfold.kernels.unfold import recall_attention, turn
@@ -304,6 +305,25 @@ def decode(name, budget, share="head", recalls=True, splits="some"):
     return case
 
 
+def keep(name):
+    """New keys and values, strided as a joint projection makes them: most of raw tokens, the last one of a top gist."""
+
+    def case(sanitizer):
+        q, caches, step = batch(name, 4, 2, 64, torch.float32)
+        if sanitizer:
+            sanitizer.reach("p_anchor", [rows.memory for layer in caches for rows in layer])
+        places = backend.make_places(q, caches, step, step.borders[0].ends_on(q.device)[0][0])
+        items = torch.stack([torch.full_like(step.span, step.levels), step.upto[-1] - 1], 1)
+        items[-1] = torch.tensor([0, step.upto[0, -1] - 1])
+        new = torch.randn(len(q), 2, 2, 64, generator=torch.Generator().manual_seed(1))
+        backend.keep(new[:, 0], new[:, 1], q, places, items)
+        kept = [caches[i][s].buffer.rows[:, :, row] for i, (s, row) in enumerate(items.tolist())]
+        assert torch.equal(torch.stack(kept), new)
+        return [rows.buffer.rows for layer in caches for rows in layer]
+
+    return case
+
+
 def route(name, heads, kv_heads, dtype, far, share):
     """The routing loss and the gradient of the gists, in slices of two blocks of queries."""
 
@@ -337,6 +357,7 @@ CASES = {
     "decode": (decode("two levels", "adaptive"), DECODE),
     "decode, summed scores, many splits": (decode("two levels", "adaptive", "group", splits="a tile each"), DECODE),
     "decode, nothing recalls": (decode("long suffix", "three", recalls=False), ATTEND),
+    "decode, keep": (keep("joined"), {"keep_kernel"}),
     "route, packed documents": (route("suffixes of packed documents", 2, 1, FP32, True, 0.5), ROUTE),
 }
 LONG = {

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from tests.model.decoding import GISTS, STARTS, VOCAB, WORDS, continue_checked, make_decoder, recomputed, text
 from unfold.model.config import GistConfig
 from unfold.model.decode import generation
-from unfold.model.decode.generation import Sampling, choose
+from unfold.model.decode.generation import Sampling
+from unfold.model.decode.sampling import BLOCK, Draws, choose
 from unfold.model.gist import build_layout, interleave
 from unfold.model.visibility import MicroBatchAttention
 
@@ -227,10 +228,22 @@ def test_bad_input_is_named(build):
 
 
 def test_sampling():
-    logits = torch.tensor([0.1, 3.0, 2.0, -5.0])
-    generator = torch.Generator().manual_seed(0)
-    assert choose(logits, Sampling(), generator) == 1
-    nucleus = {choose(logits, Sampling(temperature=1.0, top_p=0.9), generator) for _ in range(200)}
-    assert nucleus == {1, 2}
-    drawn = [choose(logits, Sampling(temperature=1.0), generator) for _ in range(4000)]
-    assert math.isclose(drawn.count(1) / 4000, logits.softmax(0)[1], abs_tol=0.03)
+    logits, never = torch.tensor([[0.1, 3.0, 2.0, -5.0, 9.0]]), torch.tensor([4])
+    many = logits.expand(4000, -1)
+    draw = torch.rand(4000, dtype=torch.float64)
+    assert choose(logits, never, Sampling(), draw[:1]).tolist() == [1]
+    nucleus = choose(many[:200], never, Sampling(temperature=1.0, top_p=0.9), draw[:200])
+    assert set(nucleus.tolist()) == {1, 2}
+    drawn = choose(many, never, Sampling(temperature=1.0), draw)
+    assert math.isclose((drawn == 1).float().mean(), logits[0, :4].softmax(0)[1], abs_tol=0.03)
+    for top_p in (1.0, 0.9):  # the largest and the smallest number that can be drawn
+        edges = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+        assert max(choose(logits.expand(2, -1), never, Sampling(temperature=1.0, top_p=top_p), edges).tolist()) < 4
+
+
+def test_draws_are_those_of_each_sequence_alone():
+    together = Draws(Sampling(seed=3), 2)
+    for number in (0, BLOCK - 1, BLOCK, 3 * BLOCK + 1):
+        alone = torch.cat([Draws(Sampling(seed=3 + n), 1).of(number) for n in range(2)])
+        assert torch.equal(together.of(number), alone)
+    assert together.of(0)[0] != together.of(0)[1] and together.of(0)[0] != together.of(BLOCK)[0]

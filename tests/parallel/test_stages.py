@@ -8,13 +8,15 @@ import shutil
 
 import pytest
 
-from tests.integration.runs import train_until_killed
+from tests.conftest import run
+from tests.integration.runs import command, read_metrics, train_until_killed
 from tests.training import train_ranks
 from unfold.model.hf.keys import hf_config
 from unfold.model.visibility import IGNORED
-from unfold.pretrain.checkpoint.load import load_run
+from unfold.pretrain.checkpoint.load import find_run, load_run
 from unfold.pretrain.config import load_config
 from unfold.pretrain.data.blend import Stretch
+from unfold.pretrain.hf.files import write_model_card
 from unfold.pretrain.train.engine import learning_rate
 from unfold.pretrain.train.inputs import open_inputs
 
@@ -68,6 +70,12 @@ def test_metrics_and_checkpoints_tell_the_stage(config, alone):
         assert manifest["stage"]["model"]["rope_theta"] == theta and manifest["samples"] == metrics[step - 1]["samples"]
 
 
+def test_an_export_says_how_it_was_trained(alone, tmp_path):
+    write_model_card(find_run(alone[1], 6), tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "3,072 in 6 steps, 36 samples, in stage 2 of 128" in card
+
+
 @pytest.mark.parametrize("step", [3, 6, 9])
 def test_a_checkpoint_is_read_with_the_positions_of_its_stage(config, alone, step):
     """What generation, evaluation and export load has the validation loss that the run had."""
@@ -111,3 +119,13 @@ def test_a_run_is_killed_at_borders_and_goes_on_under_other_layouts(config, alon
         train_until_killed(config, run_dir, ranks, step, *settings)
     ranks, settings = LAYOUTS["dp2 zero2 offload"]
     same(train_ranks(config, run_dir, ranks, *settings), alone[0])
+
+
+@pytest.mark.long
+def test_samples_that_are_left_out_move_the_borders(config, tmp_path):
+    """Two bad steps of the first stage: it takes as many samples more, and the next ones begin later."""
+    line = command(config, tmp_path / "run", 1, "faults.max_skips=1")
+    run(line[0], "-m", "tests.integration.faulty", "nan=10,25", *line[line.index("train") :])
+    metrics = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    ranges = ["0-8", "16-24", "32-40", "40-44", "44-48", "48-52", "52-54", "54-56", "56-58"]
+    assert [m["sample_range"] for m in metrics] == ranges and [m["stage"] for m in metrics] == [1] * 3 + [2] * 3 + [3] * 3

@@ -168,6 +168,18 @@ def test_likelihoods_equal_those_of_reading_each_candidate(subject, number):
     assert reader.write(sequence, 5) == reader.write(sequence, 5)
 
 
+def test_eager_evaluation_captures_no_graphs(run_dir, monkeypatch):
+    from unfold.model.decode import generation
+
+    asked = []
+    monkeypatch.setattr(generation, "frames_of", lambda decoder, capture: asked.append(capture))
+    for flags in ([], ["--eager"]):
+        flags = ["--run-dir", run_dir, "--lengths", 64, "--haystack", "x", "--output", "x", *flags]
+        loaded = load_subject(arguments("passkey", *flags))
+        loaded.decoder(loaded.variants[0])
+    assert asked == [True, False]
+
+
 @pytest.mark.parametrize("number", [0, 3])
 def test_raw_rows_on_the_host_change_no_answer(subject, number):
     variant, draw = subject.variants[number], np.random.default_rng(3)

@@ -17,6 +17,7 @@ from unfold.model.config import ModelConfig
 from unfold.pretrain.config import parse_config
 from unfold.pretrain.errors import UserError
 from unfold.pretrain.report.command import write_report
+from unfold.pretrain.report.curves import number
 from unfold.pretrain.report.runs import parameters, read_runs
 from unfold.pretrain.report.sample import draw_grid, read_sample
 
@@ -79,6 +80,16 @@ def run(tmp_path) -> Path:
     rows = [metric(step) for step in range(1, 41)]
     rows[19]["valid_loss"], rows[29]["valid_loss"], rows[39]["valid_loss"] = 4.5, 3.25, 3.5
     return make_run(tmp_path / "first", rows)
+
+
+def test_a_run_with_stages_counts_their_tokens(tmp_path):
+    stages = [{"until": 10, "raw_tokens": 512}, {"until": 30, "raw_tokens": 2048, "global_batch": 2}]
+    rows = [metric(step) | {"stage": 1 + (step > 10), "stage_name": "short"} for step in range(1, 21)]
+    run = make_run(tmp_path / "staged", rows, train={"stages": stages})
+    (run / "checkpoints" / "step-00000020").mkdir(parents=True)
+    page = Page(write_report([run]))
+    assert "Raw tokens seen 81.92 k 2,048 per sample" in page.text
+    assert f"20 {number(10 * 8 * 512 + 10 * 2 * 2048)} " in page.text and "Stage of the run" in page.text
 
 
 def test_figures_of_one_run(run):

@@ -12,6 +12,7 @@ from tests.supervised import make_shard
 from unfold.model.gist import GistConfig
 from unfold.model.visibility import IGNORED
 from unfold.pretrain.config import load_config
+from unfold.pretrain.data.blend import Stretch
 from unfold.pretrain.data.packing import pack
 from unfold.pretrain.data.samples import BatchBuilder, TokenSource
 from unfold.pretrain.data.shards import open_shards
@@ -67,6 +68,24 @@ def test_order_is_a_pure_function_of_seed_and_number(shard, tokenizer):
     assert [source(tokenizer, shard, seed=2).segments(s) for s in (0, 7, late)] != want
     first, second = ([data.segments(e * data.samples_per_epoch + i) for i in range(9)] for e in (0, 1))
     assert first != second, "epochs have different orders"
+
+
+def test_stages_of_other_lengths_read_every_document_once(shard, tokenizer, reference):
+    """What the first length left is packed for the second one; every sample fits its stage's length."""
+    stretches = [Stretch(0, 20, R), Stretch(20, None, 2 * R)]
+    builders = [BatchBuilder(source(tokenizer, shard), GistConfig((4, 2)), tokenizer).along(stretches, i) for i in range(2)]
+    read, number = [], 0
+    while len(read) < len(reference):
+        builder = builders[number >= 20]
+        read += builder.source.segments(number)
+        layout = builder.build([number]).layout
+        assert (
+            layout.doc.shape[1] == builder.length and int((layout.level < 0)[layout.doc >= 0].sum()) <= (1 + (number >= 20)) * R
+        )
+        number += 1
+    assert sorted(p.document for p in read) == list(range(len(reference))) and number > 20
+    with pytest.raises(UserError, match="documents of more than data.raw_tokens = 20"):
+        builders[0].source.along([Stretch(0, 20, 20), Stretch(20, None, R)]).check()
 
 
 @pytest.mark.parametrize("most_open", [1, 4, 128])

@@ -1,6 +1,6 @@
 r"""Everything that only a GPU can tell, by one command: right or wrong, how fast, where the time goes, and a real training run.
 
-    python -m tests.benchmarks.gpu [--minutes 11] [--output DIR] [--data DIR] [--steps ..]
+    python -m tests.benchmarks.gpu [--minutes 12] [--output DIR] [--data DIR] [--steps ..]
 
 Steps, each in processes of its own, each with a share of the time, none keeping the others from running:
 
@@ -8,6 +8,8 @@ Steps, each in processes of its own, each with a share of the time, none keeping
   training step waits for (tests.benchmarks.gpu.waits), all at once;
 - ``times``: every kernel's own time in whole steps, and at several tile sizes (tests.benchmarks.gpu.kernel_times --sweep);
 - ``decode``: a decoding step beside dense attention, and its kernels (tests.benchmarks.gpu.decode_times);
+- ``generate``: whole models that generate, launched operation by operation and replayed from CUDA graphs
+  (tests.benchmarks.gpu.generate_times);
 - ``bench``: compressed attention beside dense and FlexAttention (python -m tests.benchmarks.gpu.attention);
 - ``counters``: hardware counters of the main kernels, by Nsight Compute;
 - ``train``: training a model of Llama-8B's width and four layers (tests.benchmarks.gpu.training): at 32k tokens dense, forgetting
@@ -47,7 +49,7 @@ from tests.benchmarks.gpu.training import ARMS, pause, start_training, train
 HERE = "tests.benchmarks.gpu"
 
 
-TESTED = ("compressed_triton", "select_triton", "unfold_triton", "route_triton", "decode", "variants")
+TESTED = ("compressed_triton", "select_triton", "unfold_triton", "route_triton", "decode", "frames", "variants")
 
 
 def check(runner: Runner, args: argparse.Namespace) -> None:
@@ -79,6 +81,9 @@ def check(runner: Runner, args: argparse.Namespace) -> None:
     if "decode" in args.steps:
         warm = [*python, f"{HERE}.decode_times", "--seconds", "0", *args.decode_flags]
         started.append(runner.start("warm-decode", warm, args.check_seconds))
+    if "generate" in args.steps:
+        warm = [*python, f"{HERE}.generate_times", "--seconds", "0"]
+        started.append(runner.start("warm-generate", warm, args.check_seconds))
     if "bench" in args.steps:
         for raw in BENCH_RAW:
             flex = [*python, *BENCH, "--raw", str(raw), "--only", "flex, sorted keys", "--seconds", "0"]
@@ -103,6 +108,14 @@ def decode(runner: Runner, args: argparse.Namespace) -> None:
     if not args.gpu:
         command += ["--raw", "256", "--batch", "1", "--heads", "2", "--kv-heads", "1", "--dim", "64", "--only", "default"]
     runner.run("decode", [*command, "--seconds", str(args.decode_seconds)], args.decode_seconds + 10, 60)
+
+
+def generate(runner: Runner, args: argparse.Namespace) -> None:
+    command = [sys.executable, "-m", f"{HERE}.generate_times", "--output", str(runner.output / "generate_times.json")]
+    if not args.gpu:
+        command += ["--raw", "64", "--batch", "2", "--tokens", "3", "--vocab", "512", "--hidden", "128", "--ffn", "256"]
+        command += ["--layers", "2", "--heads", "2", "--kv-heads", "1", "--dim", "64"]
+    runner.run("generate", [*command, "--seconds", str(args.generate_seconds)], args.generate_seconds + 20, 60)
 
 
 BENCH_RAW = (8192, 32768, 131072)
@@ -135,6 +148,7 @@ STEPS = {
     "times": times,
     "train": train,
     "decode": decode,
+    "generate": generate,
     "bench": bench,
     "counters": counters,
     "smollm2": smollm2.step,
@@ -151,7 +165,7 @@ def install(wheels: Path, site: Path) -> None:
 def main() -> int:
     how = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog=f"python -m {HERE}", description=__doc__, formatter_class=how)
-    parser.add_argument("--minutes", type=float, default=11.0)
+    parser.add_argument("--minutes", type=float, default=12.0)
     parser.add_argument("--output", type=Path, default=Path("runs/gpu"))
     parser.add_argument("--data", type=Path, default=Path("demo"))
     parser.add_argument("--wheels", type=Path, help="folder of wheels that this machine lacks")
@@ -163,6 +177,7 @@ def main() -> int:
     parser.add_argument("--times-seconds", type=float, default=130)
     parser.add_argument("--workers", type=int, default=0, help="processes of the tests; 0: by the number of cores")
     parser.add_argument("--decode-seconds", type=float, default=55)
+    parser.add_argument("--generate-seconds", type=float, default=70)
     parser.add_argument("--arm-seconds", type=float, default=70, help="at most so long for an arm of training")
     parser.add_argument("--decode-flags", type=str.split, default=[], help="flags of decode_times, in one word")
     parser.add_argument("--tests", default="test", help="pytest's -k: which of the tests of kernels")
