@@ -96,6 +96,12 @@ def test_losses_by_choice_are_those_of_the_samples_that_drew_it(config, alone):
         assert min(by_choice) <= line["loss"] * (1 + 1e-6) and line["loss"] <= max(by_choice) * (1 + 1e-6)
 
 
+def test_the_report_draws_them_together(alone):
+    assert not main(["report", str(alone[0])])
+    page = (alone[0] / "report.html").read_text()
+    assert "Loss by chunk sizes" in page and "samples drew among 4 x 2, 8, 4 x 2 x 2" in page
+
+
 @pytest.mark.parametrize("sizes", ["8", "4,2,2"])
 def test_generation_and_evaluation_take_any_choice(alone, tiny, tmp_path, capsys, sizes):
     run_dir = str(alone[0])
