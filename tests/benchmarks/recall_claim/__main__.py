@@ -1,6 +1,6 @@
 """Train small models with and without recall on look-ups in a long context, and report what each finds:
 
-    python -m tests.benchmarks.recall_claim --output DIR
+python -m tests.benchmarks.recall_claim --output DIR
 """
 
 from __future__ import annotations

@@ -100,8 +100,7 @@ class LookupTask:
         asked = slice(self.links, self.links + self.singles)
         one = [((self.key_ids + k,), (self.value_ids + v,)) for k, v in zip(key[asked], value[asked])]
         two = [
-            ((self.alias_ids + a, self.key_ids + k), (self.key_ids + k, self.value_ids + v))
-            for a, k, v in zip(alias, key, value)
+            ((self.alias_ids + a, self.key_ids + k), (self.key_ids + k, self.value_ids + v)) for a, k, v in zip(alias, key, value)
         ]
         units = [*one, *two]
         order = draw.permutation(len(units))
