@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import os
-import random
-import subprocess
-import sys
-from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
-import yaml
+# Read when torch and numpy are loaded: tests run side by side, and threads that wait for one another spin.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import random  # noqa: E402
+import subprocess  # noqa: E402
+import sys  # noqa: E402
+from dataclasses import dataclass  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import yaml  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 SEED = 1234
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def pytest_runtest_setup():

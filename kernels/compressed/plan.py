@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from unfold.kernels.intervals import Intervals
@@ -156,7 +157,11 @@ class TokenSearch:
         self.ends = (hi.masked_fill(~seen, 0).cummax(2).values + above).flatten()
         self.starts = (backward(lo.masked_fill(~seen, self.step - 1)) + above).flatten()
         self.least_ends = (backward(hi) + above).flatten()
-        self.largest_starts = (lo.cummax(2).values + above).flatten()
+        largest_starts = lo.cummax(2).values
+        self.largest_starts = (largest_starts + above).flatten()
+        # Where a range begins before an earlier one, as after the parts of linked contexts, a block may be seen from afar again.
+        self.gaps = bool(((lo < largest_starts) & seen).any())
+        self._lo, self._hi = lo.masked_fill(~seen, self.step), hi.masked_fill(~seen, 0)
 
     def __call__(self, pair: Tensor, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens of key blocks [first, last) of (sample, segment) number ``pair``: first, first of the full part, end."""
@@ -169,6 +174,19 @@ class TokenSearch:
         opened = self.largest_starts[(end - 1).clamp(min=0)] <= first + pair * self.step
         full = torch.where(opened, full.clamp(begin, end), end)
         return begin - base, full - base, end - base
+
+    def seen(self, pair: Tensor, first: Tensor, last: Tensor, start: Tensor, stop: Tensor) -> Tensor:
+        """Bool: whether the ranges of tokens [start, stop), taken together, reach into the key block [first, last)."""
+        least, most = self._lo.flatten(0, 1), self._hi.flatten(0, 1)  # of 2 ** k tokens from each one on
+        length, reached = stop - start, torch.zeros_like(start, dtype=torch.bool)
+        for k in range(int(length.max()).bit_length() if len(length) else 0):
+            i = ((length >> k) == 1).nonzero().flatten()  # two spans of 2 ** k tokens cover these
+            spans = (pair[i], start[i]), (pair[i], stop[i] - (1 << k))
+            begin = torch.minimum(*(least[span] for span in spans))
+            reached[i] = (begin < last[i]) & (torch.maximum(*(most[span] for span in spans)) > first[i])
+            ahead = lambda x, empty, k=k: F.pad(x, (0, 1 << k), value=empty)[:, 1 << k :]
+            least, most = torch.minimum(least, ahead(least, self.step)), torch.maximum(most, ahead(most, 0))
+        return reached
 
 
 def key_items(
@@ -186,15 +204,21 @@ def key_items(
     begin, full, end = search(sample * intervals.segments + segment, first, last)
 
     parts = (-(-(end - begin) // chunk)).clamp(min=1)
-    summed = parts > (1 if direct else 0)
-    slots = parts * summed
-    first_slot = slots.cumsum(0) - slots
-    sums = torch.stack([sample, first, last, first_slot, parts], 1)[summed]
-
     block, part = expand(parts)
     step = -(-(end - begin) // parts)
     start = torch.minimum(begin[block] + part * step[block], end[block])
     stop = torch.minimum(start + step[block], end[block])
+    if search.gaps:  # drop what lies between; a block that nobody sees keeps one item, which writes its zeros
+        kept = search.seen((sample * intervals.segments + segment)[block], first[block], last[block], start, stop)
+        kept |= (part == 0) & (torch.bincount(block[kept], minlength=len(parts)) == 0)[block]
+        block, start, stop = block[kept], start[kept], stop[kept]
+        parts = torch.bincount(block, minlength=len(parts))
+        part = torch.arange(len(block), device=block.device) - (parts.cumsum(0) - parts)[block]
+
+    summed = parts > (1 if direct else 0)
+    slots = parts * summed
+    first_slot = slots.cumsum(0) - slots
+    sums = torch.stack([sample, first, last, first_slot, parts], 1)[summed]
     slot = torch.where(summed[block], first_slot[block] + part, -1)
     items = [sample[block], segment[block], first[block], last[block], start, full[block].clamp(start, stop), stop, slot]
     # The longest first: what is left for the end is short, so that no multiprocessor waits long for another.

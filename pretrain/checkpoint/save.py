@@ -33,7 +33,7 @@ from unfold.pretrain.checkpoint.manifest import (
     write_atomically,
 )
 from unfold.pretrain.checkpoint.state import ADAM_STEP, RunningAverage, adam_step, fragments
-from unfold.pretrain.checkpoint.tensors import Chunk, write_tensor_file
+from unfold.pretrain.checkpoint.tensors import INDEX, Chunk, index_entries, write_index, write_tensor_file
 from unfold.pretrain.config import CheckpointConfig
 from unfold.pretrain.parallel import Parallel
 
@@ -187,15 +187,19 @@ class Saver:
         partial = final.with_name(f".{final.name}.{number}.partial")
         try:
             partial.mkdir(parents=True, exist_ok=True)
-            files = {name: write_tensor_file(partial / name, chunks) for name, chunks in self._staging.files().items()}
-            self._report(number, {"files": files})
+            chunks = self._staging.files()
+            files = {name: write_tensor_file(partial / name, of_file) for name, of_file in chunks.items()}
+            index = {name: index_entries(of_file) for name, of_file in chunks.items()}
+            self._report(number, {"files": files, "index": index})
         except Exception as error:  # whatever it is, the run must live and the main rank must hear of it
             self._report(number, {"error": _reason(error)})
         if not self._parallel.is_main:
             return
         error = ""
         try:
-            self._commit(number, replace(manifest, files=self._collect(number, began)), partial, final)
+            files, index = self._collect(number, began)
+            files[INDEX] = write_index(partial, index)
+            self._commit(number, replace(manifest, files=files), partial, final)
         except Exception as failure:
             error = _reason(failure)
             shutil.rmtree(partial, ignore_errors=True)
@@ -207,9 +211,10 @@ class Saver:
     def _report(self, number: int, report: dict) -> None:
         self._store.set(self._key(number, self._parallel.rank), json.dumps(report))
 
-    def _collect(self, number: int, began: float) -> dict[str, dict]:
-        """Every rank's files, as soon as all have reported. Raises SaveError naming ranks that failed or are late."""
-        missing, files = set(range(self._parallel.world)), {}
+    def _collect(self, number: int, began: float) -> tuple[dict[str, dict], dict[str, dict]]:
+        """Every rank's files and what is in them, as soon as all have reported. Raises SaveError naming ranks that failed or are
+        late."""
+        missing, files, index = set(range(self._parallel.world)), {}, {}
         while missing:
             for rank in sorted(missing):
                 key = self._key(number, rank)
@@ -220,13 +225,14 @@ class Saver:
                 if "error" in report:
                     raise SaveError(f"rank {rank}: {report['error']}")
                 files.update(report["files"])
+                index.update(report["index"])
                 missing.discard(rank)
             if missing and time.monotonic() - began > 60 * self._config.deadline_minutes:
                 late = ", ".join(map(str, sorted(missing)))
                 raise SaveError(f"rank {late} not done after checkpoint.deadline_minutes = {self._config.deadline_minutes:g}")
             if missing:
                 time.sleep(POLL_SECONDS)
-        return files
+        return files, index
 
     def _commit(self, number: int, manifest: Manifest, partial: Path, final: Path) -> None:
         if objection := self._before_commit():

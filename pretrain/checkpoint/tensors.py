@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,8 +26,10 @@ from torch import Tensor
 from unfold.pretrain.errors import UserError
 
 SUFFIX = ".safetensors"
+INDEX = "tensors.json"
 SHARDING = "DCP_SHARDING_INFO"
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.uint8: "U8"}
+_DTYPE_OF = {code: dtype for dtype, code in DTYPES.items()}
 PIECE = 16 * 2**20  # bytes hashed and written at once; both let other threads run meanwhile
 HASHED_BEHIND = 2  # pieces that wait for the hash at most; each keeps the tensor that it is of in memory
 
@@ -123,29 +126,64 @@ def write_tensor_file(path: Path, chunks: Iterable[Chunk], parts: bool = True) -
 @dataclass(frozen=True)
 class _Place:
     file: str
+    dtype: torch.dtype
     offsets: tuple[int, ...]
     shape: tuple[int, ...]
 
 
+def index_entries(chunks: Iterable[Chunk]) -> dict[str, list]:
+    """What the index says of one file: {tensor: [dtype, offsets, shape]}."""
+    return {c.name: [DTYPES[c.dtype], list(c.offsets), list(c.shape)] for c in chunks}
+
+
+def write_index(directory: Path, entries: dict[str, dict[str, list]]) -> dict:
+    """Write the index of a directory, {file: its entries}, through to the disk; returns its ``{"bytes", "sha256"}``."""
+    with _NewFile(directory / INDEX) as file:
+        file.write(json.dumps(entries, separators=(",", ":"), sort_keys=True).encode())
+        return file.finish()
+
+
 class TensorDirectory:
-    """The tensors of a directory of such files, whole or in parts, whoever wrote which part."""
+    """The tensors of a directory of such files, whole or in parts, whoever wrote which part.
+
+    Where the directory has an index, a file is opened when something of it is read: of a thousand ranks that resume, each opens
+    the few files that it needs. Otherwise all headers are read.
+    """
 
     def __init__(self, directory: Path):
-        """Raises UserError when a file is no safetensors file."""
+        """Raises UserError when the index is damaged, or a file whose header is read is no safetensors file."""
         self._directory = directory
-        self._files, self._places = {}, {}
-        for path in sorted(directory.glob(f"*{SUFFIX}")):
-            try:
-                file = safe_open(path, framework="pt")
-                sharding = json.loads(file.metadata()[SHARDING])
-                self._files[path.name] = file
-                for name in file.keys():
-                    shape = tuple(file.get_slice(name).get_shape())
-                    place = _Place(path.name, tuple(sharding[name]["saved_offsets"]), shape)
-                    self._places.setdefault(name, []).append(place)
-            except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{path}: is damaged ({error})") from None
+        self._files: dict[str, Any] = {}
+        self._places: dict[str, list[_Place]] = {}
+        index = directory / INDEX
+        try:
+            entries = json.loads(index.read_text()) if index.exists() else None
+            named = entries or {path.name: self._header(path.name) for path in sorted(directory.glob(f"*{SUFFIX}"))}
+            for file, tensors in named.items():
+                for name, (code, offsets, shape) in tensors.items():
+                    self._places.setdefault(name, []).append(_Place(file, _DTYPE_OF[code], tuple(offsets), tuple(shape)))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index}: is damaged ({error})") from None
         self.shapes = {name: self._whole_shape(name) for name in self._places}
+
+    def _open(self, name: str):
+        """A file, opened once. Raises UserError when it cannot be."""
+        if name not in self._files:
+            try:
+                self._files[name] = safe_open(self._directory / name, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{self._directory / name}: is damaged ({error})") from None
+        return self._files[name]
+
+    def _header(self, name: str) -> dict[str, list]:
+        """What the index would say of a file."""
+        file = self._open(name)
+        try:
+            sharding = json.loads(file.metadata()[SHARDING])
+            slices = {tensor: file.get_slice(tensor) for tensor in file.keys()}
+            return {t: [s.get_dtype(), sharding[t]["saved_offsets"], s.get_shape()] for t, s in slices.items()}
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self._directory / name}: is damaged ({error})") from None
 
     def _whole_shape(self, name: str) -> tuple[int, ...]:
         places = self._places[name]
@@ -156,9 +194,7 @@ class TensorDirectory:
         return shape
 
     def dtype(self, name: str) -> torch.dtype:
-        place = self._places[name][0]
-        code = self._files[place.file].get_slice(name).get_dtype()
-        return next(dtype for dtype, text in DTYPES.items() if text == code)
+        return self._places[name][0].dtype
 
     def expect(self, name: str, shape: Sequence[int]) -> None:
         """Raises UserError unless there is a tensor of this name and whole shape."""
@@ -179,5 +215,8 @@ class TensorDirectory:
                 continue
             source = tuple(slice(a - o, b - o) for a, b, o in zip(begin, stop, place.offsets))
             target = tuple(slice(a - o, b - o) for a, b, o in zip(begin, stop, offsets))
-            result[target] = self._files[place.file].get_slice(name)[source]
+            try:
+                result[target] = self._open(place.file).get_slice(name)[source]
+            except (SafetensorError, RuntimeError, ValueError) as error:  # the index is of another file
+                raise UserError(f"{self._directory / place.file}: does not hold what {INDEX} says of {name} ({error})") from None
         return result

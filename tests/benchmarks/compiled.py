@@ -25,7 +25,7 @@ from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 
 from tests.benchmarks.compiled_recall import recall_programs
 from unfold.kernels.common.launch import HEAD_DIMS
@@ -88,7 +88,21 @@ def programs(tiles: Tiles) -> dict[str, tuple[triton.JITFunction, Tile, dict]]:
     }
 
 
-def compile_program(arch: str, name: str, dim: int, dtype: str, tile: Tile | None = None) -> Report:
+@dataclass(frozen=True)
+class Compiled:
+    """A compiled kernel: its tile, what Triton made of it, and the assembler's name of the architecture."""
+
+    tile: Tile
+    kernel: CompiledKernel
+    ptxas_name: str
+
+    def report(self) -> Report:
+        """What it takes."""
+        registers, spill = _registers(self.kernel.asm["ptx"], self.ptxas_name)
+        return Report(describe(self.tile), registers, spill, self.kernel.metadata.shared)
+
+
+def compile_program(arch: str, name: str, dim: int, dtype: str, tile: Tile | None = None) -> Compiled:
     """Compile one program of :func:`programs` for 32/8 heads; ``tile`` replaces the table's."""
     block_dim = triton.next_power_of_2(dim)
     kernel, table_tile, flags = programs(choose_tiles(arch, block_dim, DTYPES[dtype]))[name]
@@ -100,14 +114,14 @@ def compile_program(arch: str, name: str, dim: int, dtype: str, tile: Tile | Non
     return compile_kernel(arch, kernel, tile, sizes, lambda name: _type(name, dtype))
 
 
-def compile_recall_program(arch: str, name: str, dim: int, dtype: str, tile: Tile | None = None) -> Report:
+def compile_recall_program(arch: str, name: str, dim: int, dtype: str, tile: Tile | None = None) -> Compiled:
     """Compile one program of :func:`recall_programs`; ``tile`` replaces warps and stages of its own."""
     program = recall_programs(arch, dim, dtype, DTYPES[dtype], HEADS, KV_HEADS)[name]
     sizes = {n: x for n, x in program.sizes.items() if n in program.kernel.arg_names}
     return compile_kernel(arch, program.kernel, tile or program.tile, sizes, lambda n: program.type_of(n, dtype))
 
 
-def compile_kernel(arch: str, kernel: triton.JITFunction, tile: Tile, sizes: dict, type_of: Callable[[str], str]) -> Report:
+def compile_kernel(arch: str, kernel: triton.JITFunction, tile: Tile, sizes: dict, type_of: Callable[[str], str]) -> Compiled:
     """Compile a kernel with these compile-time sizes; ``type_of`` names the type of every other argument."""
     constants = {n: sizes[n] for n in kernel.arg_names if n in sizes}
     signature = {n: "constexpr" if n in sizes else type_of(n) for n in kernel.arg_names}
@@ -115,9 +129,7 @@ def compile_kernel(arch: str, kernel: triton.JITFunction, tile: Tile, sizes: dic
     capability, ptxas_name = ARCHITECTURES[arch]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     options = dict(num_warps=tile.warps, num_stages=tile.stages)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    registers, spill = _registers(compiled.asm["ptx"], ptxas_name)
-    return Report(describe(tile), registers, spill, compiled.metadata.shared)
+    return Compiled(tile, triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options), ptxas_name)
 
 
 def describe(tile: Tile) -> str:
@@ -247,9 +259,13 @@ def _served(op: str) -> set[str]:
 
 
 def _compile(job: tuple[str, str, str, int, str]) -> tuple[str, Report]:
-    op, arch, name, dim, dtype = job
-    compile_one = compile_program if op == "compressed" else compile_recall_program
-    return key_of(arch, name, dim, dtype), compile_one(arch, name, dim, dtype)
+    _, arch, name, dim, dtype = job
+    return key_of(arch, name, dim, dtype), compile_one(*job).report()
+
+
+def compile_one(op: str, arch: str, name: str, dim: int, dtype: str) -> Compiled:
+    """Compile a program of one of the tables."""
+    return (compile_program if op == "compressed" else compile_recall_program)(arch, name, dim, dtype)
 
 
 if __name__ == "__main__":

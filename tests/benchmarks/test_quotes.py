@@ -88,7 +88,7 @@ def test_results_are_kept_and_belong_to_their_settings(tmp_path, quoting):
     lines = list(run(results, SMALL, args))
     assert len(lines) == 3 and "seed 1 chunks [4] recipe" in lines[1]
     assert list(run(Results(tmp_path, SMALL), SMALL, args)) == []
-    outcomes = results.read()
+    outcomes = results.outcomes()
     assert {o.way for o in outcomes} == set(args.ways)
     assert all(np.isfinite(dataclasses.astuple(reading)).all() for o in outcomes for reading in o.read.values())
     taught = next(o for o in outcomes if o.way == "recipe")

@@ -176,7 +176,7 @@ def test_results_are_kept_and_belong_to_their_settings(build, tmp_path):
     kept = Results(tmp_path, SMALL)
     assert list(_run_seed(kept, SMALL, build, [(8,)], ways)) == []
     assert len(list(_run_seed(kept, SMALL, build, [(8,)], ["gists", "random"]))) == 1
-    outcomes = kept.read()
+    outcomes = kept.outcomes()
     assert {o.arm for o in outcomes if o.chunk_sizes} == {*ways, "random"} and all(np.isfinite(o.loss) for o in outcomes)
     assert "seed 1 chunks [8] taught" in lines[2]
     with pytest.raises(UserError, match="made with other settings"):

@@ -1,5 +1,6 @@
 """The work lists of the tiled kernels: nothing missing, nothing twice, and no more tiles than promised."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -8,7 +9,8 @@ from tests.kernels.uniform import uniform_intervals, uniform_tree
 from unfold.kernels.compressed import plan as plans
 from unfold.kernels.compressed.plan import key_plan, row_plan
 from unfold.kernels.compressed.tiles import TABLE
-from unfold.model.gist import GistConfig, build_layout, build_recall
+from unfold.model.gist import GistConfig, build_layout, build_recall, interleave
+from unfold.model.gist.linked import Bundle
 
 # Tiled keys per query that a prototype needed at c = (8, 4), see docs/kernels.md.
 PROMISED = {8192: 353, 32768: 737, 131072: 2273}
@@ -61,6 +63,23 @@ def test_key_plan_meets_every_pair_once(name, chunk, monkeypatch):
                     start, stop = intervals.segment_start[sample, segment : segment + 2]
                     assert start <= key < key_end <= stop
         assert met.max() <= 1 and met[visible].all()
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "linked" in name])
+def test_no_item_in_vain_between_the_parts_of_linked_contexts(name, monkeypatch):
+    """What lies between a part and the links and the suffix that read it is left out, but for the item that writes zeros."""
+    monkeypatch.setattr(plans, "SHORTEST_SPLIT", 8)
+    monkeypatch.setattr(plans, "SPLITS", 100)
+    intervals = make_layout(name)[0].intervals
+    plan = key_plan(intervals, 16, 4, 2)
+    for part in (plan.sink, plan.top, plan.local):
+        of_block = part.items[:, [0, 2]].unique(dim=0, return_inverse=True)[1]
+        for block, (number, _, key, key_end, token, _, token_end, _) in zip(of_block, part.items.tolist()):
+            reached = seen(intervals, number)[token:token_end, key:key_end].any()
+            assert reached or (of_block == block).sum() == 1
+    monkeypatch.setattr(plans.TokenSearch, "gaps", property(lambda _: False, lambda *_: None), raising=False)
+    again = key_plan(make_layout(name)[0].intervals, 16, 4, 2)
+    assert len(again.top.items) + len(again.local.items) > len(plan.top.items) + len(plan.local.items)
 
 
 @pytest.mark.parametrize("chunk", [16, 512])
@@ -138,3 +157,21 @@ def test_uniform_tree_is_that_of_the_layout(chunk_sizes):
     for name in ("child_lo", "child_hi", "parent", "tokens", "lo", "hi", "tail", "span"):
         assert torch.equal(getattr(tree, name), getattr(want, name)), name
     assert tree.splits == want.splits and torch.equal(tree.others.hi, want.others.hi)
+
+
+def test_ten_parts_of_a_linked_context_multiply_with_few_keys_in_vain(monkeypatch):
+    """What docs/kernels.md says."""
+    config, raw, parts = GistConfig((8, 4)), 16384, (1600,) * 10
+    ids, starts = np.zeros(raw, np.int64), np.ones(100, bool)
+    made = interleave(ids, [raw], starts, config, [98, 97], contexts=[16000], bundles=[Bundle(0, parts)], link_ids=[99] * 5)
+    columns = [torch.from_numpy(x)[None] for x in (made.level, made.doc, made.role, made.part)]
+
+    def multiplied():
+        intervals = build_layout(*columns[:2], config, *columns[2:]).intervals
+        plan = key_plan(intervals, 64, 64, 64)
+        tiles = sum(part.tiles(4, 128) for part in (plan.sink, plan.top, plan.local))
+        return tiles * 128 * 64 / 4 / intervals.tokens
+
+    assert round(multiplied()) == 503
+    monkeypatch.setattr(plans.TokenSearch, "gaps", property(lambda _: False, lambda *_: None), raising=False)
+    assert round(multiplied()) == 1467

@@ -84,7 +84,7 @@ def test_a_newer_damaged_checkpoint_does_not_push_out_good_ones(make, tmp_path):
 
 def test_a_late_rank_is_named(make, tmp_path):
     saver, store = make(world=3, deadline_minutes=0.005)
-    store.set("unfold/save/1/2", json.dumps({"files": {}}))
+    store.set("unfold/save/1/2", json.dumps({"files": {}, "index": {}}))
     assert save(saver, 1).error == "rank 1 not done after checkpoint.deadline_minutes = 0.005"
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
@@ -94,7 +94,7 @@ def test_a_failing_rank_is_named(make, tmp_path):
     save_one = lambda number: store.set(f"unfold/save/{number}/1", json.dumps({"error": "No space left on device"}))
     save_one(1)
     assert save(saver, 1).error == "rank 1: No space left on device" and steps(tmp_path) == []
-    store.set("unfold/save/2/1", json.dumps({"files": {}}))
+    store.set("unfold/save/2/1", json.dumps({"files": {}, "index": {}}))
     assert not save(saver, 2).error and steps(tmp_path) == [2], "the next save is not disturbed"
 
 

@@ -1,6 +1,7 @@
 """Sharded safetensors: what is written is read, by us and by torch.distributed.checkpoint, and damage is named."""
 
 import hashlib
+import json
 import math
 import threading
 
@@ -12,12 +13,13 @@ from safetensors.torch import load_file
 
 from unfold.pretrain.checkpoint import tensors
 from unfold.pretrain.checkpoint.state import rectangles
-from unfold.pretrain.checkpoint.tensors import Chunk, TensorDirectory, write_tensor_file
+from unfold.pretrain.checkpoint.tensors import INDEX, Chunk, TensorDirectory, index_entries, write_index, write_tensor_file
 from unfold.pretrain.errors import UserError
 
 
-def write_in_runs(directory, tensors: dict[str, torch.Tensor], cuts: dict[str, list[int]]) -> None:
+def write_in_runs(directory, tensors: dict[str, torch.Tensor], cuts: dict[str, list[int]], indexed: bool) -> None:
     """As ranks do: each run of a tensor's elements is cut into rectangles, of which a file holds one of each tensor."""
+    index = {}
     for rank in range(max(len(c) for c in cuts.values()) - 1):
         files = {}
         for name, tensor in tensors.items():
@@ -27,11 +29,16 @@ def write_in_runs(directory, tensors: dict[str, torch.Tensor], cuts: dict[str, l
                 at += len(values)
                 files.setdefault(which, []).append(Chunk(name, offsets, shape, tensor.dtype, lambda v=values: v))
         for which, chunks in files.items():
-            write_tensor_file(directory / f"shard-{rank}-{which}.safetensors", chunks)
+            name = f"shard-{rank}-{which}.safetensors"
+            write_tensor_file(directory / name, chunks)
+            index[name] = index_entries(chunks)
+    if indexed:
+        facts = write_index(directory, index)
+        assert facts["sha256"] == hashlib.sha256((directory / INDEX).read_bytes()).hexdigest()
 
 
-@pytest.fixture
-def written(tmp_path):
+@pytest.fixture(params=[False, True], ids=["headers", "index"])
+def written(tmp_path, request):
     torch.manual_seed(0)
     tensors = {
         "matrix": torch.randn(7, 5),
@@ -40,7 +47,7 @@ def written(tmp_path):
         "half": torch.randn(4, 6).bfloat16(),
     }
     cuts = {"matrix": [0, 3, 22, 35], "vector": [0, 11, 11, 11], "state": [0, 0, 8, 8], "half": [0, 1, 23, 24]}
-    write_in_runs(tmp_path, tensors, cuts)
+    write_in_runs(tmp_path, tensors, cuts, request.param)
     return tmp_path, tensors
 
 
@@ -104,9 +111,35 @@ def test_misfits_are_named(written):
         source.expect("other", (1,))
     with pytest.raises(UserError, match=r"matrix is \[7, 5\], this model needs \[7, 6\]"):
         source.expect("matrix", (7, 6))
+    (directory / INDEX).unlink(missing_ok=True)
     (directory / "shard-1-0.safetensors").unlink()
     with pytest.raises(UserError, match="holds 19 of the 24 elements of half"):
         TensorDirectory(directory)
     (directory / "shard-0-0.safetensors").write_bytes(b"\x00" * 20)
     with pytest.raises(UserError, match="shard-0-0.safetensors: is damaged"):
+        TensorDirectory(directory)
+
+
+@pytest.mark.parametrize("written", [True], indirect=True)
+def test_with_an_index_a_file_is_opened_when_it_is_read(written):
+    directory, tensors = written
+    for path in directory.glob("shard-*"):
+        if not path.name.startswith("shard-1"):
+            path.unlink()
+    source = TensorDirectory(directory)
+    assert torch.equal(source.read("matrix", (1, 0), (3, 5)), tensors["matrix"][1:4]) and source.dtype("half") == torch.bfloat16
+    with pytest.raises(UserError, match="shard-0-0.safetensors: is damaged"):
+        source.read("matrix")
+
+
+@pytest.mark.parametrize("written", [True], indirect=True)
+def test_an_index_that_is_wrong_is_named(written):
+    directory, _ = written
+    entries = json.loads((directory / INDEX).read_text())
+    entries["shard-1-0.safetensors"]["other"] = ["F32", [0], [3]]
+    write_index(directory, entries)
+    with pytest.raises(UserError, match=f"shard-1-0.safetensors: does not hold what {INDEX} says of other"):
+        TensorDirectory(directory).read("other")
+    (directory / INDEX).write_text("{")
+    with pytest.raises(UserError, match=f"{INDEX}: is damaged"):
         TensorDirectory(directory)

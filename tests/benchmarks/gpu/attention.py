@@ -19,9 +19,7 @@ import functools
 import json
 import math
 import re
-import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -30,6 +28,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from tests.benchmarks.gpu.measures import matmul_peak, milliseconds, peak_bytes
 from tests.benchmarks.gpu.recall import random_leaves
 from tests.kernels.uniform import sampled_attention, uniform_intervals
 from unfold.kernels.compressed import compressed_attention
@@ -202,44 +201,6 @@ def check(shape: Shape, attention, backward: bool) -> str | None:
     return None
 
 
-def milliseconds(step, device: str, seconds: float) -> float:
-    """Median time of a step, after a warm-up; on CUDA with a cold L2 cache."""
-    step()
-    cold = torch.empty(256 << 20, dtype=torch.int8, device=device) if device == "cuda" else None
-    times, begin = [], time.perf_counter()
-    while len(times) < 3 or time.perf_counter() - begin < seconds:
-        if cold is None:
-            start = time.perf_counter()
-            step()
-            times.append(1e3 * (time.perf_counter() - start))
-            continue
-        cold.zero_()
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-        marks[0].record()
-        step()
-        marks[1].record()
-        torch.cuda.synchronize()
-        times.append(marks[0].elapsed_time(marks[1]))
-    return statistics.median(times)
-
-
-def peak_bytes(step) -> int:
-    """Most GPU memory in use during a step beyond what was in use before it."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
-def matmul_peak(args: argparse.Namespace) -> float:
-    """FLOP/s of a large square product in the measured dtype: the yardstick of this machine."""
-    n = 8192 if args.device == "cuda" else 1024
-    a, b = (torch.randn(n, n, device=args.device, dtype=args.dtype) for _ in range(2))
-    return 2 * n**3 / (1e-3 * milliseconds(lambda: a @ b, args.device, args.seconds))
-
-
 def measure(shape: Shape, name: str, peak: float) -> dict:
     """One contestant at one shape: its figures, or why there are none."""
     args = shape.args
@@ -376,7 +337,7 @@ def _recall(args: argparse.Namespace, about: str, kind: str) -> bool:
 
     results = []
     for op, rows in (("unfold", bench_recall.unfold_rows), ("decode", bench_recall.decode_rows)):
-        for result in rows(args, milliseconds) if op in args.ops else ():
+        for result in rows(args) if op in args.ops else ():
             results.append(result)
             print(bench_recall.table(results)[-1], flush=True)
     command = f"`python -m tests.benchmarks.gpu.attention --ops {' '.join(args.ops)}`"

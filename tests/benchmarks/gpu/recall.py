@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.benchmarks.gpu.measures import milliseconds
 from tests.kernels.uniform import uniform_tree
 from unfold.kernels.decode import Step, decode_attention
 from unfold.kernels.select import SelectRule, select_gists
@@ -33,17 +34,17 @@ def rule_for(chunk_sizes: tuple[int, ...], topk: int | None) -> SelectRule:
     return SelectRule(math.prod(chunk_sizes), chunk_sizes[0], topk=topk)
 
 
-def unfold_rows(args: argparse.Namespace, milliseconds: Callable) -> Iterator[dict]:
+def unfold_rows(args: argparse.Namespace) -> Iterator[dict]:
     """One result per number of raw tokens, share of recalling tokens and contestant."""
     for raw in args.raw:
         for share, recalling in (("all", raw), ("tenth", max(1, raw // 10))):
-            yield from _unfold(raw, share, recalling, args, milliseconds)
+            yield from _unfold(raw, share, recalling, args)
         dense = random_leaves(args, (1, raw, args.heads, args.dim), *((1, raw, args.kv_heads, args.dim),) * 2)
         attend = lambda q, k, v: sdpa(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True)
-        yield dict(op="unfold", name="dense SDPA", raw=raw) | _times(attend, dense, args, milliseconds)
+        yield dict(op="unfold", name="dense SDPA", raw=raw) | _times(attend, dense, args)
 
 
-def _unfold(raw: int, share: str, recalling: int, args: argparse.Namespace, milliseconds: Callable) -> Iterator[dict]:
+def _unfold(raw: int, share: str, recalling: int, args: argparse.Namespace) -> Iterator[dict]:
     chunk_sizes = args.chunks[0]
     tree, rule = uniform_tree(raw, chunk_sizes, recalling, SINK, args.device), rule_for(chunk_sizes, args.topk)
     tokens = tree.others.tokens
@@ -58,9 +59,9 @@ def _unfold(raw: int, share: str, recalling: int, args: argparse.Namespace, mill
         return
     select = lambda: select_gists(leaves[0].detach(), leaves[1].detach(), tree, rule)
     yield about | dict(name="select", forward_ms=milliseconds(select, args.device, args.seconds))
-    yield about | dict(name="unfold") | _times(attend, leaves, args, milliseconds)
+    yield about | dict(name="unfold") | _times(attend, leaves, args)
     if share == "all" and importlib.util.find_spec("fla") is not None:
-        yield about | dict(name="NSA (fla)") | _nsa(raw, int(about["selected"] * chunk_sizes[0]), args, milliseconds)
+        yield about | dict(name="NSA (fla)") | _nsa(raw, int(about["selected"] * chunk_sizes[0]), args)
 
 
 def wrong_unfold(attend: Callable, leaves: list[Tensor], tree, selection) -> str | None:
@@ -84,7 +85,7 @@ def _softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores.softmax(-1).to(q.dtype) @ v
 
 
-def _nsa(raw: int, selected: int, args: argparse.Namespace, milliseconds: Callable) -> dict:
+def _nsa(raw: int, selected: int, args: argparse.Namespace) -> dict:
     """flash-linear-attention's selected attention over blocks of 16 tokens before each query, as many tokens as ours unfolds."""
     from fla.ops.nsa import parallel_nsa
 
@@ -97,7 +98,7 @@ def _nsa(raw: int, selected: int, args: argparse.Namespace, milliseconds: Callab
         q, k, v, g_slc=gate, g_swa=gate, block_indices=(drawn * before).long(), block_counts=blocks, block_size=16, window_size=0
     )
     try:
-        return _times(attend, leaves, args, milliseconds)
+        return _times(attend, leaves, args)
     except (AssertionError, TypeError, ValueError) as error:  # it wants groups of 16 heads, and its arguments have changed before
         return dict(refused=f"{type(error).__name__}: {error}")
 
@@ -118,7 +119,7 @@ def alike(q: Tensor, run: int = 16, share: float = 0.7) -> Tensor:
     return (share**0.5 * common + (1 - share) ** 0.5 * q.detach()).to(q.dtype).requires_grad_()
 
 
-def _times(attend: Callable, leaves: list[Tensor], args: argparse.Namespace, milliseconds: Callable) -> dict:
+def _times(attend: Callable, leaves: list[Tensor], args: argparse.Namespace) -> dict:
     detached = [x.detach() for x in leaves]
     result = dict(forward_ms=milliseconds(lambda: attend(*detached), args.device, args.seconds))
     out = attend(*leaves)
@@ -171,11 +172,11 @@ class PlainRows:
         return self.memory[1].gather(1, rows[..., None].expand(-1, -1, self.memory.shape[3]))
 
 
-def decode_rows(args: argparse.Namespace, milliseconds: Callable) -> Iterator[dict]:
+def decode_rows(args: argparse.Namespace) -> Iterator[dict]:
     """One result per length, batch and contestant. All sequences of a batch share one cache's memory: each is read anew."""
     for raw in args.decode_raw:
         for batch in args.batch:
-            yield from _decode(raw, batch, args, milliseconds)
+            yield from _decode(raw, batch, args)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,7 +215,7 @@ def decode_case(raw: int, batch: int, chunk_sizes: tuple[int, ...], args: argpar
     return DecodeCase(q, layers, step, first, rule_for(chunk_sizes, getattr(args, "topk", None)))
 
 
-def _decode(raw: int, batch: int, args: argparse.Namespace, milliseconds: Callable) -> Iterator[dict]:
+def _decode(raw: int, batch: int, args: argparse.Namespace) -> Iterator[dict]:
     about = dict(op="decode", raw=raw, batch=batch)
     try:
         case = decode_case(raw, batch, args.chunks[0], args)

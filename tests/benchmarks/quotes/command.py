@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
+from tests.benchmarks.kept import Kept
 from tests.benchmarks.quotes.data import make_data
 from tests.benchmarks.quotes.report import Outcome, write_report
 from tests.benchmarks.quotes.training import Plan, base_model, dense_config, readings, started_from, train, way_config
@@ -35,7 +33,7 @@ def quotes(args: Namespace) -> Iterator[str]:
     results = Results(args.output, plan)
     if not args.report_only:
         yield from run(results, plan, args)
-    outcomes = results.read()
+    outcomes = results.outcomes()
     if not outcomes:
         raise UserError(f"--output {args.output}: holds no results; run without --report-only")
     yield from write_report(args.output, outcomes, plan)
@@ -56,10 +54,10 @@ def run(results: Results, plan: Plan, args: Namespace) -> Iterator[str]:
     quotings = {"short": (plan.short, plan.documents), "quotes": (plan.quoting, documents)}
     make_data(results.data, plan.vocab_size, quotings, plan.evaluated, args.text)
     for seed in args.seeds:
-        missing = [name for name in args.ways if not results.path(seed, args.chunk_sizes, name).exists()]
+        missing = [name for name in args.ways if not results.has(seed, args.chunk_sizes, name)]
         if not missing:
             continue
-        base = results.base(plan, groups, BuildContext(groups.tensor_group, seed))
+        base = results.base_model(plan, groups, BuildContext(groups.tensor_group, seed))
         for name in missing:
             way = ways_of(args.chunk_sizes)[name]
             config = way_config(plan, results.data, way, args.chunk_sizes, seed)
@@ -67,52 +65,32 @@ def run(results: Results, plan: Plan, args: Namespace) -> Iterator[str]:
             for _ in train(model, config, groups, plan, decay=True):
                 pass
             read, covered = readings(model, config, plan, results.data)
-            yield results.add(
+            yield results.keep(
                 Outcome(seed, name, args.chunk_sizes, config.train.steps, time.process_time() - began, read, covered)
             )
 
 
-class Results:
-    """One file per seed, chunk sizes and way, with the settings that they were made with; data and dense models beside them."""
+class Results(Kept):
+    """Outcomes, data and dense models of the experiment."""
 
     def __init__(self, directory: Path, plan: Plan):
-        self._runs, self.data = directory / "runs", directory / "data"
-        self._plan = json.loads(json.dumps(dataclasses.asdict(plan)))
-        self._runs.mkdir(parents=True, exist_ok=True)
-        for path in sorted(self._runs.glob("*.json")):
-            if json.loads(path.read_text())["plan"] != self._plan:
-                raise UserError(f"{path}: was made with other settings; take another --output, or the same --train-steps")
+        super().__init__(directory, plan)
+        self.data = directory / "data"
 
-    def path(self, seed: int, chunk_sizes: tuple[int, ...], way: str) -> Path:
-        """Where an outcome is kept."""
-        return self._runs / f"seed{seed}-{'x'.join(map(str, chunk_sizes))}-{way}.json"
-
-    def base(self, plan: Plan, groups: Parallel, build: BuildContext) -> Transformer:
+    def base_model(self, plan: Plan, groups: Parallel, build: BuildContext) -> Transformer:
         """The dense model that a seed's ways start from; trained once and kept."""
-        path = self._runs / f"seed{build.seed}-base.pt"
-        if path.exists():
-            model = Transformer(dense_config(plan, self.data, build.seed).model, build)
-            model.load_state_dict(torch.load(path, weights_only=True))
-            return model
-        model = base_model(plan, self.data, groups, build)
-        weights = {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
-        part = path.with_suffix(".part")
-        torch.save(weights, part)
-        part.rename(path)
-        return model
+        empty = lambda: Transformer(dense_config(plan, self.data, build.seed).model, build)
+        return self.base(build.seed, empty, lambda: base_model(plan, self.data, groups, build))
 
-    def add(self, outcome: Outcome) -> str:
+    def keep(self, outcome: Outcome) -> str:
         """Keep an outcome; returns a line on it."""
         o = outcome
-        path = self.path(o.seed, o.chunk_sizes, o.way)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps({"plan": self._plan, "outcome": o.to_dict()}, indent=1) + "\n")
-        part.rename(path)
+        self.add(o.seed, o.chunk_sizes, o.way, o.to_dict())
         return (
             f"seed {o.seed} chunks {list(o.chunk_sizes)} {o.way:12} quoted {o.own.quote:.3f} plain {o.own.plain:.3f} "
             f"everything unfolded {o.read['everything'].quote:.3f} dense {o.read['dense'].quote:.3f} ({o.seconds:.0f} s)"
         )
 
-    def read(self) -> list[Outcome]:
+    def outcomes(self) -> list[Outcome]:
         """All outcomes that there are."""
-        return [Outcome.from_dict(json.loads(path.read_text())["outcome"]) for path in sorted(self._runs.glob("*.json"))]
+        return [Outcome.from_dict(entry) for entry in self.read()]

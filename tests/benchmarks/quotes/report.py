@@ -46,7 +46,7 @@ class Outcome:
     @classmethod
     def from_dict(cls, entry: dict) -> Outcome:
         read = {name: Reading(**reading) for name, reading in entry["read"].items()}
-        return cls(**{**entry, "chunk_sizes": tuple(entry["chunk_sizes"]), "read": read})
+        return cls(**{**entry, "read": read})
 
 
 def write_report(directory: Path, outcomes: list[Outcome], plan: Plan) -> Iterator[str]:

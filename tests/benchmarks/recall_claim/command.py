@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
-import torch
-
+from tests.benchmarks.kept import Kept
 from tests.benchmarks.recall_claim.arms import DENSE
 from tests.benchmarks.recall_claim.report import write_report
 from tests.benchmarks.recall_claim.training import Outcome, Plan, base_model, dense_outcome, gist_outcomes
@@ -39,7 +36,7 @@ def recall_claim(args: Namespace) -> Iterator[str]:
         for seed in args.seeds:
             build = BuildContext(groups.tensor_group, seed)
             yield from _run_seed(results, plan, build, args.chunk_sizes, args.ways)
-    outcomes = results.read()
+    outcomes = results.outcomes()
     if not outcomes:
         raise UserError(f"--output {args.output}: holds no results; run without --report-only")
     yield from write_report(args.output, outcomes, plan)
@@ -65,61 +62,30 @@ def _run_seed(
     wanted = {sizes: [way for way in ways if not results.has(build.seed, sizes, way)] for sizes in structures}
     if results.has(build.seed, (), DENSE) and not any(wanted.values()):
         return
-    base = results.base(plan, build)
+    base = results.base_model(plan, build)
     if not results.has(build.seed, (), DENSE):
-        yield results.add(dense_outcome(base, plan))
+        yield results.keep(dense_outcome(base, plan))
     for sizes, missing in wanted.items():
         for outcome in gist_outcomes(base, plan, sizes, missing):
-            yield results.add(outcome)
+            yield results.keep(outcome)
 
 
-class Results:
-    """One file per seed, chunk sizes and arm, with the settings that they were made with."""
+class Results(Kept):
+    """Outcomes and dense models of the experiment."""
 
-    def __init__(self, directory: Path, plan: Plan):
-        self._runs = directory / "runs"
-        self._plan = json.loads(json.dumps(dataclasses.asdict(plan)))
-        self._runs.mkdir(parents=True, exist_ok=True)
-        for path in sorted(self._runs.glob("*.json")):
-            if json.loads(path.read_text())["plan"] != self._plan:
-                raise UserError(f"{path}: was made with other settings; take another --output, or the same --train-steps")
-
-    def _path(self, seed: int, chunk_sizes: tuple[int, ...], arm: str) -> Path:
-        structure = f"{'x'.join(map(str, chunk_sizes))}-" if chunk_sizes else ""
-        return self._runs / f"seed{seed}-{structure}{arm}.json"
-
-    def has(self, seed: int, chunk_sizes: tuple[int, ...], arm: str) -> bool:
-        """Whether an arm was run."""
-        return self._path(seed, chunk_sizes, arm).exists()
-
-    def base(self, plan: Plan, build: BuildContext) -> Transformer:
+    def base_model(self, plan: Plan, build: BuildContext) -> Transformer:
         """The dense model that a seed's arms start from; trained once and kept."""
-        path = self._runs / f"seed{build.seed}-base.pt"
-        if path.exists():
-            model = Transformer(plan.model(), build)
-            model.load_state_dict(torch.load(path, weights_only=True))
-            return model
-        model = base_model(plan, build)
-        weights = {name: value for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
-        torch.save(weights, path)
-        return model
+        return self.base(build.seed, lambda: Transformer(plan.model(), build), lambda: base_model(plan, build))
 
-    def add(self, outcome: Outcome) -> str:
+    def keep(self, outcome: Outcome) -> str:
         """Keep an outcome; returns a line on it."""
         o = outcome
-        path = self._path(o.seed, o.chunk_sizes, o.arm)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps({"plan": self._plan, "outcome": o.to_dict()}, indent=1) + "\n")
-        part.rename(path)
+        self.add(o.seed, o.chunk_sizes, o.arm, o.to_dict())
         return (
             f"seed {o.seed} chunks {list(o.chunk_sizes) or '-'} {o.arm:12} one hop {o.one_hop:.3f} two hops {o.two_hop:.3f} "
             f"alone {o.alone:.3f} unfolded {o.unfolded:.0f} ({o.train_s:.0f} s)"
         )
 
-    def read(self) -> list[Outcome]:
+    def outcomes(self) -> list[Outcome]:
         """All outcomes that there are."""
-        found = []
-        for path in sorted(self._runs.glob("*.json")):
-            entry = json.loads(path.read_text())["outcome"]
-            found.append(Outcome(**{**entry, "chunk_sizes": tuple(entry["chunk_sizes"])}))
-        return found
+        return [Outcome(**entry) for entry in self.read()]
