@@ -28,7 +28,7 @@ class Documents:
         places: int64 [tokens of documents], where these stand in the micro-batch, or in the order of ``gists``; None where there
             is nothing between them.
         gists: how these attend; None where there are none.
-        first: of a single sample with gists the place from which on its documents' raw tokens stand side by side; None: they do not.
+        first: of a sample with gists the place from which on its documents' raw tokens stand side by side; None: they do not.
     """
 
     lengths: tuple[int, ...]
@@ -84,7 +84,7 @@ class GistsApart:
 
     Attributes:
         order: int64 [B * T], the token in each place.
-        found: int64 [B * T], where each token's output lies in those of all places and behind them those of documents' raw tokens.
+        found: int64 [B * T], where each token's output lies: in those of all places, then those of documents' raw tokens.
         intervals: of the samples in that order, where only gists see anything: raw tokens of their document before them, and
             themselves.
     """

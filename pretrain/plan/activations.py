@@ -156,8 +156,8 @@ class Activations:
 
     def _beside_gists(self, size: SampleSize) -> int:
         """Of a dense layer in which raw tokens go through flash attention and gists attend apart: queries, keys and values with
-        the gists first; what these keep; of raw tokens (copies, of several samples) outputs and one log-sum per head; all outputs;
-        and what lies where.
+        the gists first; what these keep; of raw tokens (copies, of several samples) outputs and one log-sum per head; all
+        outputs; and what lies where.
         """
         raw, element, heads = self.samples * size.raw // self.context, self.element, self.model.heads // self.tensor
         queries, keys = element * self._query_width, element * self._key_width

@@ -65,8 +65,8 @@ class SampleSize:
         key_rows: keys in level-sorted order, sink copies included, of that sequence.
         segments: ranges per query.
         imbalance: most (query, key) pairs of a rank that shares the sequence over the mean of them all.
-        layers: the same by kind of layer, with the part of the layers that are of it; then the numbers above are means over layers,
-            and where that says nothing the largest. Empty where all layers are of the model's one kind.
+        layers: the same by kind of layer, with the part of the layers that are of it; then the numbers above are means over
+            layers, and where that says nothing the largest. Empty where all layers are of the model's one kind.
     """
 
     raw: int

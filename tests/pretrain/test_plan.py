@@ -201,7 +201,7 @@ def test_visible_keys_are_counted_exactly(chunk_sizes):
 
 @pytest.mark.parametrize("method", ["gists", "ulysses"])
 def test_layers_of_several_kinds_are_counted_by_their_kind(method):
-    """Pairs are the mean over layers; a dense layer sends all raw tokens that later slices see, a window what reaches over borders."""
+    """Pairs are the mean over layers; a dense layer sends all raw tokens that others see, a window what reaches over borders."""
     kinds = ("gist", "dense", "window:20", "gist")
     alone = configuration(replace(SHAPES["many layers"], layer_attention=kinds), raw=1024)
     parallel = replace(alone.parallel, context=2, context_method=method)
