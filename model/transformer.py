@@ -100,7 +100,11 @@ def build_model(config: ModelConfig, seed: int = 0) -> Transformer:
 
 
 class Transformer(nn.Module):
-    """The whole model on one pipeline stage."""
+    """The whole model on one pipeline stage.
+
+    Attributes:
+        config: of the model; another one may take its place between micro-batches, for other rotary positions.
+    """
 
     def __init__(self, config: ModelConfig, build: BuildContext):
         """Args:

@@ -30,10 +30,13 @@ class StageAttention:
 
     Every stage has all micro-batches of a step, read from the shards and laid out on its own host, so between stages nothing
     but the residual stream is sent, and no size is read from a GPU.
+
+    Attributes:
+        config: of the model; another one may take its place between micro-batches, for other rotary positions.
     """
 
     def __init__(self, config: ModelConfig, build: BuildContext):
-        self._config, self._build = config, build
+        self.config, self._build = config, build
         self._left: list[MicroBatch] = []
         self._layer = -1
         self._batch: MicroBatch | None = None
@@ -68,8 +71,8 @@ class StageAttention:
     def _begin(self) -> None:
         self._batch = batch = self._left.pop().to(self._device)
         layout = batch.layout
-        attend = attention_for(self._config.kinds, layout, batch.recall, self._build.part_of(layout))
-        self._shared = Rotary.of(self._build.own_part(layout.position, layout), self._config), attend
+        attend = attention_for(self.config.kinds, layout, batch.recall, self._build.part_of(layout))
+        self._shared = Rotary.of(self._build.own_part(layout.position, layout), self.config), attend
 
     def _finish(self) -> None:
         if self._batch is not None and self._done is not None:

@@ -79,8 +79,8 @@ def _verify(run_dir: Path, step: int | None) -> Iterator[str]:
 
 def _show(directory: Path, manifest: Manifest) -> Iterator[str]:
     yield str(directory)
-    plain = ("step", "samples", "next_sample", "raw_tokens", "world", "tokenizer_hash", "skipped", "quarantine", "versions")
-    for name in plain:
+    plain = ("step", "samples", "next_sample", "raw_tokens", "world", "tokenizer_hash", "skipped", "quarantine", "stage")
+    for name in (*plain, "versions"):
         yield f"  {name}: {json.dumps(getattr(manifest, name))}"
     for key, value in flatten(manifest.config).items():
         yield f"  config.{key}: {json.dumps(value)}"

@@ -26,6 +26,7 @@ class FoundRun:
 
     Attributes:
         directory: the checkpoint's.
+        config: of the run, without stages: the model's rotary positions and the length of samples are those of the last step.
     """
 
     directory: Path
@@ -51,7 +52,7 @@ def find_run(run_dir: Path, step: int | None) -> FoundRun:
         UserError: no such run or checkpoint, a damaged one asked for by its step, or another tokenizer.
     """
     directory, manifest = find_checkpoint(run_dir, step, lambda text: print(text, file=sys.stderr, flush=True))
-    config = parse_saved(manifest.config, f"{directory}/manifest.json")
+    config = parse_saved(manifest.config, f"{directory}/manifest.json").after(manifest.step)
     tokenizer = load_tokenizer(run_dir / "tokenizer", 0, f"--run-dir {run_dir}")
     if tokenizer.hash != manifest.tokenizer_hash:
         raise UserError(f"{run_dir}/tokenizer: is not the tokenizer that the run was trained with (hash differs)")

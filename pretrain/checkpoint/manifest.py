@@ -44,6 +44,7 @@ class Manifest:
         recent_losses: what a loss spike is measured against.
         quarantine: rollbacks so far, each with the samples that it took out (unfold.pretrain.safety.faults.Quarantine).
         files: {name: {"bytes", "sha256"}} of every other file of the directory.
+        stage: of a run with stages, that of the last step: its number and name, and the settings of the model that stages change.
     """
 
     step: int
@@ -60,6 +61,7 @@ class Manifest:
     quarantine: list[dict]
     files: dict[str, dict] = field(default_factory=dict)
     format: int = FORMAT
+    stage: dict = field(default_factory=dict)
 
 
 _KINDS = {name: {"int": int, "str": str, "dict": dict, "list": list}[kind.partition("[")[0]]

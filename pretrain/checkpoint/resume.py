@@ -150,7 +150,7 @@ def _is_whole(tokenizer: Path) -> bool:
 
 def load_newest(
     run_dir: Path,
-    inputs_until: Callable[[int], dict],
+    inputs_until: Callable[[Manifest], dict],
     quarantine: Quarantine,
     engine: deepspeed.DeepSpeedEngine,
     parallel: Parallel,
@@ -159,13 +159,13 @@ def load_newest(
 ) -> Manifest | None:
     """Load the newest checkpoint that is whole and has not learned from quarantined samples; None when there is none.
 
-    A collective. inputs_until: what decides the samples before a global number, as the fields of a manifest that must be equal.
+    A collective. inputs_until: what decided the samples of a checkpoint, as the fields of its manifest that must be equal.
     """
     found = agree_on_newest(run_dir, parallel, quarantine.objection, say)
     if found is None:
         return None
     directory, manifest = found
-    differing = [n for n, value in inputs_until(manifest.next_sample).items() if getattr(manifest, n) != value]
+    differing = [n for n, value in inputs_until(manifest).items() if getattr(manifest, n) != value]
     if differing:
         raise UserError(f"--run-dir {run_dir}: the run was made with another {' and '.join(differing)}; use a new run directory")
     tensors = TensorDirectory(directory)
@@ -220,7 +220,7 @@ def _warm_start_source(path: Path, tokenizer: RunTokenizer, model: ModelConfig) 
             source, manifest = find_checkpoint(path, None, lambda text: None)
         else:
             source, manifest = path, read_manifest(path)
-        saved = parse_saved(manifest.config, f"{source}/manifest.json")
+        saved = parse_saved(manifest.config, f"{source}/manifest.json").after(manifest.step)
     except UserError as error:
         return path, f"{path} is no whole checkpoint and holds none ({error})", "", none
     if manifest.tokenizer_hash != tokenizer.hash:

@@ -24,9 +24,8 @@ from unfold.pretrain.config.schema import (
     ScheduleConfig,
     TrainConfig,
     accumulation_steps,
-    gist_at,
 )
-from unfold.pretrain.config.stages import StageConfig
+from unfold.pretrain.config.stages import RunStage, StageConfig
 from unfold.pretrain.config.trained import RateConfig
 from unfold.pretrain.config.yaml_text import read_yaml
 
@@ -42,6 +41,7 @@ __all__ = [
     "ParallelConfig",
     "RateConfig",
     "RunConfig",
+    "RunStage",
     "ScheduleConfig",
     "TrainConfig",
     "StageConfig",
@@ -49,7 +49,6 @@ __all__ = [
     "add_overrides",
     "changes_on_resume",
     "flatten",
-    "gist_at",
     "load_config",
     "parse_config",
     "parse_saved",

@@ -6,13 +6,16 @@ import dataclasses
 import math
 import types
 import typing
+from collections.abc import Sequence
+from fractions import Fraction
 
 from unfold.pretrain.errors import MOST
 
+MOST_REPEATS = 64  # of a document in an epoch
 # What is finite and still out of any sense, by the end of a setting's name: (highest, in words).
 HIGHEST = (
     ("_minutes", 10 * 365 * 24 * 60, "ten years"),
-    ("optimizer.lr", 10, "10"),
+    (".lr", 10, "10"),
     ("optimizer.muon_lr", 10, "10"),
     ("optimizer.weight_decay", 100, "100"),
     ("optimizer.eps", 1, "1"),
@@ -26,8 +29,8 @@ def setting_errors(tree: dict, kind: type, prefix: str = "") -> list[str]:
         if name not in tree:
             continue
         value, key = tree[name], f"{prefix}{name}"
-        if dataclasses.is_dataclass(hint):
-            errors += setting_errors(value, hint, f"{key}.") if isinstance(value, dict) else []
+        if section := section_of(hint):
+            errors += setting_errors(value, section, f"{key}.") if isinstance(value, dict) else []
             continue
         if dataclasses.is_dataclass(item := listed(hint)):
             for i, one in enumerate(value if isinstance(value, list | tuple) else []):
@@ -40,6 +43,27 @@ def setting_errors(tree: dict, kind: type, prefix: str = "") -> list[str]:
             if problem := _problem(number, key, bool in wanted):
                 errors.append(f"{key}: {problem}")
     return errors
+
+
+def whole_weights(weights: Sequence[tuple[int, float]]) -> list[int]:
+    """The smallest whole numbers in proportion to 1, of documents below the first length, and to the weights of the others.
+
+    weights: (tokens, weight) by rising tokens. Raises ValueError where none up to MOST_REPEATS are.
+    """
+    parts = [Fraction(w).limit_denominator(MOST_REPEATS) for w in (1.0, *(weight for _, weight in weights))]
+    scale = math.lcm(*(part.denominator for part in parts))
+    times = [int(part * scale) for part in parts]
+    used = times[1:] if weights[0][0] == 0 else times
+    times = [n // math.gcd(*used) for n in times]
+    if max(used) // math.gcd(*used) > MOST_REPEATS or min(used) < 1:
+        raise ValueError(f"are no whole numbers up to {MOST_REPEATS} in proportion; take such as 1.5, 2 or 4")
+    return times
+
+
+def section_of(hint: object) -> type | None:
+    """The configuration class that a setting is, or may be; None where it is a value."""
+    kinds = [hint, *typing.get_args(hint)] if isinstance(hint, types.UnionType) else [hint]
+    return next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
 
 
 def listed(hint: object) -> object:

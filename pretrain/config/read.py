@@ -11,7 +11,7 @@ from typing import TypeVar, get_args, get_origin, get_type_hints
 import yaml
 
 from unfold.model.settings import SettingsError, choice_text
-from unfold.pretrain.config.numbers import listed, setting_errors
+from unfold.pretrain.config.numbers import listed, section_of, setting_errors
 from unfold.pretrain.config.schema import RunConfig
 from unfold.pretrain.config.yaml_text import parse_value, read_yaml
 from unfold.pretrain.errors import UserError
@@ -111,8 +111,8 @@ def _known(tree: dict, kind: type, prefix: str, errors: list[str]) -> dict:
             near = difflib.get_close_matches(str(key), hints, 1, 0.5)
             told = f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(hints)}"
             errors.append(f"{prefix}{key}: unknown key; {REPLACED.get(prefix + str(key), told)}")
-        elif dataclasses.is_dataclass(hint) and isinstance(value, dict):
-            known[key] = _known(value, hint, f"{prefix}{key}.", errors)
+        elif (section := section_of(hint)) and isinstance(value, dict):
+            known[key] = _known(value, section, f"{prefix}{key}.", errors)
         elif dataclasses.is_dataclass(item := listed(hint)):
             items = [value] if isinstance(value, dict) else value
             if isinstance(items, list):
@@ -158,8 +158,15 @@ def flatten(tree: dict, prefix: str = "") -> dict:
     return flat
 
 
+def _without_free(tree: dict) -> dict:
+    """A configuration without what its stages may change on resume."""
+    train = tree.get("train", {})
+    stages = [{k: v for k, v in stage.items() if f"train.{k}" not in FREE_ON_RESUME} for stage in train.get("stages") or ()]
+    return tree | {"train": train | {"stages": stages}}
+
+
 def changes_on_resume(old: dict, new: dict) -> dict[str, str]:
     """Differences between two configurations that would change what is learned: {dotted key: readable line}."""
-    a, b = flatten(old), flatten(new)
+    a, b = (flatten(_without_free(tree)) for tree in (old, new))
     keys = [k for k in {**a, **b} if not k.startswith(FREE_ON_RESUME)]
     return {k: f"{k}: {a.get(k)!r} in the run, {b.get(k)!r} given" for k in keys if a.get(k) != b.get(k)}

@@ -53,7 +53,7 @@ class Setting:
     @property
     def on_resume(self) -> str:
         """Whether a run may be resumed with another value: free, allow or fixed."""
-        if self.key.startswith(FREE_ON_RESUME):
+        if self.key.replace("train.stages[].", "train.").startswith(FREE_ON_RESUME):
             return "free"
         return "allow" if self.key.startswith(CHANGEABLE_ON_RESUME) else "fixed"
 
@@ -94,7 +94,7 @@ def type_words(hint: Any) -> str:
     if typing.get_origin(hint) in (tuple, list):
         items = [type_words(a) for a in arguments if a is not Ellipsis]
         return f"list of {items[0]}" if len(set(items)) == 1 else f"[{', '.join(items)}]"
-    return hint.__name__
+    return "section" if dataclasses.is_dataclass(hint) else hint.__name__
 
 
 def reference_page() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Annotated, Literal
 
 import yaml
@@ -23,7 +24,8 @@ from unfold.model.settings import (
 from unfold.pretrain.config.distill import DistillConfig
 from unfold.pretrain.config.evaluation import EvaluationConfig
 from unfold.pretrain.config.monitor import MonitorConfig
-from unfold.pretrain.config.stages import StageConfig, stage_at, stage_errors
+from unfold.pretrain.config.numbers import whole_weights
+from unfold.pretrain.config.stages import RunStage, StageConfig, run_stages, stage_errors
 from unfold.pretrain.config.trained import RateConfig, pattern_errors
 from unfold.pretrain.errors import UserError
 
@@ -41,9 +43,23 @@ class DataConfig(Settings):
     tokenizer: str = option("", "tokenizer directory that the shards were made with")
     cache: str = option("", "directory for shards fetched from URLs; empty: ~/.cache/unfold/shards")
     raw_tokens: Annotated[int, Bounds(ge=2)] = option(1024, "raw tokens per sample, whatever the chunk sizes")
+    packing: Literal["windows", "best_fit"] = option(
+        "windows",
+        "how text to train on becomes samples: windows, cut from documents that follow one another; best_fit, whole documents "
+        "packed together with padding, only those cut that are longer than a sample",
+    )
+    length_weights: tuple[tuple[int, float], ...] = option(
+        (),
+        "training: [tokens, weight] pairs by rising tokens; documents from so many tokens on are read weight times as often as "
+        "those shorter than all, e.g. [[8192, 2], [32768, 4]]",
+    )
     shuffle_parts: bool = option(
         False, "training: draw the order of the parts of linked contexts, by the seed and the sample's number"
     )
+
+    def __post_init__(self):
+        object.__setattr__(self, "length_weights", tuple(tuple(pair) for pair in self.length_weights))
+        super().__post_init__()
 
     def misfits(self) -> list[str]:
         errors = []
@@ -51,6 +67,14 @@ class DataConfig(Settings):
             errors.append("train: no shard prefix given")
         if not all(self.valid):
             errors.append("valid: holds an empty shard prefix; leave it out for no validation")
+        edges = [edge for edge, _ in self.length_weights]
+        if edges != sorted(set(edges)) or any(edge < 0 for edge in edges) or any(not w > 0 for _, w in self.length_weights):
+            errors.append(f"length_weights: {[list(p) for p in self.length_weights]} are not weights above 0 by rising tokens")
+        elif self.length_weights:
+            try:
+                whole_weights(self.length_weights)
+            except ValueError as error:
+                errors.append(f"length_weights: {[w for _, w in self.length_weights]} {error}")
         if not self.tokenizer:
             errors.append("tokenizer: no tokenizer directory given")
         return errors
@@ -239,7 +263,7 @@ class RunConfig(Settings):
     )
 
     def misfits(self) -> list[str]:
-        errors = self._layout_errors() + self._muon_errors() + stage_errors(self.train.stages, self.gist, self.train.steps)
+        errors = self._layout_errors() + self._muon_errors()
         errors += self.distill.misplaced(self.model.attention, self.parallel.pipeline)
         if self.data.raw_tokens > self.model.max_position:
             errors.append(f"data.raw_tokens: {self.data.raw_tokens} exceeds model.max_position ({self.model.max_position})")
@@ -255,7 +279,7 @@ class RunConfig(Settings):
         if profiled := self.monitor.profile_steps:
             if profiled[1] > self.train.steps:
                 errors.append(f"monitor.profile_steps: {list(profiled)} goes beyond train.steps ({self.train.steps})")
-        return errors
+        return errors + stage_errors(self, errors)
 
     def _layout_errors(self) -> list[str]:
         """Why the model cannot be spread as configured."""
@@ -305,6 +329,27 @@ class RunConfig(Settings):
         """How the model folds tokens; None where it is dense."""
         return self.gist if self.model.attention == "gist" else None
 
+    @cached_property
+    def stages(self) -> tuple[RunStage, ...]:
+        """All of the run's stages, in order; one where `train.stages` has none."""
+        return tuple(run_stages(self))
+
+    def stage(self, step: int) -> RunStage:
+        """That of a step (counted from 1; what lies outside the run belongs to its first or last stage)."""
+        return next((stage for stage in self.stages if step <= stage.last), self.stages[-1])
+
+    def at(self, step: int) -> RunConfig:
+        """What holds in a step (counted from 1)."""
+        return self.stage(step).config
+
+    def after(self, step: int) -> RunConfig:
+        """What a checkpoint after ``step`` steps is: its model as the last step had it, to be read as the run's settings say."""
+        if not self.train.stages:
+            return self
+        there = self.at(step)
+        train = dataclasses.replace(self.train, stages=())
+        return dataclasses.replace(self, model=there.model, data=there.data, train=train)
+
     def to_dict(self) -> dict:
         """Plain dicts and lists, as in config.yaml."""
         plain = lambda x: [plain(v) for v in x] if isinstance(x, tuple) else x
@@ -315,22 +360,21 @@ class RunConfig(Settings):
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
 
-def gist_at(config: RunConfig, step: int) -> GistConfig | None:
-    """How the model folds and recalls in a step (counted from 1), by the run's stages; None where it is dense."""
-    stage = stage_at(config.train.stages, step)
-    return config.folding if stage is None or config.folding is None else stage.over(config.folding)
-
-
 def accumulation_steps(config: RunConfig, data_size: int) -> int:
-    """Micro-batches of one rank per step. Raises UserError when the global batch cannot be divided."""
-    samples_at_once = config.train.micro_batch * data_size
-    if config.train.global_batch % samples_at_once:
-        next_fit = -(-config.train.global_batch // samples_at_once) * samples_at_once
+    """Micro-batches of one rank per step, with stages the most. Raises UserError when a global batch cannot be divided."""
+    return max(_accumulation(stage, data_size, len(config.stages) > 1) for stage in config.stages)
+
+
+def _accumulation(stage: RunStage, data_size: int, several: bool) -> int:
+    train = stage.config.train
+    samples_at_once = train.micro_batch * data_size
+    if train.global_batch % samples_at_once:
+        next_fit = -(-train.global_batch // samples_at_once) * samples_at_once
         raise UserError(
-            f"train.global_batch: {config.train.global_batch} is not a multiple of train.micro_batch x data-parallel ranks = "
-            f"{config.train.micro_batch} x {data_size}; set it to {next_fit}"
+            f"{f'stage {stage.title}: ' if several else ''}train.global_batch: {train.global_batch} is not a multiple of "
+            f"train.micro_batch x data-parallel ranks = {train.micro_batch} x {data_size}; set it to {next_fit}"
         )
-    return config.train.global_batch // samples_at_once
+    return train.global_batch // samples_at_once
 
 
 def _largest_divisor(number: int, most: int) -> int:

@@ -115,22 +115,46 @@ def parse_entry(text: str, setting: str) -> SourceEntry:
     return SourceEntry(pattern.rstrip(), tuple(pairs))
 
 
-def make_blend(entries: Sequence[SourceEntry], setting: str) -> Blend | None:
-    """The blend of entries; None where none has a weight.
+@dataclass(frozen=True)
+class Stretch:
+    """Neighbouring samples of a run that a stage of it reads.
+
+    Attributes:
+        begin: the first global sample number.
+        planned: how many there are if none has to be left out; None: they go on without end.
+        raw_tokens: of each.
+        weights: of the entries, in their order; None: those that the entries name.
+    """
+
+    begin: int
+    planned: int | None
+    raw_tokens: int
+    weights: tuple[float, ...] | None = None
+
+
+def make_blend(entries: Sequence[SourceEntry], setting: str, stretches: Sequence[Stretch] = ()) -> Blend | None:
+    """The blend of entries; None where none has a weight. stretches: whose weights take the place of the entries' own.
 
     Raises:
         UserError: only some have weights, or at some time all weights are 0.
     """
     weighted = [entry for entry in entries if entry.weights is not None]
     if not weighted:
+        if any(stretch.weights for stretch in stretches):
+            raise UserError(
+                f"{setting}: {entries[0].pattern} has no weight, but train.stages have weights; give every entry one "
+                "(`PREFIX weight=0.5`), which makes it a source of its own"
+            )
         return None
     if len(weighted) < len(entries):
         bare = next(entry for entry in entries if entry.weights is None)
         raise UserError(f"{setting}: {bare.pattern} has no weight, but others have; give every entry one, or none")
-    begins = sorted({0} | {begin for entry in weighted for begin, _ in entry.weights})
+    changes = {b.begin for a, b in zip(stretches, stretches[1:]) if a.weights != b.weights}
+    begins = sorted({0} | changes | {begin for entry in weighted for begin, _ in entry.weights})
     stages = []
     for begin in begins:
-        current = [([0.0] + [w for first, w in entry.weights if first <= begin])[-1] for entry in weighted]
+        current = next((s.weights for s in reversed(stretches) if s.begin <= begin), None)
+        current = current or [([0.0] + [w for first, w in entry.weights if first <= begin])[-1] for entry in weighted]
         stages.append(Stage(begin, tuple(round(w * SCALE) for w in current)))
         if not sum(stages[-1].weights):
             raise UserError(f"{setting}: from sample {begin} on every weight is 0")

@@ -1,14 +1,15 @@
-"""The samples of one source of documents: windows cut from a stream of them, or whole documents packed together.
+"""Windows of whole documents: packed together by best fit, so that each has at most R raw tokens.
 
-The order is a pure function of (key, number): an epoch lays the documents in an order drawn from (seed, epoch), cuts that
-stream into windows of R raw tokens and draws the order of the windows. Supervised documents must not be cut, so they are
-packed into windows once, in an order drawn from the seed, and an epoch draws the order of the windows only: every epoch has
-the same number of them. Documents of one window never see each other, so which ones share it decides nothing but the batch.
+Supervised documents are never cut; of text, a document of more than R tokens is cut into pieces of R and a rest. All of them are
+packed once, in an order drawn from the seed, and an epoch draws the order of the windows only: every epoch has the same number of
+them. Documents of one window never see each other, so which ones share it decides nothing but the batch.
+
+Where stages of a run have samples of several lengths, what an epoch has not given when the length changes is packed anew, pieces
+of one document that follow one another joined before. So every token of it is still read once.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,122 +17,167 @@ import numba
 import numpy as np
 
 from unfold.data_prep.format.lazy import LazyShard
+from unfold.pretrain.data.windows import Leg, LengthWeights, Segment, Windows, all_shuffled, shuffled
 from unfold.pretrain.errors import UserError
 
-GROUPS = 1 << 20  # documents are shuffled in at most so many runs, so that entering an epoch takes milliseconds
 OPEN_WINDOWS = 128  # that packing keeps open at a time
-PACKING = 1 << 39  # the "epoch" whose draw orders documents for packing
+PACKING = 1 << 39  # the "epoch" whose draw orders documents for packing; those after it, for what a leg finds of an epoch
+
+
+Pieces = tuple[
+    np.ndarray, np.ndarray, np.ndarray
+]  # entry of the epoch, first token in its document, number of tokens: int64 [pieces]
 
 
 @dataclass(frozen=True)
-class Segment:
-    """A piece of one document within a sample: (document number over all shards, first token, number of tokens)."""
+class Packed:
+    """Pieces of documents in windows, in the order of the windows.
 
-    document: int
-    offset: int
-    length: int
+    Attributes:
+        pieces: entries, offsets, lengths.
+        rising: int64 [pieces], the place of each among them by rising entry and offset.
+        starts: int64 [windows + 1], the number of each window's first piece.
+        closed, parts: contexts or parts that a window closes at most, and parts of linked contexts in it.
+    """
 
+    pieces: Pieces
+    rising: np.ndarray
+    starts: np.ndarray
+    closed: int
+    parts: int
 
-class _Windows:
-    """What the two kinds share: the shards' documents, and the draws of an epoch."""
+    @property
+    def windows(self) -> int:
+        return len(self.starts) - 1
 
-    def __init__(self, shards: list[LazyShard], first_document: int, raw_tokens: int, key: list[int]):
-        """first_document: number of its first document over all shards. key: two integers that choose its order."""
-        self._first, self._raw_tokens, self._key = first_document, raw_tokens, key
-        self._lengths = np.concatenate([shard.lengths for shard in shards])
-        self.tokens = int(self._lengths.sum(dtype=np.int64))
-        hashes = "".join(shard.sha256 for shard in shards)
-        self.fingerprint = shards[0].sha256 if len(shards) == 1 else hashlib.sha256(hashes.encode()).hexdigest()
-        self._epoch = -1
-
-    def _draw(self, epoch: int) -> np.random.Generator:
-        seed, source = self._key
-        return np.random.Generator(np.random.Philox(key=[seed, epoch + (source << 40)]))
-
-
-class CutWindows(_Windows):
-    """Exactly R raw tokens each; a border cuts a document."""
-
-    closed = parts = 0  # contexts or parts that a window closes at most, and parts of linked contexts
-
-    def __init__(self, shards: list[LazyShard], first_document: int, raw_tokens: int, key: list[int], name: str):
-        """name: of the source, for messages."""
-        super().__init__(shards, first_document, raw_tokens, key)
-        self._run = -(-len(self._lengths) // GROUPS)  # neighbouring documents that stay together: 1 below GROUPS documents
-        self._run_starts = np.arange(0, len(self._lengths), self._run)
-        self._run_tokens = np.add.reduceat(self._lengths, self._run_starts, dtype=np.int64)
-        self.samples_per_epoch = self.tokens // raw_tokens
-        if not self.samples_per_epoch:
-            raise UserError(
-                f"{name} hold {self.tokens} tokens, less than one sample of data.raw_tokens = {raw_tokens}"
-            )
-
-    def _enter_epoch(self, epoch: int) -> None:
-        if epoch == self._epoch:
-            return
-        draw = self._draw(epoch)
-        self._order = draw.permutation(len(self._run_tokens))
-        self._ends = np.cumsum(self._run_tokens[self._order])
-        self._rounds = [int(x) for x in draw.integers(1, 1 << 62, 4)]
-        self._epoch = epoch
-
-    def segments(self, sample: int) -> list[Segment]:
-        """The pieces of this source's sample number ``sample``."""
-        epoch, index = divmod(sample, self.samples_per_epoch)
-        self._enter_epoch(epoch)
-        at = shuffled(index, self.samples_per_epoch, self._rounds) * self._raw_tokens
-        stop = at + self._raw_tokens
-        place = int(np.searchsorted(self._ends, at, side="right"))
-        pieces: list[Segment] = []
-        while at < stop:
-            run = int(self._order[place])
-            end = int(self._ends[place])
-            position = end - int(self._run_tokens[run])  # of the document, in the epoch's stream
-            first = run * self._run
-            for document in range(first, min(first + self._run, len(self._lengths))):
-                following = position + int(self._lengths[document])
-                if following > at and at < stop:
-                    length = min(stop, following) - at
-                    pieces.append(Segment(self._first + document, at - position, length))
-                    at += length
-                position = following
-            place += 1
-        return pieces
+    def without(self, windows: np.ndarray) -> Pieces:
+        """The pieces of all windows but these; those of one document that follow one another are one piece."""
+        there = np.ones(self.windows, bool)
+        there[windows] = False
+        places = np.empty_like(self.rising)
+        places[self.rising] = np.arange(len(places))
+        chosen = places[np.repeat(there, np.diff(self.starts))[places]]
+        entry, offset, length = (x[chosen] for x in self.pieces)
+        follows = (entry[1:] == entry[:-1]) & (offset[1:] == offset[:-1] + length[:-1])
+        first = np.flatnonzero(np.append(True, ~follows)[: len(entry)])
+        return entry[first], offset[first], np.add.reduceat(length, first) if len(first) else length
 
 
-class PackedWindows(_Windows):
+class PackedWindows(Windows):
     """Whole documents, together at most R raw tokens."""
 
-    def __init__(self, shards: list[LazyShard], first_document: int, raw_tokens: int, key: list[int], setting: str):
-        """setting: the configuration key that named the shards, for messages."""
-        super().__init__(shards, first_document, raw_tokens, key)
-        for shard in shards:
+    def __init__(
+        self,
+        shards: list[LazyShard],
+        first_document: int,
+        key: list[int],
+        setting: str,
+        patterns: str,
+        length_weights: LengthWeights = (),
+    ):
+        super().__init__(shards, first_document, key, setting, patterns, length_weights)
+        self._shards = shards
+        self._supervised = shards[0].info.supervised
+        parts = np.concatenate([shard.parts for shard in shards])
+        self._parts = parts if self._documents is None else parts[self._documents]
+        self._known: dict[tuple, Packed] = {}  # packings by what they are of
+
+    def check(self, raw_tokens: int) -> None:
+        """Raise UserError where a supervised document does not fit into a sample of this length."""
+        for shard in self._shards if self._supervised else ():
             long = shard.lengths > raw_tokens
             if long.any():
                 raise UserError(
-                    f"{setting}: {shard.prefix} has {int(long.sum())} documents of more than data.raw_tokens = {raw_tokens} "
-                    f"tokens (the longest {shard.lengths.max()}); raise it, or make the shard with --max-tokens {raw_tokens} "
-                    "and, to cut contexts, --truncate middle"
+                    f"{self._setting}: {shard.prefix} has {int(long.sum())} documents of more than data.raw_tokens = "
+                    f"{raw_tokens} tokens (the longest {shard.lengths.max()}); raise it, or make the shard with --max-tokens "
+                    f"{raw_tokens} and, to cut contexts, --truncate middle"
                 )
-        order = self._draw(PACKING).permutation(len(self._lengths))
-        window = pack(self._lengths[order], raw_tokens, OPEN_WINDOWS)
-        by_window = np.argsort(window, kind="stable")
-        self._documents = order[by_window]
-        self.samples_per_epoch = int(window.max()) + 1
-        self._starts = np.searchsorted(window[by_window], np.arange(self.samples_per_epoch + 1))
-        parts = np.concatenate([shard.parts for shard in shards])[self._documents]
-        most = lambda counts: int(np.add.reduceat(counts, self._starts[:-1]).max())
-        self.parts, self.closed = most(parts), most(np.maximum(parts, 1))
 
-    def segments(self, sample: int) -> list[Segment]:
-        """The documents of this source's sample number ``sample``."""
-        epoch, index = divmod(sample, self.samples_per_epoch)
+    def per_epoch(self, raw_tokens: int) -> int:
+        """Samples of an epoch."""
+        return self._whole(raw_tokens).windows
+
+    def most(self, legs: Sequence[Leg]) -> tuple[int, int]:
+        """Contexts or parts that a sample of the last leg closes at most, and parts of linked contexts in it."""
+        if not self._supervised:
+            return 0, 0
+        _, rest = self._reached(legs)
+        packings = [self._whole(legs[-1].raw_tokens), *([rest] if rest else [])]
+        return max(p.closed for p in packings), max(p.parts for p in packings)
+
+    def shares(self, raw_tokens: int) -> tuple[float, float]:
+        """Of the samples of this length in an epoch, the share that is padding; of its entries, the share that is cut."""
+        return 1 - self.tokens / (self.per_epoch(raw_tokens) * raw_tokens), float((self._lengths > raw_tokens).mean())
+
+    def segments(self, number: int, legs: Sequence[Leg]) -> list[Segment]:
+        """The documents of this source's sample ``number``, which is of the last of the legs."""
+        epoch, packed, index = self._place(number - legs[-1].begin, legs)
         if epoch != self._epoch:
-            self._rounds = [int(x) for x in self._draw(epoch).integers(1, 1 << 62, 4)]
-            self._epoch = epoch
-        window = shuffled(index, self.samples_per_epoch, self._rounds)
-        documents = self._documents[self._starts[window] : self._starts[window + 1]].tolist()
-        return [Segment(self._first + document, 0, int(self._lengths[document])) for document in documents]
+            self._rounds, self._epoch = self._rounds_of(epoch), epoch
+        window = shuffled(index, packed.windows, self._rounds)
+        here = slice(packed.starts[window], packed.starts[window + 1])
+        pieces = zip(*(x[here].tolist() for x in packed.pieces))
+        return [Segment(self._document(entry), offset, length) for entry, offset, length in pieces]
+
+    def _rounds_of(self, epoch: int) -> list[int]:
+        return [int(x) for x in self._draw(epoch).integers(1, 1 << 62, 4)]
+
+    def _place(self, index: int, legs: Sequence[Leg]) -> tuple[int, Packed, int]:
+        """Epoch and packing of the last leg's sample ``index``, and which of the packing's it is."""
+        epoch, rest = self._reached(legs)
+        if rest is not None:
+            if index < rest.windows:
+                return epoch, rest, index
+            epoch, index = epoch + 1, index - rest.windows
+        whole = self._whole(legs[-1].raw_tokens)
+        more, index = divmod(index, whole.windows)
+        return epoch + more, whole, index
+
+    def _reached(self, legs: Sequence[Leg]) -> tuple[int, Packed | None]:
+        """The epoch in which the last leg begins, and what is left of it; None: all."""
+        if len(legs) == 1:
+            return 0, None
+        leg = legs[-1]
+        epoch, packed, index = self._place(leg.begin - legs[-2].begin, legs[:-1])
+        if index == 0 and packed is self._whole(legs[-2].raw_tokens):
+            return epoch, None
+        key = (leg.raw_tokens, *legs[:-1], leg.begin)
+        if key not in self._known:
+            given = all_shuffled(packed.windows, self._rounds_of(epoch))[:index]
+            self._known[key] = self._pack(packed.without(given), leg.raw_tokens, PACKING + len(legs))
+        return epoch, self._known[key]
+
+    def _whole(self, raw_tokens: int) -> Packed:
+        """Everything that an epoch has."""
+        key = (raw_tokens,)
+        if key not in self._known:
+            entry = np.arange(self.entries)
+            self._known[key] = self._pack((entry, np.zeros_like(entry), self._lengths.astype(np.int64)), raw_tokens, PACKING)
+        return self._known[key]
+
+    def _pack(self, pieces: Pieces, raw_tokens: int, draw: int) -> Packed:
+        """pieces: by rising entry and offset. draw: what the order in which they are packed is drawn from."""
+        pieces = cut(pieces, raw_tokens)
+        order = self._draw(draw).permutation(len(pieces[0]))
+        window = pack(pieces[2][order], raw_tokens, OPEN_WINDOWS)
+        by_window = np.argsort(window, kind="stable")
+        rising = order[by_window]  # as they come here
+        pieces = tuple(x[rising] for x in pieces)
+        starts = np.searchsorted(window[by_window], np.arange(int(window.max()) + 2))
+        parts = self._parts[pieces[0]]
+        most = lambda counts: int(np.add.reduceat(counts, starts[:-1]).max())
+        return Packed(pieces, rising, starts, most(np.maximum(parts, 1)), most(parts))
+
+
+def cut(pieces: Pieces, longest: int) -> Pieces:
+    """The same pieces, those of more than ``longest`` tokens cut into such and a rest."""
+    entry, offset, length = pieces
+    counts = -(-length // longest)
+    if (counts <= 1).all():
+        return pieces
+    which = np.repeat(np.arange(len(counts)), counts)
+    before = longest * (np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts))  # tokens of its piece before it
+    return entry[which], offset[which] + before, np.minimum(length[which] - before, longest)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -147,38 +193,24 @@ def pack(lengths: np.ndarray, room: int, most_open: int) -> np.ndarray:
         int64 [documents], the window of each; windows are numbered from 0 without gaps.
     """
     window = np.empty(len(lengths), np.int64)
-    left = np.zeros(most_open, np.int64)  # room in each open window
-    number = np.full(most_open, -1, np.int64)
+    number = np.zeros(most_open, np.int64)  # the window in each slot
+    open_ones = np.arange(most_open)  # room left * most_open + slot, rising; a slot without a window has no room left
     made = 0
     for i in range(len(lengths)):
-        best, fullest = -1, 0
-        for slot in range(most_open):
-            if left[slot] >= lengths[i] and number[slot] >= 0 and (best < 0 or left[slot] < left[best]):
-                best = slot
-            if left[slot] < left[fullest]:
-                fullest = slot
-        if best < 0:
-            best = fullest
-            left[best], number[best] = room, made
+        at = np.searchsorted(open_ones, lengths[i] * most_open)
+        if at < most_open:
+            key = open_ones[at] - lengths[i] * most_open
+            while at > 0 and open_ones[at - 1] > key:
+                open_ones[at] = open_ones[at - 1]
+                at -= 1
+        else:  # it fits nowhere: the first one, which is the fullest, closes
+            key = (room - lengths[i]) * most_open + open_ones[0] % most_open
+            number[key % most_open] = made
             made += 1
-        left[best] -= lengths[i]
-        window[i] = number[best]
+            at = 0
+            while at + 1 < most_open and open_ones[at + 1] < key:
+                open_ones[at] = open_ones[at + 1]
+                at += 1
+        open_ones[at] = key
+        window[i] = number[key % most_open]
     return window
-
-
-def shuffled(index: int, size: int, rounds: Sequence[int]) -> int:
-    """The place of ``index`` in a permutation of range(size), which is nowhere written down.
-
-    A Feistel network over the next power of 4, walked until it falls into the range.
-    """
-    half = max(1, ((size - 1).bit_length() + 1) // 2)
-    mask = (1 << half) - 1
-    while True:
-        left, right = index >> half, index & mask
-        for key in rounds:
-            mixed = ((right + key) * 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
-            mixed = ((mixed ^ (mixed >> 29)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-            left, right = right, left ^ (mixed >> 32 & mask)
-        index = left << half | right
-        if index < size:
-            return index

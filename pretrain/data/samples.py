@@ -11,7 +11,9 @@ but the first is predicted.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,17 +32,22 @@ from unfold.model.gist import (
     without_gists,
 )
 from unfold.model.visibility import IGNORED, MicroBatch
-from unfold.pretrain.data.blend import make_blend, parse_entry
+from unfold.pretrain.data.blend import Blend, Stretch, make_blend, parse_entry
 from unfold.pretrain.data.flags import plain_flags, sample_flags
 from unfold.pretrain.data.linked import bundle_of, check_links, shuffle_parts
-from unfold.pretrain.data.packing import CutWindows, PackedWindows, Segment
+from unfold.pretrain.data.packing import PackedWindows
 from unfold.pretrain.data.shards import open_shards
 from unfold.pretrain.data.tokenizer import RunTokenizer
+from unfold.pretrain.data.windows import CutWindows, Leg, LengthWeights, Segment
 from unfold.pretrain.errors import UserError
 
 
 class TokenSource:
     """Documents of shards as windows of raw tokens, in a reproducible order, from one source or a blend of several.
+
+    Attributes:
+        raw_tokens: of a sample of the stretch that it stands at.
+        tokens: of all documents.
 
     Raises:
         UserError: a shard is missing, cut short, of another tokenizer, or holds ids outside the vocabulary; weights that
@@ -56,18 +63,22 @@ class TokenSource:
         tokenizer: RunTokenizer,
         setting: str,
         cache: str | Path = "",
+        packing: str = "windows",
+        length_weights: LengthWeights = (),
     ):
         """Open the shards.
 
         Args:
             entries: prefixes, globs of prefixes or URLs, each with an optional weight (`blend.parse_entry`).
+            raw_tokens: of every sample; see :meth:`along` for others.
             setting: the configuration key that named them, for messages.
             cache: directory for remote shards.
+            packing: of text, as `data.packing` names it.
+            length_weights: of documents, see :func:`unfold.pretrain.data.windows.repeated`.
         """
-        self.raw_tokens = raw_tokens
-        parsed = [parse_entry(entry, setting) for entry in entries]
-        self._blend = make_blend(parsed, setting)
-        groups = [[entry.pattern for entry in parsed]] if self._blend is None else [[entry.pattern] for entry in parsed]
+        self._setting, self._entries = setting, [parse_entry(entry, setting) for entry in entries]
+        is_blend = make_blend(self._entries, setting) is not None
+        groups = [[e.pattern] for e in self._entries] if is_blend else [[e.pattern for e in self._entries]]
         self._shards: list[LazyShard] = []
         self._streams: list[CutWindows | PackedWindows] = []
         for number, patterns in enumerate(groups):
@@ -75,15 +86,73 @@ class TokenSource:
             first = sum(len(shard.lengths) for shard in self._shards)
             self._shards += shards
             # One source alone is drawn by the seed itself; further ones must not share its draws.
-            key = [seed, 0] if self._blend is None else [seed, number + 1]
-            self._streams.append(_windows(shards, first, raw_tokens, key, setting, ", ".join(patterns)))
+            key = [seed, number + 1] if is_blend else [seed, 0]
+            kind = _kind(shards, packing, setting)
+            self._streams.append(kind(shards, first, key, setting, ", ".join(patterns), length_weights))
         self._shard_first = np.cumsum([0] + [len(shard.lengths) for shard in self._shards])
         self.tokens = sum(stream.tokens for stream in self._streams)
-        self.samples_per_epoch = sum(stream.samples_per_epoch for stream in self._streams)
-        self.closed = max(stream.closed for stream in self._streams)  # contexts or parts that a sample closes at most
-        self.parts = max(stream.parts for stream in self._streams)  # parts of linked contexts that a sample holds at most
         self.supervised = any(shard.info.supervised for shard in self._shards)
         self.linked = any(shard.linked for shard in self._shards)
+        self._follow([Stretch(0, None, raw_tokens)], 0)
+        self.check()
+
+    def along(self, stretches: Sequence[Stretch], at: int = 0) -> TokenSource:
+        """The same shards for a run whose samples are these stretches, the last without end; it stands at one of them."""
+        other = copy.copy(self)
+        other._follow(list(stretches), at)
+        return other
+
+    def _follow(self, stretches: list[Stretch], at: int) -> None:
+        self._stretches, self._at = stretches, at
+        self.raw_tokens = stretches[at].raw_tokens
+        self._blend = make_blend(self._entries, self._setting, stretches)
+        begins = np.cumsum([0] + [s.planned for s in stretches[:-1]])
+        planned = [replace(s, begin=int(begin)) for s, begin in zip(stretches, begins)]
+        # A leg of a source is what neighbouring stretches of one length have of it; its plan must not follow what is left out.
+        firsts = [i for i, s in enumerate(stretches) if not i or s.raw_tokens != stretches[i - 1].raw_tokens]
+        given = _counters(self._blend, [stretches[i].begin for i in firsts])
+        wanted = _counters(make_blend(self._entries, self._setting, planned), [planned[i].begin for i in firsts])
+        self._leg_of = [sum(i <= stretch for i in firsts) for stretch in range(len(stretches))]
+        self._legs = []
+        for begins, plans in zip(zip(*given), zip(*wanted)):
+            counts = [b - a for a, b in zip(plans, plans[1:])] + [None]
+            lengths = [stretches[i].raw_tokens for i in firsts]
+            self._legs.append([Leg(*leg) for leg in zip(begins, lengths, counts)])
+
+    def check(self, stretches: int = 1) -> TokenSource:
+        """This source. Raises UserError where documents do not make samples of a length that the first stretches have."""
+        for stream, legs in zip(self._streams, self._legs):
+            for leg in legs[: self._leg_of[stretches - 1]]:
+                if leg.planned != 0:
+                    stream.check(leg.raw_tokens)
+        return self
+
+    def shares(self) -> tuple[int, int, float, float]:
+        """Of an epoch of every source in samples of this length: documents, as often as they are read, and samples; the share of
+        their tokens that is padding, and of the documents those that are cut."""
+        found = [(stream.entries, stream.per_epoch(self.raw_tokens), *stream.shares(self.raw_tokens)) for stream in self._streams]
+        documents, samples = sum(f[0] for f in found), sum(f[1] for f in found)
+        padding = sum(f[1] * f[2] for f in found) / samples
+        return documents, samples, padding, sum(f[0] * f[3] for f in found) / documents
+
+    def _most(self) -> list[tuple[int, int]]:
+        legs = self._leg_of[self._at]
+        return [stream.most(own[:legs]) for stream, own in zip(self._streams, self._legs)]
+
+    @property
+    def closed(self) -> int:
+        """Contexts or parts that a sample of the stretch closes at most."""
+        return max(closed for closed, _ in self._most())
+
+    @property
+    def parts(self) -> int:
+        """Parts of linked contexts that a sample of the stretch holds at most."""
+        return max(parts for _, parts in self._most())
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Of this length, from all sources."""
+        return sum(stream.per_epoch(self.raw_tokens) for stream in self._streams)
 
     def check_positions(self, links: int, longest: int, setting: str) -> None:
         """Raise UserError where a linked context has more positions than ``longest``, its links for every part among them."""
@@ -107,17 +176,19 @@ class TokenSource:
         if self._blend is None:
             return self.fingerprint
         counters = self._blend.counters(samples)
-        given = [f"{s.fingerprint} {n}" for s, n in zip(self._streams, counters) if n]
+        given = [f"{s.fingerprint} {n}{_cut_for(legs, n)}" for s, legs, n in zip(self._streams, self._legs, counters) if n]
         return [*given, self._blend.history(samples)]
 
     def counters(self, samples: int) -> list[int]:
         """How many of the first ``samples`` samples came from each source."""
-        return [samples] if self._blend is None else self._blend.counters(samples)
+        return _counters(self._blend, [samples])[0]
 
     def segments(self, sample: int) -> list[Segment]:
-        """The pieces of documents that make up a global sample number; they sum to ``raw_tokens``, or less if supervised."""
+        """The pieces of documents that make up a global sample number; they sum to the length of its stretch, or less where
+        documents are whole."""
         source, number = (0, sample) if self._blend is None else self._blend.locate(sample)
-        return self._streams[source].segments(number)
+        stretch = max(i for i, s in enumerate(self._stretches) if s.begin <= sample)
+        return self._streams[source].segments(number, self._legs[source][: self._leg_of[stretch]])
 
     def read(self, pieces: Sequence[Segment]) -> np.ndarray:
         """int64 [sum of lengths]; a copy, since views must not outlive the mapped file."""
@@ -145,20 +216,29 @@ class TokenSource:
         return [(self._shards[s], p.document - int(self._shard_first[s])) for p, s in zip(pieces, shards.tolist())]
 
 
-def _windows(
-    shards: list[LazyShard], first_document: int, raw_tokens: int, key: list[int], setting: str, name: str
-) -> CutWindows | PackedWindows:
-    """The samples of one source, by the kind of its shards."""
+def _counters(blend: Blend | None, samples: Sequence[int]) -> list[list[int]]:
+    """For each number of samples, how many of them came from each source."""
+    return [[n] if blend is None else blend.counters(n) for n in samples]
+
+
+def _cut_for(legs: Sequence[Leg], given: int) -> str:
+    """What decided the windows of a source's first samples beside their number: how many each length was planned to have."""
+    plans = [leg.planned for leg in legs if leg.begin < given and leg.planned is not None]
+    return f" of {plans}" if plans else ""
+
+
+def _kind(shards: list[LazyShard], packing: str, setting: str) -> type[CutWindows] | type[PackedWindows]:
+    """How the documents of one source become samples, by the kind of its shards."""
     supervised = [shard for shard in shards if shard.info.supervised]
     if not supervised:
-        return CutWindows(shards, first_document, raw_tokens, key, f"{setting}: {name}")
+        return PackedWindows if packing == "best_fit" else CutWindows
     if len(supervised) < len(shards):
         plain = next(shard for shard in shards if not shard.info.supervised)
         raise UserError(
             f"{setting}: {supervised[0].prefix} is supervised, {plain.prefix} is not; give each kind an entry with a weight "
             "(`PREFIX weight=0.5`), so that each is a source of its own"
         )
-    return PackedWindows(shards, first_document, raw_tokens, key, setting)
+    return PackedWindows
 
 
 def _targets(raw: np.ndarray, lengths: Sequence[int], spans: Sequence[tuple[int, np.ndarray] | None]) -> np.ndarray:
@@ -200,14 +280,24 @@ class BatchBuilder:
         Raises:
             UserError: the tokenizer has too few link ids.
         """
-        self.source, self.tokenizer, self.gist, self.seed = source, tokenizer, gist, seed
-        self._shuffle_parts = shuffle_parts
-        longest = source.raw_tokens
-        if gist is not None:
-            if source.linked:
-                check_links(tokenizer, gist)
-            longest = max_interleaved_length(longest, gist.chunk_sizes, source.closed, gist.links * source.parts)
-        self.length = -(-longest // length_multiple) * length_multiple
+        self.tokenizer, self.gist, self.seed = tokenizer, gist, seed
+        self._shuffle_parts, self._length_multiple = shuffle_parts, length_multiple
+        if gist is not None and source.linked:
+            check_links(tokenizer, gist)
+        self._read(source)
+
+    def along(self, stretches: Sequence[Stretch], at: int = 0) -> BatchBuilder:
+        """The same for one of the stretches of a run's samples (:meth:`TokenSource.along`)."""
+        other = copy.copy(self)
+        other._read(self.source.along(stretches, at))
+        return other
+
+    def _read(self, source: TokenSource) -> None:
+        self.source, longest = source, source.raw_tokens
+        if self.gist is not None:
+            links = self.gist.links * source.parts
+            longest = max_interleaved_length(longest, self.gist.chunk_sizes, source.closed, links)
+        self.length = -(-longest // self._length_multiple) * self._length_multiple
 
     def build(self, samples: Sequence[int], stage: GistConfig | None = None) -> MicroBatch:
         """The micro-batch of these global sample numbers, on CPU: ids, labels and layout [len(samples), length].
@@ -274,12 +364,11 @@ class BatchBuilder:
         return MicroBatch(tensors["ids"], tensors["labels"], layout, recall)
 
 
-def step_samples(step: int, global_batch: int, micro_batch: int, data_rank: int, data_size: int) -> list[list[int]]:
-    """Global sample numbers of this rank's micro-batches in a step (counted from 0).
+def step_samples(first: int, global_batch: int, micro_batch: int, data_rank: int, data_size: int) -> list[list[int]]:
+    """Samples of this rank's micro-batches in a step that begins with the run's ``first`` sample.
 
-    Every layout sees the samples ``step * global_batch .. + global_batch`` in that step.
+    Every layout sees the samples ``first .. first + global_batch`` in that step.
     """
-    first = step * global_batch
     per_rank = global_batch // data_size
     mine = range(first + data_rank * per_rank, first + (data_rank + 1) * per_rank)
     return [list(mine[i : i + micro_batch]) for i in range(0, per_rank, micro_batch)]

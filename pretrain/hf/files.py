@@ -125,9 +125,11 @@ def write_model_card(run: FoundRun, directory: Path) -> None:
 
 def _training_table(config: RunConfig, manifest) -> list[str]:
     train, gist, rate = config.train, config.gist, config.schedule
+    samples = f" of {train.global_batch} samples of {config.data.raw_tokens:,}"
+    if manifest.stage:  # they were of several sizes
+        samples = f", {manifest.samples:,} samples, in stage {manifest.stage['number']} of {config.data.raw_tokens:,}"
     rows = {
-        "Raw tokens": f"{manifest.raw_tokens:,} in {manifest.step:,} steps of {train.global_batch} samples of "
-        f"{config.data.raw_tokens:,}",
+        "Raw tokens": f"{manifest.raw_tokens:,} in {manifest.step:,} steps{samples}",
         "Precision": f"{config.precision}, fp32 master weights",
         "Optimizer": f"AdamW, learning rate {config.optimizer.lr:g} ({rate.kind}, warm-up {rate.warmup:g}), betas "
         f"{config.optimizer.beta1:g} and {config.optimizer.beta2:g}, weight decay {config.optimizer.weight_decay:g}, gradients "

@@ -113,6 +113,8 @@ class Progress:
         step = metrics["step"]
         loss = "not finite" if metrics["loss"] is None else f"{metrics['loss']:.4f}"
         figures = f"loss {loss}, {metrics['raw_tokens_per_s']:,.0f} raw tokens/s"
+        if "stage" in metrics:
+            figures = f"stage {metrics.get('stage_name') or metrics['stage']}, {figures}"
         if self._bar:
             self._bar.set_postfix_str(figures, refresh=False)
             self._bar.update(1)

@@ -62,6 +62,7 @@ class Status:
         skipped: steps without an update among the last few hundred.
         goodput: share of the time since the first start that trained; spent: seconds of it by what they went to (see
             :mod:`unfold.pretrain.monitor.goodput`).
+        stage: of a run with stages, the last step's number and name.
         rollbacks: of the whole run; last_rollback: the newest one in words, '' for none.
     """
 
@@ -87,6 +88,7 @@ class Status:
     last_rollback: str
     goodput: float | None
     spent: dict[str, float]
+    stage: str = ""
 
 
 def read_status(run_dir: Path) -> Status:
@@ -136,6 +138,7 @@ def read_status(run_dir: Path) -> Status:
         last_rollback=_in_words(rollbacks[-1]) if rollbacks else "",
         goodput=shares(ledger["spent"]).get("training", 0.0) if ledger else None,
         spent=ledger["spent"] if ledger else {},
+        stage=" ".join(str(lines[-1][name]) for name in ("stage", "stage_name") if name in lines[-1]) if lines else "",
     )
 
 
@@ -289,6 +292,8 @@ def render(status: Status, run_dir: Path) -> list[str]:
     if status.phase and status.progress_s is not None:
         where = f"{status.ranks} rank{'s' * (status.ranks != 1)} on {status.hosts} host{'s' * (status.hosts != 1)}"
         row("doing", f"{status.phase}, {where}, all got on within {duration(status.progress_s)}")
+    if status.stage:
+        row("stage", status.stage)
     if status.step:
         validated = f", validation {status.valid_loss:.4f} at step {status.valid_step:,}" if status.valid_loss is not None else ""
         row("loss", ("not finite" if status.loss is None else f"{status.loss:.4f}") + validated)

@@ -41,10 +41,17 @@ def plan_command(args: argparse.Namespace) -> Iterator[str]:
     cluster = Cluster(gpu, args.gpus, args.gpus_per_node, args.host_memory * GIB, args.network * 1e9)
     config = load_config(args.config, args.overrides)
     from unfold.pretrain.plan.make import Planner, with_known_vocabulary
-    from unfold.pretrain.plan.report import report
+    from unfold.pretrain.plan.ranks import Division
+    from unfold.pretrain.plan.report import report, stage_table
 
     config, planner = with_known_vocabulary(config), Planner(cluster)
-    plan = planner.plan(config)
-    planner.check_fits(plan)
+    Division.of(config, cluster.gpus)  # names the stage whose batch cannot be divided
+    plans = [planner.plan(stage.config) for stage in config.stages]
+    for stage, plan in zip(config.stages, plans):
+        planner.check_fits(plan, f"stage {stage.title}: " if len(plans) > 1 else "")
+    stage, plan = max(zip(config.stages, plans), key=lambda both: both[1].fullest.total)
+    if len(plans) > 1:
+        yield from stage_table(config.stages, plans, stage)
+    config = stage.config
     dense = planner.dense(config) if args.compare == "dense" and config.model.attention == "gist" else None
-    yield from report(str(args.config), plan, dense, planner.usable)
+    yield from report(str(args.config), plan, dense, planner.usable, stage.steps)

@@ -108,20 +108,21 @@ class Planner:
             self._samples[key] = measure_sample(config)
         return self._samples[key]
 
-    def check_fits(self, plan: Plan) -> None:
-        """Raises UserError, with settings that would do, where a stage needs more than a GPU has, or offloading than a node."""
+    def check_fits(self, plan: Plan, what: str = "") -> None:
+        """Raises UserError, with settings that would do, where a pipeline stage needs more than a GPU has, or offloading than a
+        node. what: stands before the message."""
         if plan.fullest.total <= self.usable:
-            return self._check_host(plan)
+            return self._check_host(plan, what)
         changes = suggest(plan.config, self.cluster.gpus_per_node, self.usable, self._peak)
         would_do = f"set {' '.join(changes)}" if changes else "take more GPUs, or a smaller data.raw_tokens"
         parts = {part.name: getattr(plan.fullest, part.name) for part in fields(Memory) if part.name != "host"}
         largest = max(parts, key=parts.get)
         raise UserError(
-            f"does not fit: {plan.fullest.total / GIB:.1f} GiB are needed on the fullest GPU ({largest}: "
+            f"{what}does not fit: {plan.fullest.total / GIB:.1f} GiB are needed on the fullest GPU ({largest}: "
             f"{parts[largest] / GIB:.1f}), {self.usable / GIB:.1f} of {self.cluster.gpu.name} are usable; {would_do}"
         )
 
-    def _check_host(self, plan: Plan) -> None:
+    def _check_host(self, plan: Plan, what: str) -> None:
         host = self.cluster.host_memory
         if not host or plan.node_memory <= host:
             return
@@ -139,8 +140,8 @@ class Planner:
                 would_do = f"set {section}.{name}={str(value).lower()}"
                 break
         raise UserError(
-            f"does not fit: {plan.node_memory / GIB:.1f} GiB of host memory are needed on a node, {host / GIB:.1f} are there "
-            f"(--host-memory); {would_do}"
+            f"{what}does not fit: {plan.node_memory / GIB:.1f} GiB of host memory are needed on a node, {host / GIB:.1f} are "
+            f"there (--host-memory); {would_do}"
         )
 
     def _peak(self, config: RunConfig) -> float:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from unfold.model.kinds import describe_kinds
+from unfold.pretrain.config import RunStage
 from unfold.pretrain.plan.hardware import GIB
 from unfold.pretrain.plan.make import Plan
 from unfold.pretrain.plan.ranks import rank_table
@@ -21,8 +22,26 @@ MEMORY = (
 )
 
 
-def report(name: str, plan: Plan, dense: Plan | None, usable: float) -> Iterator[str]:
-    """Lines. dense: the same run with dense attention, where there is one to compare with."""
+def stage_table(stages: Sequence[RunStage], plans: Sequence[Plan], shown: RunStage) -> Iterator[str]:
+    """Lines on every stage of a run. shown: the one whose plan comes after them."""
+    yield f"{'stage':<24}{'steps':>18}{'raw tokens':>12}{'batch':>8}{'micro':>7}{'GiB':>8}{'s/step':>10}{'days':>9}"
+    days = 0.0
+    for stage, plan in zip(stages, plans):
+        train, raw = stage.config.train, stage.config.data.raw_tokens
+        seconds = plan.time.total if plan.time else None
+        days += (seconds or 0.0) * stage.steps / 86400
+        times = f"{seconds:>10,.2f}{seconds * stage.steps / 86400:>9,.2f}" if seconds else f"{'-':>10}{'-':>9}"
+        steps = f"{stage.first:,} to {stage.last:,}"
+        sizes = f"{raw:>12,}{train.global_batch:>8,}{train.micro_batch:>7}{plan.fullest.total / GIB:>8.1f}"
+        yield f"{stage.title:<24}{steps:>18}{sizes}{times}"
+    tokens = stages[-1].raw_tokens_after(stages[-1].last)
+    yield f"all of them: {tokens:,} raw tokens{f', {days:,.2f} days' if days else ''}"
+    yield f"stage {shown.title} needs the most memory; the rest of this plan is of its steps"
+    yield ""
+
+
+def report(name: str, plan: Plan, dense: Plan | None, usable: float, steps: int) -> Iterator[str]:
+    """Lines. dense: the same run with dense attention, where there is one to compare with. steps: that are so."""
     cluster, division = plan.cluster, plan.division
     nodes = f"{cluster.nodes} node{'s' if cluster.nodes > 1 else ''}"
     yield f"{name} on {cluster.gpus} x {cluster.gpu.name} ({nodes}), {plan.config.precision}"
@@ -42,7 +61,7 @@ def report(name: str, plan: Plan, dense: Plan | None, usable: float) -> Iterator
     yield ""
     yield from _traffic(plan, dense)
     yield ""
-    yield from _time(plan, dense)
+    yield from _time(plan, dense, steps)
 
 
 def _parameters(plan: Plan) -> Iterator[str]:
@@ -72,7 +91,7 @@ def _memory(plan: Plan, dense: Plan | None, usable: float) -> Iterator[str]:
         yield f"  by pipeline stage: {', '.join(f'{m.total / GIB:.1f}' for m in plan.memory)} (the columns show the fullest)"
     if plan.config.model.attention == "gist" and plan.config.gist.recall != "none":
         yield "  gist.recall: what recalling tokens read and keep depends on the data and is not counted here or below"
-    if any(stage.unfold_all for stage in plan.config.train.stages) or plan.config.gist.unfold_all:
+    if plan.config.gist.unfold_all:
         yield "  gist.unfold_all: attention of these steps costs what dense attention does, and is not counted either"
 
 
@@ -108,7 +127,7 @@ def _parts(plans: list[Plan]) -> Iterator[str]:
     yield _columns("  communication beside it", *(f"{t.hidden:,.2f}     " for t in times))
 
 
-def _time(plan: Plan, dense: Plan | None) -> Iterator[str]:
+def _time(plan: Plan, dense: Plan | None, steps: int) -> Iterator[str]:
     plans = [p for p in (plan, dense) if p]
     train, raw = plan.config.train, plan.config.data.raw_tokens
     kind = "gist" if plan.config.model.attention == "gist" else "dense"
@@ -127,6 +146,6 @@ def _time(plan: Plan, dense: Plan | None) -> Iterator[str]:
         seconds = [p.time.total for p in plans]
         yield _columns("  raw tokens/s", *(f"{train.global_batch * raw / s:,.0f}" for s in seconds))
         yield _columns("  useful FLOPs over the peak, MFU", *(f"{p.mfu:.0%}" for p in plans))
-        yield _columns(f"  days for {train.steps:,} steps", *(f"{s * train.steps / 86400:,.2f}" for s in seconds))
+        yield _columns(f"  days for {steps:,} steps", *(f"{s * steps / 86400:,.2f}" for s in seconds))
     yield f"  useful FLOPs = {FLOPS_FORMULA}"
     yield "  padding and recomputation are not useful; a sample is taken as one document, the most that attention can cost"

@@ -53,7 +53,7 @@ def figures(run: Run) -> list[Figure]:
     found.append(_best(run))
     found.append(_loss("Train loss, last step", run.last("loss")))
     tokens, rate = run.last("raw_tokens"), run.median("raw_tokens_per_s")
-    found.append(Figure("Raw tokens seen", _or_dash(tokens), f"{config.data.raw_tokens:,} per sample"))
+    found.append(Figure("Raw tokens seen", _or_dash(tokens), f"{config.at(done).data.raw_tokens:,} per sample"))
     spent = f"{duration(float(run.hours[-1]) * 3600)} in steps" if run.hours is not None else ""
     found.append(Figure("Raw tokens/s, median", _or_dash(rate), spent))
     ledger = read_ledger(run.directory)
@@ -243,7 +243,7 @@ def charts_section(runs: list[Run]) -> tuple[str, list[dict]]:
     """HTML of the charts, and the data that the script shows under the pointer."""
     axes = axis_names(runs)
     # Runs with different batches compare by tokens, the unit of budgets; one run reads best by step.
-    per_step = {run.config.train.global_batch * run.config.data.raw_tokens for run in runs}
+    per_step = {tuple(s.config.train.global_batch * s.config.data.raw_tokens for s in run.config.stages) for run in runs}
     chosen = "tokens" if len(per_step) > 1 and "tokens" in axes else "step"
     parts = ['<h2 id="curves">Curves</h2><span class="muted">x axis: </span>']
     for name in axes:
@@ -321,7 +321,7 @@ def checkpoints_section(runs: list[Run]) -> str:
         name = f'<th scope="row">{text(run.name)}</th>' if len(runs) > 1 else ""
         for c in run.checkpoints:
             state = f"⚠ {c.defect}" if c.defect else "whole (sizes match the manifest)"
-            tokens = c.step * run.config.train.global_batch * run.config.data.raw_tokens
+            tokens = run.config.stage(c.step).raw_tokens_after(c.step)
             rows.append(
                 f"<tr>{name}<td>{c.step:,}</td><td>{number(tokens)}</td><td>{_bytes(c.bytes)}</td><td>{text(state)}</td></tr>"
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 UNITS = (("_per_s", "per second"), ("_ms", "milliseconds"), ("_s", "seconds"), ("seconds", "seconds"),
          ("_bytes", "bytes"), ("_gib", "GiB"))  # fmt: skip
 TITLES = {
+    "stage": "Stage of the run",
     "seconds": "Time of a step",
     "data_wait_s": "Wait for data",
     "memory_gib": "Memory, the most of any rank",

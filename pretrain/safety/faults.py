@@ -128,8 +128,13 @@ class FaultGuard:
         self.skipped = list(skipped)
         self.recent = deque(recent_losses, maxlen=self._config.spike_window)
 
-    def judge(self, step: int, loss: float, skipped: bool) -> int:
-        """Take note of a step (counted from 1); returns its fault, 0 for none that needs a rollback."""
+    def judge(self, step: int, loss: float, skipped: bool, begins_stage: bool = False) -> int:
+        """Take note of a step (counted from 1); returns its fault, 0 for none that needs a rollback.
+
+        begins_stage: losses before it were of other samples or settings, and tell nothing of its own.
+        """
+        if begins_stage:
+            self.recent.clear()
         if skipped:
             self.skipped.append(step)
             limit = self._config.max_skips

@@ -180,6 +180,32 @@ def learning_rate(step: int, steps: int, peak: float, schedule: ScheduleConfig) 
     return peak * (schedule.floor + (1 - schedule.floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
+def rate_at(config: RunConfig, step: int) -> float:
+    """Learning rate of a step (counted from 1), which a stage may begin with a rise of its own."""
+    stage = config.stage(step)
+    rate = learning_rate(step - 1, config.train.steps, stage.config.optimizer.lr, config.schedule)
+    risen = step + 1 - stage.first
+    return rate * risen / stage.warmup if risen < stage.warmup else rate
+
+
+def set_stage(engine: deepspeed.DeepSpeedEngine, config: RunConfig, parallel: Parallel) -> None:
+    """Let the engine follow a stage of the run: micro-batches of a step, and rotary positions.
+
+    config: what holds in the stage.
+    """
+    count = accumulation_steps(config, parallel.data_size)
+    if count != engine.gradient_accumulation_steps() or config.train.micro_batch != engine.train_micro_batch_size_per_gpu():
+        engine.set_train_micro_batch_size(config.train.micro_batch)
+        engine.set_train_batch_size(count * config.train.micro_batch * engine.dp_world_size)
+        engine.micro_steps = 0  # whose remainder by their number in a step tells when it ends
+        if hasattr(engine.optimizer, "gradient_accumulation_steps"):  # ZeRO has a copy
+            engine.optimizer.gradient_accumulation_steps = count
+    if parallel.stages > 1:
+        engine.reset_activation_shape()
+    model = engine.module
+    (model.stage_attention if parallel.stages > 1 else model).config = config.model
+
+
 def set_learning_rate(engine: deepspeed.DeepSpeedEngine, rate: float) -> None:
     """Set the rate of every parameter group; that of Muon's matrices follows the same schedule from its own peak."""
     for group in engine.optimizer.param_groups:

@@ -45,12 +45,17 @@ class History:
 
     def samples_of(self, first_step: int, last_step: int) -> tuple[int, int]:
         """Global sample numbers from the first of one step to past the last of another (steps counted from 1)."""
-        batch = self._inputs.config.train.global_batch
-        return self.quarantine.number((first_step - 1) * batch), self.quarantine.number(last_step * batch - 1) + 1
+        config = self._inputs.config
+        first, stop = config.stage(first_step).samples_after(first_step - 1), config.stage(last_step).samples_after(last_step)
+        return self.quarantine.number(first), self.quarantine.number(stop - 1) + 1
 
     def resume(self, engine: deepspeed.DeepSpeedEngine, say: Callable[[str], None]) -> int | None:
         """Load the newest checkpoint that fits; returns the steps done there, None where there is none. A collective."""
-        manifest = load_newest(self._run_dir, self._inputs.until, self.quarantine, engine, self._parallel, say, self.average)
+
+        def until(manifest: Manifest) -> dict:
+            return self._inputs.until(manifest.next_sample, merged_quarantine(manifest, self.quarantine).number)
+
+        manifest = load_newest(self._run_dir, until, self.quarantine, engine, self._parallel, say, self.average)
         if manifest is None:
             return None
         self.quarantine = merged_quarantine(manifest, self.quarantine)
@@ -88,19 +93,21 @@ class History:
     def manifest(self, step: int) -> Manifest:
         """What a checkpoint after ``step`` steps says of itself."""
         config = self._inputs.config
-        samples = step * config.train.global_batch
+        stage = config.stage(step)
+        samples = stage.samples_after(step)
         next_sample = self.quarantine.number(samples)
         names = ("torch", "deepspeed", "megatron-core", "numpy", "safetensors")
         return Manifest(
             step=step,
             samples=samples,
             next_sample=next_sample,
-            raw_tokens=samples * config.data.raw_tokens,
+            raw_tokens=stage.raw_tokens_after(step),
             config=config.to_dict(),
-            **self._inputs.until(next_sample),
+            **self._inputs.until(next_sample, self.quarantine.number),
             versions={name: importlib.metadata.version(name) for name in names},
             world=self._parallel.world,
             skipped=list(self.guard.skipped),
             recent_losses=list(self.guard.recent),
             quarantine=self.quarantine.to_list(),
+            stage=stage.record() if config.train.stages else {},
         )

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field, replace
 from unfold.kernels.common.plans import pinned
 from unfold.model.parallel.context import ContextParallel
 from unfold.model.visibility import MicroBatch
-from unfold.pretrain.config import RunConfig, gist_at, with_vocab_size
+from unfold.pretrain.config import RunConfig, RunStage, with_vocab_size
+from unfold.pretrain.data.blend import Stretch
 from unfold.pretrain.data.samples import BatchBuilder, TokenSource, step_samples
+from unfold.pretrain.data.stretches import stretches_of
 from unfold.pretrain.data.tokenizer import RunTokenizer, load_tokenizer
 from unfold.pretrain.errors import UserError
 from unfold.pretrain.parallel import Parallel
@@ -27,13 +29,18 @@ class Inputs:
 
     def batches(self, done: int, number: Callable[[int], int], parallel: Parallel) -> Iterator[list[MicroBatch]]:
         """This rank's micro-batches of every step after ``done`` steps. number: the n-th sample trained on -> which it is."""
-        train = self.config.train
-        for step in range(done, train.steps):
-            indices = step_samples(step, train.global_batch, train.micro_batch, parallel.data_rank, parallel.data_size)
-            numbers = [[number(i) for i in micro_batch] for micro_batch in indices]
-            stage = gist_at(self.config, step + 1)
-            made = (replace(self.train.build(n, stage), distilled=self._distilled(n)) for n in numbers)
-            yield [self._ready(batch, parallel) for batch in made]
+        stretches = stretches_of(self.config, number)
+        for stage in self.config.stages:
+            train, gist = stage.config.train, stage.config.folding
+            if stage.last <= done:
+                continue
+            builder = self.train.along(stretches, stage.number - 1)
+            for step in range(max(done + 1, stage.first), stage.last + 1):  # counted from 1
+                first = stage.samples_after(step - 1)
+                indices = step_samples(first, train.global_batch, train.micro_batch, parallel.data_rank, parallel.data_size)
+                numbers = [[number(i) for i in micro_batch] for micro_batch in indices]
+                made = (replace(builder.build(n, gist), distilled=self._distilled(n)) for n in numbers)
+                yield [self._ready(batch, parallel) for batch in made]
 
     def _ready(self, batch: MicroBatch, parallel: Parallel) -> MicroBatch:
         """With what can be worked out ahead of its step: who sends what to whom; for a GPU in pinned memory."""
@@ -47,26 +54,43 @@ class Inputs:
         distill = self.config.distill
         return tuple(i for i, number in enumerate(numbers) if distill.active and number % distill.every == 0)
 
-    def valid_batches(self, parallel: Parallel) -> list[MicroBatch]:
-        """The same samples at every validation; ranks take turns, and a rank without one repeats none."""
-        return _first_samples(self.valid, self.config.train.valid_samples, parallel)
+    def valid_batches(self, parallel: Parallel, step: int) -> list[MicroBatch]:
+        """The same samples at every validation of a stage, of the length that it has; ranks take turns, and a rank without one
+        repeats none."""
+        return self._first_samples(self.valid, self.config.train.valid_samples, parallel, step)
 
-    def source_batches(self, parallel: Parallel) -> Iterator[tuple[str, list[MicroBatch]]]:
+    def source_batches(self, parallel: Parallel, step: int) -> Iterator[tuple[str, list[MicroBatch]]]:
         """The same of each held-out source of the evaluation, by its name."""
         for name, builder in self.sources.items():
-            yield name, _first_samples(builder, self.config.evaluation.samples, parallel)
+            yield name, self._first_samples(builder, self.config.evaluation.samples, parallel, step)
 
-    def until(self, sample: int) -> dict:
+    def _first_samples(self, builder: BatchBuilder, most: int, parallel: Parallel, step: int) -> list[MicroBatch]:
+        """This rank's of the first samples, of the length that they have in a step (counted from 1)."""
+        builder = builder.along([Stretch(0, None, self.config.at(step).data.raw_tokens)])
+        numbers = range(min(most, builder.source.samples_per_epoch))
+        rounds = -(-len(numbers) // parallel.data_size)
+        mine = [i * parallel.data_size + parallel.data_rank for i in range(rounds)]
+        return [builder.build([n]) if n in numbers else builder.empty() for n in mine]
+
+    def source_samples(self, samples: int, number: Callable[[int], int]) -> list[int]:
+        """How many samples before a global number came from each source."""
+        return self._along(number).counters(samples)
+
+    def packing_of(self, stage: RunStage) -> str:
+        """A line on the samples that documents make in a stage."""
+        source = self.train.source.along([Stretch(0, None, stage.config.data.raw_tokens)])
+        documents, samples, padding, cut = source.shares()
+        return (
+            f"data.train: {documents:,} documents, {samples:,} samples of {source.raw_tokens:,} raw tokens an epoch "
+            f"({self.config.data.packing}): {padding:.2%} padding, {cut:.2%} of the documents cut"
+        )
+
+    def until(self, sample: int, number: Callable[[int], int]) -> dict:
         """What decided the samples before a global number: a source that joins the blend later changes nothing of it."""
-        return {"tokenizer_hash": self.tokenizer.hash, "data": self.train.source.fingerprint_until(sample)}
+        return {"tokenizer_hash": self.tokenizer.hash, "data": self._along(number).fingerprint_until(sample)}
 
-
-def _first_samples(builder: BatchBuilder, most: int, parallel: Parallel) -> list[MicroBatch]:
-    """This rank's of the first samples."""
-    numbers = range(min(most, builder.source.samples_per_epoch))
-    rounds = -(-len(numbers) // parallel.data_size)
-    mine = [i * parallel.data_size + parallel.data_rank for i in range(rounds)]
-    return [builder.build([n]) if n in numbers else builder.empty() for n in mine]
+    def _along(self, number: Callable[[int], int]) -> TokenSource:
+        return self.train.source.along(stretches_of(self.config, number))
 
 
 def open_inputs(config: RunConfig) -> Inputs:
@@ -75,14 +99,22 @@ def open_inputs(config: RunConfig) -> Inputs:
     tokenizer = load_tokenizer(config.data.tokenizer, gist.levels if gist else 0)
     config = with_vocab_size(config, tokenizer.vocab_size)
 
-    length_multiple = config.parallel.length_multiple
+    length_multiple, stages = config.parallel.length_multiple, config.stages
+    lengths = {stage.config.data.raw_tokens for stage in stages}
 
     def builder(prefixes: tuple[str, ...], setting: str, shuffle_parts: bool = False) -> BatchBuilder:
-        source = TokenSource(prefixes, config.data.raw_tokens, config.train.seed, tokenizer, setting, config.data.cache)
-        source.check_positions(gist.links if gist else 0, config.model.max_position, setting)
+        raw_tokens = stages[-1].config.data.raw_tokens
+        # Validation is of windows, whatever is trained on: so losses compare.
+        arranged = (config.data.packing, config.data.length_weights) if setting == "data.train" else ()
+        source = TokenSource(prefixes, raw_tokens, config.train.seed, tokenizer, setting, config.data.cache, *arranged)
+        source.check_positions(gist.links if gist else 0, min(s.config.model.max_position for s in stages), setting)
+        if setting != "data.train":
+            for length in lengths - {raw_tokens}:
+                source.along([Stretch(0, None, length)]).check()
         return BatchBuilder(source, gist, tokenizer, length_multiple, config.train.seed, shuffle_parts)
 
     train = builder(config.data.train, "data.train", config.data.shuffle_parts)
+    train.source.along(stretches_of(config)).check(len(config.stages))
     if config.data.shuffle_parts and not train.source.linked:
         raise UserError(
             "data.shuffle_parts: true, but no shard of data.train has linked contexts; make shards with "

@@ -45,7 +45,7 @@ def unserved(config: RunConfig) -> list[str]:
     if model.head_dim not in HEAD_DIMS:
         served = ", ".join(map(str, HEAD_DIMS))
         errors.append(f"model.head_dim: {model.head_dim} has no kernels for GPUs; use one of {served}, {instead}")
-    stages = {f"train.stages.{i}": stage.over(gist) for i, stage in enumerate(config.train.stages)}
+    stages = {f"train.stages.{stage.number - 1}": stage.config.gist for stage in config.stages[: len(config.train.stages)]}
     recalling = {name: part for name, part in {"gist": gist, **stages}.items() if part.recall != "none"}
     if not recalling:
         return errors

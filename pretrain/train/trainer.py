@@ -13,7 +13,7 @@ from unfold.model.visibility import MicroBatch
 from unfold.pretrain import parallel as parallel_groups
 from unfold.pretrain.checkpoint.resume import check_run_dir, locked_on_all, prepare_run_dir, warm_start
 from unfold.pretrain.checkpoint.state import RunningAverage, load_adapter
-from unfold.pretrain.config import RunConfig, accumulation_steps, gist_at
+from unfold.pretrain.config import RunConfig, accumulation_steps
 from unfold.pretrain.hf.adapter import read_adapter
 from unfold.pretrain.monitor.attention_mass import AttentionMass
 from unfold.pretrain.monitor.metrics import print_line
@@ -27,7 +27,7 @@ from unfold.pretrain.safety.flight import record_collectives
 from unfold.pretrain.safety.signals import TIME_LIMIT, Boundary, Signals, agree, take_request, time_is_up
 from unfold.pretrain.safety.watchdog import Watchdog, limit_groups
 from unfold.pretrain.train.added import Added
-from unfold.pretrain.train.engine import build_engine, learning_rate, set_learning_rate
+from unfold.pretrain.train.engine import build_engine, rate_at, set_learning_rate, set_stage
 from unfold.pretrain.train.history import FaultyStep, History
 from unfold.pretrain.train.inputs import Inputs, open_inputs
 from unfold.pretrain.train.prefetch import prefetch
@@ -118,7 +118,7 @@ class Trainer:
             say(f"resumed at step {done}")
             return done
         if self.config.train.init_from:
-            path, model = Path(self.config.train.init_from), self.config.model
+            path, model = Path(self.config.train.init_from), self.config.at(1).model
             source, note = warm_start(path, self.inputs.tokenizer, model, self.engine, self.parallel)
             self.average.begin()
             say(f"weights from {source}{f', with other rotary positions: {note}' if note else ''}")
@@ -138,6 +138,8 @@ class Trainer:
             contextlib.closing(prefetch(self.inputs.batches(done, number, self.parallel))) as batches,
         ):
             for step in range(done + 1, config.train.steps + 1):  # counted from 1
+                if step in (done + 1, config.stage(step).first):
+                    self._enter_stage(step)
                 watch.begin(step)
                 micro_batches = next(batches)
                 watch.have_data()
@@ -152,7 +154,7 @@ class Trainer:
                         metrics |= self._validate(step)
                 if config.evaluation.every and step % config.evaluation.every == 0 and self.inputs.sources:
                     with watch.aside(step, "evaluation"):
-                        metrics["source_loss"] = self._source_losses()
+                        metrics["source_loss"] = self._source_losses(step)
                 if last or agreed.stop or agreed.save or saves_at(config, step):
                     with watch.aside(step, "saving"):
                         self.records.save(self.history.manifest(step), metrics)
@@ -162,14 +164,24 @@ class Trainer:
                     return agreed.stop
         return ""
 
+    def _enter_stage(self, step: int) -> None:
+        """The step (counted from 1) begins a stage, or goes on in one that was left."""
+        stage = self.config.stage(step)
+        if self.config.train.stages:
+            set_stage(self.engine, stage.config, self.parallel)
+            train, raw = stage.config.train, stage.config.data.raw_tokens
+            what = f"steps {stage.first} to {stage.last}, {train.global_batch} samples of {raw:,} raw tokens"
+            self.records.say(f"stage {stage.title}: {what}")
+        if self.parallel.is_main:
+            self.records.say(self.inputs.packing_of(stage))
+
     def _update(self, step: int, micro_batches: list[MicroBatch]) -> tuple[StepResult, float]:
         """One step of the optimizer; and the learning rate that it took."""
-        rate = learning_rate(step - 1, self.config.train.steps, self.config.optimizer.lr, self.config.schedule)
+        rate, config = rate_at(self.config, step), self.config.at(step)
         set_learning_rate(self.engine, rate)
-        gist = gist_at(self.config, step)
-        added = Added(self.config.train.z_loss, self.config.distill)
+        added = Added(config.train.z_loss, config.distill)
         with self.norms.over(step):
-            result = train_step(self.engine, micro_batches, self.parallel, self.config.model, gist, added)
+            result = train_step(self.engine, micro_batches, self.parallel, config.model, config.folding, added)
         if not result.skipped:
             self.average.update()
         return result, rate
@@ -180,7 +192,8 @@ class Trainer:
             first, stop = self.history.samples_of(step, step)
             what = f"loss {result.loss} or its gradient is not finite; skipped samples {first}..{stop - 1}"
             self.records.say(f"step {step}: {what}")
-        fault = self.history.guard.judge(step, result.loss, result.skipped)
+        begins_stage = step == self.config.stage(step).first
+        fault = self.history.guard.judge(step, result.loss, result.skipped, begins_stage)
         stop, main = self.signals.received, self.parallel.is_main
         if main and time_is_up(self.config.checkpoint.stop_after_minutes):
             stop = max(stop, TIME_LIMIT)
@@ -192,20 +205,22 @@ class Trainer:
 
     def _metrics(self, step: int, result: StepResult, rate: float, times: dict) -> dict:
         """A step's line. times: how long it took."""
-        config, samples = self.config, step * self.config.train.global_batch
+        stage = self.config.stage(step)
         first, stop = self.history.samples_of(step, step)
         metrics = {
             "step": step,
             "loss": finite_or_none(result.loss),
             "grad_norm": finite_or_none(result.grad_norm),
             "lr": rate,
-            "raw_tokens": samples * config.data.raw_tokens,
-            "samples": samples,
+            "raw_tokens": stage.raw_tokens_after(step),
+            "samples": stage.samples_after(step),
             "sample_range": f"{first}-{stop}",
             "loss_tokens": result.loss_tokens,
             **times,
         }
-        by_source = self.inputs.train.source.counters(stop)
+        if self.config.train.stages:
+            metrics |= stage.labels()
+        by_source = self.inputs.source_samples(stop, self.history.quarantine.number)
         if len(by_source) > 1:
             metrics["source_samples"] = by_source
         if result.unfolded is not None:
@@ -224,9 +239,9 @@ class Trainer:
         every = self.config.train.valid_every
         return bool(self.inputs.valid) and (last or bool(every) and step % every == 0)
 
-    def _source_losses(self) -> dict[str, float]:
+    def _source_losses(self, step: int) -> dict[str, float]:
         """Validation losses of the held-out sources."""
-        batches = self.inputs.source_batches(self.parallel)
+        batches = self.inputs.source_batches(self.parallel, step)
         return {name: validation_loss(self.engine, those, self.parallel) for name, those in batches}
 
     def _validate(self, step: int) -> dict:
@@ -235,7 +250,7 @@ class Trainer:
         mass = AttentionMass(gist.levels, logits) if gist and (monitor.attention_mass or logits) else None
         routing = RoutingMeasure(gist, self.config.model.layers) if gist and gist.recall != "none" and monitor.routing else None
         with looking(self.engine.module, *(measure.look for measure in (mass, routing) if measure)):
-            loss = validation_loss(self.engine, self.inputs.valid_batches(self.parallel), self.parallel)
+            loss = validation_loss(self.engine, self.inputs.valid_batches(self.parallel, step), self.parallel)
         self.records.say(f"step {step}: validation loss {loss:.4f}")
         found = {"valid_loss": loss}
         if mass and (shares := mass.shares(self.parallel)) and monitor.attention_mass:

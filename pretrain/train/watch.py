@@ -64,7 +64,8 @@ class StepWatch:
     def end(self, step: int, agreed: Boundary) -> tuple[dict, dict]:
         """A step is over on all ranks: figures of time, and figures of what looks on."""
         seconds = time.monotonic() - self._since
-        raw = self._config.train.global_batch * self._config.data.raw_tokens
+        config = self._config.at(step)
+        raw = config.train.global_batch * config.data.raw_tokens
         times = {"raw_tokens_per_s": raw / seconds, "seconds": seconds, "data_wait_s": self._data_wait}
         found = self._usage.metrics([RankUsage(*u) for u in agreed.usage], seconds)
         self._profiler.end(step)

@@ -8,7 +8,7 @@ import pytest
 
 from tests.benchmarks.gpu.smollm2 import Course, ahead, common_checkpoint, pace, planned_steps
 from tests.benchmarks.smollm2_gists import ARMS, evaluations, findings, table, training
-from unfold.pretrain.config import gist_at, load_config
+from unfold.pretrain.config import load_config
 
 ARGS = Namespace(
     output=Path("/out"), steps=30, raw_tokens=4096, precision="bf16", batch=8, lr=3e-4, tokens=100_000, evaluation_dtype="bf16"
@@ -64,12 +64,12 @@ def test_every_arm_is_a_run(tmp_path, arm):
     config = load_config(tmp_path / "imported" / "config.yaml", sets)
     assert config.train.micro_batch == 2 and config.train.init_from == str(tmp_path / "imported")
     if arm == "dense":
-        assert gist_at(config, 1) is None
+        assert config.at(1).folding is None
     elif arm == "paper_8":
-        assert [gist_at(config, step).recall for step in (1, 24, 25, 30)] == ["none", "none", "all", "all"]
+        assert [config.at(step).folding.recall for step in (1, 24, 25, 30)] == ["none", "none", "all", "all"]
     else:
-        assert [gist_at(config, step).unfold_all for step in (1, 10, 11, 30)] == [True, True, False, False]
-        assert gist_at(config, 1).route_loss == 1.0 and gist_at(config, 30).route_loss == 0.3
+        assert [config.at(step).folding.unfold_all for step in (1, 10, 11, 30)] == [True, True, False, False]
+        assert config.at(1).folding.route_loss == 1.0 and config.at(30).folding.route_loss == 0.3
 
 
 def test_what_is_evaluated(tmp_path):

@@ -18,7 +18,7 @@ from tests.benchmarks.quotes.ways import ways_of
 from unfold.model.layers import BuildContext
 from unfold.model.transformer import Transformer
 from unfold.pretrain import parallel
-from unfold.pretrain.config import ParallelConfig, gist_at
+from unfold.pretrain.config import ParallelConfig
 from unfold.pretrain.errors import UserError
 from unfold.pretrain.train.added import Added
 from unfold.pretrain.train.inputs import open_inputs
@@ -57,7 +57,7 @@ def test_what_repeats_is_a_piece_of_one_document():
 @pytest.mark.parametrize("chunk_sizes", [(16,), (4, 4)])
 def test_ways_are_settings_of_training(tmp_path, chunk_sizes):
     configs = {name: way_config(SMALL, tmp_path, way, chunk_sizes, 0) for name, way in ways_of(chunk_sizes).items()}
-    at = lambda name, step: gist_at(configs[name], step)
+    at = lambda name, step: configs[name].at(step).folding
     assert at("dense", 1) is None and [at("paper", step).recall for step in (3, 4)] == ["none", "all"]
     assert [at("recipe", step).unfold_all for step in range(1, 7)] == [True] * 2 + [False] * 4
     assert [at("shrink", step).budget_ratio for step in range(3, 7)] == [2, 4, 8, None]
@@ -142,7 +142,7 @@ def test_losses_weigh_as_in_training(quoting, way):
     for weigh in ("here", "training"):
         model = Transformer(config.model, BuildContext(groups.tensor_group, 3))
         micro = next(open_inputs(config).batches(4, lambda number: number, groups))
-        gist = gist_at(config, 5)  # behind the first third, so it is taught to route
+        gist = config.at(5).folding  # behind the first third, so it is taught to route
         if weigh == "here":
             loss = loss_of(model, *micro, gist, config.distill)
             loss.backward()

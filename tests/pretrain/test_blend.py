@@ -12,11 +12,11 @@ import fsspec
 import numpy as np
 import pytest
 
-from unfold.pretrain.data import packing
+from unfold.pretrain.data import windows
 from unfold.pretrain.data.blend import Blend, Stage, make_blend, parse_entry
-from unfold.pretrain.data.packing import shuffled
 from unfold.pretrain.data.samples import TokenSource
 from unfold.pretrain.data.tokenizer import load_tokenizer
+from unfold.pretrain.data.windows import all_shuffled, shuffled
 from unfold.pretrain.errors import UserError
 
 
@@ -92,12 +92,12 @@ def test_a_blend_of_shards(tiny, tokenizer):
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 64, 1000, 4097])
 def test_the_order_of_windows_is_a_permutation(size):
     places = [shuffled(i, size, [11, 22, 33, 44]) for i in range(size)]
-    assert sorted(places) == list(range(size))
+    assert sorted(places) == list(range(size)) and all_shuffled(size, [11, 22, 33, 44]).tolist() == places
     assert size < 60 or places != sorted(places) and places != [shuffled(i, size, [1, 22, 33, 44]) for i in range(size)]
 
 
 def test_documents_shuffled_in_runs_still_cover_every_token_once(tiny, tokenizer, monkeypatch):
-    monkeypatch.setattr(packing, "GROUPS", 4)
+    monkeypatch.setattr(windows, "GROUPS", 4)
     source = open_source(tokenizer, tiny.train)
     seen = Counter(
         (p.document, t)
@@ -138,11 +138,11 @@ def test_resuming_in_a_late_epoch_is_immediate(tiny, tokenizer):
     stream._lengths = np.full(3_000_000, 500, np.int32)  # three million documents
     stream._run = 3
     stream._run_tokens = np.full(1_000_000, 1500, np.int64)
-    stream.samples_per_epoch = 3_000_000 * 500 // 100
+    stream.tokens = 3_000_000 * 500
     times = []
     for epoch in (37, 12, 80):
         before = time.process_time()
-        assert sum(p.length for p in source.segments(epoch * stream.samples_per_epoch + 123_456)) == 100
+        assert sum(p.length for p in source.segments(epoch * stream.per_epoch(100) + 123_456)) == 100
         times.append(time.process_time() - before)
     assert min(times) < 0.1
 

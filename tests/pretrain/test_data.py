@@ -91,7 +91,7 @@ def test_an_empty_micro_batch_has_no_target(tiny, tokenizer):
 
 @pytest.mark.parametrize("data_size,micro_batch", [(1, 1), (1, 4), (2, 2), (4, 1), (4, 2)])
 def test_a_step_sees_the_same_samples_under_every_layout(data_size, micro_batch):
-    batches = [step_samples(3, 8, micro_batch, rank, data_size) for rank in range(data_size)]
+    batches = [step_samples(24, 8, micro_batch, rank, data_size) for rank in range(data_size)]
     assert sorted(s for rank in batches for micro in rank for s in micro) == list(range(24, 32))
     assert all(len(micro) == micro_batch for rank in batches for micro in rank)
 

@@ -339,6 +339,39 @@ def test_what_does_not_fit_is_refused_with_settings_that_would_do(overrides):
     small.check_fits(small.plan(load_config(path, [*overrides, *changes])))
 
 
+STAGES = "[{until: 100, name: short, raw_tokens: 1024, global_batch: 512}, {until: 300, raw_tokens: 8192}]"
+
+
+def test_every_stage_is_planned_and_the_largest_shown(capsys):
+    path = CONFIGS / "paper" / "llama-3.2-1b.yaml"
+    settings = [f"train.stages={STAGES}", "train.steps=1000"]
+    assert main(["plan", "--config", str(path), "--set", *settings, "--gpus", "8", "--gpu", "H100-80GB"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    config, plans = load_config(path, settings), planner(gpu="H100-80GB")
+    for line, stage in zip(lines[1:4], config.stages):
+        plan = plans.plan(stage.config)
+        assert line.startswith(stage.title) and f"{plan.fullest.total / GIB:.1f} " in line and f"{plan.time.total:,.2f}" in line
+    assert lines[5].startswith("stage 2 needs the most memory") and any("days for 200 steps" in line for line in lines)
+    assert f"all of them: {100 * 512 * 1024 + 200 * 128 * 8192 + 700 * 128 * 4096:,} raw tokens" in lines[4]
+
+
+@pytest.mark.parametrize(
+    "stages,gpu,said",
+    [
+        (STAGES, "A100-40GB", "error: stage 2: does not fit:"),
+        (
+            "[{until: 5, name: a, global_batch: 12, micro_batch: 1}]",
+            "H100",
+            "error: stage 1 (a): train.global_batch: 12 is not",
+        ),
+    ],
+)
+def test_a_stage_that_cannot_be_is_named(capsys, stages, gpu, said):
+    path = CONFIGS / "paper" / "llama-3.2-1b.yaml"
+    assert main(["plan", "--config", str(path), "--set", f"train.stages={stages}", "--gpus", "8", "--gpu", gpu]) == 1
+    assert said in capsys.readouterr().err
+
+
 def test_host_memory_that_does_not_suffice_is_refused_with_what_would_do():
     path = CONFIGS / "llama-3.1-8b.yaml"
     settings = ["train.activation_checkpointing=selective", "train.offload_activations=true"]

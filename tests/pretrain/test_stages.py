@@ -1,14 +1,20 @@
 """Stages of a run, and what is drawn for every sample."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import yaml
 
 from unfold.model.gist import GistConfig, interleave
 from unfold.model.gist.recall import RECALLS, ROUTES, UNFOLDS_ALL
-from unfold.pretrain.config import gist_at, load_config, parse_saved, saved_settings
+from unfold.pretrain.config import load_config, parse_config, parse_saved, saved_settings
 from unfold.pretrain.data.flags import plain_flags, sample_flags
+from unfold.pretrain.data.samples import TokenSource
+from unfold.pretrain.data.stretches import stretches_of
+from unfold.pretrain.data.tokenizer import load_tokenizer
 from unfold.pretrain.errors import UserError
+from unfold.pretrain.safety.faults import Quarantine, Rollback
 
 
 def config_of(tiny, path, *overrides, **sections):
@@ -18,7 +24,7 @@ def config_of(tiny, path, *overrides, **sections):
 def test_a_stage_holds_until_its_step(tiny, tmp_path):
     stages = [{"until": 3, "recall": "none"}, {"until": 5, "topk": 2, "unfold_share": 0.5}]
     config = config_of(tiny, tmp_path, train={"steps": 8, "stages": stages}, gist={"recall": "all", "budget_ratio": 4})
-    found = [gist_at(config, step) for step in range(1, 9)]
+    found = [config.at(step).folding for step in range(1, 9)]
     assert [g.recall for g in found] == ["none"] * 3 + ["all"] * 5
     assert [(g.topk, g.budget_ratio) for g in found] == [(None, 4)] * 3 + [(2, None)] * 2 + [(None, 4)] * 3
     assert found[-1] == config.gist
@@ -35,7 +41,7 @@ def _written(config, tmp_path):
 def test_stages_may_stand_on_the_command_line(tiny, tmp_path):
     config = config_of(tiny, tmp_path, "train.steps=9", "train.stages=[{until: 3, unfold_all: true}, {until: 6}]")
     assert [s.until for s in config.train.stages] == [3, 6]
-    assert gist_at(config, 3).unfold_all and not gist_at(config, 4).unfold_all
+    assert config.at(3).folding.unfold_all and not config.at(4).folding.unfold_all
 
 
 @pytest.mark.parametrize(
@@ -110,3 +116,114 @@ def test_suffixes_alone_recall(sample):
     flags = plain_flags(made, suffix, GistConfig((4, 2), recall="suffix"))
     assert (flags.astype(bool) == suffix).all()
     assert not plain_flags(made, suffix, GistConfig((4, 2))).any()
+
+
+LENGTHS = {"until": 6, "raw_tokens": 64}, {"until": 9, "raw_tokens": 160, "global_batch": 2}, {"until": 11, "recall": "all"}
+
+
+def staged_source(tiny, tokenizer, stages, *left_out, entries=None, base=400, steps=40, seed=3):
+    """A source and the stretches of a run's samples, of which a quarantine leaves out ranges."""
+    train = {"steps": steps, "global_batch": 4, "stages": list(stages)}
+    entries = entries or [str(tiny.train)]
+    data = {"train": entries, "tokenizer": str(tiny.tokenizer), "raw_tokens": base}
+    config = parse_config({"data": data, "train": train, "gist": {"chunk_sizes": [4, 2]}})
+    quarantine = Quarantine([Rollback(1, "bad", *ends) for ends in left_out])
+    source = TokenSource(entries, base, seed, tokenizer, "data.train")
+    return config, source.along(stretches_of(config, quarantine.number)), quarantine
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny):
+    return load_tokenizer(tiny.tokenizer, 2)
+
+
+def read_tokens(config, source, number, steps):
+    """How often each token was read in the first steps; every sample has its stage's length."""
+    seen = Counter()
+    for step in range(1, steps + 1):
+        stage = config.stage(step)
+        for index in range(stage.samples_after(step - 1), stage.samples_after(step)):
+            pieces = source.segments(number(index))
+            assert sum(p.length for p in pieces) == stage.config.data.raw_tokens
+            seen.update((p.document, t) for p in pieces for t in range(p.offset, p.offset + p.length))
+    return seen
+
+
+@pytest.mark.parametrize("left_out", [(), ((3, 5), (21, 23)), ((22, 26),)])
+def test_no_token_is_read_twice_at_a_border(tiny, tokenizer, left_out):
+    config, source, quarantine = staged_source(tiny, tokenizer, LENGTHS, *left_out)
+    tokens = sum(int(shard.lengths.sum()) for shard in source._shards)
+    steps = next(s for s in range(1, 40) if config.stage(s).raw_tokens_after(s) > 0.8 * tokens)
+    assert config.stage(steps).number == 4 or steps > 11
+    seen = read_tokens(config, source, quarantine.number, steps)
+    assert max(seen.values()) == 1
+    # Nothing lies between what was read: the last stage alone has left windows of this epoch, and samples were left out.
+    stream = source._streams[0]
+    stream._enter_epoch(0)
+    starts = dict(zip(stream._order.tolist(), (stream._ends - stream._run_tokens[stream._order]).tolist()))
+    places = np.sort([starts[document] + token for document, token in seen])
+    lost = 64 * sum(n < source._stretches[1].begin for ends in left_out for n in range(*ends))
+    border = config.stage(9).raw_tokens_after(9)
+    assert (places < border + lost).sum() == border
+
+
+def test_samples_of_a_stage_stay_when_some_are_left_out(tiny, tokenizer):
+    """A rollback changes nothing of what was read before it, also in its own stage."""
+    config, before, _ = staged_source(tiny, tokenizer, LENGTHS)
+    _, after, quarantine = staged_source(tiny, tokenizer, LENGTHS, (13, 15))
+    assert all(before.segments(n) == after.segments(n) for n in range(24))
+    assert [quarantine.number(n) for n in (23, 24)] == [25, 26], "two more numbers belong to the first stage"
+    assert sum(p.length for p in after.segments(25)) == 64 and sum(p.length for p in after.segments(26)) == 160
+
+
+def test_stages_of_one_length_change_no_sample(tiny, tokenizer):
+    stages = {"until": 5, "recall": "none"}, {"until": 9, "global_batch": 8, "lr": 1e-4}
+    _, staged, _ = staged_source(tiny, tokenizer, stages)
+    plain = TokenSource([str(tiny.train)], 400, 3, tokenizer, "data.train")
+    assert all(staged.segments(n) == plain.segments(n) for n in range(200))
+    assert staged.fingerprint_until(100) == plain.fingerprint_until(100)
+
+
+def test_a_run_whose_last_stage_ends_it_may_go_on(tiny, tokenizer):
+    """train.steps may be raised on resume: what was read stays, and the rest follows on it."""
+    _, short, _ = staged_source(tiny, tokenizer, LENGTHS[:2], steps=9)
+    config, longer, quarantine = staged_source(tiny, tokenizer, LENGTHS[:2], steps=30)
+    assert all(short.segments(n) == longer.segments(n) for n in range(60))
+    assert max(read_tokens(config, longer, quarantine.number, 30).values()) == 1
+
+
+def test_a_leg_goes_on_in_the_next_epoch(tiny, tokenizer):
+    config, source, _ = staged_source(
+        tiny, tokenizer, ({"until": 100, "raw_tokens": 300}, {"until": 200, "raw_tokens": 64}), steps=300
+    )
+    per_epoch = source._streams[0].tokens // 300
+    assert 400 > per_epoch > 100, "the first stage takes more than an epoch"
+    first = Counter(
+        (p.document, t) for n in range(per_epoch) for p in source.segments(n) for t in range(p.offset, p.offset + p.length)
+    )
+    assert max(first.values()) == 1 and source._streams[0].tokens - len(first) < 300
+    second = [p for n in range(per_epoch, 800) for p in source.segments(n)]
+    again = Counter((p.document, t) for p in second for t in range(p.offset, p.offset + p.length))
+    assert max(again.values()) <= (400 - per_epoch + 400) * 300 // source._streams[0].tokens + 1
+
+
+def test_weights_of_a_stage(tiny, tokenizer):
+    entries = [f"{tiny.train} weight=3", f"{tiny.valid} weight=1"]
+    stages = {"until": 10, "weights": [1, 1]}, {"until": 20, "weights": [0, 1], "raw_tokens": 64}
+    _, source, _ = staged_source(tiny, tokenizer, stages, entries=entries)
+    assert [source.counters(n) for n in (40, 80, 120)] == [[20, 20], [20, 60], [50, 70]]
+    border = len(source._streams[0]._lengths)
+    assert all(p.document >= border for n in range(40, 80) for p in source.segments(n))
+    with pytest.raises(UserError, match="data.train: .* has no weight, but train.stages have weights"):
+        staged_source(tiny, tokenizer, ({"until": 5, "weights": [1, 2]},), entries=[str(tiny.train), str(tiny.valid)])
+
+
+def test_a_change_of_weights_that_moves_windows_is_noticed(tiny, tokenizer):
+    """The windows of a stage are drawn among as many as it is planned to give, which later weights of the same stage decide."""
+    stages = ({"until": 30, "raw_tokens": 64},)
+    sources = [
+        staged_source(tiny, tokenizer, stages, entries=[f"{tiny.train} weight=3{more}", f"{tiny.valid} weight=1"])[1]
+        for more in ("", ",60:1", ",130:1")
+    ]
+    prints = [source.fingerprint_until(20) for source in sources]
+    assert prints[0] != prints[1] and prints[0] == prints[2]

@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 from unfold.pretrain.checkpoint.manifest import Manifest
 from unfold.pretrain.command import main
 from unfold.pretrain.errors import UserError
-from unfold.pretrain.monitor.status import EXIT_CODES, SILENT_SECONDS, read_status
+from unfold.pretrain.monitor.status import EXIT_CODES, SILENT_SECONDS, read_status, render
 
 STEPS, TOKENS = 100, 4096
 SPENT = {"training": 60.0, "data": 10.0, "startup": 10.0, "lost": 15.0, "down": 5.0, "saving": 0.0}
@@ -45,6 +45,15 @@ def write_metrics(run_dir: Path, steps: int) -> None:
         rows.append({"step": step, "loss": 5 - step / 100, "seconds": seconds, "raw_tokens_per_s": TOKENS / seconds})
     rows[30]["valid_loss"], rows[11]["skipped"] = 3.5, True
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_the_stage_of_the_last_step(run_dir):
+    assert read_status(run_dir).stage == "" and not any(
+        line.startswith("  stage") for line in render(read_status(run_dir), run_dir)
+    )
+    with open(run_dir / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": 41, "loss": 1.0, "stage": 2, "stage_name": "long"}) + "\n")
+    assert "  stage       2 long" in render(read_status(run_dir), run_dir)
 
 
 @pytest.fixture

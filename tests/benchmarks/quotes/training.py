@@ -23,7 +23,7 @@ from unfold.model.config import GistConfig
 from unfold.model.layers import BuildContext
 from unfold.model.transformer import Transformer
 from unfold.model.visibility import IGNORED, AddedLosses, MicroBatch
-from unfold.pretrain.config import DistillConfig, RunConfig, gist_at, parse_config
+from unfold.pretrain.config import DistillConfig, RunConfig, parse_config
 from unfold.pretrain.evaluate.perplexity import pack_losses, packs, run_pack, take_windows
 from unfold.pretrain.evaluate.subject import Subject, Variant
 from unfold.pretrain.monitor.probe import looking
@@ -115,7 +115,7 @@ def train(model: Transformer, config: RunConfig, parallel: Parallel, plan: Plan,
     optimizer = Optimizer(model, plan, steps, decay)
     batches = open_inputs(config).batches(0, lambda number: number, parallel)
     for step, (batch,) in enumerate(batches, 1):
-        loss = loss_of(model, batch, gist_at(config, step), config.distill)
+        loss = loss_of(model, batch, config.at(step).folding, config.distill)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
