@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from unfold.model.kinds import describe_kinds
 from unfold.pretrain.config import RunStage
 from unfold.pretrain.plan.hardware import GIB
 from unfold.pretrain.plan.make import Plan
@@ -49,6 +50,8 @@ def report(name: str, plan: Plan, dense: Plan | None, usable: float, steps: int)
         f"ZeRO-{plan.config.parallel.zero}; {division.micro_batches} micro-batch(es) of {plan.config.train.micro_batch} "
         "sample(s) per step on every rank"
     )
+    if plan.config.model.layer_attention:
+        yield f"layers: {describe_kinds(plan.config.model.layer_kinds)}; what is said of a layer below is the mean over them"
     yield ""
     yield from rank_table(division, cluster)
     yield ""
