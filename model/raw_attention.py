@@ -28,6 +28,7 @@ class Documents:
         places: int64 [tokens of documents], where these stand in the micro-batch, or in the order of ``gists``; None where there
             is nothing between them.
         gists: how these attend; None where there are none.
+        first: of a sample with gists the place from which on its documents' raw tokens stand side by side; None: they do not.
     """
 
     lengths: tuple[int, ...]
@@ -36,6 +37,7 @@ class Documents:
     longest: int
     places: Tensor | None
     gists: GistsApart | None = None
+    first: int | None = None
 
     @classmethod
     def of(cls, layout: Layout) -> Documents:
@@ -61,7 +63,13 @@ class Documents:
         apart = GistsApart.of(layout)
         there = (raw & (layout.doc >= 0)).flatten()
         places = there.index_select(0, apart.order).nonzero()[:, 0]
-        return cls._with_lengths(layout, lengths, [True] * len(lengths), places, apart)
+        side_by_side = len(places) > 0 and int(places[-1] - places[0]) + 1 == len(places)
+        first = int(places[0]) if side_by_side else None
+        return cls._with_lengths(layout, lengths, [True] * len(lengths), places, apart, first)
+
+    def raw(self, x: Tensor) -> Tensor:
+        """Of [B * T, H, D] in the order of ``gists`` the raw tokens of documents: a view, if they stand side by side."""
+        return x.index_select(0, self.places) if self.first is None else x.narrow(0, self.first, len(self.places))
 
     @classmethod
     def _with_lengths(cls, layout: Layout, lengths: list[int], real: list[bool], *rest) -> Documents:
@@ -76,13 +84,13 @@ class GistsApart:
 
     Attributes:
         order: int64 [B * T], the token in each place.
-        place: int64 [B * T], the place of each token.
+        found: int64 [B * T], where each token's output lies: in those of all places, then those of documents' raw tokens.
         intervals: of the samples in that order, where only gists see anything: raw tokens of their document before them, and
             themselves.
     """
 
     order: Tensor
-    place: Tensor
+    found: Tensor
     intervals: Intervals
 
     @classmethod
@@ -99,7 +107,10 @@ class GistsApart:
         rows, row_of = place.gather(1, seen.rows), seen.row_of.gather(1, order)
         intervals = replace(seen, rows=rows, row_of=row_of, lo=lo, hi=hi, plans={}, host=None)
         first = torch.arange(batch, device=order.device)[:, None] * tokens
-        return cls((order + first).flatten(), (place + first).flatten(), intervals)
+        flat, raw = (order + first).flatten(), ((layout.level < 0) & (layout.doc >= 0)).flatten()
+        number = torch.empty_like(flat)
+        number[flat] = raw[flat].cumsum(0) - 1  # among documents' raw tokens, in the order in which they attend
+        return cls(flat, torch.where(raw, batch * tokens + number, (place + first).flatten()), intervals)
 
 
 def raw_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, kind: str = "dense") -> Tensor:
@@ -130,8 +141,8 @@ def _with_gists(q: Tensor, k: Tensor, v: Tensor, documents: Documents, attend, s
     q, k, v = (x.index_select(0, apart.order) for x in (q, k, v))
     batched = [x.view(*shape[:2], *x.shape[1:]) for x in (q, k, v)]
     out = compressed_attention(*batched, apart.intervals).flatten(0, 1)
-    raw = attend(*(x.index_select(0, documents.places) for x in (q, k, v)), replace(documents, places=None))
-    return out.index_copy(0, documents.places, raw).index_select(0, apart.place).view(shape)
+    raw = attend(*map(documents.raw, (q, k, v)), replace(documents, places=None))
+    return torch.cat([out, raw]).index_select(0, apart.found).view(shape)
 
 
 def _document_by_document(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:

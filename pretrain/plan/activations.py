@@ -6,6 +6,7 @@ Sizes: M tokens of this rank, R of them in the residual stream (M / tensor under
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from unfold.model.config import ModelConfig
@@ -104,11 +105,18 @@ class Activations:
         element, heads = self.element, self.model.heads // self.tensor
         queries = element * self._query_width * self.tokens
         keys = element * self._key_width * self.tokens
-        if self.model.attention == "dense":  # q, k, v, each document's output, one log-sum per head; the joined output
-            return self.residual() + 2 * keys + (2 if self._one_call else 3) * queries + FP32 * heads * self.tokens
-        if not self.gpu:
-            return self.residual() + 2 * keys + 2 * queries + 2 * FP32 * heads * self.tokens
-        return self.residual() + self._kernel() + (queries if self.exchange else 0)
+
+        def in_layer(kind: str, size: SampleSize) -> int:
+            if kind == "dense" and not self.exchange:
+                if self.model.attention == "gist":
+                    return self._beside_gists(size)
+                # q, k, v, each document's output, one log-sum per head; the joined output
+                return 2 * keys + (2 if self._one_call else 3) * queries + FP32 * heads * self.tokens
+            if not self.gpu:
+                return 2 * keys + 2 * queries + 2 * FP32 * heads * self.tokens
+            return self._kernel(size) + (queries if self.exchange else 0)
+
+        return self.residual() + self._mean(in_layer)
 
     def head_norms(self) -> int:
         """Their inputs in fp32 and the normalised queries and keys; one inverse root per head and token."""
@@ -127,23 +135,47 @@ class Activations:
         element, heads = self.element, self.model.heads // self.tensor
         queries = element * self._query_width * self.tokens
         keys = element * self._key_width * self.tokens
-        if self.model.attention == "dense":
-            # q, k, v (of one sample a view of the fused projection), the output, one log-sum per head; the joined output.
-            values = keys if self.samples > 1 else queries + 2 * keys
-            return queries + keys + values + FP32 * heads * self.tokens + queries * (1 if self._one_call else 2)
-        if not self.gpu:  # the same view of the projection, maximum and sum per head; the output is computed again
-            return queries + keys + (queries + 2 * keys) + 2 * FP32 * heads * self.tokens + queries
-        copied = self.samples > 1 or self.exchange  # else the kernel's output is the projection's input as it is
-        return self._kernel() + (queries if copied else 0)
+
+        def in_layer(kind: str, size: SampleSize) -> int:
+            if kind == "dense" and not self.exchange:
+                if self.model.attention == "gist":
+                    return self._beside_gists(size)
+                # q, k, v (of one sample a view of the fused projection), the output, one log-sum per head; the joined output.
+                values = keys if self.samples > 1 else queries + 2 * keys
+                return queries + keys + values + FP32 * heads * self.tokens + queries * (1 if self._one_call else 2)
+            if not self.gpu:  # the same view of the projection, maximum and sum per head; the output is computed again
+                return queries + keys + (queries + 2 * keys) + 2 * FP32 * heads * self.tokens + queries
+            copied = self.samples > 1 or self.exchange  # else the kernel's output is the projection's input as it is
+            return self._kernel(size) + (queries if copied else 0)
+
+        return self._mean(in_layer)
+
+    def _mean(self, in_layer: Callable[[str, SampleSize], int]) -> int:
+        """Over the layers, of what those of a kind keep."""
+        return round(sum(part * in_layer(kind, size) for part, kind, size in self.sample.by_kind(self.model.attention)))
+
+    def _beside_gists(self, size: SampleSize) -> int:
+        """Of a dense layer in which raw tokens go through flash attention and gists attend apart: queries, keys and values with
+        the gists first; what these keep; of raw tokens (copies, of several samples) outputs and one log-sum per head; all
+        outputs; and what lies where.
+        """
+        raw, element, heads = self.samples * size.raw // self.context, self.element, self.model.heads // self.tensor
+        queries, keys = element * self._query_width, element * self._key_width
+        flash = (queries + FP32 * heads) * raw + 2 * INT64 * self.tokens
+        copies = (queries + 2 * keys + INT64) * raw if self.samples > 1 else 0
+        if self.gpu:
+            return self._kernel(size) + 2 * keys * self.tokens + flash + copies + queries * self.tokens
+        apart = (queries + 2 * keys + 2 * FP32 * heads) * self.tokens
+        return apart + flash + copies + queries * self.tokens
 
     @property
     def _one_call(self) -> bool:
         """Whether dense attention is one call for all documents, whose outputs need no joining."""
         return self.gpu and self.element < FP32
 
-    def _kernel(self) -> int:
+    def _kernel(self, size: SampleSize) -> int:
         """The GPU's: queries and output, keys and values in level-sorted order, and statistics."""
-        near, rows = self.samples * self.sample.near, self.samples * self.sample.key_rows
+        near, rows = self.samples * size.near, self.samples * size.key_rows
         statistics = (2 if self.element == FP32 else 1) * FP32 * (self.model.heads // self.tensor) * near
         return self.element * (2 * self._query_width * near + 2 * self._key_width * rows) + statistics
 

@@ -114,8 +114,8 @@ class Planner:
     def _sample(self, config: RunConfig) -> SampleSize:
         parallel = config.parallel
         key = (
-            config.model.attention, config.gist, config.data.raw_tokens, parallel.context, parallel.context_method,
-            parallel.tensor if parallel.sequence else 1,
+            config.model.attention, config.model.layer_attention, config.model.layers, config.gist, config.data.raw_tokens,
+            parallel.context, parallel.context_method, parallel.tensor if parallel.sequence else 1,
         )  # fmt: skip
         if key not in self._samples:
             self._samples[key] = measure_sample(config)
@@ -165,6 +165,6 @@ class Planner:
         try:
             if config.parallel.context > 1:
                 config = with_setting(config, "parallel", context_method="ulysses")
-            return self.plan(with_setting(config, "model", attention="dense"))
+            return self.plan(with_setting(config, "model", attention="dense", layer_attention=()))
         except (ValueError, UserError):
             return None

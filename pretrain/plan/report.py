@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from unfold.model.kinds import describe_kinds
 from unfold.pretrain.config import RunStage
 from unfold.pretrain.plan.hardware import GIB
 from unfold.pretrain.plan.make import Plan
@@ -51,6 +52,8 @@ def report(name: str, plan: Plan, dense: Plan | None, usable: float, steps: int)
     )
     if plan.costliest:
         yield f"gist.choices: counted as if every sample drew the costliest, chunk_sizes {list(plan.costliest)}"
+    if plan.config.model.layer_attention:
+        yield f"layers: {describe_kinds(plan.config.model.layer_kinds)}; what is said of a layer below is the mean over them"
     yield ""
     yield from rank_table(division, cluster)
     yield ""

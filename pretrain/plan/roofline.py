@@ -105,10 +105,14 @@ def product_flops(config: RunConfig, kept: Activations, layers: int) -> tuple[in
 def _attention(config: RunConfig, kept: Activations, layers: int, longer: float) -> Twice:
     """longer: micro-batches, times what this GPU takes longer than the one that was measured."""
     sample, width = kept.sample, config.model.heads // kept.tensor * config.model.head_dim
-    dense = config.model.attention == "dense"
-    forward, backward = (DENSE_FORWARD, DENSE_BACKWARD) if dense else (GIST_FORWARD, GIST_BACKWARD)
-    each, pairs = layers * kept.samples * longer, sample.keys * sample.imbalance / kept.context
-    there, back = (each * r.seconds(sample.near, pairs, width, n) for r, n in ((forward, 4), (backward, 8)))
+    there = back = 0.0
+    for part, kind, size in sample.by_kind(config.model.attention):
+        # Where keys are exchanged a dense layer attends over ranges, as the others do.
+        flash = kind == "dense" and not kept.exchange
+        forward, backward = (DENSE_FORWARD, DENSE_BACKWARD) if flash else (GIST_FORWARD, GIST_BACKWARD)
+        each, pairs = part * layers * kept.samples * longer, size.keys * size.imbalance / kept.context
+        there += each * forward.seconds(size.near, pairs, width, 4)
+        back += each * backward.seconds(size.near, pairs, width, 8)
     again = there if config.train.activation_checkpointing == "full" else 0.0
     return Twice(there + back + again, again)
 

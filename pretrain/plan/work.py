@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections import Counter
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -63,6 +65,8 @@ class SampleSize:
         key_rows: keys in level-sorted order, sink copies included, of that sequence.
         segments: ranges per query.
         imbalance: most (query, key) pairs of a rank that shares the sequence over the mean of them all.
+        layers: the same by kind of layer, with the part of the layers that are of it; then the numbers above are means over
+            layers, and where that says nothing the largest. Empty where all layers are of the model's one kind.
     """
 
     raw: int
@@ -74,37 +78,61 @@ class SampleSize:
     key_rows: int
     segments: int
     imbalance: float = 1.0
+    layers: tuple[tuple[float, str, SampleSize], ...] = ()
+
+    def by_kind(self, attention: str) -> tuple[tuple[float, str, SampleSize], ...]:
+        """(part of the layers, kind, size); attention: the model's, of all layers where they are of one kind."""
+        return self.layers or ((1.0, attention, self),)
 
 
 def measure_sample(config: RunConfig, attention: str | None = None) -> SampleSize:
     """Lay out one sample of the configured length and count. attention: another than the configuration's."""
     parallel, raw = config.parallel, config.data.raw_tokens
-    dense = (attention or config.model.attention) == "dense"
-    gist = GistConfig((raw,)) if dense else config.gist
+    folded = (attention or config.model.attention) == "gist"
+    gist = config.gist if folded else GistConfig((raw,))
     multiple = parallel.length_multiple
-    longest = raw if dense else max_interleaved_length(raw, gist.chunk_sizes)
+    longest = max_interleaved_length(raw, gist.chunk_sizes) if folded else raw
     length = -(-longest // multiple) * multiple
-    if dense:
+    if attention == "dense" or set(config.model.layer_kinds) == {"dense"}:
         return SampleSize(raw, raw, length, raw * (raw + 1) // 2, length // parallel.context, 0, length, 2)
-    layout, tokens = _lay_out(raw, length, gist)
-    keys = _visible_keys(layout, tokens)
-    held = length // parallel.context
-    if parallel.context == 1 or parallel.context_method == "ulysses":
-        rows = layout.intervals.rows.shape[1] // parallel.context
-        return SampleSize(raw, tokens, length, keys, held, 0, rows, gist.levels + 2)
-    division = Division.even([layout.intervals], parallel.context)
+    layout, tokens = _lay_out(raw, length, gist, folded)
+    layers = config.model.layer_kinds
+    counts = Counter(layers)
+    division = None
+    if parallel.context > 1 and parallel.context_method == "gists":
+        pattern = config.model.layer_attention or layers[:1]
+        division = Division.even([layout.in_layer(kind).intervals for kind in pattern], parallel.context)
+    sizes = {kind: _size_in(layout.in_layer(kind), tokens, raw, division, parallel.context) for kind in counts}
+    if division is not None:
+        pairs = [count * np.array(visible_pairs(layout.in_layer(kind).intervals, division)) for kind, count in counts.items()]
+        uneven = imbalance(sum(pairs).tolist())
+        sizes = {kind: dataclasses.replace(size, imbalance=uneven) for kind, size in sizes.items()}
+    if len(sizes) == 1:
+        return next(iter(sizes.values()))
+    of_layers = tuple((count / len(layers), kind, sizes[kind]) for kind, count in counts.items())
+    mean = lambda name: sum(part * getattr(size, name) for part, _, size in of_layers)
+    largest = max(sizes.values(), key=lambda size: size.near)
+    return dataclasses.replace(largest, keys=round(mean("keys")), sent=round(mean("sent")), layers=of_layers)
+
+
+def _size_in(layout: Layout, tokens: int, raw: int, division: Division | None, context: int) -> SampleSize:
+    """Of layers of one kind. layout: theirs; division: over ranks that exchange keys."""
+    length, segments, keys = layout.intervals.tokens, layout.intervals.segments, _visible_keys(layout, tokens)
+    if division is None:
+        return SampleSize(raw, tokens, length, keys, length // context, 0, layout.intervals.rows.shape[1] // context, segments)
     plan = make_plan(layout, division, 0)  # the first rank takes the slice that sees most
     near, sent = plan.layout.intervals, plan.exports.exported.shape[1]
-    uneven = imbalance(visible_pairs(layout.intervals, division))
-    return SampleSize(raw, tokens, length, keys, near.tokens, sent, near.rows.shape[1], gist.levels + 2, uneven)
+    return SampleSize(raw, tokens, length, keys, near.tokens, sent, near.rows.shape[1], segments)
 
 
-def _lay_out(raw: int, length: int, gist: GistConfig) -> tuple[Layout, int]:
-    """The layout of one document of ``raw`` tokens, padded to ``length``, and its interleaved length."""
-    made = interleave(np.zeros(raw, np.int64), [raw], np.ones(1, bool), gist, range(1, gist.levels + 1))
-    tokens = len(made.ids)
+def _lay_out(raw: int, length: int, gist: GistConfig, folded: bool) -> tuple[Layout, int]:
+    """The layout of one document of ``raw`` tokens, padded to ``length``, and its interleaved length; folded: with gists."""
+    level, doc, tokens = np.full(raw, -1), np.zeros(raw, np.int64), raw
+    if folded:
+        made = interleave(np.zeros(raw, np.int64), [raw], np.ones(1, bool), gist, range(1, gist.levels + 1))
+        level, doc, tokens = made.level, made.doc, len(made.ids)
     pad = lambda x: torch.from_numpy(np.pad(x, (0, length - tokens), constant_values=-1))[None]
-    return build_layout(pad(made.level), pad(made.doc), gist), tokens
+    return build_layout(pad(level), pad(doc), gist if folded else None), tokens
 
 
 def _visible_keys(layout: Layout, tokens: int) -> int:

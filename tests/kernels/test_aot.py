@@ -7,8 +7,8 @@ import pytest
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-from tests.benchmarks import compiled as aot
-from tests.benchmarks.compiled_recall import recall_programs
+from tests.benchmarks.compiled import tables as aot
+from tests.benchmarks.compiled.recall import recall_programs
 from unfold.kernels.common.launch import HEAD_DIMS
 from unfold.kernels.common.tiles import Tile
 from unfold.kernels.compressed.tiles import TABLE, choose_tiles

@@ -7,8 +7,8 @@ import pytest
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-from tests.benchmarks.compiled import compile_recall_program
-from tests.benchmarks.compiled_loops import disassembled, loops
+from tests.benchmarks.compiled.loops import disassembled, loops
+from tests.benchmarks.compiled.tables import compile_recall_program
 
 NESTED = """
         /*0000*/                   MOV R1, R2 ;

@@ -118,6 +118,20 @@ def test_activations_are_those_that_autograd_saves(build, shape, precision, atte
     assert expected - unseen == pytest.approx(saved_bytes(model, micro_batch(config, BATCH)), rel=TOLERANCE)
 
 
+@pytest.mark.parametrize("samples", [1, BATCH])
+@pytest.mark.parametrize("checkpointing", ["none", "selective"])
+@pytest.mark.parametrize("kinds", [("gist", "dense"), ("gist", "window:20")], ids=str)
+def test_activations_of_layers_of_several_kinds(build, kinds, checkpointing, samples):
+    model = replace(SHAPES["wide heads"], layer_attention=kinds)
+    config = configuration(model, micro_batch=samples, activation_checkpointing=checkpointing)
+    model = Transformer(model, replace(build, recompute=Recompute(checkpointing)))
+    kept = Activations.of(config, measure_sample(config), gpu=False)
+    per_layer = kept.layer() if checkpointing == "none" else kept.selective()
+    expected = model.config.layers * per_layer + kept.shared() + kept.norm() + kept.loss()
+    unseen = 4 * model.config.head_dim * kept.tokens if checkpointing != "none" else 0
+    assert expected - unseen == pytest.approx(saved_bytes(model, micro_batch(config, samples)), rel=TOLERANCE)
+
+
 @pytest.mark.parametrize("tiles", [4, 16])
 @pytest.mark.parametrize("dtype,precision", [(torch.float32, "fp32"), (torch.bfloat16, "bf16")])
 def test_a_tile_needs_what_the_plan_says(build, dtype, precision, tiles):
@@ -183,6 +197,26 @@ def test_visible_keys_are_counted_exactly(chunk_sizes):
     assert sample.keys == int(layout.intervals.dense_mask().sum()) and sample.tokens == layout.level.shape[1]
     dense = measure_sample(replace(config, model=replace(config.model, attention="dense")))
     assert dense.keys == 150 * 151 // 2 and dense.tokens == 150
+
+
+@pytest.mark.parametrize("method", ["gists", "ulysses"])
+def test_layers_of_several_kinds_are_counted_by_their_kind(method):
+    """Pairs are the mean over layers; a dense layer sends all raw tokens that others see, a window what reaches over borders."""
+    kinds = ("gist", "dense", "window:20", "gist")
+    alone = configuration(replace(SHAPES["many layers"], layer_attention=kinds), raw=1024)
+    parallel = replace(alone.parallel, context=2, context_method=method)
+    config = replace(alone, parallel=parallel)
+    layout = micro_batch(alone, 1).layout
+    sample = measure_sample(config)
+    pairs = [int(layout.in_layer(kind).intervals.dense_mask().sum()) for kind in kinds]
+    assert measure_sample(alone).keys == pytest.approx(sum(pairs) / 4, abs=1)
+    assert sample.keys == pytest.approx(sum(pairs) / 4, abs=1)
+    sent = {kind: size.sent for _, kind, size in sample.layers}
+    if method == "ulysses":
+        assert set(sent.values()) == {0}
+    else:
+        assert sent["dense"] > 3 * sent["gist"] and sent["window:20"] <= 4 * (20 + 3)
+        assert sample.sent == pytest.approx((2 * sent["gist"] + sent["dense"] + sent["window:20"]) / 4, abs=1)
 
 
 def test_flops_of_attention_are_those_of_dense_attention_when_everything_is_seen():

@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +27,8 @@ from unfold.kernels.decode import decode_attention
 from unfold.kernels.route import Routed, routing_loss
 from unfold.kernels.select import select_gists
 from unfold.kernels.unfold import recall_attention, unfold_attention
+from unfold.model.gist import GistConfig, build_layout, interleave
+from unfold.model.raw_attention import raw_attention
 
 CHUNKS = (8, 4)
 
@@ -87,7 +90,36 @@ def route(args: SimpleNamespace) -> tuple[str | None, list[Tensor]]:
     return f"off by {', '.join(wrong)}" if wrong else None, list(found["triton", args.dtype])
 
 
-OPERATIONS: dict[str, Callable] = {"compressed": compressed, "recall": recall, "route": route, "decode": decode}
+def kinds(args: SimpleNamespace) -> tuple[str | None, list[Tensor]]:
+    """Dense and window layers of two documents, with gists and without, forward and backward, against ranges of keys in fp64."""
+    lengths, wrong, results = [args.raw // 4, args.raw - args.raw // 4], [], []
+    made = interleave(np.zeros(args.raw, np.int64), lengths, np.ones(1, bool), GistConfig(CHUNKS), range(1, 1 + len(CHUNKS)))
+    raw = made.level < 0
+    for level, doc, gist in ((made.level, made.doc, GistConfig(CHUNKS)), (made.level[raw], made.doc[raw], None)):
+        whole = build_layout(torch.from_numpy(level)[None], torch.from_numpy(doc)[None], gist)
+        layout = whole.to(args.device)
+        heads = (args.heads, args.kv_heads, args.kv_heads, args.heads)
+        *leaves, d_out = bench_recall.random_leaves(args, *((1, len(level), h, args.dim) for h in heads))
+        for kind in ("dense", "window:100"):
+            intervals = whole.in_layer(kind).intervals
+            by_ranges = lambda *x: compressed_attention(*x, intervals, backend="cpu")  # noqa: B023
+            got = _with_gradients(lambda *x: raw_attention(*x, layout, kind), leaves, d_out)  # noqa: B023
+            plain, want = (_with_gradients(by_ranges, [x.cpu().to(d) for x in leaves], d_out.cpu().to(d))
+                           for d in (args.dtype, torch.float64))  # fmt: skip
+            off = lambda x: [float((a.double().cpu() - b).abs().amax() / b.abs().amax()) for a, b in zip(x, want)]  # noqa: B023
+            bound = 2 * torch.finfo(args.dtype).eps
+            wrong += [f"{kind} {a:.1e} against {b:.1e}" for a, b in zip(off(got), off(plain)) if not a <= 2 * b + bound]
+            results += got
+    return f"off by {', '.join(wrong)}" if wrong else None, results
+
+
+def _with_gradients(attend: Callable, leaves: list[Tensor], d_out: Tensor) -> list[Tensor]:
+    leaves = [x.detach().requires_grad_() for x in leaves]
+    out = attend(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, d_out.detach())]
+
+
+OPERATIONS: dict[str, Callable] = {"compressed": compressed, "recall": recall, "route": route, "decode": decode, "kinds": kinds}
 
 
 def main() -> int:

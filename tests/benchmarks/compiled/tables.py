@@ -4,7 +4,7 @@
         [--only PROGRAM ..] [--check] [--workers N] [--output docs/benchmarks]
 
 Writes ``compressed_aot.json`` and ``recall_aot.json`` (one entry per architecture, kernel, head dimension and dtype; entries not
-compiled this time stay as they were) and the same as tables, ``.md``. Recall is selection, unfolding, routing and decoding.
+compiled this time stay as they were) and the same as pages, ``.md``. Recall is selection, unfolding, routing and decoding.
 ``--check`` writes nothing: it compares with what is committed and fails where something got worse. No driver is touched.
 """
 
@@ -27,7 +27,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from tests.benchmarks.compiled_recall import recall_programs
+from tests.benchmarks.compiled.recall import recall_programs
 from unfold.kernels.common.launch import HEAD_DIMS
 from unfold.kernels.common.tiles import Tile
 from unfold.kernels.compressed import backward, forward
@@ -44,7 +44,7 @@ SPILL_LIMIT = {"bf16": 600, "fp16": 600, "fp32": 1100}
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
 HEADS, KV_HEADS, SEGMENTS = 32, 8, 4  # two gist levels; the number of segments changes nothing but a short unrolled loop
 VERSION = f"triton {triton.__version__}"
-TABLE = Path(__file__).parent.parent.parent / "docs" / "benchmarks" / "compressed_aot"
+TABLE = Path(__file__).parents[3] / "docs" / "benchmarks" / "compressed_aot"
 RECALL_TABLE = TABLE.parent / "recall_aot"
 TITLES = {TABLE.name: "Compressed attention", RECALL_TABLE.name: "Selection, unfolding, routing, decoding"}
 _FP32 = {"p_shift", "p_factor", "p_mean", "p_copy_k", "p_copy_v", "p_part_k", "p_part_v"}
@@ -268,7 +268,3 @@ def _compile(job: tuple[str, str, str, int, str]) -> tuple[str, Report]:
 def compile_one(op: str, arch: str, name: str, dim: int, dtype: str) -> Compiled:
     """Compile a program of one of the tables."""
     return (compile_program if op == "compressed" else compile_recall_program)(arch, name, dim, dtype)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

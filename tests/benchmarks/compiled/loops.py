@@ -1,6 +1,6 @@
 """Machine instructions of the kernels' innermost loops, by kind, counted in compiled code without a GPU.
 
-    python -m tests.benchmarks.compiled_loops [--ops compressed recall] [--arch sm_90] [--dim 128] [--dtype bf16] [--output FILE]
+    python -m tests.benchmarks.compiled.loops [--ops compressed recall] [--arch sm_90] [--dim 128] [--dtype bf16] [--output FILE]
 
 Each program is compiled as for tests.benchmarks.compiled and disassembled. A loop is what lies between a backward branch and its
 target; innermost are those with no other loop in them. One turn of such a loop works on one tile, so that the figures are
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import triton
 
-from tests.benchmarks.compiled import ARCHITECTURES, DTYPES, HEADS, KV_HEADS, VERSION, compile_one, describe, names_of
+from tests.benchmarks.compiled.tables import ARCHITECTURES, DTYPES, HEADS, KV_HEADS, VERSION, compile_one, describe, names_of
 from unfold.kernels.common.launch import HEAD_DIMS
 
 # Kinds by the beginnings of the opcodes; what is of none computes addresses, masks and numbers.
@@ -114,7 +114,7 @@ def main() -> int:
     lines = [
         "# Instructions of the innermost loops",
         "",
-        f"Made by `python -m tests.benchmarks.compiled_loops` with {VERSION}, for {HEADS}/{KV_HEADS} heads, without a GPU: what",
+        f"Made by `python -m tests.benchmarks.compiled.loops` with {VERSION}, for {HEADS}/{KV_HEADS} heads, without a GPU: what",
         "each warp executes in one turn of an innermost loop, which works on one tile; loads of the next tiles are among it. Of",
         "kernels with two loops over keys the first visits full tiles, without a mask, the second the rest.",
         "",
