@@ -56,8 +56,11 @@ def _spread(outcomes: list[Outcome], field: str) -> str:
     return f"{mean(values):.2f} ({min(values):.2f} - {max(values):.2f})"
 
 
+LEVELS = {"flat": "one level", "hierarchical": "two levels"}
+
+
 def plot(path: Path, outcomes: list[Outcome], plan: Plan) -> None:
-    """Accuracy over the compression ratio: one panel each for one and two hops, flat and hierarchical gists."""
+    """Accuracy over the compression ratio: one panel each for one and two hops, one and two levels of gists."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -73,7 +76,7 @@ def plot(path: Path, outcomes: list[Outcome], plan: Plan) -> None:
             _dense_line(axis, [o for o in outcomes if o.arm == DENSE], field, ratios)
             for arm in list(COLOURS)[1:]:
                 _arm_line(axis, [o for o in outcomes if o.arm == arm and _kind(o) == kind], field, arm)
-            axis.set_title(f"{hops}, {kind} gists", fontsize=10)
+            axis.set_title(f"{hops}, {LEVELS[kind]} of gists", fontsize=10)
             axis.set_xscale("log", base=2)
             axis.set_xticks(ratios, [f"{r}x" for r in ratios])
             axis.set_ylim(-0.03, 1.03)
