@@ -194,9 +194,13 @@ def see_parts(
         lo[:, segment] = torch.where(reads, first, lo[:, segment])
         hi[:, segment] = torch.where(reads, last, hi[:, segment])
 
+    # Below the top level a suffix sees nothing. That is the level of the bundle's highest gists: where samples of several chunk
+    # sizes share a micro-batch, theirs may be lower than others'.
+    below = torch.zeros_like(link)
     for s in range(lo.shape[1] - 2):
         rows = units.before[:, s] + start[:, s, None]
         last = rows.gather(1, upto)
         first = rows.gather(1, begin)
-        see(s, first if s == 0 else torch.where(link, first, last), last)  # below the top level a suffix sees nothing
+        see(s, torch.where(below & ~link, last, first), last)
+        below |= first < last
     see(-1, copies.gather(1, begin).int(), copies.gather(1, upto).int())

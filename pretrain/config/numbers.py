@@ -39,7 +39,7 @@ def setting_errors(tree: dict, kind: type, prefix: str = "") -> list[str]:
         wanted = _types(hint)
         if not wanted & {int, float}:
             continue
-        for number in value if isinstance(value, list | tuple) else [value]:
+        for number in _flat(value):
             if problem := _problem(number, key, bool in wanted):
                 errors.append(f"{key}: {problem}")
     return errors
@@ -54,10 +54,9 @@ def whole_weights(weights: Sequence[tuple[int, float]]) -> list[int]:
     scale = math.lcm(*(part.denominator for part in parts))
     times = [int(part * scale) for part in parts]
     used = times[1:] if weights[0][0] == 0 else times
-    times = [n // math.gcd(*used) for n in times]
-    if max(used) // math.gcd(*used) > MOST_REPEATS or min(used) < 1:
+    if min(used) < 1 or max(used) // math.gcd(*used) > MOST_REPEATS:
         raise ValueError(f"are no whole numbers up to {MOST_REPEATS} in proportion; take such as 1.5, 2 or 4")
-    return times
+    return [n // math.gcd(*used) for n in times]
 
 
 def section_of(hint: object) -> type | None:
@@ -70,6 +69,11 @@ def listed(hint: object) -> object:
     """What a list of any length is of; None where the hint is another."""
     arguments = typing.get_args(hint)
     return arguments[0] if typing.get_origin(hint) is tuple and arguments[-1] is Ellipsis else None
+
+
+def _flat(value: object) -> list:
+    """What stands in a value, in lists of lists too."""
+    return [x for part in value for x in _flat(part)] if isinstance(value, list | tuple) else [value]
 
 
 def _problem(value: object, key: str, may_be_bool: bool) -> str:

@@ -371,8 +371,8 @@ def _accumulation(stage: RunStage, data_size: int, several: bool) -> int:
     if train.global_batch % samples_at_once:
         next_fit = -(-train.global_batch // samples_at_once) * samples_at_once
         raise UserError(
-            f"{f'stage {stage.title}: ' if several else ''}train.global_batch: {train.global_batch} is not a multiple of "
-            f"train.micro_batch x data-parallel ranks = {train.micro_batch} x {data_size}; set it to {next_fit}"
+            f"{f'stage {stage.title}: ' if several else ''}{stage.place('train.global_batch')}: {train.global_batch} is not a "
+            f"multiple of train.micro_batch x data-parallel ranks = {train.micro_batch} x {data_size}; set it to {next_fit}"
         )
     return train.global_batch // samples_at_once
 

@@ -67,9 +67,13 @@ class StageConfig(Settings):
             return [f"weights: {list(self.weights)} add up to nothing; give an entry of data.train a weight above 0"]
         return []
 
+    def own(self) -> dict[str, Any]:
+        """What it sets."""
+        return {f.name: value for f in dataclasses.fields(self) if (value := getattr(self, f.name)) is not None}
+
     def over(self, config: Run) -> Run:
         """The run's settings in this stage, without stages. Raises SettingsError where they do not go together."""
-        own = {f.name: value for f in dataclasses.fields(self) if (value := getattr(self, f.name)) is not None}
+        own = self.own()
         sections: dict[str, dict] = {"train": {"stages": ()}}
         if own.keys() & set(BUDGETS):
             sections["gist"] = dict.fromkeys(BUDGETS)
@@ -92,6 +96,7 @@ class RunStage:
         config: what holds in it; without stages of its own.
         warmup: its first steps in which the learning rate rises.
         weights: of the entries of data.train; None: those that stand there.
+        own: names of the settings that it sets itself.
     """
 
     number: int
@@ -103,6 +108,7 @@ class RunStage:
     config: Run
     warmup: int = 0
     weights: tuple[float, ...] | None = None
+    own: tuple[str, ...] = ()
 
     @property
     def steps(self) -> int:
@@ -112,6 +118,11 @@ class RunStage:
     def title(self) -> str:
         """For people: ``2 (long)``."""
         return f"{self.number} ({self.name})" if self.name else f"{self.number}"
+
+    def place(self, setting: str) -> str:
+        """Where a setting, such as ``train.micro_batch``, stands for this stage."""
+        section, _, name = setting.partition(".")
+        return f"train.stages.{self.number - 1}.{name}" if name in self.own and SECTIONS.get(name) == section else setting
 
     def samples_after(self, step: int) -> int:
         """Samples trained on after one of its steps, or after the last step before it."""
@@ -142,7 +153,8 @@ def run_stages(config: Run) -> Iterator[RunStage]:
     for number, stage in enumerate((*train.stages, rest), 1):
         if first > stage.until:
             return  # the last one ends with the run
-        made = RunStage(number, stage.name, first, stage.until, samples, tokens, stage.over(config), stage.warmup, stage.weights)
+        there, own = stage.over(config), tuple(stage.own())
+        made = RunStage(number, stage.name, first, stage.until, samples, tokens, there, stage.warmup, stage.weights, own)
         yield made
         first, samples, tokens = stage.until + 1, made.samples_after(stage.until), made.raw_tokens_after(stage.until)
 

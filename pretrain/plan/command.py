@@ -48,7 +48,7 @@ def plan_command(args: argparse.Namespace) -> Iterator[str]:
     Division.of(config, cluster.gpus)  # names the stage whose batch cannot be divided
     plans = [planner.plan(stage.config) for stage in config.stages]
     for stage, plan in zip(config.stages, plans):
-        planner.check_fits(plan, f"stage {stage.title}: " if len(plans) > 1 else "")
+        planner.check_fits(plan, f"stage {stage.title}: " if len(plans) > 1 else "", stage.place)
     stage, plan = max(zip(config.stages, plans), key=lambda both: both[1].fullest.total)
     if len(plans) > 1:
         yield from stage_table(config.stages, plans, stage)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -121,13 +122,14 @@ class Planner:
             self._samples[key] = measure_sample(config)
         return self._samples[key]
 
-    def check_fits(self, plan: Plan, what: str = "") -> None:
+    def check_fits(self, plan: Plan, what: str = "", place: Callable[[str], str] = str) -> None:
         """Raises UserError, with settings that would do, where a pipeline stage needs more than a GPU has, or offloading than a
-        node. what: stands before the message."""
+        node. what: stands before the message. place: of a setting, where it is to be set."""
         if plan.fullest.total <= self.usable:
             return self._check_host(plan, what)
         changes = suggest(plan.config, self.cluster.gpus_per_node, self.usable, self._peak)
-        would_do = f"set {' '.join(changes)}" if changes else "take more GPUs, or a smaller data.raw_tokens"
+        changes = [place(name) + sign + value for name, sign, value in (change.partition("=") for change in changes)]
+        would_do = f"set {' '.join(changes)}" if changes else f"take more GPUs, or a smaller {place('data.raw_tokens')}"
         parts = {part.name: getattr(plan.fullest, part.name) for part in fields(Memory) if part.name != "host"}
         largest = max(parts, key=parts.get)
         raise UserError(

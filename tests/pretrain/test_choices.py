@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.supervised import add_links, make_linked_shard
 from unfold.model.config import ChoiceConfig, GistConfig, ModelConfig
 from unfold.model.transformer import build_model
 from unfold.model.visibility import IGNORED, AddedLosses
@@ -72,8 +73,20 @@ def test_a_sample_is_that_of_a_run_with_its_sizes_alone(tiny):
 )
 def test_samples_of_one_micro_batch_compute_what_they_do_alone(tiny, how):
     """Losses and their gradient in fp64, by the sample's own levels and budget."""
-    gist = GistConfig((8,), choices=CHOICES, **how)
-    data = builder(tiny, gist)
+    samples_compute_what_they_do_alone(builder(tiny, gist := GistConfig((8,), choices=CHOICES, **how)), gist)
+
+
+@pytest.mark.parametrize("how", [{"recall": "suffix"}, {**RECALL, "recall": "suffix", "unfold_share": 0.5}], ids=str)
+def test_linked_samples_of_one_micro_batch_do_too(tiny, tmp_path, how):
+    """A suffix sees its parts' highest gists, whatever level other samples have."""
+    make_linked_shard(add_links(tiny, tmp_path / "tokenizer"), tmp_path / "s")
+    tokenizer, gist = load_tokenizer(tmp_path / "tokenizer", 3), GistConfig((8,), choices=CHOICES, links=2, **how)
+    source = TokenSource([str(tmp_path / "s")], 256, SEED, tokenizer, "data.train")
+    samples_compute_what_they_do_alone(BatchBuilder(source, gist, tokenizer, seed=SEED), gist)
+
+
+def samples_compute_what_they_do_alone(data, gist):
+    """One sample of each choice, in one micro-batch and each in its own."""
     numbers = [next(n for n in range(99) if drawn(gist, SEED, n).chunk_sizes == c.chunk_sizes) for c in CHOICES]
     config = ModelConfig(
         len(data.tokenizer.word_starts), hidden_size=16, layers=2, heads=4, kv_heads=2, ffn_size=24, init_std=0.3

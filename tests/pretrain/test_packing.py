@@ -123,6 +123,9 @@ def test_weights_become_whole_numbers(weights, times):
         ([[8, 0]], "are not weights above 0 by rising tokens"),
         ([[9, 2], [8, 3]], "are not weights above 0 by rising tokens"),
         ([[9]], "data.length_weights.0"),
+        ([[9, float("inf")]], "data.length_weights: inf is not a finite number"),
+        ([[9, True]], "data.length_weights: true is no number"),
+        ([[0, 0.001]], r"data.length_weights: \[0.001\] are no whole numbers up to 64 in proportion"),
     ],
 )
 def test_weights_that_cannot_be(weights, said):

@@ -362,7 +362,12 @@ def test_every_stage_is_planned_and_the_largest_shown(capsys):
         (
             "[{until: 5, name: a, global_batch: 12, micro_batch: 1}]",
             "H100",
-            "error: stage 1 (a): train.global_batch: 12 is not",
+            "error: stage 1 (a): train.stages.0.global_batch: 12 is not",
+        ),
+        (  # what it sets itself is to be changed there
+            "[{until: 5, global_batch: 512, micro_batch: 64}]",
+            "A100-40GB",
+            "set train.stages.0.micro_batch=",
         ),
     ],
 )
