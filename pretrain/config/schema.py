@@ -68,7 +68,11 @@ class DataConfig(Settings):
         if not all(self.valid):
             errors.append("valid: holds an empty shard prefix; leave it out for no validation")
         edges = [edge for edge, _ in self.length_weights]
-        if edges != sorted(set(edges)) or any(edge < 0 for edge in edges) or any(not w > 0 for _, w in self.length_weights):
+        if (
+            edges != sorted(set(edges))
+            or any(edge < 0 for edge in edges)
+            or any(not 0 < w < float("inf") for _, w in self.length_weights)
+        ):
             errors.append(f"length_weights: {[list(p) for p in self.length_weights]} are not weights above 0 by rising tokens")
         elif self.length_weights:
             try:
