@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 WINDOW = "window:"
+LONGEST = 1 << 31  # places of tokens are int32
 
 # One kind for all layers, or several that are repeated over them.
 Kinds = str | Sequence[str]
@@ -39,11 +40,11 @@ def objection(kind: str) -> str:
     if kind in ("gist", "dense"):
         return ""
     size = kind.removeprefix(WINDOW) if kind.startswith(WINDOW) else ""
-    if size.isascii() and size.isdigit() and int(size) > 0:
+    if size.isascii() and size.isdigit() and len(size) < 11 and 0 < int(size) < LONGEST:
         return ""
-    return f"{kind!r} is not one of gist, dense, window:N (N raw tokens, at least 1)"
+    return f"{kind!r} is not one of gist, dense, window:N (N raw tokens, at least 1, below {LONGEST})"
 
 
 def dense_kinds(kinds: Kinds) -> tuple[str, ...]:
-    """The same layers where gist layers are dense: what they are for a text without gists, and to a teacher."""
+    """The same layers where gist layers are dense, what they are to a teacher; windows stay."""
     return tuple("dense" if kind == "gist" else kind for kind in ([kinds] if isinstance(kinds, str) else kinds))

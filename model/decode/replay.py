@@ -84,8 +84,11 @@ class Replays:
             here.wait_stream(self.stream)
             graph = torch.cuda.CUDAGraph()
             # Other threads may use the GPU meanwhile: what they do does not spoil the capture.
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-                step()
+            try:
+                with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                    step()
+            finally:  # a capture that fails as it ends leaves its own stream current
+                torch.cuda.set_stream(here)
         return graph
 
 

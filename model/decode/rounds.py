@@ -233,5 +233,5 @@ class FrameRounds(Rounds):
         chosen.copy_(frame.chosen, non_blocking=True)
         done = torch.cuda.Event()
         logits = frame.logits.clone()
-        done.record()
+        done.record(torch.cuda.current_stream(frame.device))  # the current device may be another
         return Flight(reading, logits, chosen, done)

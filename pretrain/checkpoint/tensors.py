@@ -162,9 +162,9 @@ class TensorDirectory:
             for file, tensors in named.items():
                 for name, (code, offsets, shape) in tensors.items():
                     self._places.setdefault(name, []).append(_Place(file, _DTYPE_OF[code], tuple(offsets), tuple(shape)))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            self.shapes = {name: self._whole_shape(name) for name in self._places}
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(f"{index}: is damaged ({error})") from None
-        self.shapes = {name: self._whole_shape(name) for name in self._places}
 
     def _open(self, name: str):
         """A file, opened once. Raises UserError when it cannot be."""

@@ -134,3 +134,10 @@ def by_masks(decoder: Decoder, rows: bundles.Rows) -> torch.Tensor:
 def test_one_pattern_is_repeated():
     assert [kind_of(("gist", "gist", "dense"), i) for i in range(5)] == ["gist", "gist", "dense", "gist", "gist"]
     assert ModelConfig(layers=5, layer_attention=("dense", "gist")).layer_kinds == ["dense", "gist", "dense", "gist", "dense"]
+
+
+@pytest.mark.parametrize("size", ["", "0", "-1", " 5", "5.0", "١", str(1 << 31), "9" * 5000])
+def test_no_window_that_places_cannot_hold(size):
+    with pytest.raises(ValueError, match="layer_attention: 'window:.*' is not one of gist, dense, window:N"):
+        ModelConfig(layer_attention=("gist", f"window:{size}"))
+    assert ModelConfig(layer_attention=("gist", f"window:{(1 << 31) - 1}")).layer_attention

@@ -1,5 +1,8 @@
 """Replaying steps from graphs, as far as a CPU can tell: fake graphs, right and wrong ones, in place of CUDA's."""
 
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -152,3 +155,23 @@ def test_where_a_graph_cannot_be_captured_one_line_says_so(build, caplog):
     assert [x[:2] for x in got] == [x[:2] for x in want] and not replays.capture
     (message,) = caplog.messages
     assert "without CUDA graphs" in message and "not permitted" in message and "\n" not in message
+
+
+def test_a_capture_that_fails_leaves_the_caller_its_stream(monkeypatch):
+    """PyTorch's context leaves the capture's stream current where the capture is found invalid as it ends."""
+
+    @contextmanager
+    def graph(*_, **__):
+        yield
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+    here, own = (SimpleNamespace(wait_stream=lambda _: None) for _ in range(2))
+    became = []
+    fakes = dict(device=nullcontext, stream=nullcontext, current_stream=lambda: here, CUDAGraph=object, graph=graph)
+    for name, fake in (fakes | dict(set_stream=became.append)).items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    replays = replay.Replays(torch.device("cpu"))
+    replays.stream = own
+    with pytest.raises(RuntimeError, match="during capture"):
+        replays._captured(lambda: None)
+    assert became == [here]

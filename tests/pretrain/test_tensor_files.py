@@ -140,6 +140,8 @@ def test_an_index_that_is_wrong_is_named(written):
     write_index(directory, entries)
     with pytest.raises(UserError, match=f"shard-1-0.safetensors: does not hold what {INDEX} says of other"):
         TensorDirectory(directory).read("other")
-    (directory / INDEX).write_text("{")
-    with pytest.raises(UserError, match=f"{INDEX}: is damaged"):
-        TensorDirectory(directory)
+    entries["shard-1-0.safetensors"]["other"] = ["F32", [0], [3, 3]]
+    for text in ("{", json.dumps(entries)):
+        (directory / INDEX).write_text(text)
+        with pytest.raises(UserError, match=f"{INDEX}: is damaged"):
+            TensorDirectory(directory)

@@ -109,7 +109,8 @@ def kinds(args: SimpleNamespace) -> tuple[str | None, list[Tensor]]:
             off = lambda x: [float((a.double().cpu() - b).abs().amax() / b.abs().amax()) for a, b in zip(x, want)]  # noqa: B023
             bound = 2 * torch.finfo(args.dtype).eps
             wrong += [f"{kind} {a:.1e} against {b:.1e}" for a, b in zip(off(got), off(plain)) if not a <= 2 * b + bound]
-            results += got
+            # In 16 bits gradients come from PyTorch's flash attention, which adds them in any order.
+            results += got if args.dtype == torch.float32 else got[:1]
     return f"off by {', '.join(wrong)}" if wrong else None, results
 
 
