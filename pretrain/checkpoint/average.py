@@ -44,7 +44,8 @@ def average(run_dir: Path, last: int | None, steps: Sequence[int] | None, output
         A line on what was written.
 
     Raises:
-        UserError: the output exists, a checkpoint is missing or damaged, or the run kept no average.
+        UserError: the output exists, a checkpoint is missing, damaged or of a stage with other rotary settings, or the run kept no
+            average.
     """
     if output.exists():
         raise UserError(f"--output {output}: exists; name a new directory")
@@ -58,6 +59,11 @@ def average(run_dir: Path, last: int | None, steps: Sequence[int] | None, output
         sources, what = [tensors], f"the exponential average after step {newest.manifest.step}"
     else:
         runs = [find_run(run_dir, step) for step in sorted(set(steps))] if steps else _newest(run_dir, last)
+        if other := [run.manifest.step for run in runs if run.config.model != newest.config.model]:
+            raise UserError(
+                f"steps {', '.join(map(str, other))}: were trained with other rotary settings (train.stages) than step "
+                f"{newest.manifest.step}; average checkpoints of one stage"
+            )
         sources = [weights_of(run.directory, run.config) for run in runs]
         what = f"the mean of steps {', '.join(str(run.manifest.step) for run in runs)}"
     with new_directory(output) as partial:

@@ -144,10 +144,11 @@ def _training_table(config: RunConfig, manifest) -> list[str]:
     samples = f" of {train.global_batch} samples of {config.data.raw_tokens:,}"
     if manifest.stage:  # they were of several sizes
         samples = f", {manifest.samples:,} samples, in stage {manifest.stage['number']} of {config.data.raw_tokens:,}"
+    own = " where a stage set none of its own" if manifest.stage else ""
     rows = {
         "Raw tokens": f"{manifest.raw_tokens:,} in {manifest.step:,} steps{samples}",
         "Precision": f"{config.precision}, fp32 master weights",
-        "Optimizer": f"AdamW, learning rate {config.optimizer.lr:g} ({rate.kind}, warm-up {rate.warmup:g}), betas "
+        "Optimizer": f"AdamW, learning rate {config.optimizer.lr:g}{own} ({rate.kind}, warm-up {rate.warmup:g}), betas "
         f"{config.optimizer.beta1:g} and {config.optimizer.beta2:g}, weight decay {config.optimizer.weight_decay:g}, gradients "
         f"clipped at {train.clip:g}",
         "Longest sequence": f"{config.model.max_position:,} raw tokens",

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests.integration.runs import series
 from tests.training import train_ranks
+from unfold.model.config import ModelConfig
+from unfold.pretrain.checkpoint import average as average_module
 from unfold.pretrain.checkpoint.load import load_run
 from unfold.pretrain.checkpoint.tensors import TensorDirectory
 from unfold.pretrain.command import main
+from unfold.pretrain.errors import UserError
 
 STEPS, DECAY = 4, 0.7
 AVERAGE = [f"checkpoint.average_decay={DECAY}"]
@@ -102,3 +106,14 @@ def test_averages_of_adapters_and_rows_are_those_of_what_they_make(config, tmp_p
     ids = sorted(kept.tokenizer.reserved_ids)
     torch.testing.assert_close(kept.model.embedding.weight[ids], stored.read("average.embedding.rows"))
     torch.testing.assert_close(kept.model.embedding.weight[10:300], stored.read("model.embedding.weight")[10:300])
+
+
+def test_checkpoints_of_stages_with_other_rotary_settings_have_no_average(tmp_path, monkeypatch):
+    def found(run_dir, step):
+        model = ModelConfig(max_position=4096 if step == 3 else 8192)
+        return SimpleNamespace(config=SimpleNamespace(model=model), manifest=SimpleNamespace(step=step))
+
+    monkeypatch.setattr(average_module, "find_run", found)
+    with pytest.raises(UserError, match="^steps 3: were trained with other rotary settings .* than step 7"):
+        average_module.average(tmp_path, None, [3, 5, 7], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
