@@ -44,8 +44,8 @@ def average(run_dir: Path, last: int | None, steps: Sequence[int] | None, output
         A line on what was written.
 
     Raises:
-        UserError: the output exists, a checkpoint is missing, damaged or of a stage with other rotary settings, or the run kept no
-            average.
+        UserError: the output exists, a checkpoint is missing, damaged or of a stage with other rotary settings, or the run kept
+            no average.
     """
     if output.exists():
         raise UserError(f"--output {output}: exists; name a new directory")
