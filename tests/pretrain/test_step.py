@@ -54,7 +54,7 @@ MODEL = ModelConfig()
 def batch(targets: int):
     labels = torch.full((1, 8), IGNORED)
     labels[0, :targets] = 1
-    made = SimpleNamespace(labels=labels, recall=None)
+    made = SimpleNamespace(labels=labels, recall=None, added=None)
     made.to = lambda device: made
     return made
 
