@@ -48,9 +48,8 @@ LAYOUTS = {
     "ulysses2 pp2": (4, ["parallel.context=2", "parallel.context_method=ulysses", "parallel.pipeline=2"]),
 }
 # The rest runs with `make test-long`; each kind of parallelism is in the short list.
-SHORT = ("dp2 zero2 micro_batch 2", "dp2 zero3 offload", "tp2 sequence selective tiles",
-         "pp2 checkpointing", "pp2 selective host tiles", "tp2 pp2", "cp2", "cp2 pp2",
-         "ulysses2")  # fmt: skip
+SHORT = ("dp2 zero2 micro_batch 2", "dp2 zero3 offload", "tp2 sequence selective tiles", "pp2 selective host tiles", "tp2 pp2",
+         "cp2 pp2", "ulysses2")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
