@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from unfold.model.config import ModelConfig
 from unfold.model.loss import CHUNK
 from unfold.pretrain.config import RunConfig
+from unfold.pretrain.plan.recall import INT32, INT64, Recalling
 from unfold.pretrain.plan.work import SampleSize
 
 FP32 = 4
-INT64 = 8
+SCRATCH = 1 << 28  # bytes of scores that selection has at once (kernels/select/triton.py)
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,8 @@ class Activations:
                 return 2 * keys + (2 if self._one_call else 3) * queries + FP32 * heads * self.tokens
             if not self.gpu:
                 return 2 * keys + 2 * queries + 2 * FP32 * heads * self.tokens
-            return self._kernel(size) + (queries if self.exchange else 0)
+            joined = self.exchange or size.recalls  # else the kernel's output is the layer's
+            return self._kernel(size) + self._recalled(size) + (queries if joined else 0)
 
         return self.residual() + self._mean(in_layer)
 
@@ -145,8 +147,9 @@ class Activations:
                 return queries + keys + values + FP32 * heads * self.tokens + queries * (1 if self._one_call else 2)
             if not self.gpu:  # the same view of the projection, maximum and sum per head; the output is computed again
                 return queries + keys + (queries + 2 * keys) + 2 * FP32 * heads * self.tokens + queries
-            copied = self.samples > 1 or self.exchange  # else the kernel's output is the projection's input as it is
-            return self._kernel(size) + (queries if copied else 0)
+            # Else the kernel's output is the projection's input as it is.
+            copied = self.samples > 1 or self.exchange or size.recalls
+            return self._kernel(size) + self._recalled(size) + (queries if copied else 0)
 
         return self._mean(in_layer)
 
@@ -179,13 +182,48 @@ class Activations:
         statistics = (2 if self.element == FP32 else 1) * FP32 * (self.model.heads // self.tensor) * near
         return self.element * (2 * self._query_width * near + 2 * self._key_width * rows) + statistics
 
+    def _recalled(self, size: SampleSize) -> int:
+        """Where tokens recall: their queries and outputs, keys and values once more, statistics, and the lists of what was
+        selected; of the routing loss the gradient of gists."""
+        recall, heads = size.recall, self.model.heads // self.tensor
+        if recall is None:
+            return 0
+        kept = FP32 * self._key_width * recall.gists if recall.routed else 0
+        if recall.part:
+            statistics = (2 if self.element == FP32 else 1) * FP32 * heads
+            kept += (2 * self.element * self._query_width + statistics) * recall.queries
+            kept += 2 * self.element * self._key_width * recall.rows + self.model.kv_heads // self.tensor * recall.lists()
+        return round(self.samples * kept)
+
+    def recalling(self) -> int:
+        """Most that recall has at once beyond what a layer keeps: while it selects, or in backward."""
+        sizes = (size for _, _, size in self.sample.by_kind(self.model.attention))
+        return max(max(self._selecting(size.recall), self._unfolding(size.recall)) if size.recalls else 0 for size in sizes)
+
+    def _selecting(self, recall: Recalling) -> int:
+        """Candidates and lists, with some of the scores and the keys in order; then a table of all places of the chunks."""
+        kv_heads = self.model.kv_heads // self.tensor
+        scores = min(SCRATCH, FP32 * 32 * recall.words * max(recall.candidates) * kv_heads)
+        choosing = kv_heads * recall.selecting() + scores + self.element * self._key_width * recall.rows
+        return round(self.samples * max(choosing, 2 * INT32 * recall.places * kv_heads))
+
+    def _unfolding(self, recall: Recalling) -> int:
+        """Gradients of the output: of all tokens, of those that do not recall, of those that do and their queries'; of keys and
+        values in fp32, with as many partial sums; and the lists turned round."""
+        kv_heads, heads = self.model.kv_heads // self.tensor, self.model.heads // self.tensor
+        queries = 2 * self.element * self._query_width * (self.tokens / self.samples + recall.queries) + FP32 * heads * recall.queries
+        keys = 4 * FP32 * self._key_width * recall.rows
+        turning = max(2 * INT32 * recall.places * kv_heads, keys + kv_heads * recall.turning())
+        return round(self.samples * (queries + turning))
+
     def shared(self) -> int:
         """Token ids and rotary factors."""
         return (INT64 + FP32 * self.model.head_dim) * self.tokens
 
     def layout(self) -> int:
-        """Labels, levels, documents, positions and intervals, which every rank has for whole samples."""
-        return self.samples * self.sample.length * (6 * INT64 + 2 * FP32 * self.sample.segments)
+        """Labels, levels, documents, positions, intervals and what lies behind gists: every rank has them for whole samples."""
+        trees = [size.recall.tree for _, _, size in self.sample.by_kind(self.model.attention) if size.recall]
+        return self.samples * (self.sample.length * (6 * INT64 + 2 * FP32 * self.sample.segments) + max(trees, default=0))
 
     def loss(self) -> int:
         """Gradients of the final hidden state's rows with a target and of the head's weight, and where the rows come from."""
@@ -213,7 +251,8 @@ class Activations:
         """What a layer has at most in backward beyond what it keeps: the stream's gradient, and, of its feed-forward layer,
         gradients of silu(gate) and of up (or what a tile has); or, once that has gone, what its norm has."""
         feed_forward = self.tile() if self.tiles > 1 else 2 * self.element * (self.model.ffn_size // self.tensor) * self.tokens
-        return self.residual() + max(feed_forward, self.norm_backward() - (self.feed_forward() - self.norm()))
+        attention = self.recalling() - self.feed_forward()  # whose part of what is kept has gone by then
+        return self.residual() + max(feed_forward, self.norm_backward() - (self.feed_forward() - self.norm()), attention)
 
     def norm_backward(self) -> int:
         """What a norm has in backward beyond what it keeps: four copies of the stream in fp32, and its gradient."""

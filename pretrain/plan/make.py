@@ -14,6 +14,7 @@ from unfold.pretrain.plan.fit import suggest, with_setting
 from unfold.pretrain.plan.hardware import GIB, Cluster
 from unfold.pretrain.plan.memory import RESERVED, Memory, offloaded, plan_memory
 from unfold.pretrain.plan.ranks import Division
+from unfold.pretrain.plan.recall import SUFFIX
 from unfold.pretrain.plan.roofline import StepTime, step_time
 from unfold.pretrain.plan.traffic import Traffic, plan_traffic
 from unfold.pretrain.plan.work import Flops, SampleSize, count_flops, measure_sample
@@ -37,6 +38,7 @@ class Plan:
 
     Attributes:
         memory: of a rank of every pipeline stage.
+        suffix: part of a sample that recalls, where that is not all of it or none.
         costliest: the chunk sizes that all samples are taken to have drawn; none where they draw none.
     """
 
@@ -47,6 +49,7 @@ class Plan:
     memory: list[Memory]
     traffic: list[Traffic]
     flops: Flops
+    suffix: float = SUFFIX
     costliest: tuple[int, ...] = ()
 
     @cached_property
@@ -76,8 +79,9 @@ class Plan:
 class Planner:
     """Makes plans for one cluster; a sample's layout is counted once for all that share it."""
 
-    def __init__(self, cluster: Cluster):
-        self.cluster = cluster
+    def __init__(self, cluster: Cluster, suffix: float = SUFFIX):
+        """suffix: part of a sample's raw tokens that recall under ``gist.recall: suffix``."""
+        self.cluster, self.suffix = cluster, suffix
         self._samples: dict[tuple, SampleSize] = {}
 
     @property
@@ -110,16 +114,17 @@ class Planner:
             plan_memory(config, sample, *counts),
             plan_traffic(config, sample, *counts, division.ranks),
             flops,
+            self.suffix,
         )
 
     def _sample(self, config: RunConfig) -> SampleSize:
         parallel = config.parallel
         key = (
-            config.model.attention, config.model.layer_attention, config.model.layers, config.gist, config.data.raw_tokens,
-            parallel.context, parallel.context_method, parallel.tensor if parallel.sequence else 1,
+            config.model, config.gist, config.data.raw_tokens, config.precision, parallel.context, parallel.context_method,
+            parallel.tensor, parallel.sequence,
         )  # fmt: skip
         if key not in self._samples:
-            self._samples[key] = measure_sample(config)
+            self._samples[key] = measure_sample(config, suffix=self.suffix)
         return self._samples[key]
 
     def check_fits(self, plan: Plan, what: str = "", place: Callable[[str], str] = str) -> None:

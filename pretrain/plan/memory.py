@@ -86,7 +86,7 @@ def stage_memory(config: RunConfig, sample: SampleSize, stage: int, replicas: in
     stages = parallel.pipeline
     counts = count_parameters(config.model, parallel.tensor, stage, stages)
     parameters, states = counts.total, model_states(config, replicas)
-    kept = Activations.of(config, sample)
+    kept = Activations.of(config, sample.of_stage(stage, stages))
     in_flight = min(stages - stage, micro_batches)  # 1F1B
     is_last = stage == stages - 1
     layers = config.model.layers // stages

@@ -91,10 +91,25 @@ def _memory(plan: Plan, dense: Plan | None, usable: float) -> Iterator[str]:
         yield f"  host memory of one node: {plan.node_memory / GIB:.1f} GiB"
     if len(plan.memory) > 1:
         yield f"  by pipeline stage: {', '.join(f'{m.total / GIB:.1f}' for m in plan.memory)} (the columns show the fullest)"
-    if plan.config.model.attention == "gist" and plan.config.gist.recall != "none":
-        yield "  gist.recall: what recalling tokens read and keep depends on the data and is not counted here or below"
-    if plan.config.gist.unfold_all:
-        yield "  gist.unfold_all: attention of these steps costs what dense attention does, and is not counted either"
+    yield from _recall_note(plan)
+
+
+def _recall_note(plan: Plan) -> Iterator[str]:
+    """What is taken of recall, where tokens recall."""
+    recalls = [size.recall for _, _, size in plan.sample.by_kind("gist") if size.recall]
+    if not recalls:
+        return
+    gist, found = plan.config.gist, recalls[0]
+    layers = sum(size.recall is not None for _, size in plan.sample.layers) or plan.config.model.layers
+    if found.part:
+        which = "all raw tokens" if gist.recall == "all" else f"{plan.suffix:g} of the raw tokens (--suffix)"
+        yield (
+            f"  recall in {layers} layers: {which}; a query scores {found.scored:,.0f} gists and reads {found.read:,.0f} rows; "
+            "lists as if it selected by chance"
+        )
+    if gist.unfold_all or gist.unfold_share:
+        part = "all samples" if gist.unfold_all else f"{gist.unfold_share:g} of the samples"
+        yield f"  recall in {layers} layers: {part} unfold everything, which is counted as what is visible"
 
 
 def _traffic(plan: Plan, dense: Plan | None) -> Iterator[str]:
@@ -119,10 +134,13 @@ def _parts(plans: list[Plan]) -> Iterator[str]:
     times = [p.time for p in plans]
     parts = (
         ("matrix products", lambda t: t.products.seconds), ("attention", lambda t: t.attention.seconds),
+        ("  of which recall", lambda t: t.recall.seconds),
         ("bound by memory", lambda t: t.memory.seconds), ("communication, exposed", lambda t: t.exposed),
         ("waiting for pipeline stages", lambda t: t.idle),
     )  # fmt: skip
     for title, seconds in parts:
+        if not any(map(seconds, times)) and title.startswith(" "):
+            continue
         yield _columns(f"  {title}", *(f"{seconds(t):,.2f} {seconds(t) / t.total:>4.0%}" for t in times))
     yield _columns("  seconds", *(f"{t.total:,.2f} 100%" for t in times))
     yield _columns("    of which computed again", *(f"{t.again:,.2f} {t.again / t.total:>4.0%}" for t in times))
