@@ -211,7 +211,9 @@ class Activations:
         """Gradients of the output: of all tokens, of those that do not recall, of those that do and their queries'; of keys and
         values in fp32, with as many partial sums; and the lists turned round."""
         kv_heads, heads = self.model.kv_heads // self.tensor, self.model.heads // self.tensor
-        queries = 2 * self.element * self._query_width * (self.tokens / self.samples + recall.queries) + FP32 * heads * recall.queries
+        queries = (
+            2 * self.element * self._query_width * (self.tokens / self.samples + recall.queries) + FP32 * heads * recall.queries
+        )
         keys = 4 * FP32 * self._key_width * recall.rows
         turning = max(2 * INT32 * recall.places * kv_heads, keys + kv_heads * recall.turning())
         return round(self.samples * (queries + turning))
@@ -255,9 +257,10 @@ class Activations:
         return self.residual() + max(feed_forward, self.norm_backward() - (self.feed_forward() - self.norm()), attention)
 
     def norm_backward(self) -> int:
-        """What a norm has in backward beyond what it keeps: four copies of the stream in fp32, and its gradient."""
-        narrow = self.element if self.element < FP32 else 0
-        return (4 * FP32 + narrow) * self.model.hidden_size * self.residual_tokens
+        """What a norm has in backward beyond what it keeps: three copies of the stream in fp32, and where it computes in 16 bits
+        its gradient in both."""
+        narrow = FP32 + self.element if self.element < FP32 else 0
+        return (3 * FP32 + narrow) * self.model.hidden_size * self.residual_tokens
 
     def tile(self) -> int:
         """Of the tiled feed-forward layer in backward. One tile's gate and up, silu(gate), gradients of product, silu(gate) and

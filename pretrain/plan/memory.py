@@ -121,7 +121,10 @@ def layers_peak(config: RunConfig, kept: Activations, layers: int) -> tuple[int,
     working = again + kept.working()
     if not config.train.offload_activations:
         return layers * each, working, 0
-    return min(layers, 2) * each, working, layers * each  # what a layer keeps comes back while the one after it goes backward
+    # What a layer keeps comes back while the one after it goes backward. The input of one that is computed again is let go of: in
+    # 16 bits its norm has a copy.
+    held = 0 if checkpointing == "full" and kept.element < FP32 else 1
+    return (held + (layers > 1)) * each, working, layers * each
 
 
 def offloaded(config: RunConfig, sample: SampleSize) -> int:
@@ -145,8 +148,9 @@ def _buffers(config: RunConfig, kept: Activations, parameters: int, replicas: in
         total += 2 * slots * kept.residual()
     if kept.exchange:
         width = 2 * config.model.kv_heads // parallel.tensor * config.model.head_dim * element
-        sent = max(size.sent for _, _, size in kept.sample.by_kind(config.model.attention))
-        received = kept.samples * (sent * parallel.context + kept.tokens // kept.samples)
+        sizes = [size for _, _, size in kept.sample.by_kind(config.model.attention)]
+        sent, fetched = max(s.sent for s in sizes), max(s.recall.fetched if s.recalls else 0 for s in sizes)
+        received = kept.samples * (sent * parallel.context + fetched + kept.tokens // kept.samples)
         total += 2 * received * width  # keys and values of all ranks, and their gradients
     return total
 

@@ -1,8 +1,8 @@
 """What a layer does beyond forgetting where tokens recall: how many gists its queries select, and what lists of them take.
 
-Which gists are selected depends on the data; how many a query selects does not. Lists belong to blocks of neighbouring queries and
-to KV heads, and hold each gist once that any query of the block selected. Here every head of every query draws its gists by
-chance: so they have least in common, and lists are as long as they get.
+Which gists are selected depends on the data; how many a query selects does not. Lists belong to blocks of neighbouring queries
+and to KV heads, and hold each gist once that any query of the block selected. Here every head of every query draws its gists
+by chance: so they have least in common, and lists are as long as they get.
 """
 
 from __future__ import annotations
@@ -102,8 +102,15 @@ def recall_of(layout: Layout, config: GistConfig, suffix: float, everything: boo
     return Recall.from_flags(layout, config, raw.int() * (RECALLS | UNFOLDS_ALL * everything))
 
 
-def measure_recall(tree: GistTree, config: GistConfig, group: int, rows: int) -> Recalling:
-    """Count for one sample. tree: its queries and what they choose from; group: query heads per KV head; rows: of a block."""
+def measure_recall(tree: GistTree, config: GistConfig, group: int, rows: int, seen: int) -> Recalling:
+    """Count for one sample.
+
+    Args:
+        tree: its queries and what they choose from.
+        group: query heads per KV head.
+        rows: of a block.
+        seen: gists that the queries see while forgetting, summed.
+    """
     rule, levels = select_rule(config), tree.levels
     heads = group if rule.share == "head" else 1  # that select by themselves
     before = tree.hi[:levels] - tree.lo[:levels]
@@ -133,7 +140,7 @@ def measure_recall(tree: GistTree, config: GistConfig, group: int, rows: int) ->
         words=-(-size * heads // 32),
         tree=tree.child_lo.numel() * 3 * INT32 + tree.queries * (INT32 * (3 * levels + 5) + INT64),
         rows=tree.others.rows.shape[1],
-        pairs=float((read - gists.sum(0)).sum()),
+        pairs=float(read.sum()) - seen,
     )
 
 
@@ -151,13 +158,19 @@ def raw_before(layout: Layout, tree: GistTree) -> float:
     return float(layout.text.cumsum(1).flatten()[tree.tokens].double().mean()) if tree.queries else 0.0
 
 
+def gists_seen(layout: Layout, tree: GistTree) -> int:
+    """Gists that the recalling queries see while forgetting, summed."""
+    seen = (layout.intervals.hi - layout.intervals.lo)[:, : tree.levels].sum(1, dtype=torch.int64)
+    return int(seen.flatten()[tree.tokens].sum())
+
+
 def raw_missing(layout: Layout, plan: RecallPlan) -> int:
     """Raw tokens that a rank does not have before it asks for chunks."""
     return int((layout.text & ~plan.kept.mask).sum())
 
 
 def _chosen(gists: Tensor, tails: Tensor, budget: Tensor, draws: Tensor, children: list[float]) -> tuple[Tensor, Tensor, Tensor]:
-    """Per segment [L, n] the gists that are scored; [n] rows that are read; [L, n] gists that any of ``draws`` selections took."""
+    """Per segment [L, n] the gists that are scored; [n] rows that are read; [L, n] gists that any of the draws took."""
     taken = gists * (1 - (1 - budget / gists.clamp(min=1)).clamp(min=0) ** draws)
     scored = gists.clone()
     for s in range(1, len(gists)):

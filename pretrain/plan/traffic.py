@@ -106,7 +106,10 @@ def context_exchange(config: RunConfig, kept: Activations) -> int:
     key_width = model.kv_heads // parallel.tensor * model.head_dim
     others = parallel.context - 1
     if kept.exchange:
-        return others * kept.samples * kept.sample.sent * 2 * key_width * kept.element
+        # A rank sends as many chunks as it fetches, in the mean.
+        recalling = ((part, size.recall) for part, _, size in kept.sample.by_kind(model.attention) if size.recall)
+        fetched = sum(part * recall.part * recall.fetched for part, recall in recalling)
+        return round(kept.samples * (others * kept.sample.sent + fetched) * 2 * key_width * kept.element)
     query_width = model.heads // parallel.tensor * model.head_dim
     moved = (2 * query_width + 2 * key_width) * kept.tokens * kept.element  # q, k, v, and the output back
     return moved * others // parallel.context

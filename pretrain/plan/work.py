@@ -18,7 +18,17 @@ from unfold.model.parallel.context import make_plan
 from unfold.model.parallel.division import Division, imbalance, visible_pairs
 from unfold.model.parallel.recall import make_recall_plan
 from unfold.pretrain.config import RunConfig
-from unfold.pretrain.plan.recall import SUFFIX, Recalling, block_rows, measure_recall, raw_before, raw_missing, recall_of, wanted
+from unfold.pretrain.plan.recall import (
+    SUFFIX,
+    Recalling,
+    block_rows,
+    gists_seen,
+    measure_recall,
+    raw_before,
+    raw_missing,
+    recall_of,
+    wanted,
+)
 
 
 @dataclass(frozen=True)
@@ -143,7 +153,9 @@ def measure_sample(config: RunConfig, attention: str | None = None, suffix: floa
         if recalling:
             sizes[kind, recalling] = _with_recall(sizes[kind, recalling], config, layout, division, suffix)
     if division is not None:
-        pairs = [count * np.array(visible_pairs(layout.in_layer(kind).intervals, division)) for kind, count in Counter(kinds).items()]
+        pairs = [
+            count * np.array(visible_pairs(layout.in_layer(kind).intervals, division)) for kind, count in Counter(kinds).items()
+        ]
         uneven = imbalance(sum(pairs).tolist())
         sizes = {layer: dataclasses.replace(size, imbalance=uneven) for layer, size in sizes.items()}
     if len(sizes) == 1:
@@ -179,18 +191,16 @@ def _with_recall(size: SampleSize, config: RunConfig, layout: Layout, division: 
     if recall is None:
         return size
     group, rows = model.heads // model.kv_heads, block_rows(model.head_dim, 2 if config.precision == "bf16" else 4)
-    found = measure_recall(recall.tree, gist, group, rows)
+    found = measure_recall(recall.tree, gist, group, rows, gists_seen(layout, recall.tree))
     if division is not None:
         plan = make_recall_plan(recall.tree, division, 0)
         here, missing = plan.kept.length, raw_missing(layout, plan)
         fetched = round(missing * wanted(plan.tree, gist, group, model.heads // config.parallel.tensor))
         keys, gists, pairs = plan.short.others.rows.shape[1], found.gists / config.parallel.context, found.pairs
-        found = measure_recall(plan.short, gist, group, rows)
+        found = measure_recall(plan.short, gist, group, rows, 0)
         found = dataclasses.replace(found, rows=keys + fetched, fetched=fetched, gists=gists, pairs=pairs)
         sent = plan.exports.exported.shape[1]
-        size = dataclasses.replace(
-            size, near=max(size.near, here), sent=max(size.sent, sent), key_rows=max(size.key_rows, keys)
-        )
+        size = dataclasses.replace(size, near=max(size.near, here), sent=max(size.sent, sent), key_rows=max(size.key_rows, keys))
     elif config.parallel.context > 1:
         found = dataclasses.replace(found.divided(config.parallel.context), rows=size.key_rows)
     routed = 0.0

@@ -1,4 +1,4 @@
-"""Run under torchrun by test_plan.py: bytes that real engines hold on two CPU ranks, layout by layout, as one JSON line."""
+"""Run under torchrun by test_counts.py: bytes that real engines hold on two CPU ranks, layout by layout, as one JSON line."""
 
 from __future__ import annotations
 
