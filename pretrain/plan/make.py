@@ -103,6 +103,10 @@ class Planner:
 
     def _plan(self, config: RunConfig) -> Plan:
         division = Division.of(config, self.cluster.gpus)
+        if config.folding and config.gist.recall != "none" and config.gist.top_p is not None:
+            raise UserError(
+                f"gist.top_p: {config.gist.top_p}; GPU kernels select by number; set gist.topk, or neither (the budget adapts)"
+            )
         sample = self._sample(config)
         flops = count_flops(config.model, sample, config.train.global_batch)
         counts = division.replicas, division.micro_batches

@@ -170,12 +170,27 @@ def raw_missing(layout: Layout, plan: RecallPlan) -> int:
 
 
 def _chosen(gists: Tensor, tails: Tensor, budget: Tensor, draws: Tensor, children: list[float]) -> tuple[Tensor, Tensor, Tensor]:
-    """Per segment [L, n] the gists that are scored; [n] rows that are read; [L, n] gists that any of the draws took."""
-    taken = gists * (1 - (1 - budget / gists.clamp(min=1)).clamp(min=0) ** draws)
-    scored = gists.clone()
-    for s in range(1, len(gists)):
-        scored[s] = (taken[s - 1] * children[s - 1] + tails[s]).minimum(gists[s])
-    return scored, taken.sum(0) + taken[-1] * children[-1], taken
+    """What selections by chance take together, of some queries each.
+
+    Args:
+        gists, tails, budget: [L, n] per segment the gists before a query, those of them that need no selected parent, and how
+            many it selects.
+        draws: [n] selections.
+        children: behind a gist of each segment.
+
+    Returns:
+        [L, n] gists that are scored, [n] rows that are read, [L, n] gists that are taken.
+    """
+    scored, taken = [gists[0]], []
+    alike = [(gists[0], budget[0] / gists[0].clamp(min=1))]  # gists that a selection takes with the same probability
+    for s in range(len(gists)):
+        if s:
+            candidates = sum(count * part for count, part in alike) * children[s - 1] + tails[s]
+            part = (budget[s] / candidates.clamp(min=1)).clamp(max=1)
+            alike = [(count * children[s - 1], above * part) for count, above in alike] + [(tails[s], part)]
+            scored.append(taken[-1] * children[s - 1] + tails[s])
+        taken.append(sum(count * (1 - (1 - part) ** draws) for count, part in alike))
+    return torch.stack(scored), sum(taken) + taken[-1] * children[-1], torch.stack(taken)
 
 
 def block_rows(head_dim: int, element: int) -> int:

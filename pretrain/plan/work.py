@@ -139,7 +139,7 @@ def measure_sample(config: RunConfig, attention: str | None = None, suffix: floa
     length = -(-longest // multiple) * multiple
     if attention == "dense" or set(config.model.layer_kinds) == {"dense"}:
         return SampleSize(raw, raw, length, raw * (raw + 1) // 2, length // parallel.context, 0, length, 2)
-    layout, tokens = _lay_out(raw, length, gist, folded)
+    layout, tokens = lay_out(raw, length, gist, folded)
     kinds = config.model.layer_kinds
     division = None
     if parallel.context > 1 and parallel.context_method == "gists":
@@ -209,7 +209,7 @@ def _with_recall(size: SampleSize, config: RunConfig, layout: Layout, division: 
     return dataclasses.replace(size, recall=dataclasses.replace(found, part=selecting, routed=routed))
 
 
-def _lay_out(raw: int, length: int, gist: GistConfig, folded: bool) -> tuple[Layout, int]:
+def lay_out(raw: int, length: int, gist: GistConfig, folded: bool) -> tuple[Layout, int]:
     """The layout of one document of ``raw`` tokens, padded to ``length``, and its interleaved length; folded: with gists."""
     level, doc, tokens = np.full(raw, -1), np.zeros(raw, np.int64), raw
     if folded:

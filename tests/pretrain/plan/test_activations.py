@@ -93,28 +93,37 @@ def test_a_tile_needs_what_the_plan_says(build, dtype, precision, tiles):
 SAVED_BY_TRITON = """
 import torch
 from unfold.kernels.compressed import compressed_attention
+from unfold.kernels.unfold import recall_attention
+from unfold.model.gist.recall import build_recall, select_rule
 from tests.pretrain.plan.samples import SHAPES, configuration, micro_batch
 config = configuration(SHAPES["kernel"], raw=51)
 layout = micro_batch(config, 2).layout
+tree = build_recall(layout, config.gist, layout.text & (layout.position >= 31))
 q, k, v = (torch.randn(2, layout.level.shape[1], heads, 64, requires_grad=True) for heads in (2, 1, 1))
-kept = {}
-def pack(x):
-    kept[x.untyped_storage().data_ptr()] = x.untyped_storage()
-    return x
-with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-    compressed_attention(q, k, v, layout.intervals, backend="triton")
-print("BYTES", sum(storage.nbytes() for storage in kept.values()))
+for attention in (lambda: compressed_attention(q, k, v, layout.intervals, backend="triton"),
+                  lambda: recall_attention(q, k, v, tree, select_rule(config.gist), backend="triton")):
+    kept = {}
+    def pack(x):
+        if x is not tree.tokens:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage()
+        return x
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        attention()
+    print("BYTES", sum(storage.nbytes() for storage in kept.values()))
 """
 
 
-def test_the_gpu_kernel_saves_what_the_plan_says():
-    """In Triton's interpreter, which needs a process of its own."""
+def test_the_gpu_kernels_save_what_the_plan_says():
+    """In Triton's interpreter, which needs a process of its own: forgetting, and where the last 20 tokens recall."""
     done = run(sys.executable, "-c", SAVED_BY_TRITON, env={**os.environ, "TRITON_INTERPRET": "1"})
-    measured = int(re.search(r"BYTES (\d+)", done.stdout)[1])
+    forgetting, recalling = map(int, re.findall(r"BYTES (\d+)", done.stdout))
     config = configuration(SHAPES["kernel"], raw=51, micro_batch=2)
     kept = Activations.of(config, measure_sample(config))
     copied = kept.element * 2 * 64 * kept.tokens  # the output once more, as the input of the projection after it
-    assert kept.attention() - copied == pytest.approx(measured, rel=TOLERANCE)
+    assert kept.attention() - copied == pytest.approx(forgetting, rel=TOLERANCE)
+    config = replace(config, model=replace(config.model, layers=2), gist=replace(config.gist, recall="suffix"))
+    recalls = Activations.of(config, measure_sample(config, suffix=20 / 51).of_stage(1, 2))
+    assert recalls.attention() - copied == pytest.approx(recalling, rel=TOLERANCE)
 
 
 class Kernel(torch.autograd.Function):
