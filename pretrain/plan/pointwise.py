@@ -21,7 +21,7 @@ from unfold.pretrain.config import RunConfig
 from unfold.pretrain.plan.activations import FP32, Activations, element_size
 from unfold.pretrain.plan.fused import COUNTED
 from unfold.pretrain.plan.moved import Moved
-from unfold.pretrain.plan.work import Parameters
+from unfold.pretrain.plan.trained import Trained, count_trained
 
 # Of the update, for each parameter of a rank's part: AdamW in one kernel (weight, gradient and two moments read, all but the
 # gradient written), the gradient's norm and clipping, the weight in the compute precision from the fp32 one.
@@ -108,9 +108,11 @@ def loss_bytes(config: RunConfig, kept: Activations) -> int:
     head = vocabulary * config.model.hidden_size
     chunks = -(-kept.targets // CHUNK)
     rows = 9 * kept.element * config.model.hidden_size * kept.targets
-    return each * vocabulary * kept.targets + rows + head * (16 + (10 * chunks if narrow else 0))
+    of_head = head * (16 + (10 * chunks if narrow else 0)) if count_trained(config).head else 0
+    return each * vocabulary * kept.targets + rows + of_head
 
 
-def update_bytes(config: RunConfig, counts: Parameters, replicas: int) -> int:
-    """What an update of a rank's weights moves: ZeRO gives each of the replicas a part."""
-    return (UPDATE + element_size(config)) * counts.total // replicas
+def update_bytes(config: RunConfig, trained: Trained, replicas: int) -> int:
+    """What an update of a rank's weights moves: ZeRO gives each of the replicas a part. An average reads both, and writes one."""
+    average = 3 * FP32 if config.checkpoint.average_decay else 0
+    return (UPDATE + element_size(config) + average) * trained.learning // replicas

@@ -16,6 +16,7 @@ from unfold.pretrain.plan.pointwise import Pointwise, loss_bytes, update_bytes
 from unfold.pretrain.plan.ranks import Division
 from unfold.pretrain.plan.rates import DENSE_BACKWARD, DENSE_FORWARD, GIST_BACKWARD, GIST_FORWARD, LINK, RECALL, Rates
 from unfold.pretrain.plan.traffic import Traffic, context_exchange
+from unfold.pretrain.plan.trained import count_trained
 from unfold.pretrain.plan.work import SampleSize, count_parameters
 
 PACKED = 4  # bytes moved in memory for each that context ranks exchange: packed and unpacked, read and written
@@ -93,17 +94,24 @@ def step_time(
 
 
 def product_flops(config: RunConfig, kept: Activations, layers: int) -> tuple[int, int]:
-    """FLOPs of a micro-batch's matrix products on a rank with so many layers and the head; and of these, what is recomputed."""
-    model, train = config.model, config.train
-    each = count_parameters(model, kept.tensor).layers // model.layers
-    feed_forward = 3 * model.hidden_size * model.ffn_size // kept.tensor
-    again = 0
+    """FLOPs of a micro-batch's matrix products on a rank with so many layers and the head; and of these, what is recomputed.
+
+    Two for each element and token forward; as many for the gradient of the input where backward goes through, and for that of the
+    weight where it is trained.
+    """
+    model, train, trained = config.model, config.train, kept.trained
+    each = (count_parameters(model, kept.tensor).layers // model.layers + trained.adapters / trained.layers) * layers
+    learning = trained.matrices / trained.layers * layers
+    feed_forward = 3 * model.hidden_size * model.ffn_size // kept.tensor * layers
+    again = 0.0
     if train.activation_checkpointing != "none":
-        again = 2 * each * kept.tokens * layers
+        again = 2 * each * kept.tokens * trained.reached
     elif train.mlp_tiles > 1:
-        again = 2 * feed_forward * kept.tokens * layers
+        again = 2 * feed_forward * kept.tokens * trained.reached
     head = model.padded_vocab_size // kept.tensor * model.hidden_size * kept.targets
-    return 6 * each * kept.tokens * layers + again + (8 if config.distill.logits else 6) * head, again
+    of_head = 4 + 2 * trained.head + 2 * (config.distill.logits > 0) / config.distill.every
+    once = 2 * (each + each * trained.reached + learning) * kept.tokens
+    return round(once + again + of_head * head), round(again)
 
 
 def _attention(config: RunConfig, sample: SampleSize, longer: float) -> tuple[Twice, Twice]:
@@ -121,7 +129,8 @@ def _attention(config: RunConfig, sample: SampleSize, longer: float) -> tuple[Tw
         seconds = forward.seconds(size.near, pairs, width, 4), backward.seconds(size.near, pairs, width, 8)
         found.append([each * s for s in (*seconds, *_recall(size, width))])
     there, back, recall_there, recall_back = (sum(s) for s in zip(*found))
-    again = config.train.activation_checkpointing == "full"
+    back, recall_back = back * kept.trained.reached, recall_back * kept.trained.reached
+    again = kept.trained.reached * (config.train.activation_checkpointing == "full")
 
     def twice(there: float, back: float) -> Twice:
         return Twice(there + back + again * there, again * there)
@@ -148,7 +157,6 @@ def _memory(config: RunConfig, kept: Activations, division: Division, layers: in
     once = Pointwise.of(dataclasses.replace(config, train=plain), kept).bytes
     passes = 3 if train.activation_checkpointing == "full" else 2
     packed = PACKED * passes * context_exchange(config, kept) if division.context > 1 else 0
-    counts = count_parameters(config.model, division.tensor, division.pipeline - 1, division.pipeline)
-    of_step = update_bytes(config, counts, division.replicas)
+    of_step = update_bytes(config, count_trained(config, division.pipeline - 1), division.replicas)
     moved = micro * (layers * (work + packed) + loss_bytes(config, kept)) + of_step
     return Twice(moved / rate, micro * layers * (work - once) / rate)

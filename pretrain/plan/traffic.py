@@ -9,6 +9,7 @@ from unfold.pretrain.config import RunConfig
 from unfold.pretrain.plan.activations import FP32, Activations, element_size
 from unfold.pretrain.plan.hardware import Cluster
 from unfold.pretrain.plan.rates import LINK
+from unfold.pretrain.plan.trained import count_trained
 from unfold.pretrain.plan.work import SampleSize, count_parameters
 
 
@@ -64,7 +65,7 @@ def plan_traffic(config: RunConfig, sample: SampleSize, replicas: int, micro_bat
         # A stage between two others sends on the residual stream, and back its gradient; with two stages each does one of both.
         directions = 2 if parallel.pipeline > 2 else 1
         found.append(Traffic("pipeline", micro_batches * directions * kept.residual(), ranks, parallel.pipeline))
-        if config.model.tied_embeddings:
+        if config.model.tied_embeddings and count_trained(config).head:
             size = FP32 * count_parameters(config.model, parallel.tensor).embedding
             found.append(Traffic("tied embedding", size, ranks, 2))  # an all-reduce between two
     return found
@@ -87,12 +88,19 @@ def _replica_traffic(config: RunConfig, replicas: int, micro_batches: int, span:
     parallel, element = config.parallel, element_size(config)
     stages = parallel.pipeline
     reduced = {"precision": element, "fp32": FP32, "bf16": FP32 // 2}[parallel.reduce]
-    parameters = max(count_parameters(config.model, parallel.tensor, s, stages).total for s in range(stages))
-    once, gradient = (_ring(replicas) * parameters * size for size in (element, reduced))
+    counts = [count_trained(config, stage) for stage in range(stages)]
+    learning, held = max(c.learning for c in counts), max(c.held for c in counts)
+    once, gradient, gathered = (_ring(replicas) * n for n in (learning * element, learning * reduced, 2 * held * element))
     if parallel.zero == 3:
         return [
             Traffic("gradients (reduce-scatter)", round(gradient * micro_batches), span, replicas, beside=True),
-            Traffic("ZeRO-3 parameters (all-gather)", round(2 * once * micro_batches), span, replicas, beside=True),
+            Traffic(
+                "ZeRO-3 parameters (all-gather)",
+                round(gathered * micro_batches),
+                span,
+                replicas,
+                beside=True,
+            ),
         ]
     # DeepSpeed all-reduces buckets of gradients also where a rank keeps a part alone (use_multi_rank_bucket_allreduce).
     times = micro_batches if parallel.zero == 2 else 1

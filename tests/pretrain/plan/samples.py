@@ -71,3 +71,19 @@ def built(config: RunConfig, copies: Copies | None = None) -> Transformer:
     build = replace(BuildContext.alone(), recompute=recompute)
     model = Transformer(config.model, replace(build, pointwise=COUNTED) if train.fuse_pointwise else build)
     return model.to(DTYPES[config.precision])
+
+
+def saved_bytes(model: Transformer, batch: MicroBatch) -> int:
+    """What autograd keeps of a forward pass, every storage once, parameters not."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage  # holding it keeps its address from being used again
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        model(batch)
+    return sum(storage.nbytes() for storage in kept.values())

@@ -14,33 +14,16 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from tests.conftest import run
 from tests.live_memory import LiveMemory
-from tests.pretrain.plan.samples import DTYPES, SHAPES, TOLERANCE, built, configuration, micro_batch
+from tests.pretrain.plan.samples import DTYPES, SHAPES, TOLERANCE, built, configuration, micro_batch, saved_bytes
 from unfold.model.config import GistConfig, ModelConfig
 from unfold.model.loss import Targets, token_loss_sum
 from unfold.model.recompute import Copies, Recompute
 from unfold.model.transformer import Transformer
-from unfold.model.visibility import MicroBatch
 from unfold.pretrain.plan.activations import Activations
 from unfold.pretrain.plan.memory import layers_peak
 from unfold.pretrain.plan.work import measure_sample
 
 BATCH = 2
-
-
-def saved_bytes(model: Transformer, batch: MicroBatch) -> int:
-    """What autograd keeps of a forward pass, every storage once, parameters not."""
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept = {}
-
-    def pack(x: torch.Tensor) -> torch.Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage  # holding it keeps its address from being used again
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        model(batch)
-    return sum(storage.nbytes() for storage in kept.values())
 
 
 @pytest.mark.parametrize("checkpointing,tiles", [("none", 1), ("full", 1), ("selective", 1), ("none", 4), ("selective", 4)])
