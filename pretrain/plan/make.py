@@ -40,6 +40,7 @@ class Plan:
         memory: of a rank of every pipeline stage.
         suffix: part of a sample that recalls, where that is not all of it or none.
         costliest: the chunk sizes that all samples are taken to have drawn; none where they draw none.
+        mean_seconds: of a step, the mean over what samples may draw; None where they draw nothing.
     """
 
     config: RunConfig
@@ -51,6 +52,7 @@ class Plan:
     flops: Flops
     suffix: float = SUFFIX
     costliest: tuple[int, ...] = ()
+    mean_seconds: float | None = None
 
     @cached_property
     def time(self) -> StepTime | None:
@@ -99,7 +101,12 @@ class Planner:
             return self._plan(config)
         several = [self._plan(replace(config, gist=variant)) for variant in config.gist.variants]
         costliest, fullest = max(several, key=lambda p: p.flops.total), max(several, key=lambda p: p.fullest.total)
-        return replace(costliest, config=config, memory=fullest.memory, costliest=costliest.config.gist.chunk_sizes)
+        mean = None
+        if costliest.time:
+            weights = [choice.weight for choice in config.gist.choices]
+            mean = sum(weight * p.time.total for weight, p in zip(weights, several)) / sum(weights)
+        sizes = costliest.config.gist.chunk_sizes
+        return replace(costliest, config=config, memory=fullest.memory, costliest=sizes, mean_seconds=mean)
 
     def _plan(self, config: RunConfig) -> Plan:
         division = Division.of(config, self.cluster.gpus)

@@ -9,6 +9,7 @@ from unfold.pretrain.config import RunStage
 from unfold.pretrain.plan.hardware import GIB
 from unfold.pretrain.plan.make import Plan
 from unfold.pretrain.plan.ranks import rank_table
+from unfold.pretrain.plan.trained import count_trained
 from unfold.pretrain.plan.work import FLOPS_FORMULA, count_parameters
 
 MEMORY = (
@@ -74,6 +75,10 @@ def _parameters(plan: Plan) -> Iterator[str]:
         f"parameters: {whole.total:,} (layers {whole.layers:,}, embedding {whole.embedding:,}, head {whole.head:,}, "
         f"norms and biases {whole.vectors:,}); at most {largest:,} on one GPU before ZeRO"
     )
+    trained = [count_trained(plan.config, stage) for stage in range(stages)]
+    if any(t.learning < t.held for t in trained):
+        adapters = f", {max(t.adapters for t in trained):,} of them adapters" if plan.config.lora.rank else ""
+        yield f"trained: at most {max(t.learning for t in trained):,} on one GPU before ZeRO{adapters}; the rest is frozen"
 
 
 def _columns(title: str, *values: str) -> str:
@@ -164,6 +169,8 @@ def _time(plan: Plan, dense: Plan | None, steps: int) -> Iterator[str]:
     else:
         yield from _parts(plans)
         seconds = [p.time.total for p in plans]
+        if plan.mean_seconds:
+            yield f"  mean over gist.choices, by their weights: {plan.mean_seconds:,.2f} seconds"
         yield _columns("  raw tokens/s", *(f"{train.global_batch * raw / s:,.0f}" for s in seconds))
         yield _columns("  useful FLOPs over the peak, MFU", *(f"{p.mfu:.0%}" for p in plans))
         yield _columns(f"  days for {steps:,} steps", *(f"{s * steps / 86400:,.2f}" for s in seconds))

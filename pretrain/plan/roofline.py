@@ -6,8 +6,7 @@ another on a GPU, but for the communication that goes on beside them.
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from unfold.pretrain.config import RunConfig
 from unfold.pretrain.plan.activations import Activations
@@ -78,6 +77,11 @@ def step_time(
     attended = (_attention(config, stage, layers * micro * rates.attention) for stage in stages)
     attention, recall = max(attended, key=lambda found: found[0].seconds)  # of the stage that takes longest
     memory = _memory(config, kept, division, layers, rates.memory)
+    if config.distill.active:
+        more = _teacher(config, kept, layers, rates)
+        products, attention, memory = (
+            replace(kind, seconds=kind.seconds + micro * seconds) for kind, seconds in zip((products, attention, memory), more)
+        )
     computing = products.seconds + attention.seconds + memory.seconds
     alone, beside = (sum(t.sent / t.rate(cluster) for t in traffic if t.beside is way) for way in (False, True))
     # Gradients and parameters of ZeRO go beside the backward pass.
@@ -149,12 +153,28 @@ def _recall(size: SampleSize, width: int) -> tuple[float, float]:
     return both * RECALL.forward + routing, both * (1 - RECALL.forward)
 
 
+def _teacher(config: RunConfig, kept: Activations, layers: int, rates: Rates) -> tuple[float, float, float]:
+    """Seconds of a micro-batch's products, attention and work bound by memory in the forward pass under dense attention, beside
+    that of the student, for the part of the samples that learns from it."""
+    part, raw = layers / config.distill.every, kept.sample.raw
+    plain = replace(config, train=replace(config.train, activation_checkpointing="none", offload_activations=False, mlp_tiles=1))
+    each = count_parameters(config.model, kept.tensor).layers // config.model.layers + kept.trained.adapters / kept.trained.layers
+    width = config.model.heads // kept.tensor * config.model.head_dim
+    # Over ranges of keys, as gist layers attend.
+    attention = GIST_FORWARD.seconds(kept.sample.near, raw * (raw + 1) / 2 / kept.context, width, 4)
+    return (
+        part * 2 * each * kept.tokens / rates.products,
+        part * kept.samples * attention * rates.attention,
+        part * Pointwise.of(plain, kept, backward=False).bytes / rates.memory,
+    )
+
+
 def _memory(config: RunConfig, kept: Activations, division: Division, layers: int, rate: float) -> Twice:
     """rate: bytes/s."""
     train, micro = config.train, division.micro_batches
     work = Pointwise.of(config, kept).bytes
-    plain = dataclasses.replace(train, activation_checkpointing="none", offload_activations=False, mlp_tiles=1)
-    once = Pointwise.of(dataclasses.replace(config, train=plain), kept).bytes
+    plain = replace(train, activation_checkpointing="none", offload_activations=False, mlp_tiles=1)
+    once = Pointwise.of(replace(config, train=plain), kept).bytes
     passes = 3 if train.activation_checkpointing == "full" else 2
     packed = PACKED * passes * context_exchange(config, kept) if division.context > 1 else 0
     of_step = update_bytes(config, count_trained(config, division.pipeline - 1), division.replicas)

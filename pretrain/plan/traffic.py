@@ -3,7 +3,7 @@ all-gather or reduce-scatter moves, and twice that for an all-reduce."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from unfold.pretrain.config import RunConfig
 from unfold.pretrain.plan.activations import FP32, Activations, element_size
@@ -49,18 +49,23 @@ def plan_traffic(config: RunConfig, sample: SampleSize, replicas: int, micro_bat
     again = train.activation_checkpointing != "none"
     passes = (2 if again else 1) + (2 if again or train.mlp_tiles > 1 else 1)
     attended = 2 if train.activation_checkpointing == "full" else 1
+    taught = 1 / config.distill.every if config.distill.active else 0  # dense attention's forward pass through the layers
     layers = config.model.layers // parallel.pipeline * micro_batches
     model_span = parallel.tensor * parallel.context
     found = _replica_traffic(config, replicas, micro_batches, replicas * parallel.tensor)
     if parallel.tensor > 1:
         kind = "sequence (gather, scatter)" if parallel.sequence else "tensor (all-reduce)"
         # Two all-reduces (or gathers and scatters) per layer and direction, one more at embedding and head.
-        times = layers * (passes + 2) + 2 * micro_batches
+        times = layers * (passes + 2 + 2 * taught) + 2 * micro_batches
         found.append(
             Traffic(kind, round(times * 2 * _ring(parallel.tensor) * _hidden(config, kept)), parallel.tensor, parallel.tensor)
         )
     if parallel.context > 1:
-        found.append(Traffic("context", layers * (attended + 1) * context_exchange(config, kept), model_span, parallel.context))
+        sent = layers * (attended + 1) * context_exchange(config, kept)
+        if taught:
+            whole = replace(sample, sent=-(-sample.raw // parallel.context), recall=None, layers=())
+            sent += round(taught * layers * context_exchange(config, Activations.of(config, whole)))
+        found.append(Traffic("context", sent, model_span, parallel.context))
     if parallel.pipeline > 1:
         # A stage between two others sends on the residual stream, and back its gradient; with two stages each does one of both.
         directions = 2 if parallel.pipeline > 2 else 1

@@ -13,7 +13,7 @@ from megatron.core.parallel_state import RankGenerator
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import run
-from tests.pretrain.plan.engine_bytes import LAYOUTS, run_config
+from tests.pretrain.plan.engine_bytes import LAYOUTS, MORE_LAYOUTS, run_config
 from tests.pretrain.plan.samples import SHAPES, TOLERANCE, configuration, micro_batch
 from unfold.model.config import GistConfig
 from unfold.model.transformer import Transformer
@@ -79,26 +79,23 @@ def test_flops_of_attention_are_those_of_dense_attention_when_everything_is_seen
     assert count_flops(config.model, measure_sample(config), 1).attention == pytest.approx(square / 2, rel=TOLERANCE)
 
 
-def test_state_and_traffic_are_those_of_real_engines():
-    """ZeRO 1, 2, 3 and tensor parallel on two ranks: weights, gradients, optimizer; parameters of tensor and pipeline ranks."""
+@pytest.mark.parametrize("layouts", [LAYOUTS, pytest.param(MORE_LAYOUTS, marks=pytest.mark.long)], ids=["few", "more"])
+def test_state_and_traffic_are_those_of_real_engines(layouts):
+    """On two ranks: parameters of each, weights, gradients, optimizer with averages, and bytes sent in a step."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = run(*command, "-m", "tests.pretrain.plan.engine_bytes", timeout=300)
+    done = run(*command, "-m", "tests.pretrain.plan.engine_bytes", *layouts, timeout=300)
     ranks = json.loads(re.search(r"RESULT (.*)", done.stdout)[1])
-    for layout in LAYOUTS:
+    for layout in layouts:
         config = run_config(layout)
         division = Division.of(config, 2)
         for rank, measured in enumerate(results[layout] for results in ranks):
-            stage = division.place(rank)[0]
-            trained = count_trained(config, stage)
+            trained = count_trained(config, division.place(rank)[0])
             assert trained.held == measured["parameters"], (layout, rank)
             if division.pipeline * division.context > 1:
                 continue
             states = model_states(config, trained, division.replicas)
             for name in ("weights", "gradients", "optimizer"):
                 assert getattr(states, name) == pytest.approx(measured[name], rel=TOLERANCE), (layout, rank, name)
-    for layout in LAYOUTS:
-        config = run_config(layout)
-        division = Division.of(config, 2)
         kinds = plan_traffic(config, measure_sample(config), division.replicas, division.micro_batches, 2)
         # ZeRO-3 keeps parameters as small as these whole: only their update is gathered here.
         expected = sum(kind.sent for kind in kinds if not kind.kind.startswith("ZeRO-3 parameters"))

@@ -38,9 +38,18 @@ def learning(way: str, precision: str = "fp32", checkpointing: str = "none", til
     return replace(plain, gist=GistConfig((4, 2), links=0), **parts)
 
 
-@pytest.mark.parametrize("checkpointing,tiles", [("none", 1), ("selective", 4)])
-@pytest.mark.parametrize("precision", DTYPES)
-@pytest.mark.parametrize("way", WAYS)
+# Of layers that backward does not reach nothing is kept; hooks see their checkpoints all the same, and the first layer that it
+# reaches keeps less of its first norm, which is much of a model of four layers.
+CASES = [
+    (way, precision, checkpointing, tiles)
+    for way in WAYS
+    for precision in DTYPES
+    for checkpointing, tiles in (("none", 1), ("selective", 4))
+    if way != "upper layers" or (precision, tiles) == ("fp32", 1)
+]
+
+
+@pytest.mark.parametrize("way,precision,checkpointing,tiles", CASES)
 def test_what_is_frozen_keeps_less(build, way, precision, checkpointing, tiles):
     """Parameters, what is trained of them, and what autograd keeps for backward."""
     config = learning(way, precision, checkpointing, tiles)
