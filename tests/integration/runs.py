@@ -13,7 +13,8 @@ from pathlib import Path
 
 import psutil
 
-from tests.conftest import ROOT, run
+from tests import warm
+from tests.conftest import ROOT
 from unfold.pretrain.monitor.metrics import read_metrics
 
 
@@ -23,13 +24,27 @@ def command(config: Path, run_dir: Path, ranks: int = 1, *overrides: str) -> lis
     if ranks > 1:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         start = [*torchrun, "--nproc-per-node", str(ranks), "-m", "pretrain"]
+    return [*start, *_arguments(config, run_dir, *overrides)]
+
+
+def _arguments(config: Path, run_dir: Path, *overrides: str) -> list[str]:
     settings = [part for override in overrides for part in ("--set", override)]
-    return [*start, "train", "--config", str(config), "--run-dir", str(run_dir), *settings]
+    return ["train", "--config", str(config), "--run-dir", str(run_dir), *settings]
+
+
+def run_to_end(
+    config: Path, run_dir: Path, ranks: int = 1, *overrides: str, check: bool = True, module: tuple[str, ...] = ("pretrain",)
+) -> subprocess.CompletedProcess:
+    """A training run in warm processes: the same command, without the seconds that its imports take.
+
+    module: what is run, and what stands before ``train``.
+    """
+    return warm.command(*module, *_arguments(config, run_dir, *overrides), ranks=ranks, check=check)
 
 
 def train(config: Path, run_dir: Path, ranks: int = 1, *overrides: str) -> list[dict]:
     """Train to the end; returns the metrics."""
-    run(*command(config, run_dir, ranks, *overrides), timeout=300)
+    run_to_end(config, run_dir, ranks, *overrides)
     return read_metrics(run_dir / "metrics.jsonl")
 
 
