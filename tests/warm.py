@@ -23,7 +23,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 
@@ -52,14 +54,45 @@ def command(name: str, *arguments, ranks: int = 1, check: bool = True, timeout: 
 
     The exit code is that of the first rank that failed, or 0.
     """
-    words = [name, *map(str, arguments)]
-    with tempfile.TemporaryDirectory() as folder:
-        out, err = Path(folder, "out"), Path(folder, "err")
-        request = {"argv": words, "out": str(out), "err": str(err), "timeout": timeout, "ranks": _environments(ranks)}
-        code = _ask(request)
-        done = subprocess.CompletedProcess(words, code, out.read_text(errors="replace"), err.read_text(errors="replace"))
-    assert not check or code == 0, f"{' '.join(words)}: {code}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    with started(name, *arguments, ranks=ranks, timeout=timeout) as (_, end):
+        done = end()
+    assert not check or done.returncode == 0, f"{done.args}: {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done
+
+
+@contextlib.contextmanager
+def started(
+    name: str, *arguments, ranks: int = 1, timeout: float = 300
+) -> Iterator[tuple[list[int], Callable[[], subprocess.CompletedProcess]]]:
+    """The same, while it runs: process ids of the ranks, and what waits for their end. They are killed where the block ends.
+
+    There can be one at a time.
+    """
+    words = [name, *map(str, arguments)]
+    _, lines = _connection()
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder, stream) for stream in ("out", "err")]
+        request = {"argv": words, "files": [str(f) for f in files], "timeout": timeout, "ranks": _environments(ranks)}
+        print(json.dumps(request), file=lines, flush=True)
+        pids = _answer(lines)
+
+        @functools.cache
+        def end() -> subprocess.CompletedProcess:
+            return subprocess.CompletedProcess(words, _answer(lines), *(f.read_text(errors="replace") for f in files))
+
+        try:
+            yield pids, end
+        finally:
+            for pid in [] if end.cache_info().currsize else pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(pid, signal.SIGKILL)
+            end()
+
+
+def _answer(lines: TextIO):
+    answer = lines.readline()
+    assert answer, "the server of tests/warm.py has ended; what it printed stands above"
+    return json.loads(answer)
 
 
 def _environments(ranks: int) -> list[dict[str, str]]:
@@ -91,15 +124,6 @@ def _connection():
     return server, ours.makefile("rw")
 
 
-def _ask(request: dict) -> int:
-    _, lines = _connection()
-    lines.write(json.dumps(request) + "\n")
-    lines.flush()
-    answer = lines.readline()
-    assert answer, "the server of tests/warm.py has ended; what it printed stands above"
-    return json.loads(answer)
-
-
 def _serve(connection: socket.socket) -> dict | None:
     """Answer requests until nobody asks any more; in a forked process, what it is to run."""
     with connection, connection.makefile("rw") as lines:
@@ -109,7 +133,9 @@ def _serve(connection: socket.socket) -> dict | None:
             for environment in request["ranks"]:
                 if not (child := os.fork()):
                     return request | {"environment": environment}
+                os.setpgid(child, child)  # with what it will start itself
                 children.append(child)
+            print(children, file=lines, flush=True)
             print(_end_of(children, time.monotonic() + request["timeout"], connection), file=lines, flush=True)
     return None
 
@@ -134,10 +160,9 @@ def _end_of(children: list[int], deadline: float, connection: socket.socket) -> 
 
 def _become(request: dict) -> None:
     """Make this forked process what it would be had it been started, and run the module to the end."""
-    os.setsid()
     os.environ.clear()
     os.environ.update(request["environment"])
-    for stream, path in ((1, request["out"]), (2, request["err"])):
+    for stream, path in enumerate(request["files"], 1):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, stream)
         os.close(file)

@@ -8,8 +8,7 @@ import shutil
 
 import pytest
 
-from tests.conftest import run
-from tests.integration.runs import command, read_metrics, train, train_until_killed
+from tests.integration.runs import read_metrics, run_to_end, train, train_until_killed
 from unfold.model.hf.keys import hf_config
 from unfold.model.visibility import IGNORED
 from unfold.pretrain.checkpoint.load import find_run, load_run
@@ -123,8 +122,7 @@ def test_a_run_is_killed_at_borders_and_goes_on_under_other_layouts(config, alon
 @pytest.mark.long
 def test_samples_that_are_left_out_move_the_borders(config, tmp_path):
     """Two bad steps of the first stage: it takes as many samples more, and the next ones begin later."""
-    line = command(config, tmp_path / "run", 1, "faults.max_skips=1")
-    run(line[0], "-m", "tests.integration.faulty", "nan=10,25", *line[line.index("train") :])
+    run_to_end(config, tmp_path / "run", 1, "faults.max_skips=1", module=("tests.integration.faulty", "nan=10,25"))
     metrics = read_metrics(tmp_path / "run" / "metrics.jsonl")
     ranges = ["0-8", "16-24", "32-40", "40-44", "44-48", "48-52", "52-54", "54-56", "56-58"]
     assert [m["sample_range"] for m in metrics] == ranges and [m["stage"] for m in metrics] == [1] * 3 + [2] * 3 + [3] * 3
