@@ -119,12 +119,13 @@ def plan(config: RunConfig, gpus: int = 1, gpu: str = "H200") -> Plan:
     return Planner(Cluster(find_gpu(gpu, None), gpus, 8)).plan(config)
 
 
-@pytest.mark.parametrize("name,attention", [("forgetting", "gist"), ("dense", "dense")])
-def test_a_step_takes_little_more_than_its_parts(name, attention):
+@pytest.mark.parametrize("name,recall", [("forgetting", "none"), ("recalling", "all"), ("dense", "none")])
+def test_a_step_takes_little_more_than_its_parts(name, recall):
     """Of a run on one H200, which also starts kernels, waits for the host, and was made before attention was tuned."""
     run = json.loads((GPU_FILES / "h200_train.json").read_text())
     config = parse_config(run["config"] | {"data": {"train": ["x"], "tokenizer": "t", "raw_tokens": 32768}})
-    config = replace(config, model=replace(config.model, vocab_size=32768, attention=attention))
+    model = replace(config.model, vocab_size=32768, attention="dense" if name == "dense" else "gist")
+    config = replace(config, model=model, gist=replace(config.gist, recall=recall))
     measured = run["results"][name]["last"]["seconds"]
     assert 0.85 * measured < plan(config).time.total < measured
 
