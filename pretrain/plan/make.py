@@ -129,10 +129,10 @@ class Planner:
         )
 
     def _sample(self, config: RunConfig) -> SampleSize:
-        parallel = config.parallel
+        parallel, recalls = config.parallel, config.gist.recall != "none"
         key = (
-            config.model, config.gist, config.data.raw_tokens, config.precision, parallel.context, parallel.context_method,
-            parallel.tensor, parallel.sequence,
+            config.model, config.gist, config.data.raw_tokens, config.precision if recalls else "", parallel.context,
+            parallel.context_method, parallel.tensor if recalls or parallel.sequence else 1,
         )  # fmt: skip
         if key not in self._samples:
             self._samples[key] = measure_sample(config, suffix=self.suffix)

@@ -125,7 +125,7 @@ def layers_peak(config: RunConfig, kept: Activations, layers: int) -> tuple[int,
     # What a layer keeps comes back while the one after it goes backward. The input of one that is computed again is let go of: in
     # 16 bits its norm has a copy.
     held = 0 if checkpointing == "full" and kept.element < FP32 else 1
-    return (held + (layers > 1)) * each, working, layers * each
+    return min(layers, held + (layers > 1)) * each, working, layers * each
 
 
 def offloaded(config: RunConfig, sample: SampleSize) -> int:

@@ -37,8 +37,8 @@ MORE_LAYOUTS = {
     "muon": {"optimizer": {"kind": "muon"}},  # first: DeepSpeed goes on to use an mpu of an engine before, and Muon brings none
     "zero 1": {},
     "zero 2, fp32 reduction": {"parallel": {"zero": 2, "reduce": "fp32"}},
-    "zero 2, gists, norms, average": {
-        "parallel": {"zero": 2}, "train": {"trainable": ["gists", "*norm*"]}, "checkpoint": {"average_decay": 0.9}
+    "zero 2, gists, feed-forward, average": {
+        "parallel": {"zero": 2}, "train": {"trainable": ["gists", "*mlp*"]}, "checkpoint": {"average_decay": 0.9}
     },
     "zero 3, adapters": {"parallel": {"zero": 3}, "lora": {"rank": 4}},
     "tensor 2, adapters": {"parallel": {"tensor": 2}, "lora": {"rank": 4}},
