@@ -11,7 +11,6 @@ always.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -76,8 +75,6 @@ class Windows:
         if self._documents is not None:
             self._lengths = self._lengths[self._documents]
         self.tokens, self.entries = int(self._lengths.sum(dtype=np.int64)), len(self._lengths)
-        hashes = "".join(shard.sha256 for shard in shards)
-        self.fingerprint = shards[0].sha256 if len(shards) == 1 else hashlib.sha256(hashes.encode()).hexdigest()
         self._epoch = -1
 
     def _document(self, entry: int) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from unfold.pretrain.compact import bytes_per_element
 from unfold.pretrain.config import RunConfig
 from unfold.pretrain.plan.activations import FP32, Activations, element_size
 from unfold.pretrain.plan.work import Parameters, SampleSize, count_parameters
@@ -26,7 +27,7 @@ class Memory:
     Attributes:
         weights: in the compute precision.
         gradients: as they are accumulated over micro-batches.
-        optimizer: fp32 master weights and Adam's two moments (one momentum where Muon updates).
+        optimizer: fp32 master weights and Adam's two moments, in what `optimizer.state` says (one momentum where Muon updates).
         activations: kept for backward by all micro-batches in flight, with their layouts.
         working: what comes on top at most: a layer that goes backward, and is computed again for it; or, on the last stage, the
             loss: a chunk of logits, and the gradients that it leaves for backward; or the final norm.
@@ -61,7 +62,7 @@ def model_states(config: RunConfig, replicas: int) -> States:
     zero, offload = config.parallel.zero, config.parallel.offload
     element = element_size(config)
     weights = element / replicas if zero == 3 else element
-    optimizer = 3 * FP32 / replicas
+    optimizer = (FP32 + bytes_per_element(config.optimizer.state)) / replicas
     gradients = FP32 / replicas
     if zero == 1:
         # Summed whole; in bf16 those of the last micro-batch stay beside the fp32 sum until the update, but for a pipeline, which
