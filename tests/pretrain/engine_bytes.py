@@ -31,6 +31,8 @@ LAYOUTS = {
     "tensor 2": {"tensor": 2},
     "pipeline 2": {"pipeline": 2},
     "context 2": {"context": 2},
+    "bf16 moments": {"zero": 2},
+    "8bit moments": {"zero": 3},
 }
 RAW = 67  # three sinks and whole groups
 HUGE = 10**8  # DeepSpeed's communication bucket has half a billion elements, whatever the model; it is not counted
@@ -46,7 +48,10 @@ def run_config(layout: str, precision: str = "bf16") -> RunConfig:
             "data": {"train": ["x"], "tokenizer": "t", "raw_tokens": RAW},
             "train": {"global_batch": 2 if layout in ("tensor 2", "pipeline 2", "context 2") else 4},  # two micro-batches each
             "parallel": LAYOUTS[layout],
-            "optimizer": {"kind": "muon" if layout == "muon" else "adamw"},
+            "optimizer": {
+                "kind": "muon" if layout == "muon" else "adamw",
+                "state": layout.split()[0] if layout.endswith(" moments") else "fp32",
+            },
         }
     )
 

@@ -50,7 +50,6 @@ def test_a_stage_is_looked_at_too():
         refuse_unserved(config, torch.device("cuda"))
 
 
-@pytest.mark.parametrize("device,variable,name", [("cpu", "CXX", "g\\+\\+"), ("cuda", "CC", "gcc or clang")])
 def test_what_stages_have_from_all_is_named_once():
     config = run_config(top_p=0.5)
     stages = (StageConfig(until=2, recall="all"), StageConfig(until=4, lr=1e-4), StageConfig(until=5, topk=4))
@@ -58,6 +57,7 @@ def test_what_stages_have_from_all_is_named_once():
     assert unserved(config) == ["gist.top_p: 0.5 has no kernels for GPUs, which select by number; set topk, or neither"]
 
 
+@pytest.mark.parametrize("device,variable,name", [("cpu", "CXX", "g\\+\\+"), ("cuda", "CC", "gcc or clang")])
 def test_compiling_without_a_compiler_is_refused(monkeypatch, tmp_path, device, variable, name):
     config = run_config(recall="none")
     fused = dataclasses.replace(config, train=dataclasses.replace(config.train, fuse_pointwise=True))
