@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.integration.runs import series
-from tests.training import train_ranks
+from tests.integration.runs import series, train
 from unfold.pretrain.checkpoint.tensors import TensorDirectory
 
 STOP = "checkpoint.stop_after_minutes=0.0001"  # after the first step
@@ -30,18 +29,16 @@ def config(tiny, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(config, tmp_path_factory):
-    return train_ranks(config, tmp_path_factory.mktemp("alone") / "run", 1)
+    return train(config, tmp_path_factory.mktemp("alone") / "run", 1)
 
 
 @pytest.mark.parametrize("state,name", [c if c in SHORT else pytest.param(*c, marks=pytest.mark.long) for c in ALL])
 def test_losses_are_near_those_of_fp32_and_a_resumed_run_is_exact(state, name, config, alone, tmp_path):
     ranks, settings = LAYOUTS[name]
     settings = [f"optimizer.state={state}", *settings]
-    whole = train_ranks(config, tmp_path / "whole", ranks, *settings)
-    assert 0 < len(train_ranks(config, tmp_path / "run", ranks, *settings, STOP)) < 5
-    assert series(train_ranks(config, tmp_path / "run", ranks, *settings), "loss", "grad_norm") == series(
-        whole, "loss", "grad_norm"
-    )
+    whole = train(config, tmp_path / "whole", ranks, *settings)
+    assert 0 < len(train(config, tmp_path / "run", ranks, *settings, STOP)) < 5
+    assert series(train(config, tmp_path / "run", ranks, *settings), "loss", "grad_norm") == series(whole, "loss", "grad_norm")
     for got, want in zip(whole, alone, strict=True):
         assert abs(got["loss"] - want["loss"]) <= 2e-3 * want["loss"]
 
@@ -49,9 +46,9 @@ def test_losses_are_near_those_of_fp32_and_a_resumed_run_is_exact(state, name, c
 def test_bf16_moments_resume_exactly_under_another_layout(config, tmp_path):
     """They are rounded one by one, so no layout changes them: within what fp32 sums of other order differ by."""
     state = "optimizer.state=bf16"
-    whole = train_ranks(config, tmp_path / "whole", 1, state)
-    train_ranks(config, tmp_path / "run", 1, state, STOP)
-    resumed = train_ranks(config, tmp_path / "run", 2, state, "parallel.zero=3")
+    whole = train(config, tmp_path / "whole", 1, state)
+    train(config, tmp_path / "run", 1, state, STOP)
+    resumed = train(config, tmp_path / "run", 2, state, "parallel.zero=3")
     for got, want in zip(resumed, whole, strict=True):
         assert abs(got["loss"] - want["loss"]) <= 1e-5 * want["loss"]
     moment = TensorDirectory(tmp_path / "whole" / "checkpoints" / "step-00000005").read("exp_avg.layers.0.mlp.down.weight")
@@ -61,7 +58,7 @@ def test_bf16_moments_resume_exactly_under_another_layout(config, tmp_path):
 @pytest.mark.long
 def test_moments_may_change_what_they_are_kept_in(config, alone, tmp_path):
     """Checkpoints hold fp32 numbers whatever the optimizer keeps."""
-    train_ranks(config, tmp_path / "run", 1, STOP)
-    metrics = train_ranks(config, tmp_path / "run", 2, "optimizer.state=8bit", "train.allow_changes=[optimizer.state]")
+    train(config, tmp_path / "run", 1, STOP)
+    metrics = train(config, tmp_path / "run", 2, "optimizer.state=8bit", "train.allow_changes=[optimizer.state]")
     for got, want in zip(metrics, alone, strict=True):
         assert abs(got["loss"] - want["loss"]) <= 2e-3 * want["loss"]

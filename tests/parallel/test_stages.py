@@ -140,10 +140,10 @@ CHOICES = [{"chunk_sizes": [4, 2]}, {"chunk_sizes": [8]}, {"chunk_sizes": [4, 2,
 def drawing(tiny, tmp_path_factory):
     """A run whose samples draw chunk sizes, and whose stages arrange documents in three ways; and its metrics in one process."""
     folder = tmp_path_factory.mktemp("drawing")
-    train = {"steps": 6, "global_batch": 4, "micro_batch": 2, "valid_every": 0, "valid_samples": 2, "stages": ARRANGED}
+    steps = {"steps": 6, "global_batch": 4, "micro_batch": 2, "valid_every": 0, "valid_samples": 2, "stages": ARRANGED}
     gist = {"chunk_sizes": [4, 2], "choices": CHOICES}
-    config = tiny.config(folder / "c.yaml", train=train, gist=gist, checkpoint={"every": 1, "keep": 0})
-    return config, folder / "run", train_ranks(config, folder / "run", 1)
+    config = tiny.config(folder / "c.yaml", train=steps, gist=gist, checkpoint={"every": 1, "keep": 0})
+    return config, folder / "run", train(config, folder / "run", 1)
 
 
 BORDERS = [(2, "dp2 zero3"), *(pytest.param(*case, marks=pytest.mark.long) for case in ((4, "cp2"), (5, "pp2"), (4, "tp2")))]
@@ -158,7 +158,7 @@ def test_choices_and_packing_go_on_from_a_border_under_another_layout(step, name
         if int(directory.name.removeprefix("step-")) > step:
             shutil.rmtree(directory)
     ranks, settings = LAYOUTS[name]
-    moved = train_ranks(config, tmp_path / "run", ranks, *settings)
+    moved = train(config, tmp_path / "run", ranks, *settings)
     same(moved, metrics)
     for got, want in zip(moved, metrics, strict=True):
         drawn = {key for key in want if key.startswith("loss.")}
