@@ -5,7 +5,7 @@ updates yields two: ``model.NAME`` and ``momentum_buffer.NAME``. ZeRO gives each
 elements; of a matrix that is up to three rectangles (the rest of a row, whole rows, the beginning of a row). Each rank writes
 and reads exactly its own rectangles, so neither needs communication or memory beyond them, and any layout can read what
 another wrote. A parameter split in strides (gate and up in one matrix) is several tensors. Moments that the optimizer keeps in
-fewer bits (:mod:`unfold.pretrain.compact`) are fp32 here too, and stored again as they were.
+fewer bits (:mod:`unfold.pretrain.train.compact`) are fp32 here too, and stored again as they were.
 
 A parameter that is not trained has its weights alone, in the precision that it computes in; every replica reads them, each writes
 a part. Rows that are a parameter of their own (:mod:`unfold.model.rows`) stand in their matrix, so that it is whole.
@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from unfold.model.lora import A, B
 from unfold.model.rows import ROWS
 from unfold.pretrain.checkpoint.tensors import TensorDirectory
-from unfold.pretrain.compact import CompactAdamW, PackedMoment
 from unfold.pretrain.parallel import Parallel
+from unfold.pretrain.train.compact import CompactAdamW, PackedMoment
 
 KINDS = ("model", "exp_avg", "exp_avg_sq")
 MUON_KINDS = ("model", "momentum_buffer")

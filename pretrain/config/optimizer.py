@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, Protocol
 
 from unfold.model.settings import Decay, NotNegative, Positive, Settings, option
 from unfold.pretrain.config.trained import RateConfig
 
-if TYPE_CHECKING:
-    from unfold.pretrain.config.schema import RunConfig
-
 # Beyond, what a moment decays by in a step is less than half of what its numbers differ by, and it would hardly fall.
 LARGEST_DECAY = 0.99
+
+
+class Parallel(Protocol):
+    """What is asked of :class:`unfold.pretrain.config.schema.ParallelConfig`."""
+
+    tensor: int
+    pipeline: int
+    zero: int
 
 
 @dataclass(frozen=True)
@@ -52,20 +57,19 @@ class OptimizerConfig(Settings):
                 )
         return errors
 
-
-def muon_errors(config: RunConfig) -> list[str]:
-    """Why Muon, which needs whole matrices, cannot run as configured."""
-    if config.optimizer.kind != "muon":
-        return []
-    reasons = []
-    if config.parallel.tensor > 1:
-        reasons.append("parallel.tensor: 1 (tensor-parallel ranks hold parts of a matrix, Muon orthogonalises whole ones)")
-    if config.parallel.pipeline > 1:
-        reasons.append("parallel.pipeline: 1 (DeepSpeed refuses Muon where ranks hold different layers)")
-    if config.parallel.zero != 1:
-        reasons.append("parallel.zero: 1 (in other stages DeepSpeed clips what Muon has orthogonalised)")
-    if config.precision != "bf16":
-        reasons.append("precision: bf16 (in fp32 DeepSpeed clips what Muon has orthogonalised)")
-    if config.lora.rank:
-        reasons.append("lora.rank: 0 (an adapter is a product of two matrices, neither of which is to be orthogonal)")
-    return [f"optimizer.kind: muon needs {reason}; set it, or kind: adamw" for reason in reasons]
+    def misplaced(self, parallel: Parallel, precision: str, lora_rank: int) -> list[str]:
+        """Why Muon, which needs whole matrices, cannot run as the rest is configured."""
+        if self.kind != "muon":
+            return []
+        reasons = []
+        if parallel.tensor > 1:
+            reasons.append("parallel.tensor: 1 (tensor-parallel ranks hold parts of a matrix, Muon orthogonalises whole ones)")
+        if parallel.pipeline > 1:
+            reasons.append("parallel.pipeline: 1 (DeepSpeed refuses Muon where ranks hold different layers)")
+        if parallel.zero != 1:
+            reasons.append("parallel.zero: 1 (in other stages DeepSpeed clips what Muon has orthogonalised)")
+        if precision != "bf16":
+            reasons.append("precision: bf16 (in fp32 DeepSpeed clips what Muon has orthogonalised)")
+        if lora_rank:
+            reasons.append("lora.rank: 0 (an adapter is a product of two matrices, neither of which is to be orthogonal)")
+        return [f"optimizer.kind: muon needs {reason}; set it, or kind: adamw" for reason in reasons]

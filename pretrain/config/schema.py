@@ -25,7 +25,7 @@ from unfold.pretrain.config.distill import DistillConfig
 from unfold.pretrain.config.evaluation import EvaluationConfig
 from unfold.pretrain.config.monitor import MonitorConfig
 from unfold.pretrain.config.numbers import whole_weights
-from unfold.pretrain.config.optimizer import OptimizerConfig, muon_errors
+from unfold.pretrain.config.optimizer import OptimizerConfig
 from unfold.pretrain.config.stages import RunStage, StageConfig, run_stages, stage_errors
 from unfold.pretrain.config.trained import pattern_errors
 from unfold.pretrain.errors import UserError
@@ -252,7 +252,7 @@ class RunConfig(Settings):
     )
 
     def misfits(self) -> list[str]:
-        errors = self._layout_errors() + muon_errors(self)
+        errors = self._layout_errors() + self.optimizer.misplaced(self.parallel, self.precision, self.lora.rank)
         errors += self.distill.misplaced(self.model.attention, self.parallel.pipeline)
         if self.data.raw_tokens > self.model.max_position:
             errors.append(f"data.raw_tokens: {self.data.raw_tokens} exceeds model.max_position ({self.model.max_position})")

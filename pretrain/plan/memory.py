@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from unfold.pretrain.compact import bytes_per_element
 from unfold.pretrain.config import RunConfig
 from unfold.pretrain.plan.activations import FP32, Activations, element_size
 from unfold.pretrain.plan.work import Parameters, SampleSize, count_parameters
+from unfold.pretrain.train.compact import bytes_per_element
 
 # DeepSpeed's defaults, in elements: zero_optimization.reduce_bucket_size, stage3_max_live_parameters.
 BUCKET = 500_000_000

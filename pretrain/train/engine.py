@@ -19,9 +19,9 @@ from unfold.model.pointwise import Pointwise
 from unfold.model.recompute import Offload, Recompute
 from unfold.model.transformer import Transformer
 from unfold.pretrain.checkpoint.state import allocate_optimizer_state
-from unfold.pretrain.compact import CompactAdamW
 from unfold.pretrain.config import OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig, accumulation_steps
 from unfold.pretrain.parallel import Parallel
+from unfold.pretrain.train.compact import CompactAdamW
 from unfold.pretrain.train.trainable import freeze, needs_rows, parameter_groups, tied_attributes
 
 

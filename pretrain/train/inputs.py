@@ -122,6 +122,8 @@ def open_inputs(config: RunConfig) -> Inputs:
         arranged = Arranged(config.data.packing, config.data.length_weights) if trains else PLAIN
         seed, cache = config.train.seed, config.data.cache
         source = TokenSource(prefixes, raw_tokens, seed, tokenizer, setting, cache, arranged, checked=not trains)
+        if trains:
+            source.along(stretches_of(config)).check(len(stages))
         source.check_positions(gist.links if gist else 0, min(s.config.model.max_position for s in stages), setting)
         if not trains:
             for length in lengths - {raw_tokens}:
@@ -130,7 +132,6 @@ def open_inputs(config: RunConfig) -> Inputs:
         return BatchBuilder(source, own, tokenizer, length_multiple, config.train.seed, shuffle_parts, one_length)
 
     train = builder(config.data.train, "data.train", config.data.shuffle_parts)
-    train.source.along(stretches_of(config)).check(len(config.stages))
     if config.data.shuffle_parts and not train.source.linked:
         raise UserError(
             "data.shuffle_parts: true, but no shard of data.train has linked contexts; make shards with "

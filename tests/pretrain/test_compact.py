@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from unfold.pretrain.compact import BLOCK, CompactAdamW, PackedMoment, bytes_per_element, code_book
 from unfold.pretrain.config import parse_config
 from unfold.pretrain.errors import UserError
+from unfold.pretrain.train.compact import BLOCK, CompactAdamW, PackedMoment, bytes_per_element, code_book
 
 NUMBERS = dict(lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
 
@@ -67,7 +67,7 @@ def kept(optimizer: CompactAdamW, flat: torch.Tensor, name: str) -> torch.Tensor
 @pytest.mark.parametrize("state", ["bf16", "8bit"])
 def test_an_update_is_adamw_from_the_kept_moments(state, monkeypatch):
     """In pieces, of which the last ends within a block, against the formula in float64."""
-    monkeypatch.setattr("unfold.pretrain.compact.PIECE", 2 * BLOCK)
+    monkeypatch.setattr("unfold.pretrain.train.compact.PIECE", 2 * BLOCK)
     flat = torch.nn.Parameter(torch.randn(3 * BLOCK + 100))
     optimizer = CompactAdamW([{"params": [flat]}], state, **NUMBERS)
     optimizer.allocate(flat)

@@ -137,7 +137,7 @@ def test_weights_that_cannot_be(weights, said):
 
 def test_what_a_stage_left_is_packed_anew(shard, tokenizer):
     stages = [{"until": 10, "raw_tokens": 64}, {"until": 20, "raw_tokens": 300}]
-    data = {"train": [str(shard)], "tokenizer": "t", "raw_tokens": R}
+    data = {"train": [str(shard)], "tokenizer": "t", "raw_tokens": R, "packing": "best_fit"}
     config = parse_config({"data": data, "train": {"steps": 900, "global_batch": 4, "stages": stages}})
     source = open_source(shard, tokenizer).along(stretches_of(config))
     seen, number = Counter(), 0

@@ -244,7 +244,7 @@ def test_a_source_is_as_long_as_the_stages_need_that_it_weighs_in(tiny, tokenize
         return open_inputs(parse_config({"data": data | more, "train": train, "model": model, "gist": {"chunk_sizes": [4, 2]}}))
 
     first, last = {"until": 10, "raw_tokens": 64}, {"until": 20, "weights": [1, 0]}
-    assert opened(first, last).train.source.counters(40)[1] == 5
+    assert opened(first, last).source_samples(40, lambda n: n) == [35, 5]
     opened(first, train=[f"{tiny.train} weight=3", f"{tiny.valid} weight=1,20:0"])
     for stages in (
         (first,),
