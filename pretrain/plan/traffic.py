@@ -59,16 +59,10 @@ def plan_traffic(config: RunConfig, sample: SampleSize, replicas: int, micro_bat
         # Two all-reduces (or gathers and scatters) per layer and direction, one more at embedding and head.
         trained = count_trained(config)
         times = layers * (passes + 2 * trained.reached + 2 * taught) + 2 * micro_batches
-        if not trained.into_first:
+        if not trained.into_first:  # nobody asks for the gradient of the first layer's input
             times -= micro_batches
-        found.append(
-            Traffic(
-                kind,
-                round(2 * _ring(parallel.tensor) * (times * _hidden(config, kept) + layers * _narrow(config, kept, passes / 2))),
-                parallel.tensor,
-                parallel.tensor,
-            )
-        )
+        sent = 2 * _ring(parallel.tensor) * (times * _hidden(config, kept) + layers * _narrow(config, kept, passes / 2))
+        found.append(Traffic(kind, round(sent), parallel.tensor, parallel.tensor))
     if parallel.context > 1:
         sent = layers * (attended + 1) * context_exchange(config, kept)
         if taught:
@@ -96,7 +90,7 @@ def _hidden(config: RunConfig, kept: Activations) -> int:
 
 
 def _narrow(config: RunConfig, kept: Activations, passes: float) -> float:
-    """Bytes of what adapters of a layer send: beside column layers their gradients, beside row layers, in each forward pass, sums."""
+    """Bytes that adapters of a layer send: beside column layers their gradients, beside row layers a sum in each forward pass."""
     chosen = {name: len(fused.targeted(config.lora.targets)) for name, fused in fused_layers(config.model).items()}
     width = sum(n if name in COLUMN_LAYERS else n * passes for name, n in chosen.items())
     return kept.element * kept.tokens * width * config.lora.rank
