@@ -42,8 +42,8 @@ MORE_LAYOUTS = {
         "parallel": {"zero": 2}, "train": {"trainable": ["gists", "*mlp*"]}, "checkpoint": {"average_decay": 0.9}
     },
     "8bit moments": {"parallel": {"zero": 3}, "optimizer": {"state": "8bit"}},
-    "zero 3, adapters": {"parallel": {"zero": 3}, "lora": {"rank": 4}},
-    "tensor 2, adapters": {"parallel": {"tensor": 2}, "lora": {"rank": 4}},
+    "zero 3, adapters": {"parallel": {"zero": 3}, "lora": {"rank": 16}},
+    "tensor 2, adapters": {"parallel": {"tensor": 2}, "lora": {"rank": 16}},
     "pipeline 2": {"parallel": {"pipeline": 2}},
     "context 2": {"parallel": {"context": 2}},
 }  # fmt: skip
