@@ -48,7 +48,7 @@ class Activations:
     @classmethod
     def of(cls, config: RunConfig, sample: SampleSize, gpu: bool = True) -> Activations:
         parallel = config.parallel
-        exchange = parallel.context > 1 and parallel.context_method == "gists"
+        exchange = parallel.gists_ranks > 1
         return cls(
             config.model, element_size(config), config.train.micro_batch, parallel.tensor, parallel.context,
             parallel.sequence and parallel.tensor > 1, exchange, sample, gpu, config.train.mlp_tiles,

@@ -116,7 +116,7 @@ class Planner:
         parallel = config.parallel
         key = (
             config.model.attention, config.model.layer_attention, config.model.layers, config.gist, config.data.raw_tokens,
-            parallel.context, parallel.context_method, parallel.tensor if parallel.sequence else 1,
+            parallel.context, parallel.heads_ranks, parallel.tensor if parallel.sequence else 1,
         )  # fmt: skip
         if key not in self._samples:
             self._samples[key] = measure_sample(config)
@@ -166,7 +166,7 @@ class Planner:
         """The same run with dense attention; None where no such layout exists (dense context parallelism is ulysses)."""
         try:
             if config.parallel.context > 1:
-                config = with_setting(config, "parallel", context_method="ulysses")
+                config = with_setting(config, "parallel", context_method="ulysses", context_heads=1)
             return self.plan(with_setting(config, "model", attention="dense", layer_attention=()))
         except (ValueError, UserError):
             return None

@@ -146,7 +146,7 @@ def _buffers(config: RunConfig, kept: Activations, parameters: int, replicas: in
     if kept.exchange:
         width = 2 * config.model.kv_heads // parallel.tensor * config.model.head_dim * element
         sent = max(size.sent for _, _, size in kept.sample.by_kind(config.model.attention))
-        received = kept.samples * (sent * parallel.context + kept.tokens // kept.samples)
+        received = kept.samples * (sent * parallel.gists_ranks + kept.tokens // kept.samples)
         total += 2 * received * width  # keys and values of all ranks, and their gradients
     return total
 

@@ -59,7 +59,12 @@ def plan_traffic(config: RunConfig, sample: SampleSize, replicas: int, micro_bat
             Traffic(kind, round(times * 2 * _ring(parallel.tensor) * _hidden(config, kept)), parallel.tensor, parallel.tensor)
         )
     if parallel.context > 1:
-        found.append(Traffic("context", layers * (attended + 1) * context_exchange(config, kept), model_span, parallel.context))
+        times, among = layers * (attended + 1), context_exchange(config, kept)
+        if parallel.gists_ranks > 1:
+            found.append(Traffic("context (gists)", times * among[0], model_span, parallel.gists_ranks))
+        if parallel.heads_ranks > 1:
+            neighbours = parallel.tensor * parallel.heads_ranks
+            found.append(Traffic("context (heads)", times * among[1], neighbours, parallel.heads_ranks))
     if parallel.pipeline > 1:
         # A stage between two others sends on the residual stream, and back its gradient; with two stages each does one of both.
         directions = 2 if parallel.pipeline > 2 else 1
@@ -100,13 +105,11 @@ def _replica_traffic(config: RunConfig, replicas: int, micro_batches: int, span:
     return [gradients, Traffic("updated parameters (all-gather)", round(once), span, replicas)]
 
 
-def context_exchange(config: RunConfig, kept: Activations) -> int:
-    """Bytes a rank sends in one layer and direction."""
+def context_exchange(config: RunConfig, kept: Activations) -> tuple[int, int]:
+    """Bytes a rank sends in one layer and direction: of gists, and to trade heads."""
     model, parallel = config.model, config.parallel
     key_width = model.kv_heads // parallel.tensor * model.head_dim
-    others = parallel.context - 1
-    if kept.exchange:
-        return others * kept.samples * kept.sample.sent * 2 * key_width * kept.element
+    gists = (parallel.gists_ranks - 1) * kept.samples * kept.sample.sent * 2 * key_width * kept.element
     query_width = model.heads // parallel.tensor * model.head_dim
     moved = (2 * query_width + 2 * key_width) * kept.tokens * kept.element  # q, k, v, and the output back
-    return moved * others // parallel.context
+    return gists, moved * (parallel.heads_ranks - 1) // parallel.heads_ranks

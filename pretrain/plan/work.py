@@ -14,7 +14,7 @@ from unfold.model.gist import Layout, build_layout, interleave, max_interleaved_
 from unfold.model.hf.names import model_entries
 from unfold.model.parallel.context import make_plan
 from unfold.model.parallel.division import Division, imbalance, visible_pairs
-from unfold.pretrain.config import RunConfig
+from unfold.pretrain.config import ParallelConfig, RunConfig
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,10 @@ def measure_sample(config: RunConfig, attention: str | None = None) -> SampleSiz
     layers = config.model.layer_kinds
     counts = Counter(layers)
     division = None
-    if parallel.context > 1 and parallel.context_method == "gists":
+    if parallel.gists_ranks > 1:
         pattern = config.model.layer_attention or layers[:1]
-        division = Division.even([layout.in_layer(kind).intervals for kind in pattern], parallel.context)
-    sizes = {kind: _size_in(layout.in_layer(kind), tokens, raw, division, parallel.context) for kind in counts}
+        division = Division.even([layout.in_layer(kind).intervals for kind in pattern], parallel.gists_ranks)
+    sizes = {kind: _size_in(layout.in_layer(kind), tokens, raw, division, parallel) for kind in counts}
     if division is not None:
         pairs = [count * np.array(visible_pairs(layout.in_layer(kind).intervals, division)) for kind, count in counts.items()]
         uneven = imbalance(sum(pairs).tolist())
@@ -115,14 +115,18 @@ def measure_sample(config: RunConfig, attention: str | None = None) -> SampleSiz
     return dataclasses.replace(largest, keys=round(mean("keys")), sent=round(mean("sent")), layers=of_layers)
 
 
-def _size_in(layout: Layout, tokens: int, raw: int, division: Division | None, context: int) -> SampleSize:
+def _size_in(layout: Layout, tokens: int, raw: int, division: Division | None, parallel: ParallelConfig) -> SampleSize:
     """Of layers of one kind. layout: theirs; division: over ranks that exchange keys."""
     length, segments, keys = layout.intervals.tokens, layout.intervals.segments, _visible_keys(layout, tokens)
     if division is None:
-        return SampleSize(raw, tokens, length, keys, length // context, 0, layout.intervals.rows.shape[1] // context, segments)
-    plan = make_plan(layout, division, 0)  # the first rank takes the slice that sees most
+        rows, context = layout.intervals.rows.shape[1], parallel.context
+        return SampleSize(raw, tokens, length, keys, length // context, 0, rows // context, segments)
+    latest = max(range(division.ranks), key=lambda rank: division.spans[rank][-1])  # of all, the last token sees most
+    plan = make_plan(layout, division, latest)
     near, sent = plan.layout.intervals, plan.exports.exported.shape[1]
-    return SampleSize(raw, tokens, length, keys, near.tokens, sent, near.rows.shape[1], segments)
+    # A rank that trades heads has as many tokens of a part of the heads as if it had this part of the tokens of all heads.
+    of_heads = lambda number: -(-number // parallel.heads_ranks)
+    return SampleSize(raw, tokens, length, keys, of_heads(near.tokens), of_heads(sent), of_heads(near.rows.shape[1]), segments)
 
 
 def _lay_out(raw: int, length: int, gist: GistConfig, folded: bool) -> tuple[Layout, int]:

@@ -13,7 +13,6 @@ from tests.kernels.cases import padded
 from tests.kernels.recall_cases import CASES, RULES, SUFFIX_CASES, make_layout, make_rule, random_qkv, suffix_layout
 from unfold.kernels.compressed import compressed_attention
 from unfold.kernels.unfold import recall_attention
-from unfold.model.config import CONTEXT_SLICES
 from unfold.model.gist import Recall, build_recall
 from unfold.model.parallel.context import ContextAttention, ContextParallel
 from unfold.model.visibility import MicroBatchAttention
@@ -22,7 +21,7 @@ TOLERANCE = 1e-12
 
 
 def padded_case(name: str, multiple: int):
-    """A case padded to a multiple of the slices: layout, config, tree; in those of plain text every raw token recalls."""
+    """A case padded to a multiple of the ranks: layout, config, tree; in those of plain text every raw token recalls."""
     if name in SUFFIX_CASES:
         layout, config, recalls = suffix_layout(name)
     else:
@@ -34,7 +33,7 @@ def padded_case(name: str, multiple: int):
 
 
 def check(name: str, rule_name: str, share: str, context: ContextParallel) -> None:
-    layout, config, tree = padded_case(name, CONTEXT_SLICES * context.group.size())
+    layout, config, tree = padded_case(name, context.group.size())
     rule = make_rule(rule_name, config, share)
     q, k, v, d_out = random_qkv(layout, 4, 2, 8, torch.float64)
     want, read = recall_attention(q, k, v, tree, rule)
@@ -57,7 +56,7 @@ def check(name: str, rule_name: str, share: str, context: ContextParallel) -> No
 
 def check_first_layer(context: ContextParallel) -> None:
     """Layers before the first that recalls forget."""
-    layout, config, tree = padded_case("own group, closed context", CONTEXT_SLICES * context.group.size())
+    layout, config, tree = padded_case("own group, closed context", context.group.size())
     q, k, v, _ = (x.detach() for x in random_qkv(layout, 4, 2, 8, torch.float64))
     recall = Recall(tree, make_rule("fixed", config, "head"), first_layer=2)
     own = context.of(layout)
