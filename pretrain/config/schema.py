@@ -185,7 +185,7 @@ class ParallelConfig(Settings):
         "gists", "what context ranks exchange: gists and border chunks; ulysses: heads for sequence"
     )
     context_heads: Count = option(
-        1, "gists: so many of the context ranks, neighbours in a node, trade heads for sequence; these groups exchange gists"
+        1, "gists: so many context ranks, neighbours of a node, trade heads for sequence among them; these groups exchange gists"
     )
     sequence: bool = option(False, "also split norms and residuals over the tensor-parallel ranks, along the sequence")
     zero: Literal[1, 2, 3] = option(
@@ -226,7 +226,7 @@ class ParallelConfig(Settings):
 
     def _context_errors(self) -> list[str]:
         heads = self.context_heads
-        if heads == 1:
+        if heads <= 1:  # what is below 1 is told by its bounds
             return []
         if self.context_method == "ulysses":
             return [f"context_heads: {heads}, but with context_method: ulysses all context ranks trade heads; leave it out"]

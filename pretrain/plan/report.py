@@ -45,10 +45,15 @@ def report(name: str, plan: Plan, dense: Plan | None, usable: float, steps: int)
     cluster, division = plan.cluster, plan.division
     nodes = f"{cluster.nodes} node{'s' if cluster.nodes > 1 else ''}"
     yield f"{name} on {cluster.gpus} x {cluster.gpu.name} ({nodes}), {plan.config.precision}"
+    parallel = plan.config.parallel
+    if parallel.context_heads > 1:
+        context = f" ({parallel.heads_ranks} neighbours trade heads, {parallel.gists_ranks} exchange gists)"
+    else:
+        context = ""
     yield (
-        f"layout: pipeline {division.pipeline} x data {division.data} x context {division.context} x tensor {division.tensor}, "
-        f"ZeRO-{plan.config.parallel.zero}; {division.micro_batches} micro-batch(es) of {plan.config.train.micro_batch} "
-        "sample(s) per step on every rank"
+        f"layout: pipeline {division.pipeline} x data {division.data} x context {division.context}{context} x "
+        f"tensor {division.tensor}, ZeRO-{parallel.zero}; {division.micro_batches} micro-batch(es) of "
+        f"{plan.config.train.micro_batch} sample(s) per step on every rank"
     )
     if plan.costliest:
         yield f"gist.choices: counted as if every sample drew the costliest, chunk_sizes {list(plan.costliest)}"

@@ -148,9 +148,10 @@ class FourRanks:
         return 4
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.long)])
-def test_recall_over_ranks_is_that_of_the_whole(ranks):
-    """Real ranks exchange chunks: outputs, gradients and what was read, in fp64, on every layout case and rule."""
-    done = run(sys.executable, "-m", "tests.model.context_ranks", ranks, timeout=300)
+@pytest.mark.parametrize("ranks,heads", [(2, 1), *(pytest.param(*x, marks=pytest.mark.long) for x in ((3, 1), (4, 2), (6, 2)))])
+def test_recall_over_ranks_is_that_of_the_whole(ranks, heads):
+    """Real ranks exchange chunks: outputs, gradients and what was read, in fp64, on every layout case and rule; heads: so many
+    neighbours trade heads besides."""
+    done = run(sys.executable, "-m", "tests.model.context_ranks", ranks, heads, timeout=600)
     cases, sent = re.search(r"CASES (\d+) SENT (\d+)", done.stdout).groups()
     assert int(cases) == 4 * (len(CASES) + len(SUFFIX_CASES)) and int(sent) > 0

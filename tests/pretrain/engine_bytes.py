@@ -7,6 +7,7 @@ import gc
 import inspect
 import json
 import logging
+import os
 
 import deepspeed
 import numpy as np
@@ -32,7 +33,9 @@ LAYOUTS = {
     "pipeline 2": {"pipeline": 2},
     "context 2": {"context": 2},
 }
+OF_FOUR = {"context 2 x 2": {"context": 4, "context_heads": 2}, "ulysses 2": {"context": 2, "context_method": "ulysses"}}
 RAW = 67  # three sinks and whole groups
+UNDIVIDED = ("tensor 2", "pipeline 2", "context 2", "context 2 x 2")  # by data-parallel ranks
 HUGE = 10**8  # DeepSpeed's communication bucket has half a billion elements, whatever the model; it is not counted
 
 
@@ -44,8 +47,8 @@ def run_config(layout: str, precision: str = "bf16") -> RunConfig:
             "model": {"vocab_size": 512, "hidden_size": 128, "layers": 2, "heads": 4, "kv_heads": 2, "ffn_size": 256},
             "gist": {"chunk_sizes": [4, 2]},
             "data": {"train": ["x"], "tokenizer": "t", "raw_tokens": RAW},
-            "train": {"global_batch": 2 if layout in ("tensor 2", "pipeline 2", "context 2") else 4},  # two micro-batches each
-            "parallel": LAYOUTS[layout],
+            "train": {"global_batch": 2 if layout in UNDIVIDED else 4},  # two micro-batches each
+            "parallel": (LAYOUTS | OF_FOUR)[layout],
             "optimizer": {"kind": "muon" if layout == "muon" else "adamw"},
         }
     )
@@ -82,7 +85,16 @@ class Sent:
     """Counts the bytes that this rank sends between entering and leaving: collectives as rings, a reduce as its part of a
     reduce-scatter, a broadcast by its source alone. Entered before DeepSpeed looks the functions up; ``begin`` sets to 0."""
 
-    NAMES = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "reduce", "broadcast", "send", "isend")
+    NAMES = (
+        "all_reduce",
+        "all_gather_into_tensor",
+        "reduce_scatter_tensor",
+        "reduce",
+        "broadcast",
+        "send",
+        "isend",
+        "all_to_all_single",
+    )
 
     def __enter__(self):
         self.bytes, self._real = {}, {name: getattr(dist, name) for name in self.NAMES}
@@ -156,8 +168,9 @@ def measure(layout: str, sent: Sent) -> dict:
 if __name__ == "__main__":
     deepspeed.utils.logger.setLevel(logging.ERROR)
     with Sent() as counted:
-        results = {layout: measure(layout, counted) for layout in LAYOUTS}
-    everyone = [None, None]
+        layouts = LAYOUTS if os.environ["WORLD_SIZE"] == "2" else OF_FOUR
+        results = {layout: measure(layout, counted) for layout in layouts}
+    everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, results)
     if dist.get_rank() == 0:
         print("RESULT " + json.dumps(everyone), flush=True)

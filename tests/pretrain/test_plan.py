@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import ROOT, run
 from tests.live_memory import LiveMemory
-from tests.pretrain.engine_bytes import LAYOUTS, run_config
+from tests.pretrain.engine_bytes import LAYOUTS, OF_FOUR, run_config
 from unfold.model.config import GistConfig, ModelConfig
 from unfold.model.gist import build_layout, interleave
 from unfold.model.layers import BuildContext
@@ -199,6 +200,16 @@ def test_visible_keys_are_counted_exactly(chunk_sizes):
     assert dense.keys == 150 * 151 // 2 and dense.tokens == 150
 
 
+def test_neighbours_that_trade_heads_are_counted_as_one_rank_of_the_others():
+    """A quarter of the heads of a part four times as long: as many rows of keys, and as much is sent to each part."""
+    alone = configuration(replace(SHAPES["biases"], heads=8, kv_heads=4), raw=1024)
+    of_two, both = (
+        measure_sample(replace(alone, parallel=ParallelConfig(context=2 * heads, context_heads=heads))) for heads in (1, 4)
+    )
+    assert (both.near, both.sent, both.key_rows) == tuple(-(-n // 4) for n in (of_two.near, of_two.sent, of_two.key_rows))
+    assert both.keys == of_two.keys and both.imbalance == of_two.imbalance
+
+
 @pytest.mark.parametrize("method", ["gists", "ulysses"])
 def test_layers_of_several_kinds_are_counted_by_their_kind(method):
     """Pairs are the mean over layers; a dense layer sends all raw tokens that others see, a window what reaches over borders."""
@@ -231,9 +242,7 @@ def test_flops_of_attention_are_those_of_dense_attention_when_everything_is_seen
 
 def test_state_and_traffic_are_those_of_real_engines():
     """ZeRO 1, 2, 3 and tensor parallel on two ranks: weights, gradients, optimizer; parameters of tensor and pipeline ranks."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = run(*command, "-m", "tests.pretrain.engine_bytes", timeout=300)
-    ranks = json.loads(re.search(r"RESULT (.*)", done.stdout)[1])
+    ranks = engine_bytes(2)
     for layout in LAYOUTS:
         config = run_config(layout)
         division = Division.of(config, 2)
@@ -250,10 +259,27 @@ def test_state_and_traffic_are_those_of_real_engines():
                 if name == "optimizer":
                     expected -= spared_by_muon(config, counts, division.replicas)
                 assert expected == pytest.approx(measured[name], rel=TOLERANCE), (layout, rank, name)
-    for layout in LAYOUTS:
+    traffic_is_as_planned(LAYOUTS, ranks)
+
+
+@pytest.mark.long
+def test_traffic_of_ranks_that_trade_heads_is_as_planned():
+    """Four ranks: pairs of neighbours that trade heads, and exchange gists; and pairs that only trade heads."""
+    traffic_is_as_planned(OF_FOUR, engine_bytes(4))
+
+
+def engine_bytes(count: int) -> list[dict]:
+    """What each of so many ranks measured, by layout."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    done = run(*command, "-m", "tests.pretrain.engine_bytes", timeout=300)
+    return json.loads(re.search(r"RESULT (.*)", done.stdout)[1])
+
+
+def traffic_is_as_planned(layouts: Iterable[str], ranks: list[dict]) -> None:
+    for layout in layouts:
         config = run_config(layout)
-        division = Division.of(config, 2)
-        kinds = plan_traffic(config, measure_sample(config), division.replicas, division.micro_batches, 2)
+        division = Division.of(config, len(ranks))
+        kinds = plan_traffic(config, measure_sample(config), division.replicas, division.micro_batches, len(ranks))
         # ZeRO-3 keeps parameters as small as these whole: only their update is gathered here.
         expected = sum(kind.sent for kind in kinds if not kind.kind.startswith("ZeRO-3 parameters"))
         left_out = "all_gather_into_tensor" if config.parallel.zero == 3 else ""
