@@ -1,13 +1,12 @@
 """Context parallelism: the plans of all ranks, played through in one process, give the attention of the whole sequence."""
 
 import re
-import sys
 
 import numpy as np
 import pytest
 import torch
 
-from tests.conftest import run
+from tests import warm
 from tests.kernels.cases import CASES, make_layout, padded, random_qkv
 from tests.kernels.recall_cases import SUFFIX_CASES
 from unfold.kernels.compressed import compressed_attention
@@ -152,6 +151,6 @@ class FourRanks:
 def test_recall_over_ranks_is_that_of_the_whole(ranks, heads):
     """Real ranks exchange chunks: outputs, gradients and what was read, in fp64, on every layout case and rule; heads: so many
     neighbours trade heads besides."""
-    done = run(sys.executable, "-m", "tests.model.context_ranks", ranks, heads, timeout=600)
+    done = warm.command("tests.model.context_ranks", ranks, heads, timeout=600)
     cases, sent = re.search(r"CASES (\d+) SENT (\d+)", done.stdout).groups()
     assert int(cases) == 4 * (len(CASES) + len(SUFFIX_CASES)) and int(sent) > 0
