@@ -60,8 +60,9 @@ class SampleSize:
         tokens: raw tokens and gists.
         length: that, padded to the batch's fixed length.
         keys: (query, key) pairs that one layer's attention computes: the sum of hi - lo over all queries and segments.
-        near: tokens of the sequence that the busiest rank of a context-parallel group attends over, its own included.
-        sent: tokens whose keys and values a rank sends to each of the others, per layer.
+        near: tokens of the sequence that the busiest rank of a context-parallel group attends over, its own included; of all
+            heads: where it has a part of them, that part of the tokens. So with the next two.
+        sent: tokens whose keys and values a rank sends to each of the others that it exchanges gists with, per layer.
         key_rows: keys in level-sorted order, sink copies included, of that sequence.
         segments: ranges per query.
         imbalance: most (query, key) pairs of a rank that shares the sequence over the mean of them all.
