@@ -96,12 +96,12 @@ def _lay_out(made, gist: GistConfig | None, length: int, text_of, origin: str) -
     """What the first ``length`` tokens of a sample see, which never depends on what comes after them. made: an Interleaved."""
     import torch  # with the layout: seconds of start-up that a wrong argument need not wait for
 
-    from unfold.model.gist import Role, build_layout, dense_layout
+    from unfold.model.gist import Role, build_layout, raw_layout
 
     cut = lambda x: x if x is None else torch.from_numpy(x[:length].copy())[None]
     layout = build_layout(*(cut(x) for x in (made.level, made.doc)), gist, cut(made.role), cut(made.part))
     level, doc, levels = made.level[:length], made.doc[:length], gist.levels if gist else 0
-    seen = layout if gist else dense_layout(layout)
+    seen = layout if gist else raw_layout(layout, gists=False)
     text = [f"gist {n}" if n >= 0 else text_of(int(i)) for i, n in zip(made.ids, level)]
     first = made.position[layout.first_seen[0].numpy()]  # of the document or part
     sink = (level < 0) & (made.position[:length] - first < (gist.sink if gist else 0))
