@@ -231,7 +231,7 @@ class ParallelConfig(Settings):
         if self.context_method == "ulysses":
             return [f"context_heads: {heads}, but with context_method: ulysses all context ranks trade heads; leave it out"]
         if self.context % heads:
-            would_do = _largest_divisor(self.context, heads)
+            would_do = _largest_divisor(self.context, min(heads, max(1, self.context // 2)))
             return [f"context_heads: {heads} does not divide context ({self.context}); {would_do} would do"]
         if self.context == heads:
             return [f"context_heads: {heads} are all ranks of context; leave it out, and set context_method: ulysses"]

@@ -51,6 +51,8 @@ def test_every_error_is_reported_at_once():
         ("parallel", {"context": 8, "context_heads": 4}, "context_heads: 4 does not divide the 2 KV heads of a rank, as ulysses"),
         ("parallel", {"context": 4, "context_heads": 2, "tensor": 2}, "context_heads: 2 does not divide the 1 KV heads"),
         ("parallel", {"context": 3, "context_heads": 2}, "parallel.context_heads: 2 does not divide context (3); 1 would do"),
+        ("parallel", {"context": 8, "context_heads": 16}, "parallel.context_heads: 16 does not divide context (8); 4 would do"),
+        ("parallel", {"context_heads": 2}, "parallel.context_heads: 2 does not divide context (1); 1 would do"),
         ("parallel", {"context_heads": 0}, "parallel.context_heads: 0 is below 1"),
         (
             "parallel",
