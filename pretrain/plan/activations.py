@@ -55,7 +55,7 @@ class Activations:
     @classmethod
     def of(cls, config: RunConfig, sample: SampleSize, gpu: bool = True) -> Activations:
         parallel = config.parallel
-        exchange = parallel.context > 1 and parallel.context_method == "gists"
+        exchange = parallel.gists_ranks > 1
         tokens, element = config.train.micro_batch * sample.length // parallel.context, element_size(config)
         between = tuple((name, adapter_bytes(config, name, tokens, element)) for name in fused_layers(config.model))
         return cls(

@@ -132,7 +132,7 @@ class Planner:
         parallel, recalls = config.parallel, config.gist.recall != "none"
         key = (
             config.model, config.gist, config.data.raw_tokens, config.precision if recalls else "", parallel.context,
-            parallel.context_method, parallel.tensor if recalls or parallel.sequence else 1,
+            parallel.heads_ranks, parallel.tensor if recalls or parallel.sequence else 1,
         )  # fmt: skip
         if key not in self._samples:
             self._samples[key] = measure_sample(config, suffix=self.suffix)
@@ -182,7 +182,7 @@ class Planner:
         """The same run with dense attention; None where no such layout exists (dense context parallelism is ulysses)."""
         try:
             if config.parallel.context > 1:
-                config = with_setting(config, "parallel", context_method="ulysses")
+                config = with_setting(config, "parallel", context_method="ulysses", context_heads=1)
             return self.plan(with_setting(config, "model", attention="dense", layer_attention=()))
         except (ValueError, UserError):
             return None

@@ -153,7 +153,7 @@ def _buffers(config: RunConfig, kept: Activations, trained: Trained, replicas: i
         width = 2 * config.model.kv_heads // parallel.tensor * config.model.head_dim * element
         sizes = [size for _, _, size in kept.sample.by_kind(config.model.attention)]
         sent, fetched = max(s.sent for s in sizes), max(s.recall.fetched if s.recalls else 0 for s in sizes)
-        received = kept.samples * (sent * parallel.context + fetched + kept.tokens // kept.samples)
+        received = kept.samples * (sent * parallel.gists_ranks + fetched + kept.tokens // kept.samples)
         total += 2 * received * width  # keys and values of all ranks, and their gradients
     return total
 

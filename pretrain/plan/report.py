@@ -56,10 +56,15 @@ def report(name: str, plan: Plan, dense: Plan | None, usable: float, steps: int)
     cluster, division = plan.cluster, plan.division
     nodes = f"{cluster.nodes} node{'s' if cluster.nodes > 1 else ''}"
     yield f"{name} on {cluster.gpus} x {cluster.gpu.name} ({nodes}), {plan.config.precision}"
+    parallel = plan.config.parallel
+    if parallel.context_heads > 1:
+        context = f" ({parallel.heads_ranks} neighbours trade heads, {parallel.gists_ranks} exchange gists)"
+    else:
+        context = ""
     yield (
-        f"layout: pipeline {division.pipeline} x data {division.data} x context {division.context} x tensor {division.tensor}, "
-        f"ZeRO-{plan.config.parallel.zero}; {division.micro_batches} micro-batch(es) of {plan.config.train.micro_batch} "
-        "sample(s) per step on every rank"
+        f"layout: pipeline {division.pipeline} x data {division.data} x context {division.context}{context} x "
+        f"tensor {division.tensor}, ZeRO-{parallel.zero}; {division.micro_batches} micro-batch(es) of "
+        f"{plan.config.train.micro_batch} sample(s) per step on every rank"
     )
     if plan.costliest:
         yield f"gist.choices: counted as if every sample drew the costliest, chunk_sizes {list(plan.costliest)}"
@@ -132,16 +137,17 @@ def _traffic(plan: Plan, dense: Plan | None) -> Iterator[str]:
     if not plan.traffic:
         yield "communication: none, one rank"
         return
-    theirs = {t.kind: t.sent for t in dense.traffic} if dense else {}
+    plans = [{t.kind: t for t in p.traffic} for p in (plan, dense) if p]
     header = ["gist"] if plan.config.model.attention == "gist" else ["dense"]
     yield _columns("sent by one GPU per step, GiB", *header, *(["dense"] if dense else []))
-    for traffic in plan.traffic:
+    for kind in dict.fromkeys(kind for kinds in plans for kind in kinds):
+        traffic = next(kinds[kind] for kinds in plans if kind in kinds)
         inside = traffic.span <= cluster.gpus_per_node
         where = "in a node" if inside else "across nodes"
         if cluster.gpu.node_link:
             where += f", {traffic.sent / traffic.rate(cluster):.2g} s{' beside computation' if traffic.beside else ''}"
-        other = [f"{theirs.get(traffic.kind, 0) / GIB:.2f}"] if dense else []
-        yield _columns(f"  {traffic.kind}", f"{traffic.sent / GIB:.2f}", *other) + f"   {where}"
+        sent = (kinds[kind].sent / GIB if kind in kinds else 0 for kinds in plans)
+        yield _columns(f"  {kind}", *(f"{x:.2f}" for x in sent)) + f"   {where}"
 
 
 def _parts(plans: list[Plan]) -> Iterator[str]:

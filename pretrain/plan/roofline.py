@@ -176,7 +176,7 @@ def _memory(config: RunConfig, kept: Activations, division: Division, layers: in
     plain = replace(train, activation_checkpointing="none", offload_activations=False, mlp_tiles=1)
     once = Pointwise.of(replace(config, train=plain), kept).bytes
     passes = 3 if train.activation_checkpointing == "full" else 2
-    packed = PACKED * passes * context_exchange(config, kept) if division.context > 1 else 0
+    packed = PACKED * passes * sum(context_exchange(config, kept)) if division.context > 1 else 0
     of_step = update_bytes(config, count_trained(config, division.pipeline - 1), division.replicas)
     moved = micro * (layers * (work + packed) + loss_bytes(config, kept)) + of_step
     return Twice(moved / rate, micro * layers * (work - once) / rate)

@@ -64,11 +64,16 @@ def plan_traffic(config: RunConfig, sample: SampleSize, replicas: int, micro_bat
         sent = 2 * _ring(parallel.tensor) * (times * _hidden(config, kept) + layers * _narrow(config, kept, passes / 2))
         found.append(Traffic(kind, round(sent), parallel.tensor, parallel.tensor))
     if parallel.context > 1:
-        sent = layers * (attended + 1) * context_exchange(config, kept)
-        if taught:
-            whole = replace(sample, sent=-(-sample.raw // parallel.context), recall=None, layers=())
-            sent += round(taught * layers * context_exchange(config, Activations.of(config, whole)))
-        found.append(Traffic("context", sent, model_span, parallel.context))
+        times, among = layers * (attended + 1), context_exchange(config, kept)
+        if parallel.gists_ranks > 1:
+            sent = times * among[0]
+            if taught:
+                whole = replace(sample, sent=-(-sample.raw // parallel.context), recall=None, layers=())
+                sent += taught * layers * context_exchange(config, Activations.of(config, whole))[0]
+            found.append(Traffic("context (gists)", round(sent), model_span, parallel.gists_ranks))
+        if parallel.heads_ranks > 1:
+            sent, neighbours = (times + taught * layers) * among[1], parallel.tensor * parallel.heads_ranks
+            found.append(Traffic("context (heads)", round(sent), neighbours, parallel.heads_ranks))
     if parallel.pipeline > 1:
         # A stage between two others sends on the residual stream, and back its gradient; with two stages each does one of both.
         directions = 2 if parallel.pipeline > 2 else 1
@@ -123,16 +128,17 @@ def _replica_traffic(config: RunConfig, replicas: int, micro_batches: int, span:
     return [gradients, Traffic("updated parameters (all-gather)", round(once), span, replicas)]
 
 
-def context_exchange(config: RunConfig, kept: Activations) -> int:
-    """Bytes a rank sends in one layer and direction."""
+def context_exchange(config: RunConfig, kept: Activations) -> tuple[int, int]:
+    """Bytes a rank sends in one layer and direction: of gists, and to trade heads."""
     model, parallel = config.model, config.parallel
     key_width = model.kv_heads // parallel.tensor * model.head_dim
-    others = parallel.context - 1
+    gists = 0
     if kept.exchange:
         # A rank sends as many chunks as it fetches, in the mean.
         recalling = ((part, size.recall) for part, _, size in kept.sample.by_kind(model.attention) if size.recall)
         fetched = sum(part * recall.part * recall.fetched for part, recall in recalling)
-        return round(kept.samples * (others * kept.sample.sent + fetched) * 2 * key_width * kept.element)
+        sent = (parallel.gists_ranks - 1) * kept.sample.sent + fetched
+        gists = round(kept.samples * sent * 2 * key_width * kept.element)
     query_width = model.heads // parallel.tensor * model.head_dim
     moved = (2 * query_width + 2 * key_width) * kept.tokens * kept.element  # q, k, v, and the output back
-    return moved * others // parallel.context
+    return gists, moved * (parallel.heads_ranks - 1) // parallel.heads_ranks

@@ -16,8 +16,8 @@ from unfold.model.gist import Layout, build_layout, interleave, max_interleaved_
 from unfold.model.hf.names import model_entries
 from unfold.model.parallel.context import make_plan
 from unfold.model.parallel.division import Division, imbalance, visible_pairs
-from unfold.model.parallel.recall import make_recall_plan
-from unfold.pretrain.config import RunConfig
+from unfold.model.parallel.recall import RecallPlan, make_recall_plan
+from unfold.pretrain.config import ParallelConfig, RunConfig
 from unfold.pretrain.plan.recall import (
     SUFFIX,
     Recalling,
@@ -74,8 +74,9 @@ class SampleSize:
         tokens: raw tokens and gists.
         length: that, padded to the batch's fixed length.
         keys: (query, key) pairs that one layer's attention computes: the sum of hi - lo over all queries and segments.
-        near: tokens of the sequence that the busiest rank of a context-parallel group attends over, its own included.
-        sent: tokens whose keys and values a rank sends to each of the others, per layer.
+        near: tokens of the sequence that the busiest rank of a context-parallel group attends over, its own included; of all
+            heads: where it has a part of them, that part of the tokens. So with the next two.
+        sent: tokens whose keys and values a rank sends to each of the others that it exchanges gists with, per layer.
         key_rows: keys in level-sorted order, sink copies included, of that sequence.
         segments: ranges per query.
         imbalance: most (query, key) pairs of a rank that shares the sequence over the mean of them all.
@@ -142,14 +143,14 @@ def measure_sample(config: RunConfig, attention: str | None = None, suffix: floa
     layout, tokens = lay_out(raw, length, gist, folded)
     kinds = config.model.layer_kinds
     division = None
-    if parallel.context > 1 and parallel.context_method == "gists":
+    if parallel.gists_ranks > 1:
         pattern = config.model.layer_attention or kinds[:1]
-        division = Division.even([layout.in_layer(kind).intervals for kind in pattern], parallel.context)
+        division = Division.even([layout.in_layer(kind).intervals for kind in pattern], parallel.gists_ranks)
     recalls = folded and gist.recall != "none"
     which = [(kind, recalls and recalls_in(index, gist.recall_from, kind)) for index, kind in enumerate(kinds)]
     sizes = {}
     for kind, recalling in dict.fromkeys(which):
-        sizes[kind, recalling] = _size_in(layout.in_layer(kind), tokens, raw, division, parallel.context)
+        sizes[kind, recalling] = _size_in(layout.in_layer(kind), tokens, raw, division, parallel)
         if recalling:
             sizes[kind, recalling] = _with_recall(sizes[kind, recalling], config, layout, division, suffix)
     if division is not None:
@@ -163,19 +164,33 @@ def measure_sample(config: RunConfig, attention: str | None = None, suffix: floa
     return _joined([(layer[0], sizes[layer]) for layer in which])
 
 
-def _size_in(layout: Layout, tokens: int, raw: int, division: Division | None, context: int) -> SampleSize:
+def _size_in(layout: Layout, tokens: int, raw: int, division: Division | None, parallel: ParallelConfig) -> SampleSize:
     """Of layers of one kind. layout: theirs; division: over ranks that exchange keys."""
     length, segments, keys = layout.intervals.tokens, layout.intervals.segments, _visible_keys(layout.intervals, tokens)
     if division is None:
-        return SampleSize(raw, tokens, length, keys, length // context, 0, layout.intervals.rows.shape[1] // context, segments)
-    plan = make_plan(layout, division, 0)  # the first rank takes the slice that sees most
+        rows, context = layout.intervals.rows.shape[1], parallel.context
+        return SampleSize(raw, tokens, length, keys, length // context, 0, rows // context, segments)
+    plan = make_plan(layout, division, _latest(division))
     near, sent = plan.layout.intervals, plan.exports.exported.shape[1]
-    return SampleSize(raw, tokens, length, keys, near.tokens, sent, near.rows.shape[1], segments)
+    size = SampleSize(raw, tokens, length, keys, near.tokens, sent, near.rows.shape[1], segments)
+    return _of_heads(size, parallel.heads_ranks)
+
+
+def _latest(division: Division) -> int:
+    """The rank with the last tokens, which see most."""
+    return max(range(division.ranks), key=lambda rank: division.spans[rank][-1])
+
+
+def _of_heads(size: SampleSize, ranks: int) -> SampleSize:
+    """Of one of so many ranks that trade heads: it has as many tokens of a part of the heads as if it had this part of the tokens
+    of all heads."""
+    share = {name: -(-getattr(size, name) // ranks) for name in ("near", "sent", "key_rows")}
+    return dataclasses.replace(size, **share)
 
 
 def _with_recall(size: SampleSize, config: RunConfig, layout: Layout, division: Division | None, suffix: float) -> SampleSize:
     """Of a layer that recalls. size: of one that forgets; division: over ranks that exchange keys."""
-    gist, model = config.gist, config.model
+    gist, model, parallel = config.gist, config.model, config.parallel
     wide = 1.0 if gist.unfold_all else gist.unfold_share
     selecting = 0.0 if gist.unfold_all else 1 - gist.unfold_share - gist.forget_share
     if wide:
@@ -183,30 +198,39 @@ def _with_recall(size: SampleSize, config: RunConfig, layout: Layout, division: 
         keys = _visible_keys(unfolding.tree.others, size.tokens)
         size = dataclasses.replace(size, keys=round(size.keys + wide * (keys - size.keys)))
         if division is not None:
-            plan = make_recall_plan(unfolding.tree, division, 0)
-            size = dataclasses.replace(
-                size, near=plan.kept.length, sent=plan.exports.exported.shape[1], key_rows=plan.short.others.rows.shape[1]
-            )
+            plan = make_recall_plan(unfolding.tree, division, _latest(division))
+            size = _of_heads(_exchanged(size, plan), parallel.heads_ranks)
     recall = recall_of(layout, gist, suffix, everything=False)
     if recall is None:
         return size
     group, rows = model.heads // model.kv_heads, block_rows(model.head_dim, 2 if config.precision == "bf16" else 4)
     found = measure_recall(recall.tree, gist, group, rows, gists_seen(layout, recall.tree))
     if division is not None:
-        plan = make_recall_plan(recall.tree, division, 0)
-        here, missing = plan.kept.length, raw_missing(layout, plan)
-        fetched = round(missing * wanted(plan.tree, gist, group, model.heads // config.parallel.tensor))
-        keys, gists, pairs = plan.short.others.rows.shape[1], found.gists / config.parallel.context, found.pairs
-        found = measure_recall(plan.short, gist, group, rows, 0)
-        found = dataclasses.replace(found, rows=keys + fetched, fetched=fetched, gists=gists, pairs=pairs)
-        sent = plan.exports.exported.shape[1]
-        size = dataclasses.replace(size, near=max(size.near, here), sent=max(size.sent, sent), key_rows=max(size.key_rows, keys))
-    elif config.parallel.context > 1:
-        found = dataclasses.replace(found.divided(config.parallel.context), rows=size.key_rows)
+        plan, heads = make_recall_plan(recall.tree, division, _latest(division)), parallel.heads_ranks
+        fetched = raw_missing(layout, plan) * wanted(plan.tree, gist, group, model.heads // parallel.tensor // heads)
+        here, gists, pairs = _exchanged(size, plan), found.gists / parallel.context, found.pairs
+        found = measure_recall(plan.short, gist, group, rows, 0).divided(heads)
+        fetched, all_rows = round(fetched / heads), -(-round(here.key_rows + fetched) // heads)
+        found = dataclasses.replace(found, rows=all_rows, fetched=fetched, gists=gists, pairs=pairs)
+        size = _larger(size, _of_heads(here, heads))
+    elif parallel.context > 1:
+        found = dataclasses.replace(found.divided(parallel.context), rows=size.key_rows)
     routed = 0.0
     if gist.route_loss:
-        routed = gist.route_queries * (1 - gist.forget_share) * raw_before(layout, recall.tree) / config.parallel.context
+        routed = gist.route_queries * (1 - gist.forget_share) * raw_before(layout, recall.tree) / parallel.context
     return dataclasses.replace(size, recall=dataclasses.replace(found, part=selecting, routed=routed))
+
+
+def _exchanged(size: SampleSize, plan: RecallPlan) -> SampleSize:
+    """What a rank of a recall plan has and sends before it selects."""
+    sent, rows = plan.exports.exported.shape[1], plan.short.others.rows.shape[1]
+    return dataclasses.replace(size, near=plan.kept.length, sent=sent, key_rows=rows)
+
+
+def _larger(size: SampleSize, other: SampleSize) -> SampleSize:
+    """The larger of what ranks have and send in either case."""
+    largest = {name: max(getattr(size, name), getattr(other, name)) for name in ("near", "sent", "key_rows")}
+    return dataclasses.replace(size, **largest)
 
 
 def lay_out(raw: int, length: int, gist: GistConfig, folded: bool) -> tuple[Layout, int]:

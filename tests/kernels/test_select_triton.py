@@ -14,7 +14,6 @@ from tests.kernels.interpreter import DEVICE, compute_like_a_gpu, needs_runs
 from tests.kernels.recall_cases import CASES, SUFFIX_CASES, make_recall, make_rule, random_qkv, recalling
 from unfold.kernels.select import SelectRule, select_gists
 from unfold.kernels.select import triton as backend
-from unfold.model.config import CONTEXT_SLICES
 from unfold.model.gist import build_layout, build_recall
 from unfold.model.parallel.division import Division
 from unfold.model.parallel.recall import make_recall_plan
@@ -105,7 +104,7 @@ def test_the_tree_of_a_context_rank():
     """Two samples, of which each rank has a short sequence of its own: tables without gaps, selections as on the CPU."""
     name = "suffixes of packed documents"
     layout, config, tree = make_recall(name)
-    pad = lambda x, value=-1: torch.nn.functional.pad(x, (0, -x.shape[1] % (2 * CONTEXT_SLICES)), value=value)
+    pad = lambda x, value=-1: torch.nn.functional.pad(x, (0, -x.shape[1] % 2), value=value)
     recalls = torch.zeros_like(layout.level, dtype=torch.bool).flatten().index_fill(0, tree.tokens, True).view_as(layout.level)
     layout = build_layout(pad(layout.level), pad(layout.doc), config)
     whole = build_recall(layout, config, pad(recalls, False))

@@ -8,6 +8,7 @@ import gc
 import inspect
 import json
 import logging
+import math
 import sys
 import time
 
@@ -47,15 +48,19 @@ MORE_LAYOUTS = {
     "pipeline 2": {"parallel": {"pipeline": 2}},
     "context 2": {"parallel": {"context": 2}},
 }  # fmt: skip
+OF_FOUR = {  # on four ranks, the others on two
+    "context 2 x 2": {"parallel": {"context": 4, "context_heads": 2}},
+    "ulysses 2": {"parallel": {"context": 2, "context_method": "ulysses"}},
+}
 RAW = 67  # three sinks and whole groups
 HUGE = 10**8  # DeepSpeed's communication bucket has half a billion elements, whatever the model; it is not counted
 
 
 def run_config(layout: str, precision: str = "bf16") -> RunConfig:
     """The configuration that is measured here and planned in the test."""
-    given = (LAYOUTS | MORE_LAYOUTS)[layout]
-    parallel = given.get("parallel", {})
-    alone = any(parallel.get(name, 1) > 1 for name in ("tensor", "pipeline", "context"))
+    given = (LAYOUTS | MORE_LAYOUTS | OF_FOUR)[layout]
+    sizes = (given.get("parallel", {}).get(name, 1) for name in ("tensor", "pipeline", "context"))
+    replicas = (4 if layout in OF_FOUR else 2) // math.prod(sizes)
     return parse_config(
         given
         | {
@@ -64,7 +69,7 @@ def run_config(layout: str, precision: str = "bf16") -> RunConfig:
             "gist": {"chunk_sizes": [4, 2], "links": 0},
             "data": {"train": ["x"], "tokenizer": "t", "raw_tokens": RAW},
             # Two micro-batches for each rank.
-            "train": given.get("train", {}) | {"global_batch": 2 if alone else 4},
+            "train": given.get("train", {}) | {"global_batch": 2 * replicas},
         }
     )
 
@@ -100,7 +105,16 @@ class Sent:
     """Counts the bytes that this rank sends between entering and leaving: collectives as rings, a reduce as its part of a
     reduce-scatter, a broadcast by its source alone. Entered before DeepSpeed looks the functions up; ``begin`` sets to 0."""
 
-    NAMES = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "reduce", "broadcast", "send", "isend")
+    NAMES = (
+        "all_reduce",
+        "all_gather_into_tensor",
+        "reduce_scatter_tensor",
+        "reduce",
+        "broadcast",
+        "send",
+        "isend",
+        "all_to_all_single",
+    )
 
     def __enter__(self):
         self.bytes, self._real = {}, {name: getattr(dist, name) for name in self.NAMES}
@@ -179,7 +193,7 @@ if __name__ == "__main__":
     deepspeed.utils.logger.setLevel(logging.ERROR)
     with Sent() as counted:
         results = {layout: measure(layout, counted) for layout in sys.argv[1:]}
-    everyone = [None, None]
+    everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, results)
     if dist.get_rank() == 0:
         print("RESULT " + json.dumps(everyone), flush=True)

@@ -13,10 +13,11 @@ from megatron.core.parallel_state import RankGenerator
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import run
-from tests.pretrain.plan.engine_bytes import LAYOUTS, MORE_LAYOUTS, run_config
+from tests.pretrain.plan.engine_bytes import LAYOUTS, MORE_LAYOUTS, OF_FOUR, run_config
 from tests.pretrain.plan.samples import SHAPES, TOLERANCE, configuration, micro_batch
 from unfold.model.config import GistConfig
 from unfold.model.transformer import Transformer
+from unfold.pretrain.config import ParallelConfig
 from unfold.pretrain.plan.memory import model_states
 from unfold.pretrain.plan.ranks import Division
 from unfold.pretrain.plan.traffic import plan_traffic
@@ -49,6 +50,23 @@ def test_visible_keys_are_counted_exactly(chunk_sizes):
     assert dense.keys == 150 * 151 // 2 and dense.tokens == 150
 
 
+@pytest.mark.parametrize("recall", ["none", "all"])
+def test_neighbours_that_trade_heads_are_counted_as_one_rank_of_the_others(recall):
+    """A quarter of the heads of a part four times as long: as many rows of keys, and as much is sent to each part."""
+    alone = configuration(replace(SHAPES["biases"], heads=8, kv_heads=4), raw=1024)
+    alone = replace(alone, gist=replace(alone.gist, recall=recall))
+    of_two, both = (
+        measure_sample(replace(alone, parallel=ParallelConfig(context=2 * heads, context_heads=heads))) for heads in (1, 4)
+    )
+    assert (both.near, both.sent, both.key_rows) == tuple(-(-n // 4) for n in (of_two.near, of_two.sent, of_two.key_rows))
+    assert both.keys == of_two.keys and both.imbalance == of_two.imbalance
+    recalling = [[size.recall for _, size in sample.layers if size.recall] for sample in (both, of_two)]
+    assert bool(recalling[0]) == (recall == "all")
+    for part, whole in zip(*recalling, strict=True):
+        assert (part.queries, part.scored, part.pairs) == (whole.queries / 4, whole.scored, whole.pairs)
+        assert whole.fetched / 16 <= part.fetched <= whole.fetched / 4  # a quarter of the heads wants fewer chunks
+
+
 @pytest.mark.parametrize("method", ["gists", "ulysses"])
 def test_layers_of_several_kinds_are_counted_by_their_kind(method):
     """Pairs are the mean over layers; a dense layer sends all raw tokens that others see, a window what reaches over borders."""
@@ -79,15 +97,22 @@ def test_flops_of_attention_are_those_of_dense_attention_when_everything_is_seen
     assert count_flops(config.model, measure_sample(config), 1).attention == pytest.approx(square / 2, rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("layouts", [LAYOUTS, pytest.param(MORE_LAYOUTS, marks=pytest.mark.long)], ids=["few", "more"])
-def test_state_and_traffic_are_those_of_real_engines(layouts):
-    """On two ranks: parameters of each, weights, gradients, optimizer with averages, and bytes sent in a step."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+@pytest.mark.parametrize(
+    "layouts, count",
+    [
+        pytest.param(LAYOUTS, 2, id="few"),
+        pytest.param(MORE_LAYOUTS, 2, id="more", marks=pytest.mark.long),
+        pytest.param(OF_FOUR, 4, id="trading heads", marks=pytest.mark.long),
+    ],
+)
+def test_state_and_traffic_are_those_of_real_engines(layouts, count):
+    """On so many ranks: parameters of each, weights, gradients, optimizer with averages, and bytes sent in a step."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     done = run(*command, "-m", "tests.pretrain.plan.engine_bytes", *layouts, timeout=300)
     ranks = json.loads(re.search(r"RESULT (.*)", done.stdout)[1])
     for layout in layouts:
         config = run_config(layout)
-        division = Division.of(config, 2)
+        division = Division.of(config, count)
         for rank, measured in enumerate(results[layout] for results in ranks):
             trained = count_trained(config, division.place(rank)[0])
             assert trained.held == measured["parameters"], (layout, rank)
@@ -96,7 +121,7 @@ def test_state_and_traffic_are_those_of_real_engines(layouts):
             states = model_states(config, trained, division.replicas)
             for name in ("weights", "gradients", "optimizer"):
                 assert getattr(states, name) == pytest.approx(measured[name], rel=TOLERANCE), (layout, rank, name)
-        kinds = plan_traffic(config, measure_sample(config), division.replicas, division.micro_batches, 2)
+        kinds = plan_traffic(config, measure_sample(config), division.replicas, division.micro_batches, count)
         # ZeRO-3 keeps parameters as small as these whole: only their update is gathered here.
         expected = sum(kind.sent for kind in kinds if not kind.kind.startswith("ZeRO-3 parameters"))
         left_out = "all_gather_into_tensor" if config.parallel.zero == 3 else ""

@@ -135,7 +135,7 @@ def test_a_rank_of_context_parallelism_has_the_pairs_of_its_queries():
     config = replace(config, parallel=replace(config.parallel, context=2))
     sample, intervals = measure_sample(config), micro_batch(config, 1).layout.intervals
     seen, division = intervals.dense_mask()[0].sum(-1), Division.even([intervals], 2)
-    parts = [sum(int(seen[a:b].sum()) for a, b in division.spans(rank)) for rank in range(2)]
+    parts = [sum(int(seen[a:b].sum()) for a, b in division.spans[rank]) for rank in range(2)]
     assert sample.length == len(seen) and sample.imbalance == pytest.approx(max(parts) / (sum(parts) / 2))
     ulysses = replace(config, parallel=replace(config.parallel, context_method="ulysses"))
     assert measure_sample(ulysses).imbalance == 1
