@@ -1,17 +1,24 @@
 """What the Triton kernels of unfolding work through once per micro-batch, by vectorised tensor operations.
 
-The keys of windows and sinks against the queries that see them, in the tables of compressed attention; what every layer derives
-from its own selection is in turn.py.
+The keys of windows and sinks against the queries that see them, in the tables of compressed attention; groups of gists above level
+0 against the blocks of queries that may select them. What every layer derives from its own selection is in turn.py.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from unfold.kernels.compressed.plan import SHORTEST_SPLIT, SPLITS, KeyItems, TokenSearch, key_items
+from unfold.kernels.compressed.plan import SHORTEST_SPLIT, SPLITS, KeyItems, TokenSearch, expand, key_items
 from unfold.kernels.intervals import Intervals
+from unfold.kernels.select.blocks import query_blocks
 from unfold.kernels.tree import GistTree
+
+# A group of gists above level 0 that many blocks may visit is cut into parts of at most this many, or of so many that the partial
+# sums hold no more numbers than d_k and d_v.
+SHORTEST_PART = 64
 
 
 def longest_chunk(tree: GistTree) -> int:
@@ -53,3 +60,87 @@ def _near_items(tree: GistTree, tile_keys: int) -> tuple[Tensor, Tensor, KeyItem
     chunk = max(SHORTEST_SPLIT, -(-queries // SPLITS))
     items = key_items(flat, TokenSearch(flat), range(3 * batch), tile_keys, chunk, direct=True)
     return flat.lo[0], flat.hi[0], items
+
+
+@dataclass(frozen=True)
+class UpperParts:
+    """Groups of ``width`` neighbouring gists above level 0 against the blocks of queries before which any of them stands.
+
+    Attributes:
+        table: [n, 8] int32: sample, segment, number of the group in it, first key row, last + 1, first block, last + 1, slot of
+            the partial sum or -1 (then the part is all of its group). The longest come first.
+        sums: [m, 5] int32, groups with partial sums: sample, first key row, last + 1, first slot, number of slots.
+        slots: number of partial sums.
+        groups: of the segment that has most.
+    """
+
+    table: Tensor
+    sums: Tensor
+    slots: int
+    groups: int
+
+
+def upper_parts(tree: GistTree, size: int, width: int) -> UpperParts:
+    """For blocks of at most ``size`` queries; memoised."""
+    return tree.planned(("upper parts", size, width), lambda whole: _upper_parts(whole, size, width))
+
+
+def _upper_parts(tree: GistTree, size: int, width: int) -> UpperParts:
+    blocks, levels, device = query_blocks(tree, size), tree.levels, tree.device
+    bounds = tree.others.segment_start[:, :levels].long()  # [B, L]
+    counts = (-(-bounds.diff(dim=1) // width)).flatten()  # of each sample and segment above level 0
+    pair, number = expand(counts)
+    sample = torch.div(pair, max(levels - 1, 1), rounding_mode="floor")
+    segment = pair - sample * (levels - 1)
+    first = bounds[sample, segment] + number * width
+    last = torch.minimum(first + width, bounds[sample, segment + 1])
+
+    # Whether a block's queries, taken together, reach into the group.
+    lo, hi = tree.lo[: levels - 1].long(), tree.hi[: levels - 1].long()
+    shape = levels - 1, len(blocks.table)
+    index = blocks.of_query.expand_as(lo)
+    least = torch.full(shape, 2**31, device=device).scatter_reduce_(1, index, lo.masked_fill(hi <= lo, 2**31), "amin")
+    most = torch.zeros(shape, dtype=torch.int64, device=device).scatter_reduce_(1, index, hi.masked_fill(hi <= lo, 0), "amax")
+    meets = (blocks.table[:, 2] == sample[:, None]) & (least[segment] < last[:, None]) & (most[segment] > first[:, None])
+    ordinal = torch.arange(1, len(blocks.table) + 1, device=device)
+    end = (meets * ordinal).amax(1)
+    begin = torch.where(meets, ordinal - 1, len(ordinal)).amin(1).minimum(end)
+
+    longest = max(SHORTEST_PART, -(-int((end - begin).sum()) * width // tree.others.rows.numel()))
+    parts = -(-(end - begin) // longest)  # none of a group that nobody may select
+    group, part = expand(parts)
+    start = begin[group] + part * longest
+    stop = torch.minimum(start + longest, end[group])
+    slots = parts * (parts > 1)
+    first_slot = slots.cumsum(0) - slots
+    slot = torch.where(parts[group] > 1, first_slot[group] + part, -1)
+    table = torch.stack([*(x[group] for x in (sample, segment, number, first, last)), start, stop, slot], 1)
+    order = torch.argsort(stop - start, descending=True, stable=True)
+    sums = torch.stack([sample, first, last, first_slot, parts], 1)[parts > 1]
+    groups = int(counts.max()) if len(counts) else 0
+    return UpperParts(table[order].int().contiguous(), sums.int().contiguous(), int(slots.sum()), groups)
+
+
+def level_0_gists(tree: GistTree) -> int:
+    """Level-0 gists of the sample that has most, at least one (memoised)."""
+    start = lambda whole: whole.others.segment_start[:, whole.levels - 1 : whole.levels + 1]
+    return tree.planned("level-0 gists", lambda whole: max(1, int(start(whole).diff(dim=1).amax())))
+
+
+def visible_copies(tree: GistTree) -> Tensor:
+    """[B, T] int32, the row of each token's sink copy that a recalling query sees, or -1; memoised."""
+    return tree.memo("sink copies that recalling queries see", lambda: _visible_copies(tree))
+
+
+def _visible_copies(tree: GistTree) -> Tensor:
+    rows, tokens, device = tree.others.rows, tree.others.tokens, tree.device
+    copies, sample = rows.shape[1] - tokens, tree.tokens // tokens
+    lo, hi = tree.lo[-1].long() - tokens, tree.hi[-1].long() - tokens
+    one = (hi > lo).int()
+    edges = torch.zeros(tree.others.batch * (copies + 1), dtype=torch.int32, device=device)
+    for bound, sign in ((lo, 1), (hi, -1)):
+        edges.index_add_(0, sample * (copies + 1) + bound.clamp(0, copies), one * sign)
+    visible = edges.view(-1, copies + 1).cumsum(1)[:, :copies] > 0
+    of_token = torch.full((tree.others.batch, tokens + 1), -1, dtype=torch.int32, device=device)
+    row = torch.arange(tokens, rows.shape[1], dtype=torch.int32, device=device).expand_as(visible)
+    return of_token.scatter_(1, rows[:, tokens:].masked_fill(~visible, tokens), row)[:, :tokens].contiguous()

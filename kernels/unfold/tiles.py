@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import triton
+from torch import Tensor
 
 from unfold.kernels.common.tiles import Tile
 from unfold.kernels.compressed.tiles import choose_tiles
@@ -31,6 +32,10 @@ class UnfoldTiles:
     def block(self, group: int) -> int:
         """Queries of a block, for a number of query heads per KV head."""
         return max(1, min(BITS, self.forward.rows // group))
+
+    def of(self, q: Tensor, k: Tensor, longest_chunk: int) -> UnfoldTiles:
+        """Fitted to q [.., H, D] and k [B, T, Hkv, D]."""
+        return self.fit(q.shape[-2] // k.shape[2], longest_chunk)
 
     def fit(self, group: int, longest_chunk: int) -> UnfoldTiles:
         """With as many rows as a block of queries has, and room for the longest chunk."""
