@@ -43,9 +43,9 @@ class BlockLists:
     Attributes:
         blocks: which queries the bits stand for.
         first: [L, lists] int64; the lists of segment 0 come first, those of segment L - 1 (level 0) last.
-        count: [2 * L + 2, lists] int32: items of every segment; places, where the chunks of a list lie side by side, a level-0 gist
-            and the raw tokens behind it each; raw tokens that the queries unfold, which the forward pass of unfolding fills in;
-            bits that are set in the items of every segment.
+        count: [2 * L + 2, lists] int32: items of every segment; places, where the chunks of a list lie side by side, a level-0
+            gist and the raw tokens behind it each; raw tokens that the queries unfold, which the forward pass of unfolding fills
+            in; bits that are set in the items of every segment.
         row: [items] int32, rows of the level-sorted buffer of the block's sample.
         bits: [items] int32, bit j for query j of the block.
         start: [lists + 1] int64, where the places of each list begin; those of a list may be fewer than there is room for.

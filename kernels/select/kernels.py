@@ -8,9 +8,9 @@ parents that any of its rows selected, then the span of gists whose parent is st
 - :func:`bound_kernel` finds each row's bound among its scores, which its program holds in registers;
 - :func:`take_kernel` writes the lists of what was taken, and the candidates of the level below.
 
-Scratch and candidates have the same room for every list, for as many lists at a time as fit a bounded memory: no program waits for
-another, no key is read twice, and the host knows all sizes (kernels/select/room.py). Where scores tie at a bound, the earlier
-gists are taken. A budget of any size costs the same, and the result is exact.
+Scratch and candidates have the same room for every list, for as many lists at a time as fit a bounded memory: no program waits
+for another, no key is read twice, and the host knows all sizes (kernels/select/room.py). Where scores tie at a bound, the
+earlier gists are taken. A budget of any size costs the same, and the result is exact.
 """
 
 import triton
@@ -202,9 +202,9 @@ def take_kernel(
 ):  # fmt: skip
     """The list of each block and KV head at level segment S: rows p_row, queries as bits p_bits, from p_first [L, lists] on.
 
-    p_count [2 * L + 2, lists] gets how many, and the sum of their bits; at the bottom the places of the chunks, a gist and the raw
-    tokens behind it each. Above it the candidates of the next level: how many, p_new_places [lists of the slice]; p_new_key and
-    p_new_words as in :func:`score_kernel`. p_next_lo, p_next_hi [N], p_next_spans: its open gists. Grid: (lists of the slice,).
+    p_count [2 * L + 2, lists] gets how many, and the sum of their bits; at the bottom the places of the chunks, a gist and the
+    raw tokens behind it each. Above it the candidates of the next level: how many, p_new_places [lists of the slice]; p_new_key
+    and p_new_words as in :func:`score_kernel`. p_next_lo, p_next_hi [N], p_next_spans: its open gists. Grid: (lists of the slice,).
     """
     TOP: tl.constexpr = S == 0
     BOTTOM: tl.constexpr = S == L - 1

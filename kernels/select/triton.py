@@ -119,7 +119,7 @@ def every_query(tree: GistTree) -> Tensor:
 def select_sorted(
     q: Tensor, at: Tensor, k: Tensor, tree: GistTree, rule: SelectRule, size: int, tiles: SelectTiles | None = None
 ) -> BlockLists:
-    """The same where k, [B * R, Hkv, D], is sorted by level, and ``at`` [N] int64 says where the queries stand in q, [.., H, D]."""
+    """The same where k, [B * R, Hkv, D], is sorted by level, and the queries stand at ``at``, [N] int64, in q, [.., H, D]."""
     blocks, heads, kv_heads = query_blocks(tree, size), q.shape[-2], k.shape[1]
     room = list_room(tree, rule, size, heads, kv_heads)
     tails, ends = tree.memo("bounds of open gists", lambda: (tree.tail.unbind(), tree.hi[: tree.levels].unbind()))

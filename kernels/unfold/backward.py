@@ -85,7 +85,8 @@ def unfold_d_query_kernel(
     if EXACT:
         b_sum, b_mean = _visit(
             tl.zeros([BM], tl.float32), b_mean, b_q, b_do, b_shift, p_k, p_v, p_lo, p_hi, p_first, p_count, p_row, p_bits,
-            p_start, p_key, p_seen, i_list, i_from * HKV, lists, o_query, m_row, o_bit, scale, queries, stride, D, BD, L, BN, True, UPCAST,
+            p_start, p_key, p_seen, i_list, i_from * HKV, lists, o_query, m_row, o_bit, scale, queries, stride, D, BD, L, BN,
+            True, UPCAST,
         )  # fmt: skip
         b_mean = tl.div_rn(b_mean, tl.where(b_sum > 0, b_sum, 1.0))
     else:
@@ -94,7 +95,8 @@ def unfold_d_query_kernel(
     tl.store(p_mean + o_stat, b_mean, mask=m_row)
     b_dq, _ = _visit(
         tl.zeros([BM, BD], tl.float32), b_mean, b_q, b_do, b_shift, p_k, p_v, p_lo, p_hi, p_first, p_count, p_row, p_bits,
-        p_start, p_key, p_seen, i_list, i_from * HKV, lists, o_query, m_row, o_bit, scale, queries, stride, D, BD, L, BN, False, UPCAST,
+        p_start, p_key, p_seen, i_list, i_from * HKV, lists, o_query, m_row, o_bit, scale, queries, stride, D, BD, L, BN,
+        False, UPCAST,
     )  # fmt: skip
     if EXACT:  # the row's factor is common to all its keys: it comes in once, here
         b_dq *= tl.load(p_factor + o_stat, mask=m_row, other=0.0)[:, None]
@@ -221,22 +223,22 @@ def _add_parts(
 
 @kernel
 def upper_d_key_kernel(
-    p_q, p_k, p_v, p_do, p_shift, p_factor, p_mean, p_tokens, p_blocks, p_parts, p_edges, p_first, p_row, p_bits,
-    p_dk, p_dv, p_part_k, p_part_v, scale, d_scale, queries, keys, lists, groups,
+    p_q, p_k, p_v, p_do, p_shift, p_factor, p_mean, p_tokens, p_blocks, p_parts, p_spread, p_dk, p_dv, p_part_k, p_part_v,
+    scale, d_scale, i_from, blocks, above, queries, keys,
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, L: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """The same for BN neighbouring gists above level 0, of which blocks of queries select many at once: visited by blocks.
 
-    p_parts [parts, 8]: sample, segment, number of the group in it, first key row, last + 1, first block, last + 1, slot or -1.
-    p_edges [L - 1, lists, groups + 1]: where the items of each group begin in a list. Partial sums [slots, HKV, BN, D].
+    Of a slice of ``blocks`` blocks from i_from on, whose lists have bits for the first ``above`` rows: p_spread [lists, above].
+    p_parts [parts, 6]: sample, first key row, last + 1, first block, last + 1, slot or -1. Partial sums [slots, HKV, BN, D].
     Grid: (parts, HKV).
     """
     i_head = tl.program_id(1)
-    p_parts += tl.program_id(0) * 8
-    i_sample, i_segment, i_group = tl.load(p_parts), tl.load(p_parts + 1), tl.load(p_parts + 2)
-    i_row, i_end = tl.load(p_parts + 3), tl.load(p_parts + 4)
-    i_slot = tl.load(p_parts + 7)
+    p_parts += tl.program_id(0) * 6
+    i_sample, i_row, i_end = tl.load(p_parts), tl.load(p_parts + 1), tl.load(p_parts + 2)
+    i_first, i_last = tl.maximum(tl.load(p_parts + 3), i_from), tl.minimum(tl.load(p_parts + 4), i_from + blocks)
+    i_slot = tl.load(p_parts + 5)
     o_slot = tl.arange(0, BN)
     o_key, m_key = i_row + o_slot, i_row + o_slot < i_end
     o_k = (i_sample.to(tl.int64) * keys + o_key) * (HKV * D) + i_head * D
@@ -244,19 +246,12 @@ def upper_d_key_kernel(
     b_v = load_tile(p_v, o_k, m_key, D, BD)
     b_dk = tl.zeros([BN, BD], tl.float32)
     b_dv = tl.zeros([BN, BD], tl.float32)
-    p_first += i_segment * lists
-    p_edges += i_segment.to(tl.int64) * lists * (groups + 1) + i_group
-    for i_block in range(tl.load(p_parts + 5), tl.load(p_parts + 6)):
-        i_list = i_block * HKV + i_head
-        p_edge = p_edges + i_list.to(tl.int64) * (groups + 1)
-        i_item, items = tl.load(p_edge), tl.load(p_edge + 1) - tl.load(p_edge)
-        if items > 0:
-            o_item = tl.load(p_first + i_list) + i_item + o_slot  # no more than there are gists in the group
-            b_row = tl.load(p_row + o_item, mask=o_slot < items, other=-1)
-            b_taken = tl.load(p_bits + o_item, mask=o_slot < items, other=0)
-            b_bits = tl.sum(tl.where(o_key[:, None] == b_row[None, :], b_taken[None, :], 0), 1)  # a gist stands there once
+    for i_block in range(i_first, i_last):
+        p_bits = p_spread + ((i_block - i_from) * HKV + i_head).to(tl.int64) * above
+        b_bits = tl.load(p_bits + o_key, mask=m_key, other=0)
+        if tl.max((b_bits != 0).to(tl.int32), 0) > 0:
             _, m_row, o_query, o_bit, o_q, o_stat = block_rows(p_blocks, p_tokens, i_block, i_head, queries, H, HKV, D, BM)
-            m_seen = m_key[:, None] & (((b_bits[:, None] >> o_bit[None, :]) & 1) != 0)
+            m_seen = ((b_bits[:, None] >> o_bit[None, :]) & 1) != 0
             b_dk, b_dv = _add_rows(
                 b_dk, b_dv, b_k, b_v, p_q, p_do, p_shift, p_factor, p_mean, o_q, o_stat, m_row, m_seen, scale, D, BD, EXACT,
                 UPCAST,
@@ -289,7 +284,8 @@ def by_token_kernel(
 ):  # fmt: skip
     """d_k, d_v [B, T, HKV, D] from their fp32 rows [B * R, HKV, D]: that of each token, and of its sink copy that is seen.
 
-    p_token_rows [B, T] int64: row of a token; p_copy_of [B, T]: of its copy, or -1. ADD: to what is there. Grid: (tokens / BN, HKV).
+    p_token_rows [B, T] int64: row of a token; p_copy_of [B, T]: of its copy, or -1. ADD: to what is there.
+    Grid: (tokens / BN, HKV).
     """
     i_head = tl.program_id(1)
     o_token = tl.program_id(0) * BN + tl.arange(0, BN)

@@ -1,7 +1,7 @@
 """What the Triton kernels of unfolding work through once per micro-batch, by vectorised tensor operations.
 
-The keys of windows and sinks against the queries that see them, in the tables of compressed attention; groups of gists above level
-0 against the blocks of queries that may select them. What every layer derives from its own selection is in turn.py.
+The keys of windows and sinks against the queries that see them, in the tables of compressed attention; groups of gists above
+level 0 against the blocks of queries that may select them. What every layer derives from its own selection is in turn.py.
 """
 
 from __future__ import annotations
@@ -67,17 +67,17 @@ class UpperParts:
     """Groups of ``width`` neighbouring gists above level 0 against the blocks of queries before which any of them stands.
 
     Attributes:
-        table: [n, 8] int32: sample, segment, number of the group in it, first key row, last + 1, first block, last + 1, slot of
-            the partial sum or -1 (then the part is all of its group). The longest come first.
+        table: [n, 6] int32: sample, first key row, last + 1, first block, last + 1, slot of the partial sum or -1 (then the part
+            is all of its group). The longest come first.
         sums: [m, 5] int32, groups with partial sums: sample, first key row, last + 1, first slot, number of slots.
         slots: number of partial sums.
-        groups: of the segment that has most.
+        keys: rows that such gists stand in, of the sample that has most.
     """
 
     table: Tensor
     sums: Tensor
     slots: int
-    groups: int
+    keys: int
 
 
 def upper_parts(tree: GistTree, size: int, width: int) -> UpperParts:
@@ -86,22 +86,21 @@ def upper_parts(tree: GistTree, size: int, width: int) -> UpperParts:
 
 
 def _upper_parts(tree: GistTree, size: int, width: int) -> UpperParts:
-    blocks, levels, device = query_blocks(tree, size), tree.levels, tree.device
-    bounds = tree.others.segment_start[:, :levels].long()  # [B, L]
-    counts = (-(-bounds.diff(dim=1) // width)).flatten()  # of each sample and segment above level 0
-    pair, number = expand(counts)
-    sample = torch.div(pair, max(levels - 1, 1), rounding_mode="floor")
-    segment = pair - sample * (levels - 1)
-    first = bounds[sample, segment] + number * width
-    last = torch.minimum(first + width, bounds[sample, segment + 1])
+    blocks, above, device = query_blocks(tree, size), tree.levels - 1, tree.device
+    keys = tree.others.segment_start[:, above].long()  # [B]
+    sample, number = expand(-(-keys // width))
+    first = number * width
+    last = torch.minimum(first + width, keys[sample])
 
-    # Whether a block's queries, taken together, reach into the group.
-    lo, hi = tree.lo[: levels - 1].long(), tree.hi[: levels - 1].long()
-    shape = levels - 1, len(blocks.table)
-    index = blocks.of_query.expand_as(lo)
-    least = torch.full(shape, 2**31, device=device).scatter_reduce_(1, index, lo.masked_fill(hi <= lo, 2**31), "amin")
-    most = torch.zeros(shape, dtype=torch.int64, device=device).scatter_reduce_(1, index, hi.masked_fill(hi <= lo, 0), "amax")
-    meets = (blocks.table[:, 2] == sample[:, None]) & (least[segment] < last[:, None]) & (most[segment] > first[:, None])
+    # Whether the ranges of a block's queries, taken together, reach into the group.
+    lo, hi = tree.lo[:above].long(), tree.hi[:above].long()
+    shape, index, none = (above, len(blocks.table)), blocks.of_query.expand_as(lo), hi <= lo
+    least = torch.full(shape, 2**31, device=device).scatter_reduce_(1, index, lo.masked_fill(none, 2**31), "amin")
+    most = torch.zeros(shape, dtype=torch.int64, device=device).scatter_reduce_(1, index, hi.masked_fill(none, 0), "amax")
+    meets = torch.zeros(len(sample), len(blocks.table), dtype=torch.bool, device=device)
+    for s in range(above):
+        meets |= (least[s] < last[:, None]) & (most[s] > first[:, None])
+    meets &= blocks.table[:, 2] == sample[:, None]
     ordinal = torch.arange(1, len(blocks.table) + 1, device=device)
     end = (meets * ordinal).amax(1)
     begin = torch.where(meets, ordinal - 1, len(ordinal)).amin(1).minimum(end)
@@ -114,11 +113,10 @@ def _upper_parts(tree: GistTree, size: int, width: int) -> UpperParts:
     slots = parts * (parts > 1)
     first_slot = slots.cumsum(0) - slots
     slot = torch.where(parts[group] > 1, first_slot[group] + part, -1)
-    table = torch.stack([*(x[group] for x in (sample, segment, number, first, last)), start, stop, slot], 1)
+    table = torch.stack([sample[group], first[group], last[group], start, stop, slot], 1)
     order = torch.argsort(stop - start, descending=True, stable=True)
     sums = torch.stack([sample, first, last, first_slot, parts], 1)[parts > 1]
-    groups = int(counts.max()) if len(counts) else 0
-    return UpperParts(table[order].int().contiguous(), sums.int().contiguous(), int(slots.sum()), groups)
+    return UpperParts(table[order].int().contiguous(), sums.int().contiguous(), int(slots.sum()), int(keys.max()))
 
 
 def level_0_gists(tree: GistTree) -> int:

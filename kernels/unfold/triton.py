@@ -36,7 +36,7 @@ from unfold.kernels.tree import GistTree
 from unfold.kernels.unfold import backward, common, forward, turn
 from unfold.kernels.unfold.plan import UpperParts, longest_chunk, near_items, upper_parts, visible_copies
 from unfold.kernels.unfold.tiles import LARGEST_TILE, LONGEST_CHUNK, UnfoldTiles, choose_unfold_tiles
-from unfold.kernels.unfold.turn import ITEMS, ChunkQueries, chunk_queries, group_edges
+from unfold.kernels.unfold.turn import ITEMS, ChunkQueries, chunk_queries, spread_bits
 
 
 def unfold_attention_triton(
@@ -172,7 +172,7 @@ class _RecallAttention(torch.autograd.Function):
 def _attend(
     q: Tensor, at: Tensor, k: Tensor, v: Tensor, out: Tensor, tree: GistTree, lists: BlockLists, scale: float, tiles: UnfoldTiles
 ) -> tuple[Tensor, Tensor]:
-    """Fill the rows ``at`` [N] of out [.., H, D]; returns each row's shift and factor [Hkv, N * G] fp32. k, v: sorted by level."""
+    """Fill the rows ``at`` [N] of out [.., H, D]; each row's shift and factor [Hkv, N * G] fp32. k, v: sorted by level."""
     check_flat(lo=tree.lo, hi=tree.hi, child_lo=tree.child_lo, child_hi=tree.child_hi, first=lists.first, start=lists.start)
     kv_heads = k.shape[1]
     shift = torch.empty(kv_heads, tree.queries * (q.shape[-2] // kv_heads), dtype=torch.float32, device=q.device)
@@ -275,16 +275,17 @@ def _d_upper(
 ) -> None:
     """Add what gists above level 0 get from the blocks that visit them."""
     q, k = stats[:2]
-    edges, lengths = group_edges(tree, lists, tile.keys, upper.groups), tree.others.rows.shape[1]
-    backward.upper_d_key_kernel[len(upper.table), k.shape[1]](
-        *stats, lists.blocks.table, upper.table, edges, lists.first, lists.row, lists.bits, *d_rows, *parts, scale * LOG2_E,
-        scale, tree.queries, lengths, lists.first.shape[1], upper.groups, **_sizes(q, k, tree), **launch_options(tile),
-    )  # fmt: skip
-    if len(upper.sums):
-        backward.add_upper_kernel[len(upper.sums), k.shape[1], tile.keys // 16](
-            *parts, upper.sums, *d_rows, lengths, HKV=k.shape[1], D=k.shape[2], BD=triton.next_power_of_2(k.shape[2]),
-            BN=tile.keys,
+    lengths = tree.others.rows.shape[1]
+    for first, last, spread in spread_bits(tree, lists, upper.keys):
+        backward.upper_d_key_kernel[len(upper.table), k.shape[1]](
+            *stats, lists.blocks.table, upper.table, spread, *d_rows, *parts, scale * LOG2_E, scale, first, last - first,
+            upper.keys, tree.queries, lengths, **_sizes(q, k, tree), **launch_options(tile),
         )  # fmt: skip
+        if len(upper.sums):
+            backward.add_upper_kernel[len(upper.sums), k.shape[1], tile.keys // 16](
+                *parts, upper.sums, *d_rows, lengths, HKV=k.shape[1], D=k.shape[2], BD=triton.next_power_of_2(k.shape[2]),
+                BN=tile.keys,
+            )  # fmt: skip
 
 
 def _sizes(q: Tensor, k: Tensor, tree: GistTree) -> dict[str, int | bool]:

@@ -6,14 +6,15 @@ Of each *chunk* (a level-0 gist and the raw tokens behind it) and KV head the qu
 the blocks in order: lists of neighbouring blocks are counted together, a *tally*, then each tally's program walks through its
 lists and knows where the next query of every chunk goes. Counts are added by atomics; whole numbers have one sum in every order,
 so two runs are equal. The queries of a chunk that very many selected are cut into parts, a program each, whose sums are added
-afterwards. Where the cut ones stand among the *slots* of partial sums follows from where their queries begin: see :func:`parts_of`.
+afterwards. Where those stand among the *slots* of partial sums follows from where their queries begin: see :func:`parts_of`.
 
 Gists above level 0 come in *groups* of neighbours. Which blocks may have selected any of them the layout says
-(kernels/unfold/plan.py); here it is looked up where the items of each group begin in each list.
+(kernels/unfold/plan.py); here the bits of every list are put where the rows of its gists are.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,7 @@ from unfold.kernels.unfold.plan import level_0_gists
 # numbers than d_k and d_v.
 SHORTEST_LIST = 512
 TALLIES = 3 if INTERPRETED else 64
+SPREAD = 2**9 if INTERPRETED else 2**26  # bits of lists for gists above level 0 at once; four bytes each
 ITEMS = 256  # of one program at a time
 
 
@@ -142,9 +144,9 @@ def fill_kernel(
 
     p_tally: where those of the program's blocks go, from there on; counted up. Grid: (tallies, HKV).
     """
-    i_block = tl.program_id(0) * per
+    i_begin = tl.program_id(0) * per
     p_tally += tl.program_id(0).to(tl.int64) * (HKV * batch * groups)
-    for i_block in range(i_block, tl.minimum(i_block + per, blocks)):
+    for i_block in range(i_begin, tl.minimum(i_begin + per, blocks)):
         i_list = i_block * HKV + tl.program_id(1)
         i_first, items, i_shift = _level_0_list(p_first, p_count, p_blocks, p_starts, i_list, lists, batch, groups, HKV, L)
         i_query = tl.load(p_blocks + i_block * 3)
@@ -164,29 +166,22 @@ def fill_kernel(
 
 
 @kernel
-def edge_kernel(
-    p_first, p_count, p_row, p_blocks, p_starts, p_edges, lists, groups,
-    HKV: tl.constexpr, L: tl.constexpr, WIDTH: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """Where the items of each group of WIDTH gists begin in a list: p_edges [L - 1, lists, groups + 1] int32. Grid: (lists, L - 1)."""
-    i_list, i_segment = tl.program_id(0), tl.program_id(1)
-    i_sample = tl.load(p_blocks + i_list // HKV * 3 + 2)
-    i_row = tl.load(p_starts + i_sample * (L + 3) + i_segment)
-    p_row += tl.load(p_first + i_segment * lists + i_list)
+def spread_kernel(
+    p_first, p_count, p_row, p_bits, p_spread, i_from, lists, keys, HKV: tl.constexpr, L: tl.constexpr, BN: tl.constexpr
+):
+    """The bits of the gists above level 0 where their rows are: p_spread [lists of a slice, keys] int32, zeros.
+
+    Grid: (lists of the blocks from i_from on, L - 1).
+    """
+    i_list, i_segment = i_from * HKV + tl.program_id(0), tl.program_id(1)
+    i_first = tl.load(p_first + i_segment * lists + i_list)
     items = tl.load(p_count + i_segment * lists + i_list)
-    p_edges += (i_segment * lists + i_list).to(tl.int64) * (groups + 1)
-    for i in range(0, groups + 1, BN):
-        o_group = i + tl.arange(0, BN)
-        o_key = i_row + o_group * WIDTH
-        o_low = tl.zeros([BN], tl.int32)
-        o_high = o_low + items
-        while tl.max(o_high - o_low, 0) > 0:
-            o_middle = (o_low + o_high) // 2
-            m_open = o_low < o_high
-            m_before = m_open & (tl.load(p_row + o_middle, mask=m_open, other=0) < o_key)
-            o_high = tl.where(m_open & (m_before == 0), o_middle, o_high)
-            o_low = tl.where(m_before, o_middle + 1, o_low)
-        tl.store(p_edges + o_group, o_low, mask=o_group <= groups)
+    p_spread += tl.program_id(0).to(tl.int64) * keys
+    for i in range(0, items, BN):
+        o_item = i + tl.arange(0, BN)
+        o_row = tl.load(p_row + i_first + o_item, mask=o_item < items, other=0)
+        b_bits = tl.load(p_bits + i_first + o_item, mask=o_item < items, other=0)
+        tl.store(p_spread + o_row, b_bits, mask=o_item < items)
 
 
 @dataclass(frozen=True)
@@ -229,12 +224,27 @@ def chunk_queries(tree: GistTree, lists: BlockLists, keys: int) -> ChunkQueries:
     return ChunkQueries(query, end, groups, slots, most)
 
 
-def group_edges(tree: GistTree, lists: BlockLists, width: int, groups: int) -> Tensor:
-    """[L - 1, lists, groups + 1] int32: where the items of each group of ``width`` gists above level 0 begin in a list."""
-    number = len(lists.blocks.table) * lists.kv_heads
-    edges = torch.empty(tree.levels - 1, number, groups + 1, dtype=torch.int32, device=lists.row.device)
-    edge_kernel[number, tree.levels - 1](
-        lists.first, lists.count, lists.row, lists.blocks.table, tree.others.segment_start, edges, number, groups,
-        HKV=lists.kv_heads, L=tree.levels, WIDTH=width, BN=32,
-    )  # fmt: skip
-    return edges
+def spread_bits(tree: GistTree, lists: BlockLists, keys: int) -> Iterator[tuple[int, int, Tensor]]:
+    """Slices of blocks, first and last + 1, with the bits of every list for each of the ``keys`` rows of gists above level 0.
+
+    The tables, [lists of the slice, keys] int32, would grow with the square of the length: so no more at once than fit SPREAD.
+    """
+    blocks, heads = len(lists.blocks.table), lists.kv_heads
+    step = max(1, SPREAD // (keys * heads))
+    for first in range(0, blocks, step):
+        last = min(first + step, blocks)
+        spread = torch.zeros((last - first) * heads, keys, dtype=torch.int32, device=lists.row.device)
+        spread_kernel[spread.shape[0], tree.levels - 1](
+            lists.first,
+            lists.count,
+            lists.row,
+            lists.bits,
+            spread,
+            first,
+            blocks * heads,
+            keys,
+            HKV=heads,
+            L=tree.levels,
+            BN=ITEMS,
+        )
+        yield first, last, spread

@@ -165,7 +165,7 @@ def unfold_step(
     def step():
         with torch.no_grad():
             lists = unfolding.selecting.select_lists(q, k, tree, rule, size, select_tiles)
-        out = unfolding.unfold_lists(q, k, v, tree, lists, args.dim**-0.5, tiles)[0]
+        out = unfolding.unfold_lists(q, k, v, tree, lists, args.dim**-0.5, tiles)
         return torch.autograd.grad(out, (q, k, v), d_out)
 
     return step
