@@ -204,7 +204,7 @@ def take_kernel(
 
     p_count [2 * L + 2, lists] gets how many, and the sum of their bits; at the bottom the places of the chunks, a gist and the
     raw tokens behind it each. Above it the candidates of the next level: how many, p_new_places [lists of the slice]; p_new_key
-    and p_new_words as in :func:`score_kernel`. p_next_lo, p_next_hi [N], p_next_spans: its open gists. Grid: (lists of the slice,).
+    and p_new_words as in :func:`score_kernel`. p_next_lo, p_next_hi [N], p_next_spans: its open gists. Grid: (lists,).
     """
     TOP: tl.constexpr = S == 0
     BOTTOM: tl.constexpr = S == L - 1

@@ -149,9 +149,7 @@ def recall_step(raw: int, recalling: int, args: SimpleNamespace) -> Callable[[],
     return step
 
 
-def unfold_step(
-    raw: int, recalling: int, tiles: tuple[UnfoldTiles, SelectTiles], args: SimpleNamespace
-) -> Callable[[], object]:
+def unfold_step(raw: int, recalling: int, tiles: tuple[UnfoldTiles, SelectTiles], args: SimpleNamespace) -> Callable[[], object]:
     """Selecting and unfolding alone, at given tiles."""
     tiles, select_tiles = tiles
     tree = uniform_tree(raw, CHUNKS, recalling, device=args.device)
