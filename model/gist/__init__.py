@@ -3,7 +3,7 @@
 from unfold.model.config import GistConfig
 from unfold.model.gist.growing import recalls_in
 from unfold.model.gist.insertion import Interleaved, interleave, max_interleaved_length, without_gists
-from unfold.model.gist.layout import Layout, build_layout, dense_layout
+from unfold.model.gist.layout import Layout, build_layout, raw_layout
 from unfold.model.gist.linked import Bundle, Role
 from unfold.model.gist.recall import Recall, build_recall, recalling_tokens, select_rule
 
@@ -16,9 +16,9 @@ __all__ = [
     "Role",
     "build_layout",
     "build_recall",
-    "dense_layout",
     "interleave",
     "max_interleaved_length",
+    "raw_layout",
     "recalling_tokens",
     "recalls_in",
     "select_rule",

@@ -240,11 +240,6 @@ def _sink_copies_before(rows: Tensor, row_of: Tensor, first: Tensor, seen: Tenso
     return marked.cumsum(1, dtype=torch.int32)
 
 
-def dense_layout(layout: Layout, samples: Tensor | None = None) -> Layout:
-    """Dense attention for raw tokens, where nobody looks at what gists find: each of them sees itself alone."""
-    return raw_layout(layout, None, samples, gists=False)
-
-
 def document_starts(doc: Tensor) -> Tensor:
     """[B, T] int64, the first token of each token's document (of its run of equal document ids)."""
     index = torch.arange(doc.shape[1], device=doc.device).expand_as(doc)

@@ -68,6 +68,7 @@ def _verify(run_dir: Path, step: int | None) -> Iterator[str]:
         try:
             manifest = read_manifest(directory)
             tensors = TensorDirectory(directory)
+            tensors.check_headers()
         except UserError as damage:
             damaged += 1
             yield f"{directory.name}: DAMAGED: {damage}"

@@ -193,6 +193,20 @@ class TensorDirectory:
             raise UserError(f"{self._directory}: holds {held} of the {math.prod(shape)} elements of {name}")
         return shape
 
+    def check_headers(self) -> None:
+        """Open every file. Raises UserError where one is no safetensors file, or does not hold what the index says of it."""
+        said: dict[str, dict[str, list]] = {}
+        for name, places in self._places.items():
+            for p in places:
+                said.setdefault(p.file, {})[name] = [DTYPES[p.dtype], list(p.offsets), list(p.shape)]
+        for file in sorted(said.keys() | {path.name for path in self._directory.glob(f"*{SUFFIX}")}):
+            held, named = self._header(file), said.get(file, {})
+            differing = sorted(name for name in held.keys() | named.keys() if held.get(name) != named.get(name))
+            if differing:
+                name = differing[0]
+                words = f"{name} {held.get(name, 'is missing')}, {INDEX} says {named.get(name, 'nothing of it')}"
+                raise UserError(f"{self._directory / file}: does not hold what {INDEX} says ({len(differing)} tensors; {words})")
+
     def dtype(self, name: str) -> torch.dtype:
         return self._places[name][0].dtype
 
@@ -216,7 +230,10 @@ class TensorDirectory:
             source = tuple(slice(a - o, b - o) for a, b, o in zip(begin, stop, place.offsets))
             target = tuple(slice(a - o, b - o) for a, b, o in zip(begin, stop, offsets))
             try:
-                result[target] = self._open(place.file).get_slice(name)[source]
+                held = self._open(place.file).get_slice(name)
+                if held.get_dtype() != DTYPES[place.dtype]:
+                    raise ValueError(f"it is {held.get_dtype()}, not {DTYPES[place.dtype]}")
+                result[target] = held[source]
             except (SafetensorError, RuntimeError, ValueError) as error:  # the index is of another file
                 raise UserError(f"{self._directory / place.file}: does not hold what {INDEX} says of {name} ({error})") from None
         return result

@@ -28,7 +28,7 @@ class Kept:
         self._runs.mkdir(parents=True, exist_ok=True)
         for path in sorted(self._runs.glob("*.json")):
             if json.loads(path.read_text())["plan"] != self._plan:
-                raise UserError(f"{path}: was made with other settings; take another --output, or the same --train-steps")
+                raise UserError(f"{path}: was made with other settings; take another --output, or the same options")
 
     def _path(self, seed: int, chunk_sizes: tuple[int, ...], way: str) -> Path:
         structure = f"{'x'.join(map(str, chunk_sizes))}-" if chunk_sizes else ""

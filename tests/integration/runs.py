@@ -13,7 +13,8 @@ from pathlib import Path
 
 import psutil
 
-from tests.conftest import ROOT, run
+from tests import warm
+from tests.conftest import ROOT
 from unfold.pretrain.monitor.metrics import read_metrics
 
 
@@ -23,14 +24,45 @@ def command(config: Path, run_dir: Path, ranks: int = 1, *overrides: str) -> lis
     if ranks > 1:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         start = [*torchrun, "--nproc-per-node", str(ranks), "-m", "pretrain"]
+    return [*start, *_arguments(config, run_dir, *overrides)]
+
+
+def _arguments(config: Path, run_dir: Path, *overrides: str) -> list[str]:
     settings = [part for override in overrides for part in ("--set", override)]
-    return [*start, "train", "--config", str(config), "--run-dir", str(run_dir), *settings]
+    return ["train", "--config", str(config), "--run-dir", str(run_dir), *settings]
+
+
+def run_to_end(
+    config: Path, run_dir: Path, ranks: int = 1, *overrides: str, check: bool = True, module: tuple[str, ...] = ("pretrain",)
+) -> subprocess.CompletedProcess:
+    """A training run in warm processes: the same command, without the seconds that its imports take.
+
+    module: what is run, and what stands before ``train``.
+    """
+    return warm.command(*module, *_arguments(config, run_dir, *overrides), ranks=ranks, check=check)
 
 
 def train(config: Path, run_dir: Path, ranks: int = 1, *overrides: str) -> list[dict]:
-    """Train to the end; returns the metrics."""
-    run(*command(config, run_dir, ranks, *overrides), timeout=300)
+    """Train to the end; returns the metrics. What was printed goes to a log beside the run directory."""
+    done = run_to_end(config, run_dir, ranks, *overrides)
+    run_dir.with_suffix(".log").write_text(done.stdout + done.stderr)
     return read_metrics(run_dir / "metrics.jsonl")
+
+
+class StepsDone:
+    """Called, the steps in the metrics that a run has opened since this was made; it replaces the file of the run before."""
+
+    def __init__(self, run_dir: Path):
+        self._metrics = run_dir / "metrics.jsonl"
+        self._before = self._inode()
+
+    def _inode(self) -> int:
+        return self._metrics.stat().st_ino if self._metrics.exists() else 0
+
+    def __call__(self) -> int:
+        if self._inode() == self._before:
+            return 0
+        return max((m["step"] for m in read_metrics(self._metrics)), default=0)
 
 
 class Process:
@@ -38,8 +70,7 @@ class Process:
 
     def __init__(self, line: list[str], run_dir: Path, file_limit: int = 0):
         """file_limit: no file may grow beyond so many bytes, as on a full disk; 0 sets no limit."""
-        self.log, self.metrics = run_dir.with_suffix(".log"), run_dir / "metrics.jsonl"
-        self._before = self._inode()
+        self.log, self.steps_done = run_dir.with_suffix(".log"), StepsDone(run_dir)
         limit = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))) if file_limit else None
         # The log goes through a pipe: the limit is not meant for it.
         self._process = subprocess.Popen(
@@ -53,15 +84,6 @@ class Process:
             while data := self._process.stdout.read1():
                 out.write(data)
                 out.flush()
-
-    def _inode(self) -> int:
-        return self.metrics.stat().st_ino if self.metrics.exists() else 0
-
-    def steps_done(self) -> int:
-        """Steps in the metrics that this process has opened; it replaces the file of the process before."""
-        if self._inode() == self._before:
-            return 0
-        return max((m["step"] for m in read_metrics(self.metrics)), default=0)
 
     def running(self) -> bool:
         return self._process.poll() is None
@@ -108,11 +130,15 @@ class Process:
 
 
 def train_until_killed(config: Path, run_dir: Path, ranks: int, step: int, *overrides: str) -> None:
-    """Start a run and kill all its processes with SIGKILL once a step's metrics are written."""
-    process = Process(command(config, run_dir, ranks, *overrides), run_dir)
-    process.wait_for(lambda: process.steps_done() >= step)
-    assert process.running(), process.text()[-3000:]
-    process.kill()
+    """Start a run in warm processes and kill them all with SIGKILL once a step's metrics are written."""
+    steps_done, deadline = StepsDone(run_dir), time.monotonic() + 240
+    with warm.started("pretrain", *_arguments(config, run_dir, *overrides), ranks=ranks) as (pids, end):
+        while steps_done() < step and time.monotonic() < deadline and all(map(psutil.pid_exists, pids)):
+            time.sleep(0.01)
+        assert all(map(psutil.pid_exists, pids)) and steps_done() >= step, end().stderr[-3000:]
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        assert end().returncode == -signal.SIGKILL, end().stderr[-3000:]
 
 
 def series(metrics: list[dict], *names: str) -> list[tuple]:

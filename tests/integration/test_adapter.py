@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from tests.training import train_ranks
+from tests.integration.runs import train
 from unfold.pretrain.checkpoint.load import load_run
 from unfold.pretrain.command import main
 
@@ -25,7 +25,7 @@ def config(tiny, tmp_path_factory):
 def base(config, tmp_path_factory):
     """A run without adapters, and its export."""
     root = tmp_path_factory.mktemp("base")
-    train_ranks(config, root / "run", 1)
+    train(config, root / "run", 1)
     assert main(["export", "--run-dir", str(root / "run"), "--output", str(root / "hf")]) == 0
     return root
 
@@ -37,7 +37,7 @@ def logits(model, ids):
 
 def test_an_adapter_trained_here_loads_in_peft(config, base, tmp_path, capsys):
     lora = ["lora.rank=4", "train.trainable=gists", f"train.init_from={base / 'run'}", "optimizer.lr=1e-2", "parallel.tensor=2"]
-    train_ranks(config, tmp_path / "run", 2, *lora)
+    train(config, tmp_path / "run", 2, *lora)
     arguments = ["export", "--run-dir", str(tmp_path / "run")]
     assert main([*arguments, "--output", str(tmp_path / "adapter"), "--adapter", str(base / "hf")]) == 0
     assert main([*arguments, "--output", str(tmp_path / "merged")]) == 0
@@ -82,7 +82,7 @@ SAME = ["lora.rank=3", "lora.alpha=6", "lora.rslora=true", f"lora.targets={TARGE
 def test_an_adapter_of_peft_is_where_a_run_begins(config, base, from_peft, tmp_path, ranks, layout):
     directory, theirs = from_peft
     start = [f"lora.init_from={directory}", f"train.init_from={base / 'run'}", "optimizer.lr=1e-12", *layout]
-    train_ranks(config, tmp_path / "run", ranks, *SAME, *start)
+    train(config, tmp_path / "run", ranks, *SAME, *start)
     assert main(["export", "--run-dir", str(tmp_path / "run"), "--output", str(tmp_path / "merged")]) == 0
     from transformers import AutoModelForCausalLM
 

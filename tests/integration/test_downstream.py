@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import warm
 from tests.benchmarks import downstream
-from tests.conftest import module
 
 pytestmark = pytest.mark.long
 
@@ -28,8 +28,8 @@ def installed(variable: str, what: str) -> Path:
 def exported(tiny, tmp_path_factory):
     directory = tmp_path_factory.mktemp("downstream")
     config = tiny.config(directory / "c.yaml", model={"init_std": 0.2}, train={"steps": 2, "valid_every": 0})
-    module("pretrain", "train", "--config", config, "--run-dir", directory / "run")
-    module("pretrain", "export", "--run-dir", directory / "run", "--output", directory / "exported")
+    warm.command("pretrain", "train", "--config", config, "--run-dir", directory / "run")
+    warm.command("pretrain", "export", "--run-dir", directory / "run", "--output", directory / "exported")
     return directory / "exported"
 
 

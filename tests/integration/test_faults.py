@@ -3,13 +3,13 @@
 import json
 import shutil
 import signal
-import sys
 
 import psutil
 import pytest
 
-from tests.conftest import module, run
-from tests.integration.runs import Process, command, read_metrics, series, train
+from tests import warm
+from tests.conftest import module
+from tests.integration.runs import Process, command, read_metrics, run_to_end, series, train
 from unfold.pretrain.checkpoint.resume import only_writer
 from unfold.pretrain.errors import UserError
 
@@ -26,8 +26,8 @@ def config(tiny, tmp_path_factory):
 def faulty(config, run_dir, *overrides, check=True):
     """A run in which some samples are poisoned."""
     injection = [f"nan={','.join(map(str, NAN))}", f"spike={SPIKE}"]
-    line = command(config, run_dir, 1, "faults.max_skips=2", "faults.spike_window=8", *overrides)
-    return run(sys.executable, "-m", "tests.integration.faulty", *injection, *line[line.index("train") :], check=check)
+    module = ("tests.integration.faulty", *injection)
+    return run_to_end(config, run_dir, 1, "faults.max_skips=2", "faults.spike_window=8", *overrides, check=check, module=module)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_requests_signals_and_time_limit(config, tmp_path):
     done = read_metrics(run_dir / "metrics.jsonl")
     assert (run_dir / f"checkpoints/step-{done[-1]['step']:08d}").is_dir()
     assert [m["step"] for m in done if "checkpoint_pause_s" in m][-1] == done[-1]["step"]
-    limited = run(*command(config, run_dir, 1, *settings, "checkpoint.stop_after_minutes=0.01"))
+    limited = run_to_end(config, run_dir, 1, *settings, "checkpoint.stop_after_minutes=0.01")
     assert f"resumed at step {done[-1]['step']}" in limited.stderr and "stopped by the time limit" in limited.stderr
     assert read_metrics(run_dir / "metrics.jsonl")[-1]["step"] == done[-1]["step"] + 1
 
@@ -108,7 +108,7 @@ def test_a_full_disk_fails_saves_and_nothing_else(config, tmp_path):
     assert [m["step"] for m in read_metrics(run_dir / "metrics.jsonl")] == list(range(1, 13)), "training went on"
     assert any("File too large" in m.get("checkpoint_error", "") for m in read_metrics(run_dir / "metrics.jsonl"))
     assert [p.name for p in (run_dir / "checkpoints").iterdir()] == ["step-00000001"]
-    assert "resumed at step 1\n" in run(*command(config, run_dir)).stderr
+    assert "resumed at step 1\n" in run_to_end(config, run_dir).stderr
 
 
 def test_a_killed_launcher_leaves_no_rank_and_no_second_writer_behind(config, tmp_path):
@@ -134,17 +134,17 @@ def source(config, tmp_path_factory):
 def test_warm_start(config, source, tmp_path):
     run_dir, metrics = source
     start = f"train.init_from={run_dir}"
-    warm = train(config, tmp_path / "warm", 2, start, "parallel.tensor=2", "train.steps=1")
-    assert warm[0]["loss"] < metrics[0]["loss"] - 0.1 and warm[0]["samples"] == 4
+    begun = train(config, tmp_path / "warm", 2, start, "parallel.tensor=2", "train.steps=1")
+    assert begun[0]["loss"] < metrics[0]["loss"] - 0.1 and begun[0]["samples"] == 4
     for place, message in ((run_dir / "tokenizer", "is no whole checkpoint"), (tmp_path, "is no whole checkpoint")):
-        done = run(*command(config, tmp_path / "bad", 1, f"train.init_from={place}"), check=False)
+        done = run_to_end(config, tmp_path / "bad", 1, f"train.init_from={place}", check=False)
         assert done.returncode == 1 and f"error: train.init_from: {place} {message}" in done.stderr
-    done = run(*command(config, tmp_path / "worse", 1, start, "model.ffn_size=128"), check=False)
+    done = run_to_end(config, tmp_path / "worse", 1, start, "model.ffn_size=128", check=False)
     assert done.returncode == 1 and "this model needs [128, 64]" in done.stderr and "Traceback" not in done.stderr
     shape = ("model.heads=2", "model.kv_heads=2", "model.head_dim=32")
-    done = run(*command(config, tmp_path / "other", 1, start, *shape), check=False)
+    done = run_to_end(config, tmp_path / "other", 1, start, *shape, check=False)
     assert done.returncode == 1 and "is of another model (model.heads: 4 there, 2 given; " in done.stderr
-    longer = run(*command(config, tmp_path / "longer", 1, start, "train.steps=1", "model.rope_theta=5e5"))
+    longer = run_to_end(config, tmp_path / "longer", 1, start, "train.steps=1", "model.rope_theta=5e5")
     assert "with other rotary positions: model.rope_theta: 10000.0 there, 500000.0 given" in longer.stderr
 
 
@@ -152,10 +152,10 @@ def test_allowed_changes(config, source, tmp_path):
     run_dir = tmp_path / "run"
     shutil.copytree(source[0], run_dir)
     change = ("train.steps=8", "optimizer.lr=1e-4")
-    refused = run(*command(config, run_dir, 1, *change, "train.allow_changes=[optimizer]"), check=False)
+    refused = run_to_end(config, run_dir, 1, *change, "train.allow_changes=[optimizer]", check=False)
     assert refused.returncode == 1 and "train.steps: 6 in the run, 8 given" in refused.stderr
     assert "optimizer.lr" not in refused.stderr
-    done = run(*command(config, run_dir, 1, *change, "train.allow_changes=[optimizer.lr, train.steps]"))
+    done = run_to_end(config, run_dir, 1, *change, "train.allow_changes=[optimizer.lr, train.steps]")
     assert "changed by train.allow_changes: optimizer.lr: 0.001 in the run, 0.0001 given" in done.stderr
     assert read_metrics(run_dir / "metrics.jsonl")[-1]["step"] == 8
 
@@ -165,8 +165,8 @@ def test_checkpoints_command(source, tmp_path):
 
     run_dir = tmp_path / "run"
     shutil.copytree(source[0], run_dir)
-    tool = lambda *arguments, check=True: module("pretrain", "checkpoints", run_dir, *arguments, check=check)
-    listed = tool().stdout.splitlines()
+    tool = lambda *arguments, check=True: warm.command("pretrain", "checkpoints", run_dir, *arguments, check=check)
+    listed = module("pretrain", "checkpoints", run_dir).stdout.splitlines()
     assert [line.split()[0] for line in listed[1:]] == ["3", "6"] and "whole" in listed[1]
     assert "step-00000003: whole" in tool("--verify").stdout
     shown = tool("--show", "--step", 3).stdout

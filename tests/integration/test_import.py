@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from tests.conftest import module, run
 from tests.integration.hugging_face import TEXT, write_directory, write_model, write_tokenizer
-from tests.integration.runs import command, train
+from tests.integration.runs import run_to_end, train
 from tests.model.families import MODELS
 from tests.versions import NEWEST, OLDEST, environment_of
 from unfold.model.gist import build_layout
@@ -208,7 +208,7 @@ def test_the_first_loss_is_that_of_the_imported_weights(imported, alone):
 
 
 def test_a_run_is_not_begun_in_the_imported_directory(tiny, imported):
-    done = run(*command(imported / "config.yaml", imported, 1, *_settings(tiny)), check=False)
+    done = run_to_end(imported / "config.yaml", imported, 1, *_settings(tiny), check=False)
     assert done.returncode == 1 and "use a new run directory" in done.stderr and "Traceback" not in done.stderr
 
 

@@ -8,8 +8,7 @@ import shutil
 import pytest
 import yaml
 
-from tests.conftest import run
-from tests.integration.runs import command, train
+from tests.integration.runs import run_to_end, train
 from unfold.pretrain.command import main
 from unfold.pretrain.config import load_config, saved_settings
 from unfold.pretrain.monitor.metrics import read_metrics
@@ -78,7 +77,7 @@ def test_the_run_goes_on(damage, config, whole, tmp_path):
     for name in SMALL:
         assert (run_dir / name).exists(), name
         damage(run_dir / name)
-    done = run(*command(config, run_dir))
+    done = run_to_end(config, run_dir)
     assert "Traceback" not in done.stderr and "resumed at step 3" in done.stderr
     for name in ("config.yaml", "quarantine.json"):
         assert f"{run_dir / name}: " in done.stderr, "named"
@@ -95,11 +94,11 @@ def test_other_settings_are_still_refused(config, whole, tmp_path):
     """A lost config.yaml is no way to change what the run learns."""
     run_dir = half(whole, tmp_path / "run")
     empty(run_dir / "config.yaml")
-    done = run(*command(config, run_dir, 1, "optimizer.lr=1e-4"), check=False)
+    done = run_to_end(config, run_dir, 1, "optimizer.lr=1e-4", check=False)
     assert done.returncode == 1 and "optimizer.lr: 0.001 in the run, 0.0001 given" in done.stderr
     old, notes = saved_settings(run_dir)
     assert old["optimizer"]["lr"] == 1e-3 and len(notes) == 1 and "config.yaml: is damaged" in notes[0]
     for path in (run_dir / "checkpoints").glob("*/manifest.json"):
         empty(path)
-    done = run(*command(config, run_dir), check=False)
+    done = run_to_end(config, run_dir, check=False)
     assert done.returncode == 1 and "no checkpoint tells the run's settings" in done.stderr

@@ -5,8 +5,7 @@ import shutil
 import pytest
 import yaml
 
-from tests.conftest import run
-from tests.integration.runs import command, series, train, train_until_killed
+from tests.integration.runs import run_to_end, series, train, train_until_killed
 from unfold.pretrain.monitor.metrics import read_metrics
 
 EXACT = ("step", "loss", "grad_norm", "lr", "raw_tokens", "samples", "valid_loss")
@@ -59,7 +58,7 @@ def test_resume_from_a_damaged_checkpoint_uses_the_older_one(config, alone, tmp_
     with open(part, "r+b") as file:
         file.truncate(part.stat().st_size - 100)
     (run_dir / "checkpoints/step-00000009/manifest.json").write_text('{"step": 9')
-    done = run(*command(config, run_dir))
+    done = run_to_end(config, run_dir)
     assert "step-00000012/shard-00001-model-00001-of-00003.safetensors: has" in done.stderr
     assert "step-00000009/manifest.json: is damaged" in done.stderr
     assert "resumed at step 6" in done.stderr
@@ -68,7 +67,7 @@ def test_resume_from_a_damaged_checkpoint_uses_the_older_one(config, alone, tmp_
 
 def test_a_finished_run_does_nothing_more(config, alone):
     before = (alone[0] / "metrics.jsonl").read_text()
-    done = run(*command(config, alone[0]))
+    done = run_to_end(config, alone[0])
     assert "resumed at step 12" in done.stderr
     assert (alone[0] / "metrics.jsonl").read_text() == before
 
@@ -96,7 +95,7 @@ def test_wandb_offline(config, tmp_path):
 
 def refused(config, run_dir, *overrides, ranks=1) -> str:
     """The one line that a refused run prints."""
-    done = run(*command(config, run_dir, ranks, *overrides), check=False)
+    done = run_to_end(config, run_dir, ranks, *overrides, check=False)
     assert done.returncode != 0
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "pretrain/" not in done.stderr.replace(str(run_dir), ""), done.stderr

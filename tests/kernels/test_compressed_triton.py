@@ -16,7 +16,7 @@ from unfold.kernels.compressed import compressed_attention, plan
 from unfold.kernels.compressed import triton as backend
 from unfold.kernels.compressed.reference import compressed_attention_reference
 from unfold.kernels.compressed.tiles import TABLE
-from unfold.model.gist import dense_layout
+from unfold.model.gist import raw_layout
 
 # fp32 sums of some ten terms of size one: where plain PyTorch is exactly right (one visible key), a kernel need not be. On a GPU
 # exp2 is right to two units of the last place only, of sums of any size.
@@ -68,7 +68,7 @@ def test_error_at_most_twice_plain_pytorch(name):
 def test_dense_attention_of_the_same_rows(name):
     """What distillation computes without a gradient: ranges of raw tokens with gists in between that see themselves alone."""
     layout, qkv, _ = case(name, 2, 1, 64, torch.float32)
-    intervals = dense_layout(layout).intervals
+    intervals = raw_layout(layout, gists=False).intervals
     with torch.no_grad():
         got = compressed_attention(*qkv, intervals, scale=0.125, backend="triton")
         want = compressed_attention_reference(*(x.double() for x in qkv), intervals, 0.125)

@@ -1,13 +1,12 @@
 """Context parallelism: the plans of all ranks, played through in one process, give the attention of the whole sequence."""
 
 import re
-import sys
 
 import numpy as np
 import pytest
 import torch
 
-from tests.conftest import run
+from tests import warm
 from tests.kernels.cases import CASES, make_layout, padded, random_qkv
 from tests.kernels.recall_cases import SUFFIX_CASES
 from unfold.kernels.compressed import compressed_attention
@@ -129,6 +128,6 @@ class FourRanks:
 @pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_recall_over_ranks_is_that_of_the_whole(ranks):
     """Real ranks exchange chunks: outputs, gradients and what was read, in fp64, on every layout case and rule."""
-    done = run(sys.executable, "-m", "tests.model.context_ranks", ranks, timeout=300)
+    done = warm.command("tests.model.context_ranks", ranks)
     cases, sent = re.search(r"CASES (\d+) SENT (\d+)", done.stdout).groups()
     assert int(cases) == 4 * (len(CASES) + len(SUFFIX_CASES)) and int(sent) > 0

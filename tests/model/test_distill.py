@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from tests.kernels.cases import CASES, make_layout, together
 from unfold.model.config import ModelConfig
-from unfold.model.gist import build_layout, dense_layout
+from unfold.model.gist import build_layout, raw_layout
 from unfold.model.layers import BuildContext
 from unfold.model.recompute import Recompute
 from unfold.model.transformer import Transformer
@@ -25,10 +25,10 @@ def test_raw_tokens_see_all_raw_tokens_and_gists_themselves(name):
     token = torch.arange(raw.shape[1])
     causal = (token[:, None] >= token) & together(layout)
     want = causal & raw[:, :, None] & raw[:, None] | torch.eye(len(token), dtype=torch.bool)
-    dense = dense_layout(layout)
+    dense = raw_layout(layout, gists=False)
     assert torch.equal(dense.intervals.dense_mask(), want)
     last = torch.tensor([len(raw) - 1])
-    assert torch.equal(dense_layout(layout, last).intervals.dense_mask(), want[-1:])
+    assert torch.equal(raw_layout(layout, samples=last, gists=False).intervals.dense_mask(), want[-1:])
 
 
 def make_batch(name="packed documents", **kwargs) -> MicroBatch:
@@ -107,7 +107,7 @@ def test_losses_and_gradients_are_those_of_a_plain_computation(samples, checkpoi
 def test_the_teacher_is_the_dense_model():
     """What raw tokens get is what a model without gists makes of the text alone."""
     model, batch = make_model(), make_batch()
-    teacher = outputs(model, batch, MicroBatchAttention("gist", dense_layout(batch.layout)))
+    teacher = outputs(model, batch, MicroBatchAttention("gist", raw_layout(batch.layout, gists=False)))
     for sample in range(len(batch.ids)):
         raw = (batch.layout.level[sample] < 0) & (batch.layout.doc[sample] >= 0)
         ids, doc = batch.ids[sample, raw][None], batch.layout.doc[sample, raw][None]

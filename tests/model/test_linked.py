@@ -16,9 +16,9 @@ from unfold.model.gist import (
     Role,
     build_layout,
     build_recall,
-    dense_layout,
     interleave,
     max_interleaved_length,
+    raw_layout,
 )
 
 VOCAB = 30
@@ -134,7 +134,7 @@ def test_dense_attention_keeps_to_a_part():
     for i, j in itertools.combinations(range(len(level)), 2):
         if level[i] == level[j] == -1 and doc[i] == doc[j] >= 0:
             want[j, i] = role[j] in ("link", "suffix") or unit(i) == unit(j)
-    assert (dense_layout(layout).intervals.dense_mask()[0].numpy() == want).all()
+    assert (raw_layout(layout, gists=False).intervals.dense_mask()[0].numpy() == want).all()
 
 
 def test_the_example_of_the_page():

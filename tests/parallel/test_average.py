@@ -8,8 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.integration.runs import series
-from tests.training import train_ranks
+from tests.integration.runs import series, train
 from unfold.model.config import ModelConfig
 from unfold.pretrain.checkpoint import average as average_module
 from unfold.pretrain.checkpoint.load import load_run
@@ -35,7 +34,7 @@ def config(tiny, tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(config, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("alone") / "run"
-    return run_dir, train_ranks(config, run_dir, 1, *AVERAGE)
+    return run_dir, train(config, run_dir, 1, *AVERAGE)
 
 
 def tensors(run_dir, step):
@@ -44,7 +43,7 @@ def tensors(run_dir, step):
 
 def test_the_average_is_what_it_says_and_changes_no_loss(config, alone, tmp_path):
     run_dir, metrics = alone
-    plain = train_ranks(config, tmp_path / "run", 1, "evaluation.every=0", "evaluation.sources=[]")
+    plain = train(config, tmp_path / "run", 1, "evaluation.every=0", "evaluation.sources=[]")
     assert series(plain, "loss", "grad_norm", "valid_loss") == series(metrics, "loss", "grad_norm", "valid_loss")
     by_step = [tensors(run_dir, step) for step in range(1, STEPS + 1)]
     for name in ("layers.1.mlp.down.weight", "embedding.weight"):
@@ -68,7 +67,7 @@ def test_a_layout_keeps_the_same_average_and_resumes_it(config, alone, tmp_path,
     shutil.copytree(alone[0], tmp_path / "run")
     for step in (3, 4):
         shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step-{step:08d}")
-    metrics = train_ranks(config, tmp_path / "run", 2, *AVERAGE, *layout)
+    metrics = train(config, tmp_path / "run", 2, *AVERAGE, *layout)
     for name in ("own", "other"):
         assert metrics[-1]["source_loss"][name] == pytest.approx(alone[1][-1]["source_loss"][name], abs=1e-5)
     got, want = tensors(tmp_path / "run", STEPS), tensors(alone[0], STEPS)
@@ -94,7 +93,7 @@ def test_the_command_averages_checkpoints(alone, tmp_path, capsys):
 
 def test_averages_of_adapters_and_rows_are_those_of_what_they_make(config, tmp_path, tiny):
     run_dir = tmp_path / "run"
-    train_ranks(config, run_dir, 1, *AVERAGE, *LORA, "evaluation.every=0", "evaluation.sources=[]")
+    train(config, run_dir, 1, *AVERAGE, *LORA, "evaluation.every=0", "evaluation.sources=[]")
     assert main(["average", "--run-dir", str(run_dir), "--steps", "3", "4", "--output", str(tmp_path / "mean")]) == 0
     runs = [load_run(run_dir, step).model for step in (3, 4)]
     mean = load_run(tmp_path / "mean", None).model

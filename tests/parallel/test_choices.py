@@ -9,8 +9,7 @@ import shutil
 import pytest
 import torch
 
-from tests.integration.runs import series
-from tests.training import train_ranks
+from tests.integration.runs import series, train
 from unfold.model.config import sizes_name
 from unfold.model.gist import Recall, build_layout, interleave
 from unfold.pretrain.checkpoint.load import find_run, load_model
@@ -39,7 +38,7 @@ def config(tiny, tmp_path_factory):
 def alone(config, tmp_path_factory):
     """(run directory, metrics) of one process."""
     run_dir = tmp_path_factory.mktemp("alone") / "run"
-    return run_dir, train_ranks(config, run_dir, 1)
+    return run_dir, train(config, run_dir, 1)
 
 
 def close(got, want):
@@ -71,14 +70,14 @@ def close(got, want):
 )
 def test_a_layout_gives_the_losses_of_one_process(config, alone, tmp_path, ranks, layout):
     """Samples of different choices share micro-batches, or are on ranks of their own."""
-    close(train_ranks(config, tmp_path / "run", ranks, *layout), alone[1])
+    close(train(config, tmp_path / "run", ranks, *layout), alone[1])
 
 
 def test_a_resume_draws_the_same(config, alone, tmp_path):
     run_dir, want = alone
     shutil.copytree(run_dir, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step-{STEPS:08d}")
-    got = train_ranks(config, tmp_path / "run", 1)
+    got = train(config, tmp_path / "run", 1)
     names = ["loss", "grad_norm", *(f"loss.{sizes_name(tuple(c['chunk_sizes']))}" for c in CHOICES)]
     assert series(got, *names) == series(want, *names)
 

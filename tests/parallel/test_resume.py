@@ -1,7 +1,6 @@
 """A run that is killed again and again, each time resumed under another kind of layout, writes the losses of one process."""
 
-from tests.conftest import run
-from tests.integration.runs import command, read_metrics, train, train_until_killed
+from tests.integration.runs import read_metrics, run_to_end, train, train_until_killed
 from tests.parallel.test_layouts import LAYOUTS, STEPS
 
 
@@ -22,9 +21,8 @@ def test_a_run_moves_through_layouts(tiny, tmp_path):
 def test_a_pipeline_skips_a_bad_step(tiny, tmp_path):
     """One poisoned sample: the last stage's NaN reaches no stage's weights, and all stages count the step as skipped."""
     config = tiny.config(tmp_path / "c.yaml", data={"valid": []})
-    line = command(config, tmp_path / "run", 2, "train.steps=5", "parallel.pipeline=2")
-    start = line[: line.index("-m", line.index("torch.distributed.run") + 1)]
-    done = run(*start, "-m", "tests.integration.faulty", "nan=9", *line[line.index("train") :])
+    module = ("tests.integration.faulty", "nan=9")
+    done = run_to_end(config, tmp_path / "run", 2, "train.steps=5", "parallel.pipeline=2", module=module)
     assert "step 3: loss nan or its gradient is not finite; skipped samples 8..11" in done.stderr
     metrics = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [bool(m.get("skipped")) for m in metrics] == [False, False, True, False, False]

@@ -1,12 +1,11 @@
 """The routing loss over ranks: exact on real ranks, and what is sent does not grow with the sequence."""
 
 import re
-import sys
 
 import pytest
 import torch
 
-from tests.conftest import run
+from tests import warm
 from tests.kernels.route_cases import ALL, first_raw_rows, make_routed, queries_and_keys
 from unfold.kernels.route import Routed
 from unfold.model.config import CONTEXT_SLICES
@@ -19,7 +18,7 @@ from unfold.model.parallel.route import rank_plan, routing_loss_over_ranks
 @pytest.mark.parametrize("ranks,span", [(3, 2), pytest.param(11, 3, marks=pytest.mark.long)])
 def test_the_shares_of_real_ranks_are_the_whole(ranks, span):
     """Values and gradients in fp64 on every layout case; some groups reach over ``span`` slices."""
-    done = run(sys.executable, "-W", "ignore", "-m", "tests.parallel.route_ranks", ranks, timeout=300)
+    done = warm.command("tests.parallel.route_ranks", ranks)
     cases, most = map(int, re.search(r"CASES (\d+) SPAN (\d+)", done.stdout).groups())
     assert cases == len(ALL) + 4 and most >= span
 

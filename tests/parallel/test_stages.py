@@ -8,9 +8,7 @@ import shutil
 
 import pytest
 
-from tests.conftest import run
-from tests.integration.runs import command, read_metrics, train_until_killed
-from tests.training import train_ranks
+from tests.integration.runs import read_metrics, run_to_end, train, train_until_killed
 from unfold.model.hf.keys import hf_config
 from unfold.model.visibility import IGNORED
 from unfold.pretrain.checkpoint.load import find_run, load_run
@@ -44,7 +42,7 @@ def config(tiny, tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(config, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("alone") / "run"
-    return train_ranks(config, run_dir, 1), run_dir
+    return train(config, run_dir, 1), run_dir
 
 
 def same(metrics, wanted):
@@ -94,7 +92,7 @@ def test_a_checkpoint_is_read_with_the_positions_of_its_stage(config, alone, ste
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_layout_gives_the_losses_of_one_process(name, config, alone, tmp_path):
     ranks, settings = LAYOUTS[name]
-    same(train_ranks(config, tmp_path / "run", ranks, *settings), alone[0])
+    same(train(config, tmp_path / "run", ranks, *settings), alone[0])
 
 
 @pytest.mark.parametrize("step,name", [(3, "cp2"), (6, "pp2")])
@@ -105,7 +103,7 @@ def test_a_run_goes_on_from_a_border_under_another_layout(step, name, config, al
         if int(directory.name.removeprefix("step-")) > step:
             shutil.rmtree(directory)
     ranks, settings = LAYOUTS[name]
-    same(train_ranks(config, run_dir, ranks, *settings), alone[0])
+    same(train(config, run_dir, ranks, *settings), alone[0])
     assert (
         f"resumed at step {step}\nstage {alone[0][step]['stage']}: steps {step + 1} to" in run_dir.with_suffix(".log").read_text()
     )
@@ -118,14 +116,13 @@ def test_a_run_is_killed_at_borders_and_goes_on_under_other_layouts(config, alon
         ranks, settings = LAYOUTS[name]
         train_until_killed(config, run_dir, ranks, step, *settings)
     ranks, settings = LAYOUTS["dp2 zero2 offload"]
-    same(train_ranks(config, run_dir, ranks, *settings), alone[0])
+    same(train(config, run_dir, ranks, *settings), alone[0])
 
 
 @pytest.mark.long
 def test_samples_that_are_left_out_move_the_borders(config, tmp_path):
     """Two bad steps of the first stage: it takes as many samples more, and the next ones begin later."""
-    line = command(config, tmp_path / "run", 1, "faults.max_skips=1")
-    run(line[0], "-m", "tests.integration.faulty", "nan=10,25", *line[line.index("train") :])
+    run_to_end(config, tmp_path / "run", 1, "faults.max_skips=1", module=("tests.integration.faulty", "nan=10,25"))
     metrics = read_metrics(tmp_path / "run" / "metrics.jsonl")
     ranges = ["0-8", "16-24", "32-40", "40-44", "44-48", "48-52", "52-54", "54-56", "56-58"]
     assert [m["sample_range"] for m in metrics] == ranges and [m["stage"] for m in metrics] == [1] * 3 + [2] * 3 + [3] * 3

@@ -7,8 +7,7 @@ import shutil
 import pytest
 import torch
 
-from tests.integration.runs import series
-from tests.training import train_ranks
+from tests.integration.runs import series, train
 from unfold.model.lora import Fused
 from unfold.pretrain.checkpoint.tensors import TensorDirectory
 from unfold.pretrain.config import load_config
@@ -37,7 +36,7 @@ def alone(config, tmp_path_factory):
     def run(*settings):
         if settings not in made:
             run_dir = tmp_path_factory.mktemp("alone") / "run"
-            made[settings] = run_dir, train_ranks(config, run_dir, 1, *settings)
+            made[settings] = run_dir, train(config, run_dir, 1, *settings)
         return made[settings]
 
     return run
@@ -78,7 +77,7 @@ def long(*values):
     ],
 )
 def test_a_layout_gives_the_losses_of_one_process(config, alone, tmp_path, way, ranks, layout):
-    close(train_ranks(config, tmp_path / "run", ranks, *way, *layout), alone(*way)[1])
+    close(train(config, tmp_path / "run", ranks, *way, *layout), alone(*way)[1])
 
 
 def test_rows_of_gists_alone_are_trained_and_the_checkpoint_is_whole(config, alone, tiny):
@@ -97,7 +96,7 @@ def test_adapters_resume_exactly_and_under_another_layout(config, alone, tmp_pat
     for name, ranks, layout in (("same", 1, []), ("other", 2, ["parallel.zero=3"])):
         shutil.copytree(run_dir, tmp_path / name)
         shutil.rmtree(tmp_path / name / "checkpoints" / f"step-{STEPS:08d}")
-        got = train_ranks(config, tmp_path / name, ranks, *LORA, *layout)
+        got = train(config, tmp_path / name, ranks, *LORA, *layout)
         if name == "same":
             assert series(got, "loss", "grad_norm") == series(want, "loss", "grad_norm")
         close(got, want)
@@ -110,7 +109,7 @@ def test_a_rate_of_one_changes_nothing_and_another_moves_faster(config, alone, t
     shutil.copytree(plain_dir, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step-{STEPS:08d}")
     more = ["optimizer.rates=[{match: [gists, '*norm*'], factor: 10}]", "train.allow_changes=[optimizer.rates]"]
-    faster = train_ranks(config, tmp_path / "run", 2, *more, "parallel.zero=2")
+    faster = train(config, tmp_path / "run", 2, *more, "parallel.zero=2")
     close(faster[:3], plain[:3])  # the third step's loss is that of the second's update
     before, slow, fast = weights(plain_dir, 2), weights(plain_dir), weights(tmp_path / "run")
     ratio = lambda n: float((fast[n] - before[n]).norm() / (slow[n] - before[n]).norm())
@@ -120,7 +119,7 @@ def test_a_rate_of_one_changes_nothing_and_another_moves_faster(config, alone, t
 
 @pytest.mark.parametrize("ranks,layout", [(1, []), long(2, ["parallel.pipeline=2"]), long(2, ["parallel.zero=3"])])
 def test_adapters_in_bf16(config, alone, tmp_path, ranks, layout):
-    metrics = train_ranks(config, tmp_path / "run", ranks, *LORA, "precision=bf16", *layout)
+    metrics = train(config, tmp_path / "run", ranks, *LORA, "precision=bf16", *layout)
     for got, want in zip(metrics, alone(*LORA)[1], strict=True):
         assert abs(got["loss"] - want["loss"]) <= 3e-3 * want["loss"]
 

@@ -7,8 +7,7 @@ import math
 
 import pytest
 
-from tests.integration.runs import series
-from tests.training import train_ranks
+from tests.integration.runs import series, train
 from unfold.pretrain.monitor.ledger import read_ledger
 from unfold.pretrain.monitor.norms import KINDS, OUTSIDE, slot_of
 
@@ -27,7 +26,7 @@ def config(tiny, tmp_path_factory):
 @pytest.fixture(scope="module")
 def alone(config, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("alone") / "run"
-    return run_dir, train_ranks(config, run_dir, 1, *WATCHED)
+    return run_dir, train(config, run_dir, 1, *WATCHED)
 
 
 def flat(norms):
@@ -35,7 +34,7 @@ def flat(norms):
 
 
 def test_measuring_changes_no_loss(config, alone, tmp_path):
-    plain = train_ranks(config, tmp_path / "run", 1)
+    plain = train(config, tmp_path / "run", 1)
     assert series(plain, "loss", "grad_norm", "valid_loss") == series(alone[1], "loss", "grad_norm", "valid_loss")
     assert not any(key in line for line in plain for key in (*NORMS, "attention_logits"))
 
@@ -72,7 +71,7 @@ def test_attention_logits_and_entropy(alone):
     ],
 )
 def test_a_layout_measures_the_same(config, alone, tmp_path, layout):
-    metrics = train_ranks(config, tmp_path / "run", 2, *WATCHED, *layout)
+    metrics = train(config, tmp_path / "run", 2, *WATCHED, *layout)
     for got, want in zip(metrics, alone[1], strict=True):
         for name in NORMS:
             if name in want:

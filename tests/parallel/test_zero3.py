@@ -2,17 +2,15 @@
 
 import json
 import re
-import sys
 
 import pytest
 
-from tests.conftest import run
+from tests import warm
 
 
 def test_layers_are_computed_again_with_gathered_weights():
     """Models as small as those of the layouts keep all weights whole otherwise."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = run(*command, "-m", "tests.parallel.zero3_ranks", timeout=300)
+    done = warm.command("tests.parallel.zero3_ranks", ranks=2)
     results = json.loads(re.search(r"RESULT (.*)", done.stdout)[1])
     want = results.pop("none")
     assert abs(want[-1] - want[0]) > 0.01 and len(results) == 5

@@ -1,4 +1,4 @@
-"""Run under torchrun by test_zero3.py: losses of ZeRO-3 where every weight is gathered for use, as those of large models are, for
+"""Run on two ranks by test_zero3.py: losses of ZeRO-3 where every weight is gathered for use, as those of large models are, for
 every way of computing layers again, as one JSON line."""
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from argparse import Namespace
 import pytest
 from transformers import AutoTokenizer
 
-from tests.conftest import module
+from tests import warm
 from tests.pretrain.test_evaluate_scores import LONGBENCH, RULER, write
 from unfold.pretrain.command import main
 from unfold.pretrain.data.chat import Chat, load_bos
@@ -33,7 +33,7 @@ def run_dir(tiny, tmp_path_factory):
     (directory / "tokenizer" / "chat_template.jinja").write_text(CHATML)
     sections = {"model": {"max_position": 256}, "train": {"steps": 1, "valid_every": 0}, "checkpoint": {"every": 1}}
     config = tiny.config(directory / "c.yaml", **sections, data={"tokenizer": str(directory / "tokenizer")})
-    module("pretrain", "train", "--config", config, "--run-dir", directory / "run")
+    warm.command("pretrain", "train", "--config", config, "--run-dir", directory / "run")
     return directory / "run"
 
 

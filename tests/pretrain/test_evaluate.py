@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import module
+from tests import warm
 from tests.pretrain.test_evaluate_scores import LONGBENCH, RAG, RULER, write
 from unfold.model.decode.generation import Decoder
 from unfold.pretrain.command import main
@@ -23,7 +23,7 @@ def run_dir(tiny, tmp_path_factory):
     directory = tmp_path_factory.mktemp("evaluate")
     sections = {"model": {"max_position": 256, "init_std": 0.2}, "train": {"steps": 2, "valid_every": 0}}
     config = tiny.config(directory / "c.yaml", **sections, checkpoint={"every": 2})
-    module("pretrain", "train", "--config", config, "--run-dir", directory / "run")
+    warm.command("pretrain", "train", "--config", config, "--run-dir", directory / "run")
     return directory / "run"
 
 

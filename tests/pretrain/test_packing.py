@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from tests.training import train_ranks
+from tests.integration.runs import train
 from unfold.data_prep.format.shards import write_shard
 from unfold.pretrain.config import parse_config
 from unfold.pretrain.config.numbers import whole_weights
@@ -159,12 +159,12 @@ def config(tiny, shard, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(config, tmp_path_factory):
-    return train_ranks(config, tmp_path_factory.mktemp("alone") / "run", 1)
+    return train(config, tmp_path_factory.mktemp("alone") / "run", 1)
 
 
 @pytest.mark.parametrize("name", ["parallel.context=2", pytest.param("parallel.zero=2", marks=pytest.mark.long)])
 def test_layouts_give_the_losses_of_one_process(name, config, alone, tmp_path):
-    found = train_ranks(config, tmp_path / "run", 2, name)
+    found = train(config, tmp_path / "run", 2, name)
     for got, want in zip(found, alone, strict=True):
         assert abs(got["loss"] - want["loss"]) <= 2e-6 * want["loss"] and got["loss_tokens"] == want["loss_tokens"]
     log = (tmp_path / "run").with_suffix(".log").read_text()

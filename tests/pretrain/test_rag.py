@@ -5,6 +5,7 @@ from argparse import Namespace
 
 import pytest
 
+from tests import warm
 from tests.conftest import module
 from tests.pretrain.test_evaluate_scores import write
 from tests.supervised import add_links, make_linked_shard
@@ -147,7 +148,7 @@ def run_dir(tiny, tokenizer, tmp_path_factory):
     sections = {"model": {"max_position": 256}, "train": {"steps": 1, "valid_every": 0}, "checkpoint": {"every": 1}}
     gist = {"chunk_sizes": [4, 2], "recall": "suffix", "links": 3}
     config = tiny.config(directory / "c.yaml", **sections, data=data, gist=gist)
-    module("pretrain", "train", "--config", config, "--run-dir", directory / "run")
+    warm.command("pretrain", "train", "--config", config, "--run-dir", directory / "run")
     return directory / "run"
 
 

@@ -145,3 +145,27 @@ def test_an_index_that_is_wrong_is_named(written):
         (directory / INDEX).write_text(text)
         with pytest.raises(UserError, match=f"{INDEX}: is damaged"):
             TensorDirectory(directory)
+
+
+@pytest.mark.parametrize("written", [True], indirect=True)
+def test_headers_are_held_against_the_index(written):
+    directory, _ = written
+    TensorDirectory(directory).check_headers()
+    right = json.loads((directory / INDEX).read_text())
+    file = next(f for f, held in right.items() if "half" in held)
+
+    def changed(place: int, value):
+        entries = json.loads(json.dumps(right))
+        entries[file]["half"][place] = value
+        write_index(directory, entries)
+        return TensorDirectory(directory)
+
+    other = changed(0, "F16")
+    with pytest.raises(UserError, match=rf"{file}: does not hold what {INDEX} says \(1 tensors; half"):
+        other.check_headers()
+    with pytest.raises(UserError, match="half .it is BF16, not F16"):
+        other.read("half")
+    write_index(directory, right)
+    write_tensor_file(directory / "stray.safetensors", [Chunk("x", (0,), (2,), torch.float32, lambda: torch.zeros(2))])
+    with pytest.raises(UserError, match=r"stray.safetensors: .* x \['F32', \[0\], \[2\]\], .* says nothing of it"):
+        TensorDirectory(directory).check_headers()

@@ -2,11 +2,10 @@
 
 import json
 import re
-import sys
 
 import torch
 
-from tests.conftest import run
+from tests import warm
 from tests.waits import Waits
 from unfold.kernels.common.plans import pinned
 from unfold.model.gist import GistConfig, Recall, build_layout
@@ -19,7 +18,7 @@ OF_THE_CPU = ("select/", "unfold/", "route/")
 
 
 def test_a_step_waits_once_and_at_its_end():
-    done = run(sys.executable, "-W", "ignore", "-m", "tests.pretrain.step_waits", timeout=300)
+    done = warm.command("tests.pretrain.step_waits")
     found = json.loads(re.search(r"RESULT (.*)", done.stdout)[1])
     assert len(found) == 5
     for way, counts in found.items():

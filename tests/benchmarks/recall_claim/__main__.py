@@ -26,6 +26,8 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--ways", nargs="+", default=MAIN, choices=list(WAYS), metavar="WAY", help=ways)
     words = "raw tokens of a context (default 256); longer ones have no more facts, and are learned in further steps"
     parser.add_argument("--context", type=int, default=256, choices=list(LONGER), help=words)
+    words = "layers of every model (default: 3); gists of three levels can be found from the fourth layer on"
+    parser.add_argument("--layers", type=int, default=3, metavar="N", help=words)
     parser.add_argument("--report-only", action="store_true", help="train nothing, write the report of what is there")
     words = "so many times the steps of every stage: 0.02 to try the command out, 3 to see what more training brings (default: 1)"
     parser.add_argument("--train-steps", type=float, default=1.0, metavar="FACTOR", help=words)

@@ -29,7 +29,9 @@ def recall_claim(args: Namespace) -> Iterator[str]:
     """
     if not 0 < args.train_steps < float("inf"):
         raise UserError(f"--train-steps {args.train_steps}: is no factor above 0, such as 0.1 or 3")
-    plan = made_longer(scaled(Plan(), args.train_steps), args.context)
+    if args.layers < 2:
+        raise UserError(f"--layers {args.layers}: recall begins at layer 1 or later, so a model has 2 layers or more")
+    plan = made_longer(scaled(Plan(layers=args.layers), args.train_steps), args.context)
     results = Results(args.output, plan)
     if not args.report_only:
         groups = parallel.initialize(ParallelConfig())
