@@ -193,6 +193,40 @@ def _word(b_taken, o_row, w: tl.constexpr):
     return tl.reduce(tl.where((o_row // 32 == w)[:, None], b_taken << (o_row % 32)[:, None], 0), 0, any_bit)
 
 
+@triton.jit
+def _list_open(p_key, p_words, i_open, opened, o_row, b_lo, b_hi, BN: tl.constexpr, WORDS: tl.constexpr):
+    """List the ``opened`` gists from i_open on as candidates of the rows whose ranges [b_lo, b_hi) hold them."""
+    for i in range(0, opened, BN):
+        o_open = i + tl.arange(0, BN)
+        m_open = o_open < opened
+        b_seen = in_range((i_open + o_open)[None, :], b_lo[:, None], b_hi[:, None]).to(tl.int32)  # [BM, BN]
+        tl.store(p_key + o_open, i_open + o_open, mask=m_open)
+        for w in tl.static_range(WORDS):
+            tl.store(p_words + o_open * WORDS + w, _word(b_seen, o_row, w), mask=m_open)
+
+
+@triton.jit
+def _add_children(p_words, o_first, b_width, b_taken, o_row, WORDS: tl.constexpr):
+    """Add to the words of b_width children each, from place o_first on, the rows that took the parent; no child has two."""
+    for w in tl.static_range(WORDS):
+        b_word = _word(b_taken, o_row, w)
+        for j in range(0, tl.max(b_width, 0)):
+            m_child = j < b_width
+            p_word = p_words + (o_first + j) * WORDS + w
+            tl.store(p_word, tl.load(p_word, mask=m_child, other=0) | b_word, mask=m_child)
+
+
+@triton.jit
+def _list_children(p_key, p_words, o_to, b_child, b_width, b_taken, o_row, WORDS: tl.constexpr):
+    """List b_width children each, from row b_child on, at places o_to: candidates of the rows that took the parent."""
+    for j in range(0, tl.max(b_width, 0)):
+        tl.store(p_key + o_to + j, b_child + j, mask=j < b_width)
+    for w in tl.static_range(WORDS):
+        b_word = _word(b_taken, o_row, w)
+        for j in range(0, tl.max(b_width, 0)):
+            tl.store(p_words + (o_to + j) * WORDS + w, b_word, mask=j < b_width)
+
+
 @kernel
 def take_kernel(
     p_score, p_bound, p_spans, p_next_spans, p_next_lo, p_next_hi, p_places, p_key, p_child_lo, p_child_hi, p_blocks,
@@ -257,12 +291,7 @@ def take_kernel(
             if tl.max(b_end, 0) > i_open:
                 i_across = tl.minimum(i_across, i)
             o_to = places + tl.cumsum(b_width, 0) - b_width
-            for j in range(0, tl.max(b_width, 0)):
-                tl.store(p_new_key + o_to + j, b_child + j, mask=j < b_width)
-            for w in tl.static_range(WORDS):
-                b_word = _word(b_taken, o_row, w)
-                for j in range(0, tl.max(b_width, 0)):
-                    tl.store(p_new_words + (o_to + j) * WORDS + w, b_word, mask=j < b_width)
+            _list_children(p_new_key, p_new_words, o_to, b_child, b_width, b_taken, o_row, WORDS)
             places += tl.sum(b_width, 0)
     tl.store(p_count + S * lists + i_list, count)
     tl.store(p_count + (L + 2 + S) * lists + i_list, tl.sum(takers, 0))
@@ -270,29 +299,15 @@ def take_kernel(
         tl.store(p_count + L * lists + i_list, places)
     else:
         tl.store(p_new_places + i_slot, places + opened)
-        o_query = i_query + o_row // PER
-        m_row = o_query < tl.load(p_blocks + i_block * 3 + 1)
-        b_lo = tl.load(p_next_lo + o_query, mask=m_row, other=0)
-        b_hi = tl.load(p_next_hi + o_query, mask=m_row, other=0)
-        for i in range(0, opened, BN):
-            o_open = i + tl.arange(0, BN)
-            m_open = o_open < opened
-            b_seen = in_range((i_open + o_open)[None, :], b_lo[:, None], b_hi[:, None]).to(tl.int32)  # [BM, BN]
-            tl.store(p_new_key + places + o_open, i_open + o_open, mask=m_open)
-            for w in tl.static_range(WORDS):
-                tl.store(p_new_words + (places + o_open) * WORDS + w, _word(b_seen, o_row, w), mask=m_open)
+        m_row = i_query + o_row // PER < tl.load(p_blocks + i_block * 3 + 1)
+        b_lo = tl.load(p_next_lo + i_query + o_row // PER, mask=m_row, other=0)
+        b_hi = tl.load(p_next_hi + i_query + o_row // PER, mask=m_row, other=0)
+        _list_open(p_new_key + places, p_new_words + places * WORDS, i_open, opened, o_row, b_lo, b_hi, BN, WORDS)
         tl.debug_barrier()
         for i in range(i_across, n, BN):  # few, if any: what is open to one query is another one's child
-            o_place = i + tl.arange(0, BN)
-            b_taken = _taken(p_score, o_score, b_bound, b_last, o_place, n)
+            b_taken = _taken(p_score, o_score, b_bound, b_last, i + tl.arange(0, BN), n)
             m_any = tl.max(b_taken, 0) > 0
-            o_key = i_span + o_place if TOP else tl.load(p_key + o_place, mask=m_any, other=0)
+            o_key = i_span + i + tl.arange(0, BN) if TOP else tl.load(p_key + i + tl.arange(0, BN), mask=m_any, other=0)
             b_child = tl.maximum(tl.load(p_child_lo + o_key, mask=m_any, other=0), i_open)
             b_width = tl.load(p_child_hi + o_key, mask=m_any, other=0) - b_child
-            o_to = places + b_child - i_open
-            for w in tl.static_range(WORDS):
-                b_word = _word(b_taken, o_row, w)
-                for j in range(0, tl.max(b_width, 0)):  # every gist is one parent's child
-                    m_child = j < b_width
-                    p_word = p_new_words + (o_to + j) * WORDS + w
-                    tl.store(p_word, tl.load(p_word, mask=m_child, other=0) | b_word, mask=m_child)
+            _add_children(p_new_words + places * WORDS, b_child - i_open, b_width, b_taken, o_row, WORDS)
