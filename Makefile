@@ -4,9 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/requirements.installed
 DEMO_DIR ?= demo
-# Files of tests side by side: most of a test is one process that waits for another, or one core of Triton's interpreter.
+# Files of tests side by side: most of a test is one process that waits for another, or one core of Triton's interpreter. In the order
+# of their names: files of one long test would come last otherwise, when nothing is left to do beside them.
 TEST_WORKERS ?= 2
-PYTEST := $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
+PYTEST := $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 # Kernels without a GPU: read when they are made, hence a run of its own.
 INTERPRETED := TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(TEST_WORKERS)
 GPU_DIR ?= runs/gpu

@@ -72,7 +72,9 @@ def kernels_site(tmp_path_factory) -> Path:
     return site
 
 
-@pytest.mark.parametrize(("where", "kernels"), [("root", True), ("elsewhere", False), ("elsewhere", True)])
+@pytest.mark.parametrize(
+    ("where", "kernels"), [("root", True), ("elsewhere", False), pytest.param("elsewhere", True, marks=pytest.mark.long)]
+)
 def test_models_and_training_work(tiny: TinyData, wheel_site, kernels_site, tmp_path, where, kernels):
     """A model of transformers is imported, then two steps are trained, in one process that has loaded both."""
     config = tiny.config(tmp_path / "config.yaml", train={"steps": 2, "valid_every": 0, "global_batch": 2})

@@ -8,6 +8,7 @@ use ``tests.conftest.module`` and ``tests.integration.runs.command``.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import gc
@@ -22,10 +23,12 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 import numpy as np
 
@@ -46,7 +49,7 @@ IMPORTED = (
     "unfold.pretrain.checkpoint.command",
 )
 PORTS = range(15_000, 32_000)  # the system gives these to nobody who asks for any port
-GRACE_S = 5  # one rank has failed: how long the others have to end themselves
+GRACE_S = 2  # one rank has failed: how long the others have to end themselves
 
 
 def command(name: str, *arguments, ranks: int = 1, check: bool = True, timeout: float = 300) -> subprocess.CompletedProcess:
@@ -69,9 +72,12 @@ def started(
     There can be one at a time.
     """
     words = [name, *map(str, arguments)]
-    _, lines = _connection()
+    _, lines, free = _connection()
+    assert free.acquire(blocking=False), "another command runs in warm processes; there can be one at a time"
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder, stream) for stream in ("out", "err")]
+        for file in files:
+            file.touch()
         request = {"argv": words, "files": [str(f) for f in files], "timeout": timeout, "ranks": _environments(ranks)}
         print(json.dumps(request), file=lines, flush=True)
         pids = _answer(lines)
@@ -87,6 +93,7 @@ def started(
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(pid, signal.SIGKILL)
             end()
+            free.release()
 
 
 def _answer(lines: TextIO):
@@ -121,7 +128,7 @@ def _connection():
     silent = subprocess.DEVNULL
     server = subprocess.Popen(line, cwd=ROOT, pass_fds=[theirs.fileno()], stdin=silent, stdout=silent, start_new_session=True)
     theirs.close()
-    return server, ours.makefile("rw")
+    return server, ours.makefile("rw"), threading.Lock()
 
 
 def _serve(connection: socket.socket) -> dict | None:
@@ -158,8 +165,11 @@ def _end_of(children: list[int], deadline: float, connection: socket.socket) -> 
     return failed
 
 
-def _become(request: dict) -> None:
-    """Make this forked process what it would be had it been started, and run the module to the end."""
+def _become(request: dict) -> NoReturn:
+    """Make this forked process what it would be had it been started, and run the module to the end.
+
+    It ends without taking apart, page by page of shared memory, all that was imported; Python would, which takes long.
+    """
     os.environ.clear()
     os.environ.update(request["environment"])
     for stream, path in enumerate(request["files"], 1):
@@ -167,7 +177,21 @@ def _become(request: dict) -> None:
         os.dup2(file, stream)
         os.close(file)
     sys.argv[:] = request["argv"]
-    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    code = 1
+    try:
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

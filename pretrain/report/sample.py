@@ -77,16 +77,17 @@ def _real_tokens(config: RunConfig, gist: GistConfig | None):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # megatron-core's advice on optional packages is not for readers of a report
         from unfold.pretrain.data.samples import BatchBuilder, TokenSource
-        from unfold.pretrain.data.stretches import stretches_of
+        from unfold.pretrain.data.stretches import stretch_of, stretches_of
         from unfold.pretrain.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(config.data.tokenizer, gist.levels if gist else 0)
     try:
-        data = config.data
-        arranged = data.cache, data.packing, data.length_weights
-        source = TokenSource(data.train, config.at(1).data.raw_tokens, config.train.seed, tokenizer, "data.train", *arranged)
+        data, seed = config.at(1).data, config.train.seed
+        source = TokenSource(
+            data.train, data.raw_tokens, seed, tokenizer, "data.train", data.cache, stretch_of(data).arranged, False
+        )
         source = source.along(stretches_of(config))
-        shuffle = config.data.shuffle_parts
+        shuffle = data.shuffle_parts
         return BatchBuilder(source, gist, tokenizer, 1, config.train.seed, shuffle).sample(0), tokenizer
     except (OSError, ValueError, RuntimeError, IndexError) as error:
         raise UserError(f"data.train: {error}") from None
@@ -96,12 +97,12 @@ def _lay_out(made, gist: GistConfig | None, length: int, text_of, origin: str) -
     """What the first ``length`` tokens of a sample see, which never depends on what comes after them. made: an Interleaved."""
     import torch  # with the layout: seconds of start-up that a wrong argument need not wait for
 
-    from unfold.model.gist import Role, build_layout, dense_layout
+    from unfold.model.gist import Role, build_layout, raw_layout
 
     cut = lambda x: x if x is None else torch.from_numpy(x[:length].copy())[None]
     layout = build_layout(*(cut(x) for x in (made.level, made.doc)), gist, cut(made.role), cut(made.part))
     level, doc, levels = made.level[:length], made.doc[:length], gist.levels if gist else 0
-    seen = layout if gist else dense_layout(layout)
+    seen = layout if gist else raw_layout(layout, gists=False)
     text = [f"gist {n}" if n >= 0 else text_of(int(i)) for i, n in zip(made.ids, level)]
     first = made.position[layout.first_seen[0].numpy()]  # of the document or part
     sink = (level < 0) & (made.position[:length] - first < (gist.sink if gist else 0))

@@ -12,6 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from tests import warm
 from tests.conftest import module, run
 from tests.integration.runs import train
 from unfold.pretrain.command import main
@@ -197,7 +198,7 @@ def test_logits_equal_those_of_the_training_model(exported, run_dir):
 
 def test_generation_from_both(exported, run_dir):
     ours = module("pretrain", "generate", "--run-dir", run_dir, "--prompt", PROMPT, "--max-new-tokens", 12).stdout
-    theirs = module("pretrain", "generate", "--model", exported, "--prompt", PROMPT, "--max-new-tokens", 12).stdout
+    theirs = warm.command("pretrain", "generate", "--model", exported, "--prompt", PROMPT, "--max-new-tokens", 12).stdout
     for text in (ours, theirs):
         assert text.startswith(PROMPT) and len(text.strip()) > len(PROMPT) and "<gist" not in text
     assert ours == generated("--run-dir", run_dir, "--prompt", PROMPT, "--max-new-tokens", 12) + "\n"

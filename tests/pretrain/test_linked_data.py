@@ -6,7 +6,7 @@ import torch
 
 from tests.supervised import add_links, make_linked_shard, make_shard
 from unfold.kernels.compressed import compressed_attention
-from unfold.model.gist import GistConfig, Role, build_layout, dense_layout
+from unfold.model.gist import GistConfig, Role, build_layout, raw_layout
 from unfold.model.visibility import IGNORED, MicroBatchAttention
 from unfold.pretrain.config import load_config
 from unfold.pretrain.data.samples import BatchBuilder, TokenSource
@@ -130,7 +130,7 @@ def test_dense_attention_of_bundles_is_that_of_their_ranges(root, tokenizer):
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(*batch.ids.shape, 2, 8, generator=g, dtype=torch.float64) for _ in range(3))
     got = MicroBatchAttention("dense", batch.layout)(0, q, k, v)
-    want = compressed_attention(q, k, v, dense_layout(batch.layout).intervals, backend="reference")
+    want = compressed_attention(q, k, v, raw_layout(batch.layout, gists=False).intervals, backend="reference")
     torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
 
 
