@@ -40,8 +40,8 @@ MORE_LAYOUTS = {
     "zero 2, gists, feed-forward, average": {
         "parallel": {"zero": 2}, "train": {"trainable": ["gists", "*mlp*"]}, "checkpoint": {"average_decay": 0.9}
     },
-    "zero 3, adapters": {"parallel": {"zero": 3}, "lora": {"rank": 4}},
-    "tensor 2, adapters": {"parallel": {"tensor": 2}, "lora": {"rank": 4}},
+    "zero 3, adapters": {"parallel": {"zero": 3}, "lora": {"rank": 16}},
+    "tensor 2, adapters": {"parallel": {"tensor": 2}, "lora": {"rank": 16}},
     "pipeline 2": {"parallel": {"pipeline": 2}},
     "context 2": {"parallel": {"context": 2}},
 }  # fmt: skip
