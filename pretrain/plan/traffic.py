@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from unfold.model.lora import fused_layers
 from unfold.pretrain.config import RunConfig
 from unfold.pretrain.plan.activations import FP32, Activations, element_size
 from unfold.pretrain.plan.hardware import Cluster
 from unfold.pretrain.plan.rates import LINK
-from unfold.pretrain.plan.trained import count_trained
+from unfold.pretrain.plan.trained import COLUMN_LAYERS, count_trained
 from unfold.pretrain.plan.work import SampleSize, count_parameters
 
 
@@ -56,10 +57,12 @@ def plan_traffic(config: RunConfig, sample: SampleSize, replicas: int, micro_bat
     if parallel.tensor > 1:
         kind = "sequence (gather, scatter)" if parallel.sequence else "tensor (all-reduce)"
         # Two all-reduces (or gathers and scatters) per layer and direction, one more at embedding and head.
-        times = layers * (passes + 2 + 2 * taught) + 2 * micro_batches
-        found.append(
-            Traffic(kind, round(times * 2 * _ring(parallel.tensor) * _hidden(config, kept)), parallel.tensor, parallel.tensor)
-        )
+        trained = count_trained(config)
+        times = layers * (passes + 2 * trained.reached + 2 * taught) + 2 * micro_batches
+        if not trained.into_first:  # nobody asks for the gradient of the first layer's input
+            times -= micro_batches
+        sent = 2 * _ring(parallel.tensor) * (times * _hidden(config, kept) + layers * _narrow(config, kept, passes / 2))
+        found.append(Traffic(kind, round(sent), parallel.tensor, parallel.tensor))
     if parallel.context > 1:
         sent = layers * (attended + 1) * context_exchange(config, kept)
         if taught:
@@ -84,6 +87,13 @@ def _ring(ranks: int) -> float:
 def _hidden(config: RunConfig, kept: Activations) -> int:
     """Bytes of the hidden states of all tokens of a rank's part of the sequence."""
     return kept.element * config.model.hidden_size * kept.tokens
+
+
+def _narrow(config: RunConfig, kept: Activations, passes: float) -> float:
+    """Bytes that adapters of a layer send: beside column layers their gradients, beside row layers a sum in each forward pass."""
+    chosen = {name: len(fused.targeted(config.lora.targets)) for name, fused in fused_layers(config.model).items()}
+    width = sum(n if name in COLUMN_LAYERS else n * passes for name, n in chosen.items())
+    return kept.element * kept.tokens * width * config.lora.rank
 
 
 def _replica_traffic(config: RunConfig, replicas: int, micro_batches: int, span: int) -> list[Traffic]:

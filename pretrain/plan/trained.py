@@ -28,6 +28,7 @@ class Trained:
         adapters: parameters of adapters.
         names: of what is trained in any of the model's layers, without the layer's number; of the rest in full.
         reached: part of the model's layers that the backward pass goes through.
+        into_first: whether the input of the first layer that it reaches has a gradient.
         head: whether the output head has a gradient.
         rows: rows of gists and links that are a parameter of their own; 0 where they are none.
     """
@@ -39,6 +40,7 @@ class Trained:
     adapters: int
     names: frozenset[str]
     reached: float
+    into_first: bool
     head: bool
     rows: int
 
@@ -68,6 +70,7 @@ def count_trained(config: RunConfig, stage: int = 0) -> Trained:
         adapters=sum(sizes[name] for name in here if name.endswith((f".{A}", f".{B}"))),
         names=frozenset(name.split(".", 2)[2] if name.startswith("layers.") else name for name in learning),
         reached=1 - first / config.model.layers,
+        into_first=any(name.startswith("embedding.") or name == f"layers.{first}.attention_norm.weight" for name in learning),
         head=any(name.startswith(f"{head}.") for name in learning),
         rows=_rows(config),
     )
