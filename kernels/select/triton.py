@@ -65,7 +65,7 @@ _SM80 = {"head": _HEAD, "group": _GROUP}
 _SM90 = _SM80 | {"head": _HEAD | {(128, 2): SelectTiles(Tile(64, 64, 4, 2), Tile(64, 32, 4, 2))}}
 TABLE = {"sm_80": _SM80, "sm_90": _SM90, "sm_100": _SM90}
 TABLE["interpreter"] = {share: {key: _same(Tile(32, 32, 4, 1)) for key in _HEAD} for share in _SM80}
-SCRATCH = 1 << 28  # bytes of scores at once: few enough to be read back from the cache in part, enough to fill a GPU
+SCRATCH = 1 << 29  # room for scores at once, in bytes: few launches, and a fraction of what a layer keeps
 # In the interpreter so little fits that the tests go every way: rows held whole and in parts, several slices of lists.
 LONGEST_ROW, SLICE = (32, 3) if INTERPRETED else (8192, None)
 LIST_KEYS, LIST_WARPS = 128, 4  # candidates of a tile where nothing is multiplied

@@ -3,7 +3,7 @@
     python -m tests.benchmarks.list_room [--raw 32768 131072] [--chunks 8 4]
 
 One document of so many raw tokens, of which all or the last tenth recall under the adaptive budget, 32/8 heads, blocks of 16
-queries. Lists are kept for the backward pass; places and the chunks' queries live for one pass. One line of Markdown each.
+queries. Lists are kept for the backward pass; scores, places and the chunks' queries live for one pass. A line of Markdown each.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import time
 
 from tests.kernels.uniform import uniform_tree
 from unfold.kernels.select import SelectRule
-from unfold.kernels.select.room import list_room
+from unfold.kernels.select.room import UNIT, list_room
+from unfold.kernels.select.triton import SCRATCH
 
 HEADS, KV_HEADS, QUERIES = 32, 8, 16
 
@@ -25,7 +26,17 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, nargs="+", default=[8, 4])
     args = parser.parse_args()
     rule = SelectRule(math.prod(args.chunks), args.chunks[0])
-    print("| raw tokens | recalling | lists, MB | places, MB | slices | chunks' queries, MB | host, s |\n" + "|---" * 7 + "|")
+    names = (
+        "raw tokens",
+        "recalling",
+        "lists, MB",
+        "slices of scores",
+        "places, MB",
+        "slices of them",
+        "chunks' queries, MB",
+        "host, s",
+    )
+    print(f"| {' | '.join(names)} |\n{'|---' * len(names)}|")
     for raw in args.raw:
         for recalling in (raw // 10, raw):
             tree = uniform_tree(raw, tuple(args.chunks), recalling)
@@ -33,7 +44,10 @@ def main() -> None:
             room = list_room(tree, rule, QUERIES, HEADS, KV_HEADS)
             seconds = time.perf_counter() - begin
             places = max(places for *_, places in room.slices)
-            sizes = f"{room.items * 8 / 1e6:.0f} | {places * 8 / 1e6:.0f} | {len(room.slices)} | {room.entries * 4 / 1e6:.0f}"
+            lists = SCRATCH // (4 * QUERIES * HEADS // KV_HEADS * max(room.rooms) * UNIT)  # at once
+            slices = math.ceil(room.first.shape[1] / lists)
+            entries, slices_of_places = room.entries * 4 / 1e6, len(room.slices)
+            sizes = f"{room.items * 8 / 1e6:.0f} | {slices} | {places * 8 / 1e6:.0f} | {slices_of_places} | {entries:.0f}"
             print(f"| {raw} | {recalling} | {sizes} | {seconds:.2f} |", flush=True)
 
 
