@@ -12,6 +12,7 @@ from unfold.pretrain.config import RunConfig
 from unfold.pretrain.plan.activations import FP32, Activations, element_size
 from unfold.pretrain.plan.trained import Trained, count_trained
 from unfold.pretrain.plan.work import SampleSize
+from unfold.pretrain.train.compact import bytes_per_element
 
 # DeepSpeed's defaults, in elements: zero_optimization.reduce_bucket_size, stage3_max_live_parameters.
 BUCKET = 500_000_000
@@ -27,8 +28,8 @@ class Memory:
     Attributes:
         weights: in the compute precision.
         gradients: as they are accumulated over micro-batches.
-        optimizer: fp32 master weights of what is trained and Adam's two moments (one momentum where Muon updates), and the
-            average of weights where one is kept.
+        optimizer: fp32 master weights of what is trained and Adam's two moments, in what `optimizer.state` says (one momentum
+            where Muon updates), and the average of weights where one is kept.
         activations: kept for backward by all micro-batches in flight, with their layouts.
         working: what comes on top at most: a layer that goes backward, and is computed again for it; or, on the last stage, the
             loss: a chunk of logits, and the gradients that it leaves for backward; or the final norm.
@@ -62,7 +63,7 @@ def model_states(config: RunConfig, trained: Trained, replicas: int) -> States:
     """What ZeRO over ``replicas`` ranks keeps. What is frozen has its weights alone, in the compute precision."""
     zero, offload, element = config.parallel.zero, config.parallel.offload, element_size(config)
     weights = element * trained.held / (replicas if zero == 3 else 1)
-    optimizer = 3 * FP32 * trained.learning / replicas
+    optimizer = (FP32 + bytes_per_element(config.optimizer.state)) * trained.learning / replicas
     if config.optimizer.kind == "muon":  # one number of a layer's matrix element where Adam keeps two
         optimizer -= FP32 * trained.matrices / replicas
     if config.checkpoint.average_decay:  # beside the master weights

@@ -35,10 +35,20 @@ def stage_table(stages: Sequence[RunStage], plans: Sequence[Plan], shown: RunSta
         steps = f"{stage.first:,} to {stage.last:,}"
         sizes = f"{raw:>12,}{train.global_batch:>8,}{train.micro_batch:>7}{plan.fullest.total / GIB:>8.1f}"
         yield f"{stage.title:<24}{steps:>18}{sizes}{times}"
+    yield from packing_lines(stages)
     tokens = stages[-1].raw_tokens_after(stages[-1].last)
     yield f"all of them: {tokens:,} raw tokens{f', {days:,.2f} days' if days else ''}"
     yield f"stage {shown.title} needs the most memory; the rest of this plan is of its steps"
     yield ""
+
+
+def packing_lines(stages: Sequence[RunStage]) -> Iterator[str]:
+    """A line on every stage that says itself how documents become samples."""
+    for stage in stages:
+        if {"packing", "length_weights"} & set(stage.own):
+            data = stage.config.data
+            weights = f", length weights {[list(pair) for pair in data.length_weights]}" if data.length_weights else ""
+            yield f"stage {stage.title}: documents packed as {data.packing}{weights}"
 
 
 def report(name: str, plan: Plan, dense: Plan | None, usable: float, steps: int) -> Iterator[str]:

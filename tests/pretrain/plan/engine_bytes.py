@@ -31,6 +31,7 @@ LAYOUTS = {
     "zero 1, adapters, average": {"lora": {"rank": 4}, "checkpoint": {"average_decay": 0.9}},
     "zero 2": {"parallel": {"zero": 2}},
     "zero 3": {"parallel": {"zero": 3}},
+    "bf16 moments": {"parallel": {"zero": 2}, "optimizer": {"state": "bf16"}},
     "tensor 2": {"parallel": {"tensor": 2}},
 }
 MORE_LAYOUTS = {
@@ -40,6 +41,7 @@ MORE_LAYOUTS = {
     "zero 2, gists, feed-forward, average": {
         "parallel": {"zero": 2}, "train": {"trainable": ["gists", "*mlp*"]}, "checkpoint": {"average_decay": 0.9}
     },
+    "8bit moments": {"parallel": {"zero": 3}, "optimizer": {"state": "8bit"}},
     "zero 3, adapters": {"parallel": {"zero": 3}, "lora": {"rank": 16}},
     "tensor 2, adapters": {"parallel": {"tensor": 2}, "lora": {"rank": 16}},
     "pipeline 2": {"parallel": {"pipeline": 2}},
