@@ -13,12 +13,11 @@ from unfold.model.config import ModelConfig
 from unfold.model.lora import fused_layers
 from unfold.model.loss import CHUNK
 from unfold.pretrain.config import RunConfig
-from unfold.pretrain.plan.recall import INT32, INT64, Recalling
+from unfold.pretrain.plan.recall import INT64, Recalling
 from unfold.pretrain.plan.trained import Trained, adapter_bytes, count_trained
 from unfold.pretrain.plan.work import SampleSize
 
 FP32 = 4
-SCRATCH = 1 << 28  # bytes of scores that selection has at once (kernels/select/triton.py)
 
 
 @dataclass(frozen=True)
@@ -133,8 +132,7 @@ class Activations:
                 return 2 * keys + (2 if self._one_call else 3) * queries + FP32 * heads * self.tokens
             if not self.gpu:
                 return 2 * keys + 2 * queries + 2 * FP32 * heads * self.tokens
-            joined = self.exchange or size.recalls  # else the kernel's output is the layer's
-            return self._kernel(size) + self._recalled(size) + (queries if joined else 0)
+            return self._kernel(size) + self._recalled(size) + (queries if self.exchange else 0)
 
         return self.residual() + self._mean(in_layer)
 
@@ -166,8 +164,7 @@ class Activations:
             if not self.gpu:  # the same view of the projection, maximum and sum per head; the output is computed again
                 projected = queries if self.trained.keeps_input("attention.output") else 0
                 return queries + keys + (queries + 2 * keys) + 2 * FP32 * heads * self.tokens + projected
-            # Else the kernel's output is the projection's input as it is.
-            copied = self.samples > 1 or self.exchange or size.recalls
+            copied = self.samples > 1 or self.exchange  # else the kernel's output is the projection's input as it is
             copied = copied and self.trained.keeps_input("attention.output")
             return self._kernel(size) + self._recalled(size) + (queries if copied else 0)
 
@@ -203,40 +200,35 @@ class Activations:
         return self.element * (2 * self._query_width * near + 2 * self._key_width * rows) + statistics
 
     def _recalled(self, size: SampleSize) -> int:
-        """Where tokens recall: their queries and outputs, keys and values once more, statistics, and the lists of what was
-        selected; of the routing loss the gradient of gists."""
+        """Where tokens recall: their statistics, and the lists of what was selected; where keys come from other ranks also their
+        queries and outputs, keys and values once more. Of the routing loss the gradient of gists."""
         recall, heads = size.recall, self.model.heads // self.tensor
         if recall is None:
             return 0
         kept = FP32 * self._key_width * recall.gists if recall.routed else 0
         if recall.part:
-            statistics = (2 if self.element == FP32 else 1) * FP32 * heads
-            kept += (2 * self.element * self._query_width + statistics) * recall.queries
-            kept += 2 * self.element * self._key_width * recall.rows + self.model.kv_heads // self.tensor * recall.lists()
+            kept += (2 if self.element == FP32 else 1) * FP32 * heads * recall.queries
+            kept += self.model.kv_heads // self.tensor * recall.lists()
+            if self.exchange:
+                kept += 2 * self.element * (self._query_width * recall.queries + self._key_width * recall.rows)
         return round(self.samples * kept)
 
     def recalling(self) -> int:
-        """Most that recall has at once beyond what a layer keeps: while it selects, or in backward."""
+        """Most that recall has at once beyond what a layer keeps: while it selects or attends, or in backward."""
         sizes = (size for _, _, size in self.sample.by_kind(self.model.attention))
         return max(max(self._selecting(size.recall), self._unfolding(size.recall)) if size.recalls else 0 for size in sizes)
 
     def _selecting(self, recall: Recalling) -> int:
-        """Candidates and lists, with some of the scores and the keys in order; then a table of all places of the chunks."""
         kv_heads = self.model.kv_heads // self.tensor
-        scores = min(SCRATCH, FP32 * 32 * recall.words * max(recall.candidates) * kv_heads)
-        choosing = kv_heads * recall.selecting() + scores + self.element * self._key_width * recall.rows
-        return round(self.samples * max(choosing, 2 * INT32 * recall.places * kv_heads))
+        return round(self.samples * max(recall.selecting(kv_heads), recall.spread(kv_heads)))
 
     def _unfolding(self, recall: Recalling) -> int:
-        """Gradients of the output: of all tokens, of those that do not recall, of those that do and their queries'; of keys and
-        values in fp32, with as many partial sums; and the lists turned round."""
+        """Gradients of output, queries, keys and values; these also in fp32, with partial sums; and the lists turned round."""
         kv_heads, heads = self.model.kv_heads // self.tensor, self.model.heads // self.tensor
-        queries = (
-            2 * self.element * self._query_width * (self.tokens / self.samples + recall.queries) + FP32 * heads * recall.queries
-        )
-        keys = 4 * FP32 * self._key_width * recall.rows
-        turning = max(2 * INT32 * recall.places * kv_heads, keys + kv_heads * recall.turning())
-        return round(self.samples * (queries + turning))
+        tokens = self.tokens / self.samples
+        gradients = 2 * self.element * (self._query_width + self._key_width) * tokens + FP32 * heads * recall.queries
+        keys = 2 * FP32 * (self._key_width * recall.rows + self.model.head_dim * recall.parts(kv_heads))
+        return round(self.samples * (gradients + keys + recall.turning(kv_heads)))
 
     def shared(self) -> int:
         """Token ids and rotary factors; where rows of gists are apart, which token has which of them."""

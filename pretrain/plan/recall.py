@@ -1,8 +1,8 @@
-"""What a layer does beyond forgetting where tokens recall: how many gists its queries select, and what lists of them take.
+"""What a layer does beyond forgetting where tokens recall: how many gists its queries select, and what room lists of them take.
 
-Which gists are selected depends on the data; how many a query selects does not. Lists belong to blocks of neighbouring queries
-and to KV heads, and hold each gist once that any query of the block selected. Here every head of every query draws its gists
-by chance: so they have least in common, and lists are as long as they get.
+Which gists are selected depends on the data; how many a query selects does not, and lists have room for as many as there may be
+(kernels/select/room.py). How many rows are read, which is time, is reckoned as if every head of every query drew its gists by
+chance, so that the heads of a query have least in common.
 """
 
 from __future__ import annotations
@@ -21,9 +21,14 @@ from unfold.model.parallel.recall import RecallPlan
 
 # Part of a sample's raw tokens that recall under gist.recall: suffix, where nothing else is said: question and answer.
 SUFFIX = 0.1
-ITEM = 20  # bytes of a selected gist in a list: its row, bits, how many took it, the list it is of, the place of its chunk
-TURNED = 36  # bytes of it while lists are turned round for gradients of keys: sorted by gist, with where they came from
+ITEM = 8  # bytes of a selected gist in a list: its row, and a bit for each query of the block
 INT32, INT64 = 4, 8
+UNIT = 16  # candidates of a list come in as many (kernels/select/kernels.py)
+SCRATCH = 1 << 29  # bytes of scores that selection has at once (kernels/select/triton.py)
+PLACES = 1 << 27  # places of chunks that there are at once (kernels/select/room.py)
+SPREAD = 1 << 26  # bits of lists for gists above level 0 at once (kernels/unfold/turn.py)
+TALLIES = 64  # groups of blocks in which the queries of a chunk are counted (there)
+PART = 512  # queries of a chunk from which on it is cut into parts (there)
 
 
 @dataclass(frozen=True)
@@ -35,11 +40,14 @@ class Recalling:
         scored, read: gists scored, and gists and raw tokens attended to, by a query and the query heads of a KV head: means.
         gists: of all levels.
         blocks: of queries.
-        items: selected gists in all lists.
-        places: of the chunks in all lists: a gist and the raw tokens behind it each.
-        chosen: (query, chunk) pairs in them.
-        candidates: gists among which the blocks choose, for each level from the top.
-        words: int32 words that hold a bit for each row of a block.
+        heads: rows of a block.
+        items: room for selected gists in all lists.
+        places: room for the chunks in all lists: a gist and the raw tokens behind it each.
+        entries: (query, chunk) pairs in them, at most.
+        candidates: most of a list, over all levels.
+        chunks: gists of level 0.
+        longest: keys of a chunk, a power of two.
+        levels: of gists.
         tree: bytes of what all layers share: what lies behind each gist, and where queries start.
         rows: keys in level-sorted order, fetched chunks included, among which queries read.
         fetched: raw tokens that come from other ranks.
@@ -53,11 +61,14 @@ class Recalling:
     read: float
     gists: float
     blocks: float
+    heads: int
     items: float
     places: float
-    chosen: float
-    candidates: tuple[float, ...]
-    words: int
+    entries: float
+    candidates: int
+    chunks: float
+    longest: int
+    levels: int
     tree: int
     rows: int
     pairs: float
@@ -65,31 +76,35 @@ class Recalling:
     part: float = 1.0
     routed: float = 0.0
 
-    @property
-    def levels(self) -> int:
-        return len(self.candidates)
-
     def divided(self, ranks: int) -> Recalling:
         """With heads spread over so many ranks: an equal share of what each head has."""
-        names = ("queries", "blocks", "items", "places", "chosen", "gists")
-        share = {name: getattr(self, name) / ranks for name in names}
-        return replace(self, **share, candidates=tuple(n / ranks for n in self.candidates))
+        names = ("queries", "blocks", "items", "places", "entries", "gists", "chunks")
+        return replace(self, **{name: getattr(self, name) / ranks for name in names})
 
     def lists(self) -> float:
         """Bytes of the lists that are kept for backward, of one KV head."""
-        return ITEM * self.items + INT64 * (self.levels + 1) * self.blocks
+        return ITEM * self.items + self.blocks * (INT64 * (self.levels + 1) + INT32 * 2 * (self.levels + 1))
 
-    def selecting(self) -> float:
-        """Most bytes that selection has at once, of one KV head: of a level the candidates and who takes them, and the candidates
-        of the level below; at the end all lists twice, as levels and joined."""
-        bits = INT32 * self.words
-        at_top = [bits * self.candidates[0]] + [(INT32 + 2 * bits) * n for n in self.candidates[1:]]
-        below = [(INT32 + bits) * n for n in self.candidates[1:]] + [0.0]
-        return max(*(a + b for a, b in zip(at_top, below)), 2 * ITEM * self.items)
+    def selecting(self, kv_heads: int) -> float:
+        """Most bytes that selection has at once beside the lists: scores, and candidates with who may take them."""
+        scores = min(SCRATCH, INT32 * self.heads * self.candidates * self.blocks * kv_heads)
+        below = (self.levels - 1) * (1 + -(-self.heads // 32)) / self.heads
+        return scores * (1 + below)
 
-    def turning(self) -> float:
-        """Bytes that lists take in backward beside themselves, of one KV head: turned round, with the queries of each chunk."""
-        return TURNED * self.items + INT32 * self.chosen
+    def spread(self, kv_heads: int) -> float:
+        """Bytes of a table of all places of the chunks, as far as there are at once."""
+        return 2 * INT32 * min(PLACES, self.places * kv_heads)
+
+    def turning(self, kv_heads: int) -> float:
+        """Bytes that lists take in backward beside themselves: queries of each chunk, how many they are, and the bits of upper
+        gists or the places."""
+        counted = (INT32 * (min(TALLIES, self.blocks) + 1) + INT64) * self.chunks
+        upper = INT32 * min(SPREAD, self.blocks * kv_heads * (self.gists - self.chunks))
+        return kv_heads * (counted + INT32 * self.entries) + max(upper, self.spread(kv_heads))
+
+    def parts(self, kv_heads: int) -> float:
+        """Keys of which there are partial sums in backward, of all KV heads."""
+        return min(self.rows * kv_heads, 2 * self.entries * kv_heads / PART * self.longest)
 
 
 def recall_of(layout: Layout, config: GistConfig, suffix: float, everything: bool) -> Recall | None:
@@ -116,32 +131,49 @@ def measure_recall(tree: GistTree, config: GistConfig, group: int, rows: int, se
     before = tree.hi[:levels] - tree.lo[:levels]
     gists, tails = before.double(), (tree.hi[:levels] - tree.tail).double()
     children = [float(size) for size in reversed(config.chunk_sizes)]  # behind a gist of each segment
-    budget = torch.stack([rule.budget(tree.span, n, group) for n in before]).double().minimum(gists)
+    rule_budget = torch.stack([rule.budget(tree.span, n, group) for n in before]).double()
+    budget = rule_budget.minimum(gists)
     for s in range(1, levels):  # a head chooses among children of what it has chosen
         budget[s] = budget[s].minimum(budget[s - 1] * children[s - 1] + tails[s])
     scored, read, _ = _chosen(gists, tails, budget, torch.full_like(gists[0], heads), children)
 
     size = max(1, min(BITS, rows // group))
     first = torch.arange(0, tree.queries, size)
-    count = (tree.queries - first).clamp(max=size)
-    at = first + (count - 1) // 2  # the query in the middle stands for all of its block
-    candidates, _, taken = _chosen(gists[:, at], tails[:, at], budget[:, at], count.double() * heads, children)
+    at = (first[:, None] + torch.arange(size)).clamp(max=tree.queries - 1)  # [blocks, size]
+    real = first[:, None] + torch.arange(size) < tree.queries
+    spanned = gists[:, at].amax(-1)  # the last query of a block has all gists that any of it has
+    items = (rule_budget.minimum(gists)[:, at] * real).sum(-1).mul(heads).minimum(spanned)
+    tail = _tail(tree, at, levels)
+    candidates = [spanned[0]]
+    for s in range(1, levels):
+        candidates.append((items[s - 1] * children[s - 1] + tail[s]).minimum(spanned[s]))
+    most = max(int(c.max()) for c in candidates) if tree.queries else 0
+    entries = (rule_budget[-1].minimum(gists[-1]) * heads).minimum(gists[-1])
     mean = lambda x: float(x.mean()) if tree.queries else 0.0
+    starts = tree.others.segment_start[0]
     return Recalling(
         queries=tree.queries,
         scored=mean(scored.sum(0)),
         read=mean(read),
-        gists=int(tree.others.segment_start[0, levels]),
+        gists=int(starts[levels]),
         blocks=len(first),
-        items=float(taken.sum()),
-        places=float(taken[-1].sum()) * (1 + children[-1]),
-        chosen=float((budget[-1] * heads).minimum(gists[-1]).sum()),
-        candidates=tuple(candidates.sum(1).tolist()),
-        words=-(-size * heads // 32),
+        heads=max(16, 1 << (size * heads - 1).bit_length()),
+        items=float(items.sum()),
+        places=float((items[-1] * (1 + children[-1])).sum()),
+        entries=float(entries.sum()),
+        candidates=-(-most // UNIT) * UNIT,
+        chunks=int(starts[levels] - starts[levels - 1]),
+        longest=max(16, 1 << int(children[-1]).bit_length()),
+        levels=levels,
         tree=tree.child_lo.numel() * 3 * INT32 + tree.queries * (INT32 * (3 * levels + 5) + INT64),
         rows=tree.others.rows.shape[1],
         pairs=float(read.sum()) - seen,
     )
+
+
+def _tail(tree: GistTree, at: Tensor, levels: int) -> Tensor:
+    """[L, blocks], gists that need no selected parent, of any query of a block. at: [blocks, size] queries."""
+    return (tree.hi[:levels][:, at].amax(-1) - tree.tail[:, at].amin(-1)).double()
 
 
 def wanted(tree: GistTree, config: GistConfig, group: int, heads: int) -> float:

@@ -124,8 +124,8 @@ def _recall_note(plan: Plan) -> Iterator[str]:
     if found.part:
         which = "all raw tokens" if gist.recall == "all" else f"{plan.suffix:g} of the raw tokens (--suffix)"
         yield (
-            f"  recall in {layers} layers: {which}; a query scores {found.scored:,.0f} gists and reads {found.read:,.0f} rows; "
-            "lists as if it selected by chance"
+            f"  recall in {layers} layers: {which}; a query scores {found.scored:,.0f} gists and reads {found.read:,.0f} rows, "
+            "as if heads selected by chance"
         )
     if gist.unfold_all or gist.unfold_share:
         part = "all samples" if gist.unfold_all else f"{gist.unfold_share:g} of the samples"

@@ -109,6 +109,49 @@ def test_the_gpu_kernels_save_what_the_plan_says():
     assert recalls.attention() - copied == pytest.approx(recalling, rel=TOLERANCE)
 
 
+PEAK_OF_RECALL = """
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+from triton.runtime import interpreter
+from unfold.kernels.unfold import recall_attention
+from unfold.model.gist.recall import build_recall, select_rule
+from tests.live_memory import LiveMemory
+from tests.pretrain.plan.samples import SHAPES, configuration, micro_batch
+plain = interpreter.InterpretedFunction.run
+def run(*args, **kwargs):  # what the interpreter makes by itself is not the GPU's
+    with _disable_current_modes():
+        return plain(*args, **kwargs)
+interpreter.InterpretedFunction.run = run
+config = configuration(SHAPES["kernel"], raw=323)
+layout = micro_batch(config, 1).layout
+tree = build_recall(layout, config.gist, layout.text)
+torch.manual_seed(0)
+q, k, v = (torch.randn(1, layout.level.shape[1], heads, 64) for heads in (2, 1, 1))
+k = torch.nn.functional.normalize(k, dim=-1)
+leaves = [x.half().requires_grad_() for x in (q, k, v)]
+recall_attention(*leaves, tree, select_rule(config.gist), backend="triton")  # tables that all layers share
+with LiveMemory() as memory:
+    out, _ = recall_attention(*leaves, tree, select_rule(config.gist), backend="triton")
+    forward, memory.peak = memory.peak, 0
+    torch.autograd.grad(out, leaves, torch.ones_like(out))
+print("BYTES", forward, memory.peak)
+"""
+
+
+@pytest.mark.long
+def test_a_recalling_layer_needs_what_the_plan_says():
+    """The most bytes that its attention has in a backward pass, in Triton's interpreter."""
+    done = run(sys.executable, "-c", PEAK_OF_RECALL, env={**os.environ, "TRITON_INTERPRET": "1"}, timeout=600)
+    forward, backward = map(int, re.search(r"BYTES (\d+) (\d+)", done.stdout).groups())
+    config = configuration(SHAPES["kernel"], "bf16", raw=323)  # as many bytes as fp16, which the interpreter computes with
+    config = replace(config, model=replace(config.model, layers=2), gist=replace(config.gist, recall="all"))
+    kept = Activations.of(config, measure_sample(config).of_stage(1, 2))
+    # Queries are there before, as the layer's keys and values are; its output stands for the input of the projection after it.
+    before = kept.attention() - kept.element * 2 * 64 * kept.tokens
+    assert before < forward < before + kept.recalling()
+    assert before + kept.recalling() == pytest.approx(backward, rel=0.03)
+
+
 class Kernel(torch.autograd.Function):
     """Stands for the GPU's attention kernel: keeps what that keeps, makes the gradients that it makes, computes nothing."""
 

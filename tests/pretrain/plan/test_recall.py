@@ -11,9 +11,7 @@ from torch.nn.functional import normalize
 
 from tests.kernels.uniform import uniform_tree
 from tests.pretrain.plan.samples import CONFIGS, ROOT, SHAPES, configuration
-from unfold.kernels.common.saved import without_tensors
 from unfold.kernels.select import select_gists
-from unfold.kernels.select.blocks import block_lists
 from unfold.kernels.tree import GistTree
 from unfold.model.config import GistConfig
 from unfold.model.gist import recalling_tokens
@@ -48,29 +46,39 @@ def by_chance(tree: GistTree, config: GistConfig, heads: int, kv_heads: int):
     [((8, 4), {}, 1536, 500), ((4, 4, 2), {}, 1024, 300), ((16,), {}, 4096, 400), ((4, 2), {"share": "group"}, 1000, 400),
      ((8, 4), {"topk": 6}, 1536, 300), ((8, 4), {"budget_ratio": 8}, 1024, 300)],
 )  # fmt: skip
-def test_lists_are_as_long_as_chance_makes_them(chunk_sizes, settings, raw, recalling):
-    """Bytes of the lists that backward keeps, places of chunks and who selected them, for blocks as a GPU has them."""
+def test_rows_are_as_many_as_chance_makes_them(chunk_sizes, settings, raw, recalling):
+    """Gists that a query's heads take together, and the raw tokens behind them."""
     config, tree = GistConfig(chunk_sizes, **settings), uniform_tree(raw, chunk_sizes, recalling)
     planned = measure_recall(tree, config, 4, 64, 0)
-    lists = block_lists(tree, by_chance(tree, config, 8, 2), 64 // 4)
-    kept = without_tensors(lists)[1]
-    assert 2 * planned.lists() == pytest.approx(sum(x.nbytes for x in kept), rel=0.03)
-    assert 2 * planned.places == pytest.approx(lists.places, rel=0.03)
-    level_0 = lists.items(len(chunk_sizes) - 1)
-    # Heads of a group that select the same gist are one query of it: chosen counts them apart.
-    assert int(lists.takers[level_0].sum()) <= 2 * planned.chosen * 1.001 <= int(lists.takers[level_0].sum()) * 1.15
+    selection = by_chance(tree, config, 8, 2)
+    gists, chunks = sum(map(len, selection.rows)), len(selection.rows[-1])
+    assert planned.read == pytest.approx((gists + chunks * chunk_sizes[0]) / recalling / 2, rel=0.03)
 
 
-def test_blocks_are_those_of_the_kernels():
+@pytest.mark.parametrize("settings", [{}, {"share": "group"}, {"topk": 6}, {"budget_ratio": 8}], ids=str)
+@pytest.mark.parametrize("chunk_sizes", [(8, 4), (4, 4, 2), (16,)])
+def test_lists_have_the_room_of_the_kernels(chunk_sizes, settings):
     pytest.importorskip("triton")
-    from unfold.kernels.unfold.tiles import TABLE
+    from unfold.kernels.select.room import list_room
 
-    for (dim, element), (forward, *_) in TABLE["sm_90"].items():
+    config, tree = GistConfig(chunk_sizes, **settings), uniform_tree(1030, chunk_sizes, 333)
+    planned, room = measure_recall(tree, config, 4, 64, 0), list_room(tree, select_rule(config), 16, 8, 2)
+    assert 2 * planned.items == room.items and 2 * planned.entries == room.entries
+    assert planned.candidates == 16 * max(room.rooms)
+    assert 2 * planned.places == pytest.approx(int(room.start[-1]), rel=0.02)
+    # Beside a row and bits of each item: where lists begin, how long they are, where places begin.
+    assert planned.lists() == 8 * planned.items + planned.blocks * 16 * (len(chunk_sizes) + 1)
+
+
+def test_sizes_are_those_of_the_kernels():
+    pytest.importorskip("triton")
+    from unfold.kernels.select import kernels, triton
+    from unfold.kernels.unfold import tiles, turn
+
+    for (dim, element), (forward, *_) in tiles.TABLE["sm_90"].items():
         assert block_rows(dim, element) == forward.rows
-    from unfold.kernels.select.triton import SCRATCH
-    from unfold.pretrain.plan import activations
-
-    assert activations.SCRATCH == SCRATCH
+    assert (recall.SCRATCH, recall.UNIT) == (triton.SCRATCH, kernels.ROOM_UNIT.value)
+    assert (recall.PART, recall.PLACES, recall.SPREAD) == (turn.SHORTEST_LIST, 2**27, 2**26)
 
 
 def llama(raw: int, *overrides: str) -> RunConfig:
