@@ -4,7 +4,8 @@ Every parameter yields three fp32 tensors: ``model.NAME`` (master weight), ``exp
 updates yields two: ``model.NAME`` and ``momentum_buffer.NAME``. ZeRO gives each data-parallel rank a run of a parameter's
 elements; of a matrix that is up to three rectangles (the rest of a row, whole rows, the beginning of a row). Each rank writes
 and reads exactly its own rectangles, so neither needs communication or memory beyond them, and any layout can read what
-another wrote. A parameter split in strides (gate and up in one matrix) is several tensors.
+another wrote. A parameter split in strides (gate and up in one matrix) is several tensors. Moments that the optimizer keeps in
+fewer bits (:mod:`unfold.pretrain.train.compact`) are fp32 here too, and stored again as they were.
 
 A parameter that is not trained has its weights alone, in the precision that it computes in; every replica reads them, each writes
 a part. Rows that are a parameter of their own (:mod:`unfold.model.rows`) stand in their matrix, so that it is whole.
@@ -24,6 +25,7 @@ from unfold.model.lora import A, B
 from unfold.model.rows import ROWS
 from unfold.pretrain.checkpoint.tensors import TensorDirectory
 from unfold.pretrain.parallel import Parallel
+from unfold.pretrain.train.compact import CompactAdamW, PackedMoment
 
 KINDS = ("model", "exp_avg", "exp_avg_sq")
 MUON_KINDS = ("model", "momentum_buffer")
@@ -41,6 +43,7 @@ class Fragment:
         whole: the whole tensor's shape.
         writes: whether this rank writes it; ranks that share a replicated parameter all read it, one writes.
         values: its elements, a flat view of the optimizer's memory.
+        packed: the moment whose codes ``values`` are, where the optimizer keeps it in 8 bits.
     """
 
     name: str
@@ -49,6 +52,19 @@ class Fragment:
     whole: tuple[int, ...]
     writes: bool
     values: Tensor
+    packed: PackedMoment | None = None
+
+    def read(self) -> Tensor:
+        """Its elements, flat: ``values`` themselves, or what their codes mean."""
+        begin = self.values.storage_offset()
+        return self.packed.read(begin, begin + len(self.values)) if self.packed else self.values
+
+    def write(self, values: Tensor) -> None:
+        """Set its elements; those in codes when the optimizer's ``finish`` is called. values: flat."""
+        if self.packed:
+            self.packed.write(self.values.storage_offset(), values)
+        else:
+            self.values.copy_(values)
 
 
 def rectangles(start: int, stop: int, shape: tuple[int, ...]) -> Iterator[tuple[tuple, tuple]]:
@@ -176,6 +192,7 @@ def fragments(engine: deepspeed.DeepSpeedEngine, parallel: Parallel, average: Ru
     tensor_rank, tensor_size = parallel.tensor_group.rank(), parallel.tensor_group.size()
     rename = getattr(engine.module, "canonical_name", str)  # a pipeline numbers its layers in its own way
     parameters = {rename(name): parameter for name, parameter in engine.module.named_parameters()}
+    compact = _compact(engine)
     for name, parameter in parameters.items():
         # The last stage has the tied embedding too; the first one writes it.
         owner = (_is_split(parameter) or tensor_rank == 0) and not (parallel.stage > 0 and name.startswith("embedding."))
@@ -191,7 +208,7 @@ def fragments(engine: deepspeed.DeepSpeedEngine, parallel: Parallel, average: Ru
             elif ids and not is_rows:
                 where = [part for place in standing for part in _without_rows(place, ids)]
             for first, run, writes in _runs(engine, parallel, parameter, kind):
-                yield from _cut(kind, where, first, run, owner and writes)
+                yield from _cut(kind, where, first, run, owner and writes, compact.packed(run) if compact else None)
         if average and parameter.requires_grad:  # it stands where the moments do
             for first, run, writes in _runs(engine, parallel, parameter, "model"):
                 if len(run):
@@ -204,14 +221,22 @@ def _kinds(parameter: nn.Parameter) -> tuple[str, ...]:
     return MUON_KINDS if getattr(parameter, "use_muon", False) else KINDS
 
 
-def _cut(kind: str, where: list[Place], first: int, run: Tensor, writes: bool) -> Iterator[Fragment]:
+def _compact(engine: deepspeed.DeepSpeedEngine) -> CompactAdamW | None:
+    """The optimizer that keeps moments in fewer bits, where this is one."""
+    inner = engine.optimizer.optimizer
+    return inner if isinstance(inner, CompactAdamW) else None
+
+
+def _cut(
+    kind: str, where: list[Place], first: int, run: Tensor, writes: bool, packed: PackedMoment | None = None
+) -> Iterator[Fragment]:
     """A run of a parameter's elements, the first one's number being ``first``, as rectangles of tensors."""
     for place in where:
         a, b = max(first, place.first), min(first + len(run), place.first + math.prod(place.shape))
         for offsets, part in rectangles(a - place.first, b - place.first, place.shape):
             values = run[a - first : a - first + math.prod(part)]
             offsets = tuple(x + y for x, y in zip(offsets, place.offsets))
-            yield Fragment(f"{kind}.{place.name}", offsets, part, place.whole, writes, values)
+            yield Fragment(f"{kind}.{place.name}", offsets, part, place.whole, writes, values, packed)
             a += math.prod(part)
 
 
@@ -262,7 +287,9 @@ def load_state(
             continue
         source.expect(fragment.name, fragment.whole)
         values = source.read(fragment.name, fragment.offsets, fragment.shape)
-        fragment.values.copy_(values.reshape(-1))
+        fragment.write(values.reshape(-1))
+    if compact := _compact(engine):
+        compact.finish()
     if not weights_only:
         source.expect(ADAM_STEP, (1,))
         for adam in _adam_states(engine):
@@ -305,6 +332,9 @@ def allocate_optimizer_state(engine: deepspeed.DeepSpeedEngine) -> None:
     flat_groups = next(getattr(zero, n) for n in names if hasattr(zero, n))
     of_muon = {id(p) for group in zero.optimizer.param_groups if group.get("use_muon") for p in group["params"]}
     for flat in flat_groups:
+        if compact := _compact(engine):
+            compact.allocate(flat)
+            continue
         if id(flat) in of_muon:
             zero.optimizer.state[flat] = {"momentum_buffer": torch.zeros_like(flat)}
             continue

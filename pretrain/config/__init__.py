@@ -16,6 +16,7 @@ from unfold.pretrain.config.saved import parse_saved, saved_settings
 from unfold.pretrain.config.schema import (
     CHANGEABLE_ON_RESUME,
     CheckpointConfig,
+    DataConfig,
     FaultConfig,
     MonitorConfig,
     OptimizerConfig,
@@ -33,6 +34,7 @@ __all__ = [
     "CHANGEABLE_ON_RESUME",
     "FREE_ON_RESUME",
     "CheckpointConfig",
+    "DataConfig",
     "DistillConfig",
     "EvaluationConfig",
     "FaultConfig",

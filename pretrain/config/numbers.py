@@ -48,13 +48,14 @@ def setting_errors(tree: dict, kind: type, prefix: str = "") -> list[str]:
 def whole_weights(weights: Sequence[tuple[int, float]]) -> list[int]:
     """The smallest whole numbers in proportion to 1, of documents below the first length, and to the weights of the others.
 
-    weights: (tokens, weight) by rising tokens. Raises ValueError where none up to MOST_REPEATS are.
+    weights: (tokens, weight) by rising tokens. Raises ValueError where none up to MOST_REPEATS are, to within 1 %.
     """
     parts = [Fraction(w).limit_denominator(MOST_REPEATS) for w in (1.0, *(weight for _, weight in weights))]
     scale = math.lcm(*(part.denominator for part in parts))
     times = [int(part * scale) for part in parts]
     used = times[1:] if weights[0][0] == 0 else times
-    if min(used) < 1 or max(used) // math.gcd(*used) > MOST_REPEATS:
+    rounded = any(abs(part - Fraction(w)) * 100 > Fraction(w) for part, (_, w) in zip(parts[1:], weights))
+    if rounded or min(used) < 1 or max(used) // math.gcd(*used) > MOST_REPEATS:
         raise ValueError(f"are no whole numbers up to {MOST_REPEATS} in proportion; take such as 1.5, 2 or 4")
     return [n // math.gcd(*used) for n in times]
 

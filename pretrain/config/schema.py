@@ -25,8 +25,9 @@ from unfold.pretrain.config.distill import DistillConfig
 from unfold.pretrain.config.evaluation import EvaluationConfig
 from unfold.pretrain.config.monitor import MonitorConfig
 from unfold.pretrain.config.numbers import whole_weights
+from unfold.pretrain.config.optimizer import OptimizerConfig
 from unfold.pretrain.config.stages import RunStage, StageConfig, run_stages, stage_errors
-from unfold.pretrain.config.trained import RateConfig, pattern_errors
+from unfold.pretrain.config.trained import pattern_errors
 from unfold.pretrain.errors import UserError
 
 
@@ -118,6 +119,9 @@ class TrainConfig(Settings):
     )
     valid_every: Natural = option(100, "steps between validations; 0: only after the last step")
     valid_samples: Count = option(16, "samples of one validation")
+    valid_choices: bool = option(
+        False, "validate with each of gist.choices too, which takes that many times as long: `valid_loss.16`, .. in the metrics"
+    )
     trainable: tuple[str, ...] = option(
         (),
         "what is trained: patterns of canonical parameter names, or `gists` for the rows of gist and link ids alone; !PATTERN "
@@ -137,25 +141,6 @@ class TrainConfig(Settings):
             if not name.startswith(CHANGEABLE_ON_RESUME):
                 errors.append(f"allow_changes: {name!r} is not one of {', '.join(CHANGEABLE_ON_RESUME)} or a setting in them")
         return errors
-
-
-@dataclass(frozen=True)
-class OptimizerConfig(Settings):
-    """AdamW, or Muon for the layers' matrices and AdamW for the rest. Norm weights are not decayed."""
-
-    kind: Literal["adamw", "muon"] = option(
-        "adamw", "adamw; muon: Muon for the layers' matrices, AdamW for embedding, head, norms and biases"
-    )
-    lr: Positive = option(3e-4, "peak learning rate")
-    beta1: Decay = option(0.9, "decay of the first moment")
-    beta2: Decay = option(0.95, "decay of the second moment")
-    eps: Positive = option(1e-8, "added to the root of the second moment")
-    weight_decay: NotNegative = option(0.1, "decoupled weight decay of matrices")
-    muon_lr: Positive = option(0.02, "muon: peak learning rate of the layers' matrices; lr is that of the rest")
-    muon_momentum: Decay = option(0.95, "muon: decay of the momentum")
-    rates: tuple[RateConfig, ...] = option(
-        (), "learning rates of their own, e.g. [{match: gists, factor: 10}]; a parameter takes the first that matches it"
-    )
 
 
 @dataclass(frozen=True)
@@ -267,10 +252,13 @@ class RunConfig(Settings):
     )
 
     def misfits(self) -> list[str]:
-        errors = self._layout_errors() + self._muon_errors()
+        errors = self._layout_errors() + self.optimizer.misplaced(self.parallel, self.precision, self.lora.rank)
         errors += self.distill.misplaced(self.model.attention, self.parallel.pipeline)
         if self.data.raw_tokens > self.model.max_position:
             errors.append(f"data.raw_tokens: {self.data.raw_tokens} exceeds model.max_position ({self.model.max_position})")
+        if self.train.valid_choices and not (self.folding and self.gist.choices and self.data.valid):
+            lacks = "data.valid" if self.folding and self.gist.choices else "gist.choices"
+            errors.append(f"train.valid_choices: true, but there are no {lacks}; give some, or set it to false")
         first, layers = self.gist.recall_from, self.model.layers
         if self.model.attention == "gist" and first >= max(2, layers):  # the default says nothing of a model of one layer
             most = max(1, layers - 1)
@@ -310,23 +298,6 @@ class RunConfig(Settings):
         elif parallel.context > 1 and model.attention == "dense":
             errors.append("parallel.context: dense attention has no gists to exchange; set context_method: ulysses")
         return errors
-
-    def _muon_errors(self) -> list[str]:
-        """Why Muon, which needs whole matrices, cannot run as configured."""
-        if self.optimizer.kind != "muon":
-            return []
-        reasons = []
-        if self.parallel.tensor > 1:
-            reasons.append("parallel.tensor: 1 (tensor-parallel ranks hold parts of a matrix, Muon orthogonalises whole ones)")
-        if self.parallel.pipeline > 1:
-            reasons.append("parallel.pipeline: 1 (DeepSpeed refuses Muon where ranks hold different layers)")
-        if self.parallel.zero != 1:
-            reasons.append("parallel.zero: 1 (in other stages DeepSpeed clips what Muon has orthogonalised)")
-        if self.precision != "bf16":
-            reasons.append("precision: bf16 (in fp32 DeepSpeed clips what Muon has orthogonalised)")
-        if self.lora.rank:
-            reasons.append("lora.rank: 0 (an adapter is a product of two matrices, neither of which is to be orthogonal)")
-        return [f"optimizer.kind: muon needs {reason}; set it, or kind: adamw" for reason in reasons]
 
     @property
     def folding(self) -> GistConfig | None:

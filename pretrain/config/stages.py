@@ -13,8 +13,8 @@ from unfold.model.settings import Bounds, Count, Natural, NotNegative, Part, Pos
 BUDGETS = ("topk", "top_p", "budget_ratio")
 # The section of a stage's settings; those of `gist` are not listed, and what is in none is of the stage itself.
 SECTIONS = {
-    "raw_tokens": "data", "global_batch": "train", "micro_batch": "train", "lr": "optimizer",
-    "rope_theta": "model", "rope_scaling": "model", "max_position": "model",
+    "raw_tokens": "data", "packing": "data", "length_weights": "data", "global_batch": "train", "micro_batch": "train",
+    "lr": "optimizer", "rope_theta": "model", "rope_scaling": "model", "max_position": "model",
 }  # fmt: skip
 OWN = ("until", "name", "warmup", "weights")
 
@@ -39,6 +39,8 @@ class StageConfig(Settings):
     weights: tuple[NotNegative, ...] | None = option(
         None, "weights of the entries of data.train in this stage, in their order, in place of those that they have there"
     )
+    packing: Literal["windows", "best_fit"] | None = option(None, "data.packing in this stage")
+    length_weights: tuple[tuple[int, float], ...] | None = option(None, "data.length_weights in this stage; []: none")
     global_batch: Count | None = option(None, "train.global_batch in this stage")
     micro_batch: Count | None = option(None, "train.micro_batch in this stage; it may differ on resume")
     lr: Positive | None = option(None, "optimizer.lr in this stage: the schedule goes on over all steps, from this peak")
@@ -58,6 +60,8 @@ class StageConfig(Settings):
     def __post_init__(self):
         if self.weights is not None:
             object.__setattr__(self, "weights", tuple(self.weights))
+        if self.length_weights is not None:
+            object.__setattr__(self, "length_weights", tuple(tuple(pair) for pair in self.length_weights))
         super().__post_init__()
 
     def misfits(self) -> list[str]:
@@ -122,7 +126,7 @@ class RunStage:
     def place(self, setting: str) -> str:
         """Where a setting, such as ``train.micro_batch``, stands for this stage."""
         section, _, name = setting.partition(".")
-        return f"train.stages.{self.number - 1}.{name}" if name in self.own and SECTIONS.get(name) == section else setting
+        return f"train.stages.{self.number - 1}.{name}" if name in self.own and SECTIONS.get(name, "gist") == section else setting
 
     def samples_after(self, step: int) -> int:
         """Samples trained on after one of its steps, or after the last step before it."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from unfold.pretrain.data.shards import is_shard
 from unfold.pretrain.errors import UserError
@@ -58,6 +59,11 @@ class Blend:
         at = self._stage(samples)
         stage = self._stages[at]
         return [b + k for b, k in zip(self._bases[at], _counts(samples - stage.begin, stage.weights))]
+
+    def weighs(self, source: int, begin: int, end: int | None) -> bool:
+        """Whether a source has a weight anywhere among the samples from ``begin`` up to ``end`` (None: without end)."""
+        last = len(self._stages) - 1 if end is None else self._stage(max(begin, end - 1))
+        return any(stage.weights[source] for stage in self._stages[self._stage(begin) : last + 1])
 
     def history(self, samples: int) -> str:
         """The stages that decided the first ``samples`` samples, as text; sources without weight are not in it."""
@@ -115,6 +121,16 @@ def parse_entry(text: str, setting: str) -> SourceEntry:
     return SourceEntry(pattern.rstrip(), tuple(pairs))
 
 
+class Arranged(NamedTuple):
+    """How documents to train on become samples: ``data.packing`` of text, and ``data.length_weights``."""
+
+    packing: str = "windows"
+    length_weights: tuple[tuple[int, float], ...] = ()
+
+
+PLAIN = Arranged()
+
+
 @dataclass(frozen=True)
 class Stretch:
     """Neighbouring samples of a run that a stage of it reads.
@@ -124,12 +140,14 @@ class Stretch:
         planned: how many there are if none has to be left out; None: they go on without end.
         raw_tokens: of each.
         weights: of the entries, in their order; None: those that the entries name.
+        arranged: how documents become samples; None: as the source was opened.
     """
 
     begin: int
     planned: int | None
     raw_tokens: int
     weights: tuple[float, ...] | None = None
+    arranged: Arranged | None = None
 
 
 def make_blend(entries: Sequence[SourceEntry], setting: str, stretches: Sequence[Stretch] = ()) -> Blend | None:

@@ -17,7 +17,7 @@ import numba
 import numpy as np
 
 from unfold.data_prep.format.lazy import LazyShard
-from unfold.pretrain.data.windows import Leg, LengthWeights, Segment, Windows, all_shuffled, shuffled
+from unfold.pretrain.data.windows import Leg, Segment, Windows, all_shuffled, shuffled
 from unfold.pretrain.errors import UserError
 
 OPEN_WINDOWS = 128  # that packing keeps open at a time
@@ -66,16 +66,7 @@ class Packed:
 class PackedWindows(Windows):
     """Whole documents, together at most R raw tokens."""
 
-    def __init__(
-        self,
-        shards: list[LazyShard],
-        first_document: int,
-        key: list[int],
-        setting: str,
-        patterns: str,
-        length_weights: LengthWeights = (),
-    ):
-        super().__init__(shards, first_document, key, setting, patterns, length_weights)
+    def _open(self, shards: list[LazyShard]) -> None:
         self._shards = shards
         self._supervised = shards[0].info.supervised
         parts = np.concatenate([shard.parts for shard in shards])

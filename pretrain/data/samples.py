@@ -32,14 +32,14 @@ from unfold.model.gist import (
     without_gists,
 )
 from unfold.model.visibility import IGNORED, MicroBatch
-from unfold.pretrain.data.blend import Blend, Stretch, make_blend, parse_entry
+from unfold.pretrain.data.blend import PLAIN, Arranged, Blend, Stretch, make_blend, parse_entry
 from unfold.pretrain.data.choices import drawn, of_all
 from unfold.pretrain.data.flags import plain_flags, sample_flags
 from unfold.pretrain.data.linked import bundle_of, check_links, shuffle_parts
-from unfold.pretrain.data.packing import PackedWindows
 from unfold.pretrain.data.shards import open_shards
+from unfold.pretrain.data.source import Reading, Source
 from unfold.pretrain.data.tokenizer import RunTokenizer
-from unfold.pretrain.data.windows import CutWindows, Leg, LengthWeights, Segment
+from unfold.pretrain.data.windows import Leg, Segment
 from unfold.pretrain.errors import UserError
 
 
@@ -64,8 +64,8 @@ class TokenSource:
         tokenizer: RunTokenizer,
         setting: str,
         cache: str | Path = "",
-        packing: str = "windows",
-        length_weights: LengthWeights = (),
+        arranged: Arranged = PLAIN,
+        checked: bool = True,
     ):
         """Open the shards.
 
@@ -74,28 +74,29 @@ class TokenSource:
             raw_tokens: of every sample; see :meth:`along` for others.
             setting: the configuration key that named them, for messages.
             cache: directory for remote shards.
-            packing: of text, as `data.packing` names it.
-            length_weights: of documents, see :func:`unfold.pretrain.data.windows.repeated`.
+            arranged: how documents become samples, unless a stretch says.
+            checked: whether every source must have samples of this length; False where :meth:`along` and :meth:`check` follow.
         """
         self._setting, self._entries = setting, [parse_entry(entry, setting) for entry in entries]
         is_blend = make_blend(self._entries, setting) is not None
         groups = [[e.pattern] for e in self._entries] if is_blend else [[e.pattern for e in self._entries]]
+        self._arranged = arranged
         self._shards: list[LazyShard] = []
-        self._streams: list[CutWindows | PackedWindows] = []
+        self._sources: list[Source] = []
         for number, patterns in enumerate(groups):
             shards = open_shards(patterns, tokenizer, setting, cache)
             first = sum(len(shard.lengths) for shard in self._shards)
             self._shards += shards
             # One source alone is drawn by the seed itself; further ones must not share its draws.
             key = [seed, number + 1] if is_blend else [seed, 0]
-            kind = _kind(shards, packing, setting)
-            self._streams.append(kind(shards, first, key, setting, ", ".join(patterns), length_weights))
+            self._sources.append(Source(shards, first, key, setting, ", ".join(patterns)))
         self._shard_first = np.cumsum([0] + [len(shard.lengths) for shard in self._shards])
-        self.tokens = sum(stream.tokens for stream in self._streams)
+        self.tokens = sum(source.stream(arranged).tokens for source in self._sources)
         self.supervised = any(shard.info.supervised for shard in self._shards)
         self.linked = any(shard.linked for shard in self._shards)
         self._follow([Stretch(0, None, raw_tokens)], 0)
-        self.check()
+        if checked:
+            self.check()
 
     def along(self, stretches: Sequence[Stretch], at: int = 0) -> TokenSource:
         """The same shards for a run whose samples are these stretches, the last without end; it stands at one of them."""
@@ -109,51 +110,62 @@ class TokenSource:
         self._blend = make_blend(self._entries, self._setting, stretches)
         begins = np.cumsum([0] + [s.planned for s in stretches[:-1]])
         planned = [replace(s, begin=int(begin)) for s, begin in zip(stretches, begins)]
-        # A leg of a source is what neighbouring stretches of one length have of it; its plan must not follow what is left out.
-        firsts = [i for i, s in enumerate(stretches) if not i or s.raw_tokens != stretches[i - 1].raw_tokens]
+        arranged = [stretch.arranged or self._arranged for stretch in stretches]
+        kinds = [(stretch.raw_tokens, how) for stretch, how in zip(stretches, arranged)]
+        # A leg of a source is what neighbouring stretches of one kind have of it; its plan must not follow what is left out.
+        firsts = [i for i, kind in enumerate(kinds) if not i or kind != kinds[i - 1]]
         given = _counters(self._blend, [stretches[i].begin for i in firsts])
         wanted = _counters(make_blend(self._entries, self._setting, planned), [planned[i].begin for i in firsts])
-        self._leg_of = [sum(i <= stretch for i in firsts) for stretch in range(len(stretches))]
-        self._legs = []
-        for begins, plans in zip(zip(*given), zip(*wanted)):
+        self._leg_of = [sum(i <= stretch for i in firsts) - 1 for stretch in range(len(stretches))]
+        self._legs, self._readings = [], []
+        for source, begins, plans in zip(self._sources, zip(*given), zip(*wanted)):
             counts = [b - a for a, b in zip(plans, plans[1:])] + [None]
             lengths = [stretches[i].raw_tokens for i in firsts]
             self._legs.append([Leg(*leg) for leg in zip(begins, lengths, counts)])
+            self._readings.append(source.readings(self._legs[-1], [arranged[i] for i in firsts]))
 
     def check(self, stretches: int = 1) -> TokenSource:
-        """This source. Raises UserError where documents do not make samples of a length that the first stretches have."""
-        for stream, legs in zip(self._streams, self._legs):
-            for leg in legs[: self._leg_of[stretches - 1]]:
-                if leg.planned != 0:
-                    stream.check(leg.raw_tokens)
+        """This source. Raises UserError where documents do not make samples of a length that they have to give in the
+        first stretches."""
+        begins = [*(stretch.begin for stretch in self._stretches), None][: stretches + 1]
+        for number, (begin, end) in enumerate(zip(begins, begins[1:])):
+            leg = self._leg_of[number]
+            for source, reading in enumerate(self._at_leg(leg)):
+                gives = self._blend is None or self._blend.weighs(source, begin, end)
+                if gives and self._legs[source][leg].planned != 0:
+                    reading.stream.check(self._stretches[number].raw_tokens)
         return self
+
+    def _at_leg(self, leg: int) -> list[Reading]:
+        """How each source is read in one of the legs."""
+        return [readings[leg] for readings in self._readings]
+
+    def _here(self) -> list[Reading]:
+        return self._at_leg(self._leg_of[self._at])
 
     def shares(self) -> tuple[int, int, float, float]:
         """Of an epoch of every source in samples of this length: documents, as often as they are read, and samples; the share of
         their tokens that is padding, and of the documents those that are cut."""
-        found = [(stream.entries, stream.per_epoch(self.raw_tokens), *stream.shares(self.raw_tokens)) for stream in self._streams]
+        streams = [reading.stream for reading in self._here()]
+        found = [(stream.entries, stream.per_epoch(self.raw_tokens), *stream.shares(self.raw_tokens)) for stream in streams]
         documents, samples = sum(f[0] for f in found), sum(f[1] for f in found)
         padding = sum(f[1] * f[2] for f in found) / samples
         return documents, samples, padding, sum(f[0] * f[3] for f in found) / documents
 
-    def _most(self) -> list[tuple[int, int]]:
-        legs = self._leg_of[self._at]
-        return [stream.most(own[:legs]) for stream, own in zip(self._streams, self._legs)]
-
     @property
     def closed(self) -> int:
         """Contexts or parts that a sample of the stretch closes at most."""
-        return max(closed for closed, _ in self._most())
+        return max(reading.most()[0] for reading in self._here())
 
     @property
     def parts(self) -> int:
         """Parts of linked contexts that a sample of the stretch holds at most."""
-        return max(parts for _, parts in self._most())
+        return max(reading.most()[1] for reading in self._here())
 
     @property
     def samples_per_epoch(self) -> int:
         """Of this length, from all sources."""
-        return sum(stream.per_epoch(self.raw_tokens) for stream in self._streams)
+        return sum(reading.stream.per_epoch(self.raw_tokens) for reading in self._here())
 
     def check_positions(self, links: int, longest: int, setting: str) -> None:
         """Raise UserError where a linked context has more positions than ``longest``, its links for every part among them."""
@@ -170,14 +182,14 @@ class TokenSource:
     @property
     def fingerprint(self) -> list[str]:
         """What decides the samples: the hash of each source's tokens and, in a blend, its weights."""
-        return [stream.fingerprint for stream in self._streams] + ([] if self._blend is None else [repr(self._blend)])
+        return [source.fingerprint for source in self._sources] + ([] if self._blend is None else [repr(self._blend)])
 
     def fingerprint_until(self, samples: int) -> list[str]:
         """What decided the first ``samples`` samples: a source or a change of weights that comes later is not in it."""
         if self._blend is None:
             return self.fingerprint
         counters = self._blend.counters(samples)
-        given = [f"{s.fingerprint} {n}{_cut_for(legs, n)}" for s, legs, n in zip(self._streams, self._legs, counters) if n]
+        given = [f"{s.fingerprint} {n}{_cut_for(legs, n)}" for s, legs, n in zip(self._sources, self._legs, counters) if n]
         return [*given, self._blend.history(samples)]
 
     def counters(self, samples: int) -> list[int]:
@@ -189,7 +201,7 @@ class TokenSource:
         documents are whole."""
         source, number = (0, sample) if self._blend is None else self._blend.locate(sample)
         stretch = max(i for i, s in enumerate(self._stretches) if s.begin <= sample)
-        return self._streams[source].segments(number, self._legs[source][: self._leg_of[stretch]])
+        return self._readings[source][self._leg_of[stretch]].segments(number)
 
     def read(self, pieces: Sequence[Segment]) -> np.ndarray:
         """int64 [sum of lengths]; a copy, since views must not outlive the mapped file."""
@@ -226,20 +238,6 @@ def _cut_for(legs: Sequence[Leg], given: int) -> str:
     """What decided the windows of a source's first samples beside their number: how many each length was planned to have."""
     plans = [leg.planned for leg in legs if leg.begin < given and leg.planned is not None]
     return f" of {plans}" if plans else ""
-
-
-def _kind(shards: list[LazyShard], packing: str, setting: str) -> type[CutWindows] | type[PackedWindows]:
-    """How the documents of one source become samples, by the kind of its shards."""
-    supervised = [shard for shard in shards if shard.info.supervised]
-    if not supervised:
-        return PackedWindows if packing == "best_fit" else CutWindows
-    if len(supervised) < len(shards):
-        plain = next(shard for shard in shards if not shard.info.supervised)
-        raise UserError(
-            f"{setting}: {supervised[0].prefix} is supervised, {plain.prefix} is not; give each kind an entry with a weight "
-            "(`PREFIX weight=0.5`), so that each is a source of its own"
-        )
-    return PackedWindows
 
 
 def _targets(raw: np.ndarray, lengths: Sequence[int], spans: Sequence[tuple[int, np.ndarray] | None]) -> np.ndarray:
@@ -297,6 +295,13 @@ class BatchBuilder:
         """The same for one of the stretches of a run's samples (:meth:`TokenSource.along`)."""
         other = copy.copy(self)
         other._read(self.source.along(stretches, at))
+        return other
+
+    def folding(self, gist: GistConfig) -> BatchBuilder:
+        """The same samples with other chunk sizes."""
+        other = copy.copy(self)
+        other.gist = gist
+        other._read(self.source)
         return other
 
     def _read(self, source: TokenSource) -> None:

@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from unfold.pretrain.config import RunConfig
-from unfold.pretrain.data.blend import Stretch
+from unfold.pretrain.config import DataConfig, RunConfig
+from unfold.pretrain.data.blend import Arranged, Stretch
+
+
+def stretch_of(data: DataConfig, begin: int = 0) -> Stretch:
+    """Samples to train on as these settings have them, from a global number on without end."""
+    return Stretch(begin, None, data.raw_tokens, arranged=Arranged(data.packing, data.length_weights))
 
 
 def stretches_of(config: RunConfig, number: Callable[[int], int] = lambda index: index) -> list[Stretch]:
@@ -17,12 +22,13 @@ def stretches_of(config: RunConfig, number: Callable[[int], int] = lambda index:
     stages, train = config.stages, config.train
     begin_after = lambda samples: number(samples - 1) + 1 if samples else 0
     found = [
-        Stretch(
-            begin_after(stage.samples), stage.steps * stage.config.train.global_batch, stage.config.data.raw_tokens, stage.weights
+        replace(
+            stretch_of(stage.config.data, begin_after(stage.samples)),
+            planned=stage.steps * stage.config.train.global_batch,
+            weights=stage.weights,
         )
         for stage in stages
     ]
     if train.stages and train.stages[-1].until == train.steps:  # what comes after it if train.steps should be raised
-        rest = Stretch(begin_after(stages[-1].samples_after(train.steps)), None, config.data.raw_tokens)
-        return [*found, rest]
+        return [*found, stretch_of(config.data, begin_after(stages[-1].samples_after(train.steps)))]
     return [*found[:-1], replace(found[-1], planned=None)]

@@ -11,7 +11,6 @@ always.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -76,9 +75,12 @@ class Windows:
         if self._documents is not None:
             self._lengths = self._lengths[self._documents]
         self.tokens, self.entries = int(self._lengths.sum(dtype=np.int64)), len(self._lengths)
-        hashes = "".join(shard.sha256 for shard in shards)
-        self.fingerprint = shards[0].sha256 if len(shards) == 1 else hashlib.sha256(hashes.encode()).hexdigest()
         self._epoch = -1
+        self._open(shards)
+
+    def _open(self, shards: list[LazyShard]) -> None:
+        """What a kind of windows needs to know of them."""
+        raise NotImplementedError
 
     def _document(self, entry: int) -> int:
         """The number of an entry's document over all shards."""
@@ -92,16 +94,7 @@ class Windows:
 class CutWindows(Windows):
     """Exactly R raw tokens each; a border cuts a document."""
 
-    def __init__(
-        self,
-        shards: list[LazyShard],
-        first_document: int,
-        key: list[int],
-        setting: str,
-        patterns: str,
-        length_weights: LengthWeights = (),
-    ):
-        super().__init__(shards, first_document, key, setting, patterns, length_weights)
+    def _open(self, shards: list[LazyShard]) -> None:
         self._run = -(-len(self._lengths) // GROUPS)  # neighbouring entries that stay together: 1 below GROUPS entries
         self._run_starts = np.arange(0, len(self._lengths), self._run)
         self._run_tokens = np.add.reduceat(self._lengths, self._run_starts, dtype=np.int64)

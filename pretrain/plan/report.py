@@ -9,6 +9,7 @@ from unfold.pretrain.config import RunStage
 from unfold.pretrain.plan.hardware import GIB
 from unfold.pretrain.plan.make import Plan
 from unfold.pretrain.plan.ranks import rank_table
+from unfold.pretrain.plan.trained import count_trained
 from unfold.pretrain.plan.work import FLOPS_FORMULA, count_parameters
 
 MEMORY = (
@@ -34,10 +35,20 @@ def stage_table(stages: Sequence[RunStage], plans: Sequence[Plan], shown: RunSta
         steps = f"{stage.first:,} to {stage.last:,}"
         sizes = f"{raw:>12,}{train.global_batch:>8,}{train.micro_batch:>7}{plan.fullest.total / GIB:>8.1f}"
         yield f"{stage.title:<24}{steps:>18}{sizes}{times}"
+    yield from packing_lines(stages)
     tokens = stages[-1].raw_tokens_after(stages[-1].last)
     yield f"all of them: {tokens:,} raw tokens{f', {days:,.2f} days' if days else ''}"
     yield f"stage {shown.title} needs the most memory; the rest of this plan is of its steps"
     yield ""
+
+
+def packing_lines(stages: Sequence[RunStage]) -> Iterator[str]:
+    """A line on every stage that says itself how documents become samples."""
+    for stage in stages:
+        if {"packing", "length_weights"} & set(stage.own):
+            data = stage.config.data
+            weights = f", length weights {[list(pair) for pair in data.length_weights]}" if data.length_weights else ""
+            yield f"stage {stage.title}: documents packed as {data.packing}{weights}"
 
 
 def report(name: str, plan: Plan, dense: Plan | None, usable: float, steps: int) -> Iterator[str]:
@@ -74,6 +85,10 @@ def _parameters(plan: Plan) -> Iterator[str]:
         f"parameters: {whole.total:,} (layers {whole.layers:,}, embedding {whole.embedding:,}, head {whole.head:,}, "
         f"norms and biases {whole.vectors:,}); at most {largest:,} on one GPU before ZeRO"
     )
+    trained = [count_trained(plan.config, stage) for stage in range(stages)]
+    if any(t.learning < t.held for t in trained):
+        adapters = f", {max(t.adapters for t in trained):,} of them adapters" if plan.config.lora.rank else ""
+        yield f"trained: at most {max(t.learning for t in trained):,} on one GPU before ZeRO{adapters}; the rest is frozen"
 
 
 def _columns(title: str, *values: str) -> str:
@@ -91,10 +106,25 @@ def _memory(plan: Plan, dense: Plan | None, usable: float) -> Iterator[str]:
         yield f"  host memory of one node: {plan.node_memory / GIB:.1f} GiB"
     if len(plan.memory) > 1:
         yield f"  by pipeline stage: {', '.join(f'{m.total / GIB:.1f}' for m in plan.memory)} (the columns show the fullest)"
-    if plan.config.model.attention == "gist" and plan.config.gist.recall != "none":
-        yield "  gist.recall: what recalling tokens read and keep depends on the data and is not counted here or below"
-    if plan.config.gist.unfold_all:
-        yield "  gist.unfold_all: attention of these steps costs what dense attention does, and is not counted either"
+    yield from _recall_note(plan)
+
+
+def _recall_note(plan: Plan) -> Iterator[str]:
+    """What is taken of recall, where tokens recall."""
+    recalls = [size.recall for _, _, size in plan.sample.by_kind("gist") if size.recall]
+    if not recalls:
+        return
+    gist, found = plan.config.gist, recalls[0]
+    layers = sum(size.recall is not None for _, size in plan.sample.layers) or plan.config.model.layers
+    if found.part:
+        which = "all raw tokens" if gist.recall == "all" else f"{plan.suffix:g} of the raw tokens (--suffix)"
+        yield (
+            f"  recall in {layers} layers: {which}; a query scores {found.scored:,.0f} gists and reads {found.read:,.0f} rows; "
+            "lists as if it selected by chance"
+        )
+    if gist.unfold_all or gist.unfold_share:
+        part = "all samples" if gist.unfold_all else f"{gist.unfold_share:g} of the samples"
+        yield f"  recall in {layers} layers: {part} unfold everything, which is counted as what is visible"
 
 
 def _traffic(plan: Plan, dense: Plan | None) -> Iterator[str]:
@@ -119,10 +149,13 @@ def _parts(plans: list[Plan]) -> Iterator[str]:
     times = [p.time for p in plans]
     parts = (
         ("matrix products", lambda t: t.products.seconds), ("attention", lambda t: t.attention.seconds),
+        ("  of which recall", lambda t: t.recall.seconds),
         ("bound by memory", lambda t: t.memory.seconds), ("communication, exposed", lambda t: t.exposed),
         ("waiting for pipeline stages", lambda t: t.idle),
     )  # fmt: skip
     for title, seconds in parts:
+        if not any(map(seconds, times)) and title.startswith(" "):
+            continue
         yield _columns(f"  {title}", *(f"{seconds(t):,.2f} {seconds(t) / t.total:>4.0%}" for t in times))
     yield _columns("  seconds", *(f"{t.total:,.2f} 100%" for t in times))
     yield _columns("    of which computed again", *(f"{t.again:,.2f} {t.again / t.total:>4.0%}" for t in times))
@@ -146,6 +179,8 @@ def _time(plan: Plan, dense: Plan | None, steps: int) -> Iterator[str]:
     else:
         yield from _parts(plans)
         seconds = [p.time.total for p in plans]
+        if plan.mean_seconds:
+            yield f"  mean over gist.choices, by their weights: {plan.mean_seconds:,.2f} seconds"
         yield _columns("  raw tokens/s", *(f"{train.global_batch * raw / s:,.0f}" for s in seconds))
         yield _columns("  useful FLOPs over the peak, MFU", *(f"{p.mfu:.0%}" for p in plans))
         yield _columns(f"  days for {steps:,} steps", *(f"{s * steps / 86400:,.2f}" for s in seconds))

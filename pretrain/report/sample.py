@@ -77,16 +77,17 @@ def _real_tokens(config: RunConfig, gist: GistConfig | None):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # megatron-core's advice on optional packages is not for readers of a report
         from unfold.pretrain.data.samples import BatchBuilder, TokenSource
-        from unfold.pretrain.data.stretches import stretches_of
+        from unfold.pretrain.data.stretches import stretch_of, stretches_of
         from unfold.pretrain.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(config.data.tokenizer, gist.levels if gist else 0)
     try:
-        data = config.data
-        arranged = data.cache, data.packing, data.length_weights
-        source = TokenSource(data.train, config.at(1).data.raw_tokens, config.train.seed, tokenizer, "data.train", *arranged)
+        data, seed = config.at(1).data, config.train.seed
+        source = TokenSource(
+            data.train, data.raw_tokens, seed, tokenizer, "data.train", data.cache, stretch_of(data).arranged, False
+        )
         source = source.along(stretches_of(config))
-        shuffle = config.data.shuffle_parts
+        shuffle = data.shuffle_parts
         return BatchBuilder(source, gist, tokenizer, 1, config.train.seed, shuffle).sample(0), tokenizer
     except (OSError, ValueError, RuntimeError, IndexError) as error:
         raise UserError(f"data.train: {error}") from None

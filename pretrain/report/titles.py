@@ -37,6 +37,7 @@ PARTED = {
     "attention_mass.": ("Where attention goes", "Attention to", "share of softmax mass"),
     "attention_logits.largest_by_layer.": ("Largest attention logit, by layer", "Largest attention logit, layer", "logit"),
     "loss.": ("Loss by chunk sizes", "Loss of chunk sizes", "nats per token"),
+    "valid_loss.": ("Validation loss by chunk sizes", "Validation loss of chunk sizes", "nats per token"),
     "source_loss.": ("Loss of held-out sources", "Loss of", "nats per token"),
     "routing.": ("What recall finds", "Recall:", "share"),
     **_by_layer("grad_norms", "Gradient norm", "norm, before clipping"),

@@ -21,6 +21,7 @@ from unfold.model.transformer import Transformer
 from unfold.pretrain.checkpoint.state import allocate_optimizer_state
 from unfold.pretrain.config import OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig, accumulation_steps
 from unfold.pretrain.parallel import Parallel
+from unfold.pretrain.train.compact import CompactAdamW
 from unfold.pretrain.train.trainable import freeze, needs_rows, parameter_groups, tied_attributes
 
 
@@ -79,11 +80,17 @@ def build_engine(config: RunConfig, parallel: Parallel, row_ids: tuple[int, ...]
         # Without an mpu: DeepSpeed's Muon refuses one, and the ranks that hold the same weights are all there are.
         engine, *_ = deepspeed.initialize(model=model, optimizer=make_muon(model, config), config=settings)
     else:
-        settings["optimizer"] = adamw_settings(config.optimizer)
         decay = ({}, {"weight_decay": 0.0})  # of matrices as configured, of vectors none
         groups = [group | decay[kind] for kind, group in parameter_groups(model, config, rename)]
         mpu = {} if parallel.stages > 1 else {"mpu": parallel.mpu()}  # a PipelineModule brings its own
-        engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=settings, **mpu)
+        if config.optimizer.state == "fp32":
+            made = {"model_parameters": groups}
+            settings["optimizer"] = adamw_settings(config.optimizer)
+        else:
+            made = {"optimizer": CompactAdamW(groups, config.optimizer.state, **adamw_numbers(config.optimizer))}
+            # DeepSpeed asks to be told that an optimizer which it does not know is meant.
+            settings |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+        engine, *_ = deepspeed.initialize(model=model, config=settings, **made, **mpu)
     if parallel.stages > 1:
         _check_agreement(engine, parallel)
     allocate_optimizer_state(engine)
@@ -95,17 +102,19 @@ def _recompute(train: TrainConfig) -> Recompute:
     return Recompute(train.activation_checkpointing, Offload() if train.offload_activations else None, train.mlp_tiles)
 
 
-def adamw_settings(optimizer: OptimizerConfig) -> dict:
-    """PyTorch's own fused AdamW: no compilation at start, and faster on CPU than DeepSpeed's."""
-    params = {
+def adamw_numbers(optimizer: OptimizerConfig) -> dict:
+    """What AdamW is given, by PyTorch's names."""
+    return {
         "lr": optimizer.lr,
         "betas": [optimizer.beta1, optimizer.beta2],
         "eps": optimizer.eps,
         "weight_decay": optimizer.weight_decay,
-        "torch_adam": True,
-        "fused": True,
     }
-    return {"type": "AdamW", "params": params}
+
+
+def adamw_settings(optimizer: OptimizerConfig) -> dict:
+    """PyTorch's own fused AdamW: no compilation at start, and faster on CPU than DeepSpeed's."""
+    return {"type": "AdamW", "params": adamw_numbers(optimizer) | {"torch_adam": True, "fused": True}}
 
 
 def make_muon(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 from unfold.kernels.common.plans import pinned
+from unfold.model.config import sizes_name
 from unfold.model.parallel.context import ContextParallel
 from unfold.model.visibility import MicroBatch
 from unfold.pretrain.config import RunConfig, RunStage, with_vocab_size
-from unfold.pretrain.data.blend import Stretch
+from unfold.pretrain.data.blend import PLAIN, Arranged, Stretch
 from unfold.pretrain.data.samples import BatchBuilder, TokenSource, step_samples
-from unfold.pretrain.data.stretches import stretches_of
+from unfold.pretrain.data.stretches import stretch_of, stretches_of
 from unfold.pretrain.data.tokenizer import RunTokenizer, load_tokenizer
 from unfold.pretrain.errors import UserError
 from unfold.pretrain.parallel import Parallel
@@ -19,13 +20,19 @@ from unfold.pretrain.parallel import Parallel
 
 @dataclass(frozen=True)
 class Inputs:
-    """Everything a run reads. The configuration is the one given, with the tokenizer's vocabulary size."""
+    """Everything a run reads. The configuration is the one given, with the tokenizer's vocabulary size.
+
+    Attributes:
+        choices: held-out samples as ``valid`` has them, with each of the other chunk sizes that are validated, by their names.
+        sources: of the evaluation in the loop, by their names.
+    """
 
     config: RunConfig
     tokenizer: RunTokenizer
     train: BatchBuilder
     valid: BatchBuilder | None
     sources: dict[str, BatchBuilder] = field(default_factory=dict)
+    choices: dict[str, BatchBuilder] = field(default_factory=dict)
 
     def batches(self, done: int, number: Callable[[int], int], parallel: Parallel) -> Iterator[list[MicroBatch]]:
         """This rank's micro-batches of every step after ``done`` steps. number: the n-th sample trained on -> which it is."""
@@ -59,6 +66,11 @@ class Inputs:
         repeats none."""
         return self._first_samples(self.valid, self.config.train.valid_samples, parallel, step)
 
+    def choice_batches(self, parallel: Parallel, step: int) -> Iterator[tuple[str, list[MicroBatch]]]:
+        """The same samples with each of the other chunk sizes, by the name of these."""
+        for name, builder in self.choices.items():
+            yield name, self._first_samples(builder, self.config.train.valid_samples, parallel, step)
+
     def source_batches(self, parallel: Parallel, step: int) -> Iterator[tuple[str, list[MicroBatch]]]:
         """The same of each held-out source of the evaluation, by its name."""
         for name, builder in self.sources.items():
@@ -78,11 +90,11 @@ class Inputs:
 
     def packing_of(self, stage: RunStage) -> str:
         """A line on the samples that documents make in a stage."""
-        source = self.train.source.along([Stretch(0, None, stage.config.data.raw_tokens)])
+        source = self.train.source.along([stretch_of(stage.config.data)])
         documents, samples, padding, cut = source.shares()
         return (
             f"data.train: {documents:,} documents, {samples:,} samples of {source.raw_tokens:,} raw tokens an epoch "
-            f"({self.config.data.packing}): {padding:.2%} padding, {cut:.2%} of the documents cut"
+            f"({stage.config.data.packing}): {padding:.2%} padding, {cut:.2%} of the documents cut"
         )
 
     def until(self, sample: int, number: Callable[[int], int]) -> dict:
@@ -104,11 +116,14 @@ def open_inputs(config: RunConfig) -> Inputs:
 
     def builder(prefixes: tuple[str, ...], setting: str, shuffle_parts: bool = False) -> BatchBuilder:
         raw_tokens = stages[-1].config.data.raw_tokens
-        # Validation is of windows, whatever is trained on, and has no choices of chunk sizes: so losses compare.
+        # Validation is of windows, however training arranges documents, and has no choices of chunk sizes: so losses compare.
         trains = setting == "data.train"
-        arranged = (config.data.packing, config.data.length_weights) if trains else ()
         own = gist if gist is None or trains else gist.with_sizes(gist.chunk_sizes)
-        source = TokenSource(prefixes, raw_tokens, config.train.seed, tokenizer, setting, config.data.cache, *arranged)
+        arranged = Arranged(config.data.packing, config.data.length_weights) if trains else PLAIN
+        seed, cache = config.train.seed, config.data.cache
+        source = TokenSource(prefixes, raw_tokens, seed, tokenizer, setting, cache, arranged, checked=not trains)
+        if trains:
+            source.along(stretches_of(config)).check(len(stages))
         source.check_positions(gist.links if gist else 0, min(s.config.model.max_position for s in stages), setting)
         if not trains:
             for length in lengths - {raw_tokens}:
@@ -117,7 +132,6 @@ def open_inputs(config: RunConfig) -> Inputs:
         return BatchBuilder(source, own, tokenizer, length_multiple, config.train.seed, shuffle_parts, one_length)
 
     train = builder(config.data.train, "data.train", config.data.shuffle_parts)
-    train.source.along(stretches_of(config)).check(len(config.stages))
     if config.data.shuffle_parts and not train.source.linked:
         raise UserError(
             "data.shuffle_parts: true, but no shard of data.train has linked contexts; make shards with "
@@ -130,4 +144,6 @@ def open_inputs(config: RunConfig) -> Inputs:
         )
     valid = builder(config.data.valid, "data.valid") if config.data.valid else None
     sources = {name: builder(prefixes, f"evaluation.sources: {name}") for name, prefixes in config.evaluation.by_name.items()}
-    return Inputs(config, tokenizer, train, valid, sources)
+    others = [v.chunk_sizes for v in gist.variants if v.chunk_sizes != gist.chunk_sizes] if config.train.valid_choices else []
+    choices = {sizes_name(sizes): valid.folding(gist.with_sizes(sizes)) for sizes in others}
+    return Inputs(config, tokenizer, train, valid, sources, choices)

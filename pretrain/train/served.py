@@ -45,13 +45,13 @@ def unserved(config: RunConfig) -> list[str]:
     if model.head_dim not in HEAD_DIMS:
         served = ", ".join(map(str, HEAD_DIMS))
         errors.append(f"model.head_dim: {model.head_dim} has no kernels for GPUs; use one of {served}, {instead}")
-    stages = {f"train.stages.{stage.number - 1}": stage.config.gist for stage in config.stages[: len(config.train.stages)]}
-    recalling = {name: part for name, part in {"gist": gist, **stages}.items() if part.recall != "none"}
+    settings = [("gist.top_p", gist), *((stage.place("gist.top_p"), stage.config.gist) for stage in config.stages)]
+    recalling = [(name, part) for name, part in settings if part.recall != "none"]
     if not recalling:
         return errors
-    for name, part in recalling.items():
-        if part.top_p is not None:
-            errors.append(f"{name}.top_p: {part.top_p} has no kernels for GPUs, which select by number; set topk, or neither")
+    for name, top_p in dict.fromkeys((name, part.top_p) for name, part in recalling):  # many a stage has that of all
+        if top_p is not None:
+            errors.append(f"{name}: {top_p} has no kernels for GPUs, which select by number; set topk, or neither")
     group = model.heads // model.kv_heads
     if group > LARGEST_TILE:
         errors.append(f"model.kv_heads: {group} query heads for each of {model.kv_heads}; recall on GPUs serves {LARGEST_TILE}")

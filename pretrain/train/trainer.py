@@ -9,6 +9,7 @@ from pathlib import Path
 
 import deepspeed
 
+from unfold.model.config import sizes_name
 from unfold.model.visibility import MicroBatch
 from unfold.pretrain import parallel as parallel_groups
 from unfold.pretrain.checkpoint.resume import check_run_dir, locked_on_all, prepare_run_dir, warm_start
@@ -252,6 +253,10 @@ class Trainer:
             loss = validation_loss(self.engine, self.inputs.valid_batches(self.parallel, step), self.parallel)
         self.records.say(f"step {step}: validation loss {loss:.4f}")
         found = {"valid_loss": loss}
+        for name, batches in self.inputs.choice_batches(self.parallel, step):
+            found[f"valid_loss.{name}"] = validation_loss(self.engine, batches, self.parallel)
+        if self.inputs.choices:
+            found[f"valid_loss.{sizes_name(gist.chunk_sizes)}"] = loss
         if mass and (shares := mass.shares(self.parallel)) and monitor.attention_mass:
             found["attention_mass"] = shares
         if logits and mass and (figures := mass.logits(self.parallel)):

@@ -12,12 +12,16 @@ import torch
 from tests.integration.runs import series, train
 from unfold.model.config import sizes_name
 from unfold.model.gist import Recall, build_layout, interleave
+from unfold.model.visibility import IGNORED
 from unfold.pretrain.checkpoint.load import find_run, load_model
 from unfold.pretrain.command import main
 from unfold.pretrain.config import load_config
 from unfold.pretrain.data.choices import drawn
+from unfold.pretrain.errors import UserError
+from unfold.pretrain.train.inputs import open_inputs
 
 CHOICES = [{"chunk_sizes": [4, 2]}, {"chunk_sizes": [8]}, {"chunk_sizes": [4, 2, 2], "weight": 2}]
+NAMES = [sizes_name(tuple(choice["chunk_sizes"])) for choice in CHOICES]
 STEPS = 4
 
 
@@ -29,7 +33,7 @@ def long(*values):
 def config(tiny, tmp_path_factory):
     """Every raw token recalls, by the budget of its sample's own ratio, and the routing loss is taken."""
     gist = {"chunk_sizes": [4, 2], "choices": CHOICES, "recall": "all", "route_loss": 1.0, "route_queries": 16}
-    train = {"steps": STEPS, "valid_every": 2, "valid_samples": 2}
+    train = {"steps": STEPS, "valid_every": 2, "valid_samples": 2, "valid_choices": True}
     path = tmp_path_factory.mktemp("choices") / "c.yaml"
     return tiny.config(path, gist=gist, train=train, checkpoint={"every": 2}, model={"kv_heads": 4})
 
@@ -50,7 +54,8 @@ def close(got, want):
         assert by_choice and by_choice == {key for key in a if key.startswith("loss.")}
         for key in (*by_choice, "unfolded_tokens", "route_loss"):
             assert a[key] == pytest.approx(b[key], rel=1e-5), key
-        assert a.get("valid_loss") == pytest.approx(b.get("valid_loss"), abs=1e-5)
+        for key in ("valid_loss", *(f"valid_loss.{name}" for name in NAMES)):
+            assert a.get(key) == pytest.approx(b.get(key), abs=1e-5), key
 
 
 @pytest.mark.parametrize(
@@ -95,10 +100,30 @@ def test_losses_by_choice_are_those_of_the_samples_that_drew_it(config, alone):
         assert min(by_choice) <= line["loss"] * (1 + 1e-6) and line["loss"] <= max(by_choice) * (1 + 1e-6)
 
 
+def test_validation_reads_held_out_samples_with_every_choice(config, alone):
+    """The losses in the metrics are those of the checkpoint's model, read with these sizes."""
+    run_dir, metrics = alone
+    for line in metrics:
+        assert all((key in line) == (line["step"] % 2 == 0) for key in ("valid_loss", "valid_loss.8"))
+    found, valid = find_run(run_dir, STEPS), open_inputs(load_config(config)).valid
+    model = load_model(found)
+    for name, choice in zip(NAMES, CHOICES):
+        builder = valid.folding(found.config.gist.with_sizes(tuple(choice["chunk_sizes"])))
+        batches = [builder.build([n]) for n in range(2)]
+        with torch.no_grad():
+            loss = sum(model(b).item() for b in batches) / sum(int((b.labels != IGNORED).sum()) for b in batches)
+        assert metrics[-1][f"valid_loss.{name}"] == pytest.approx(loss, abs=1e-5)
+    assert metrics[-1]["valid_loss.4x2"] == metrics[-1]["valid_loss"]
+    for wrong, lacks in ((["data.valid=[]"], "data.valid"), (["gist.choices=[]"], "gist.choices")):
+        with pytest.raises(UserError, match=f"train.valid_choices: true, but there are no {lacks}"):
+            load_config(config, wrong)
+
+
 def test_the_report_draws_them_together(alone):
     assert not main(["report", str(alone[0])])
     page = (alone[0] / "report.html").read_text()
     assert "Loss by chunk sizes" in page and "samples drew among 4 x 2, 8, 4 x 2 x 2" in page
+    assert "Validation loss by chunk sizes" in page
 
 
 @pytest.mark.parametrize("sizes", ["8", "4,2,2"])

@@ -4,6 +4,7 @@ and when it is killed at a border and goes on under another one."""
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -126,3 +127,42 @@ def test_samples_that_are_left_out_move_the_borders(config, tmp_path):
     metrics = read_metrics(tmp_path / "run" / "metrics.jsonl")
     ranges = ["0-8", "16-24", "32-40", "40-44", "44-48", "48-52", "52-54", "54-56", "56-58"]
     assert [m["sample_range"] for m in metrics] == ranges and [m["stage"] for m in metrics] == [1] * 3 + [2] * 3 + [3] * 3
+
+
+ARRANGED = [
+    {"until": 2, "raw_tokens": 64, "packing": "best_fit"},
+    {"until": 4, "recall": "all", "length_weights": [[3000, 2]]},
+    {"until": 5, "packing": "best_fit"},
+]
+CHOICES = [{"chunk_sizes": [4, 2]}, {"chunk_sizes": [8]}, {"chunk_sizes": [4, 2, 2], "weight": 2}]
+
+
+@pytest.fixture(scope="module")
+def drawing(tiny, tmp_path_factory):
+    """A run whose samples draw chunk sizes, and whose stages arrange documents in three ways; and its metrics in one process."""
+    folder = tmp_path_factory.mktemp("drawing")
+    steps = {"steps": 6, "global_batch": 4, "micro_batch": 2, "valid_every": 0, "valid_samples": 2, "stages": ARRANGED}
+    gist = {"chunk_sizes": [4, 2], "choices": CHOICES}
+    config = tiny.config(folder / "c.yaml", train=steps, gist=gist, checkpoint={"every": 1, "keep": 0})
+    return config, folder / "run", train(config, folder / "run", 1)
+
+
+BORDERS = [(2, "dp2 zero3"), *(pytest.param(*case, marks=pytest.mark.long) for case in ((4, "cp2"), (5, "pp2"), (4, "tp2")))]
+
+
+@pytest.mark.parametrize("step,name", BORDERS)
+def test_choices_and_packing_go_on_from_a_border_under_another_layout(step, name, drawing, tmp_path):
+    config, run_dir, metrics = drawing
+    told = re.findall(r"raw tokens an epoch \((\w+)\)", run_dir.with_suffix(".log").read_text())
+    assert told == ["best_fit", "windows", "best_fit", "windows"]
+    shutil.copytree(run_dir, tmp_path / "run")
+    for directory in (tmp_path / "run" / "checkpoints").iterdir():
+        if int(directory.name.removeprefix("step-")) > step:
+            shutil.rmtree(directory)
+    ranks, settings = LAYOUTS[name]
+    moved = train(config, tmp_path / "run", ranks, *settings)
+    same(moved, metrics)
+    for got, want in zip(moved, metrics, strict=True):
+        drawn = {key for key in want if key.startswith("loss.")}
+        assert drawn == {key for key in got if key.startswith("loss.")} and drawn
+        assert all(got[key] == pytest.approx(want[key], rel=1e-5) for key in drawn)

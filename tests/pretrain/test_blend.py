@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from unfold.pretrain.data import windows
-from unfold.pretrain.data.blend import Blend, Stage, make_blend, parse_entry
+from unfold.pretrain.data.blend import Arranged, Blend, Stage, make_blend, parse_entry
 from unfold.pretrain.data.samples import TokenSource
 from unfold.pretrain.data.tokenizer import load_tokenizer
 from unfold.pretrain.data.windows import all_shuffled, shuffled
@@ -75,7 +75,7 @@ def test_weights_that_cannot_be(entries, words):
 def test_a_blend_of_shards(tiny, tokenizer):
     source = open_source(tokenizer, f"{tiny.train} weight=3", f"{tiny.valid} weight=1")
     alone = [open_source(tokenizer, tiny.train), open_source(tokenizer, tiny.valid)]
-    border = len(alone[0]._streams[0]._lengths)
+    border = len(alone[0]._sources[0].stream(Arranged())._lengths)
     from_valid = [n for n in range(400) if source.segments(n)[0].document >= border]
     assert len(from_valid) == source.counters(400)[1] == 100
     first_epoch = [n for n in range(4 * alone[1].samples_per_epoch) if n in set(from_valid)][: alone[1].samples_per_epoch]
@@ -134,7 +134,7 @@ def test_five_thousand_shards_open_in_seconds(tiny, tokenizer, tmp_path):
 
 def test_resuming_in_a_late_epoch_is_immediate(tiny, tokenizer):
     source = open_source(tokenizer, tiny.train)
-    stream = source._streams[0]
+    stream = source._sources[0].stream(Arranged())
     stream._lengths = np.full(3_000_000, 500, np.int32)  # three million documents
     stream._run = 3
     stream._run_tokens = np.full(1_000_000, 1500, np.int64)

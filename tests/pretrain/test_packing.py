@@ -10,6 +10,7 @@ from unfold.data_prep.format.shards import write_shard
 from unfold.pretrain.config import parse_config
 from unfold.pretrain.config.numbers import whole_weights
 from unfold.pretrain.data import windows
+from unfold.pretrain.data.blend import Arranged
 from unfold.pretrain.data.packing import cut
 from unfold.pretrain.data.samples import TokenSource
 from unfold.pretrain.data.stretches import stretches_of
@@ -38,7 +39,7 @@ def shard(tiny, tokenizer, tmp_path_factory):
 
 
 def open_source(shard, tokenizer, raw_tokens=R, packing="best_fit", weights=(), seed=1):
-    return TokenSource([str(shard)], raw_tokens, seed, tokenizer, "data.train", "", packing, weights)
+    return TokenSource([str(shard)], raw_tokens, seed, tokenizer, "data.train", "", Arranged(packing, weights))
 
 
 def tokens_of(source, numbers):
@@ -125,6 +126,7 @@ def test_weights_become_whole_numbers(weights, times):
         ([[9]], "data.length_weights.0"),
         ([[9, float("inf")]], "data.length_weights: inf is not a finite number"),
         ([[9, True]], "data.length_weights: true is no number"),
+        ([[8, 0.01]], r"data.length_weights: \[0.01\] are no whole numbers up to 64 in proportion"),  # not 1/64
         ([[0, 0.001]], r"data.length_weights: \[0.001\] are no whole numbers up to 64 in proportion"),
     ],
 )
@@ -135,7 +137,7 @@ def test_weights_that_cannot_be(weights, said):
 
 def test_what_a_stage_left_is_packed_anew(shard, tokenizer):
     stages = [{"until": 10, "raw_tokens": 64}, {"until": 20, "raw_tokens": 300}]
-    data = {"train": [str(shard)], "tokenizer": "t", "raw_tokens": R}
+    data = {"train": [str(shard)], "tokenizer": "t", "raw_tokens": R, "packing": "best_fit"}
     config = parse_config({"data": data, "train": {"steps": 900, "global_batch": 4, "stages": stages}})
     source = open_source(shard, tokenizer).along(stretches_of(config))
     seen, number = Counter(), 0

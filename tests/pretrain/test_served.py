@@ -10,7 +10,7 @@ from unfold.model.config import GistConfig, ModelConfig
 from unfold.pretrain.config import RunConfig, StageConfig
 from unfold.pretrain.config.schema import DataConfig
 from unfold.pretrain.errors import UserError
-from unfold.pretrain.train.served import refuse_uncompiled, refuse_unserved
+from unfold.pretrain.train.served import refuse_uncompiled, refuse_unserved, unserved
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
@@ -48,6 +48,13 @@ def test_a_stage_is_looked_at_too():
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, stages=stages))
     with pytest.raises(UserError, match="train.stages.0.top_p: 0.5 has no kernels"):
         refuse_unserved(config, torch.device("cuda"))
+
+
+def test_what_stages_have_from_all_is_named_once():
+    config = run_config(top_p=0.5)
+    stages = (StageConfig(until=2, recall="all"), StageConfig(until=4, lr=1e-4), StageConfig(until=5, topk=4))
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, stages=stages))
+    assert unserved(config) == ["gist.top_p: 0.5 has no kernels for GPUs, which select by number; set topk, or neither"]
 
 
 @pytest.mark.parametrize("device,variable,name", [("cpu", "CXX", "g\\+\\+"), ("cuda", "CC", "gcc or clang")])

@@ -9,12 +9,15 @@ import yaml
 from unfold.model.gist import GistConfig, interleave
 from unfold.model.gist.recall import RECALLS, ROUTES, UNFOLDS_ALL
 from unfold.pretrain.config import load_config, parse_config, parse_saved, saved_settings
+from unfold.pretrain.data.blend import Arranged
 from unfold.pretrain.data.flags import plain_flags, sample_flags
 from unfold.pretrain.data.samples import TokenSource
 from unfold.pretrain.data.stretches import stretches_of
 from unfold.pretrain.data.tokenizer import load_tokenizer
 from unfold.pretrain.errors import UserError
+from unfold.pretrain.plan.report import packing_lines
 from unfold.pretrain.safety.faults import Quarantine, Rollback
+from unfold.pretrain.train.inputs import open_inputs
 
 
 def config_of(tiny, path, *overrides, **sections):
@@ -158,7 +161,7 @@ def test_no_token_is_read_twice_at_a_border(tiny, tokenizer, left_out):
     seen = read_tokens(config, source, quarantine.number, steps)
     assert max(seen.values()) == 1
     # Nothing lies between what was read: the last stage alone has left windows of this epoch, and samples were left out.
-    stream = source._streams[0]
+    stream = source._sources[0].stream(Arranged())
     stream._enter_epoch(0)
     starts = dict(zip(stream._order.tolist(), (stream._ends - stream._run_tokens[stream._order]).tolist()))
     places = np.sort([starts[document] + token for document, token in seen])
@@ -196,15 +199,15 @@ def test_a_leg_goes_on_in_the_next_epoch(tiny, tokenizer):
     config, source, _ = staged_source(
         tiny, tokenizer, ({"until": 100, "raw_tokens": 300}, {"until": 200, "raw_tokens": 64}), steps=300
     )
-    per_epoch = source._streams[0].tokens // 300
+    per_epoch = source._sources[0].stream(Arranged()).tokens // 300
     assert 400 > per_epoch > 100, "the first stage takes more than an epoch"
     first = Counter(
         (p.document, t) for n in range(per_epoch) for p in source.segments(n) for t in range(p.offset, p.offset + p.length)
     )
-    assert max(first.values()) == 1 and source._streams[0].tokens - len(first) < 300
+    assert max(first.values()) == 1 and source._sources[0].stream(Arranged()).tokens - len(first) < 300
     second = [p for n in range(per_epoch, 800) for p in source.segments(n)]
     again = Counter((p.document, t) for p in second for t in range(p.offset, p.offset + p.length))
-    assert max(again.values()) <= (400 - per_epoch + 400) * 300 // source._streams[0].tokens + 1
+    assert max(again.values()) <= (400 - per_epoch + 400) * 300 // source._sources[0].stream(Arranged()).tokens + 1
 
 
 def test_weights_of_a_stage(tiny, tokenizer):
@@ -212,7 +215,7 @@ def test_weights_of_a_stage(tiny, tokenizer):
     stages = {"until": 10, "weights": [1, 1]}, {"until": 20, "weights": [0, 1], "raw_tokens": 64}
     _, source, _ = staged_source(tiny, tokenizer, stages, entries=entries)
     assert [source.counters(n) for n in (40, 80, 120)] == [[20, 20], [20, 60], [50, 70]]
-    border = len(source._streams[0]._lengths)
+    border = len(source._sources[0].stream(Arranged())._lengths)
     assert all(p.document >= border for n in range(40, 80) for p in source.segments(n))
     with pytest.raises(UserError, match="data.train: .* has no weight, but train.stages have weights"):
         staged_source(tiny, tokenizer, ({"until": 5, "weights": [1, 2]},), entries=[str(tiny.train), str(tiny.valid)])
@@ -227,3 +230,66 @@ def test_a_change_of_weights_that_moves_windows_is_noticed(tiny, tokenizer):
     ]
     prints = [source.fingerprint_until(20) for source in sources]
     assert prints[0] != prints[1] and prints[0] == prints[2]
+
+
+def test_a_source_is_as_long_as_the_stages_need_that_it_weighs_in(tiny, tokenizer):
+    """The held-out speeches are shorter than the last stage's samples, to which they give none."""
+    entries = [f"{tiny.train} weight=3", f"{tiny.valid} weight=1"]
+    short = TokenSource([str(tiny.valid)], 64, 1, tokenizer, "data.train").tokens
+    data = {"train": entries, "tokenizer": str(tiny.tokenizer), "raw_tokens": short + 1}
+
+    def opened(*stages, **more):
+        train = {"steps": 20, "global_batch": 2, "stages": list(stages)}
+        model = {"max_position": short + 1}
+        return open_inputs(parse_config({"data": data | more, "train": train, "model": model, "gist": {"chunk_sizes": [4, 2]}}))
+
+    first, last = {"until": 10, "raw_tokens": 64}, {"until": 20, "weights": [1, 0]}
+    assert opened(first, last).source_samples(40, lambda n: n) == [35, 5]
+    opened(first, train=[f"{tiny.train} weight=3", f"{tiny.valid} weight=1,20:0"])
+    for stages in (
+        (first,),
+        (first, last | {"weights": [1, 0.1]}),
+        (last | {"until": 10}, first | {"until": 20, "raw_tokens": short + 1}),
+    ):
+        with pytest.raises(UserError, match=f"hold {short} tokens, less than one sample of data.raw_tokens = {short + 1}"):
+            opened(*stages)
+
+
+ARRANGED = (
+    {"until": 4, "raw_tokens": 64},
+    {"until": 8, "raw_tokens": 160, "packing": "best_fit", "length_weights": [[2000, 2]]},
+    {"until": 12, "raw_tokens": 160},
+    {"until": 16, "raw_tokens": 160, "packing": "best_fit", "length_weights": [[2000, 2]]},
+)
+
+
+def test_a_stage_may_pack_otherwise_and_weigh_documents(tiny, tokenizer):
+    """Each way of arranging documents is a stream of its own, which goes on where an earlier stage left it."""
+    config, source, _ = staged_source(tiny, tokenizer, ARRANGED)
+    samples = {stage.number: range(stage.samples, stage.samples_after(stage.last)) for stage in config.stages}
+    at = lambda *stages: [source.segments(n) for stage in stages for n in samples[stage]]
+    # Those of the stages that cut windows are the samples of a run that has no others in between, and the packed ones too.
+    windows = staged_source(tiny, tokenizer, ({"until": 4, "raw_tokens": 64}, {"until": 8, "raw_tokens": 160}))[1]
+    assert at(1, 3) == [windows.segments(n) for n in range(32)]
+    packed = {"raw_tokens": 160, "packing": "best_fit", "length_weights": [[2000, 2]]}
+    alone = staged_source(tiny, tokenizer, ({"until": 4, **packed}, {"until": 9, "raw_tokens": 64}, {"until": 13, **packed}))[1]
+    assert at(2, 4) == [alone.segments(n) for n in (*range(16), *range(36, 52))]
+    read = Counter((p.document, p.offset) for pieces in at(2, 4) for p in pieces)
+    assert max(read.values()) <= 2 and all(sum(p.length for p in pieces) <= 160 for pieces in at(2, 4))
+    assert all(
+        sum(p.length for p in pieces) == config.stage(n).config.data.raw_tokens
+        for n in (1, 9)
+        for pieces in at(config.stage(n).number)
+    )
+
+
+def test_a_plan_tells_how_a_stage_packs():
+    config = parse_config({"data": {"train": ["x"], "tokenizer": "t"}, "train": {"steps": 40, "stages": list(ARRANGED)}})
+    lines = [text for text in packing_lines(config.stages)]
+    assert lines == [f"stage {n}: documents packed as best_fit, length weights [[2000, 2.0]]" for n in (2, 4)]
+
+
+def test_length_weights_of_a_stage_are_checked(tiny):
+    stages = [{"until": 4, "length_weights": [[9, 2], [8, 3]]}]
+    with pytest.raises(UserError, match=r"train.stages.0.length_weights: .* are not weights above 0 by rising tokens"):
+        parse_config({"data": {"train": ["x"], "tokenizer": "t"}, "train": {"steps": 9, "stages": stages}})
