@@ -23,8 +23,6 @@ from unfold.model.settings import (
 
 # Settings of gists that training alone follows: a model that is trained is read the same whatever they were.
 TRAINING_ONLY = ("unfold_share", "forget_share", "route_loss", "route_queries", "route_far", "choices")
-# Of every sample, that each of the ranks which share it holds: more are more even work, and more borders at which keys are sent.
-CONTEXT_SLICES = 4
 
 
 def sizes_name(chunk_sizes: tuple[int, ...]) -> str:

@@ -105,7 +105,7 @@ def attention_for(kinds: Kinds, layout: Layout, recall: Recall | None = None, pa
     if part is None:
         return MicroBatchAttention(kinds, layout, recall)
     # Where keys are exchanged a layer's layout is that of its kind already.
-    here = kinds if part.context.method == "ulysses" else "gist"
+    here = "gist" if part.context.exchanges else kinds
     return ContextAttention(part, partial(MicroBatchAttention, here), layout, recall, kinds)
 
 

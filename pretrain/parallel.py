@@ -13,7 +13,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from unfold.model.kinds import Kinds
+from unfold.model.parallel.context import ContextParallel
 from unfold.model.parallel.megatron import parallel_state
+from unfold.model.parallel.tensor import Alone, Group
 from unfold.pretrain.config import ParallelConfig
 from unfold.pretrain.errors import UserError
 
@@ -31,6 +34,8 @@ class Parallel:
             it, and ZeRO partitions over it.
         tensor_group: ranks that share every layer.
         context_group: ranks that share every sequence, in the order of its parts.
+        gists_group, heads_group: those of them that exchange gists, and those, next to one another, that trade the sequence for
+            heads: either is all of them, or each rank is in one of both.
         stage, stages: pipeline stage of this rank, and how many there are.
     """
 
@@ -42,6 +47,8 @@ class Parallel:
     replica_group: ProcessGroup
     tensor_group: ProcessGroup
     context_group: ProcessGroup
+    gists_group: Group
+    heads_group: Group
     stage: int
     stages: int
 
@@ -57,6 +64,10 @@ class Parallel:
     def is_main(self) -> bool:
         """The one rank that writes logs and metrics."""
         return self.rank == 0
+
+    def context_parallel(self, kinds: Kinds) -> ContextParallel | None:
+        """How ranks share sequences, for layers of some kinds; None where every rank has whole ones."""
+        return ContextParallel(self.gists_group, self.heads_group, kinds) if self.context_group.size() > 1 else None
 
     def mpu(self) -> ModelParallelUnit:
         """What DeepSpeed asks of a model-parallel run."""
@@ -152,8 +163,14 @@ def initialize(config: ParallelConfig) -> Parallel:
             tensor_model_parallel_size=config.tensor,
             pipeline_model_parallel_size=config.pipeline,
             context_parallel_size=config.context,
+            hierarchical_context_parallel_sizes=[config.heads_ranks, config.gists_ranks] if config.context_heads > 1 else None,
         )
     tensor_group = parallel_state.get_tensor_model_parallel_group()
+    context_group = parallel_state.get_context_parallel_group()
+    if config.context_heads > 1:
+        heads_group, gists_group = parallel_state.get_hierarchical_context_parallel_groups()
+    else:
+        heads_group, gists_group = (context_group, Alone()) if config.gists_ranks == 1 else (Alone(), context_group)
     return Parallel(
         rank=rank,
         world=world,
@@ -162,7 +179,9 @@ def initialize(config: ParallelConfig) -> Parallel:
         host_group=parallel_state.get_data_parallel_group_gloo(),
         replica_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         tensor_group=tensor_group,
-        context_group=parallel_state.get_context_parallel_group(),
+        context_group=context_group,
+        gists_group=gists_group,
+        heads_group=heads_group,
         stage=parallel_state.get_pipeline_model_parallel_rank(),
         stages=config.pipeline,
     )

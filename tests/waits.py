@@ -34,12 +34,13 @@ class Waits(TorchDispatchMode):
     Attributes:
         where: by (what it waits for, file:line of whoever asked, torch's own code left out) how often.
         operations: tensor operations on such tensors, views included.
+        made: tensors that were made of none, as ``torch.empty`` does.
     """
 
     def __init__(self, monkeypatch):
         super().__init__()
         self.where: Counter[tuple[str, str]] = Counter()
-        self.operations = 0
+        self.operations, self.made = 0, 0
         self._there: dict[int, StorageWeakRef] = {}
         self._active = False
         # By name, not by a mode: those for functions do not hold in backward.
@@ -94,6 +95,7 @@ class Waits(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         there = self.holds(args, kwargs)
+        self.made += not any(isinstance(x, Tensor) for x in tree_iter((args, kwargs)))
         if there:
             packet = func.overloadpacket
             self.operations += 1

@@ -18,13 +18,12 @@ import triton.language as tl
 # Numbers that differ from one micro-batch or decoding step to the next, and tables that may begin anywhere: a kernel is compiled
 # once for all of them. Left to itself Triton compiles anew, for seconds, where one of them is or is not a multiple of 16.
 CHANGING = (
-    "tokens keys queries items lists above capacity room splits sink i_from bottom batch per_upper per_chunk groups most"
+    "tokens keys queries items lists capacity room next_room splits sink i_from batch groups most slots blocks per above"
 ).split()
 _TABLES = (
     "lo hi plan items rows copy_of sums parts blocks first start row bits takers words place places key seen unfolded begin "
-    "child_lo child_hi budget bound last count taken spans next_spans next_places visits block end query ends ints new_first "
-    "new_begin new_row new_bits new_takers new_owner new_words new_place new_key list group order new_block counts running upper "
-    "upper_sums chunk chunk_sums"
+    "child_lo child_hi budget bound count spans next_spans next_lo next_hi end query ends ints new_places new_words new_key "
+    "tokens token_rows tally total spread starts"
 )
 TABLES = [f"p_{name}" for name in _TABLES.split()]
 kernel = functools.partial(triton.jit, do_not_specialize=CHANGING, do_not_specialize_on_alignment=TABLES)

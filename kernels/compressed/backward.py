@@ -106,13 +106,17 @@ def _write_key_gradient(
 
 @triton.jit
 def _d_key_step(
-    b_dk, b_dv, b_k, b_v, p_q, p_do, p_shift, p_factor, p_mean, p_lo, p_hi,
+    b_dk, b_dv, b_k, b_v, p_q, p_do, p_shift, p_factor, p_mean, p_tokens, p_lo, p_hi,
     i_sample, i_head, o_row, m_row, o_key, tokens, scale,
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
-    MASKED: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
+    MASKED: tl.constexpr, APART: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Add one tile of rows; everything is transposed, [keys, rows], so that the weights need no transposing."""
-    o_q = row_offsets(i_sample, i_head, o_row, tokens, H, HKV, D)
+    if APART:
+        o_token = tl.load(p_tokens + o_row // (H // HKV), mask=m_row, other=0)
+        o_q = o_token * (H * D) + (i_head * (H // HKV) + o_row % (H // HKV)) * D
+    else:
+        o_q = row_offsets(i_sample, i_head, o_row, tokens, H, HKV, D)
     b_q = load_tile(p_q, o_q, m_row, D, BD)
     b_do = load_tile(p_do, o_q, m_row, D, BD)
     b_shift = tl.load(p_shift + o_row, mask=m_row, other=0.0)
@@ -134,12 +138,15 @@ def _d_key_step(
 
 @kernel
 def d_key_kernel(
-    p_q, p_k, p_v, p_do, p_shift, p_factor, p_mean, p_lo, p_hi, p_items, p_rows, p_copy_of, p_copy_k, p_copy_v,
+    p_q, p_k, p_v, p_do, p_shift, p_factor, p_mean, p_tokens, p_lo, p_hi, p_items, p_rows, p_copy_of, p_copy_k, p_copy_v,
     p_dk, p_dv, p_part_k, p_part_v, scale, d_scale, tokens, keys,
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, S: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, COPIES: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, COPIES: tl.constexpr, APART: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """d_k, d_v [B, T, HKV, D] of the blocks of one item, or their partial sums [slots, HKV, BN, D]. Grid: (items, HKV)."""
+    """d_k, d_v [B, T, HKV, D] of the blocks of one item, or their partial sums [slots, HKV, BN, D]. Grid: (items, HKV).
+
+    APART: of one sample, whose queries p_tokens [T] int64 finds among those of p_q and p_do.
+    """
     i_item, i_head = tl.program_id(0), tl.program_id(1)
     p_items += i_item.to(tl.int64) * 8
     i_sample, i_segment, i_first, i_last = (
@@ -164,14 +171,14 @@ def d_key_kernel(
     for i in range(row_first, row_full, BM):
         o_row = i + tl.arange(0, BM)
         b_dk, b_dv = _d_key_step(
-            b_dk, b_dv, b_k, b_v, p_q, p_do, p_shift, p_factor, p_mean, p_lo + o_bound, p_hi + o_bound,
-            i_sample, i_head, o_row, o_row < row_full, o_key, tokens, scale, H, HKV, D, BD, True, EXACT, UPCAST,
+            b_dk, b_dv, b_k, b_v, p_q, p_do, p_shift, p_factor, p_mean, p_tokens, p_lo + o_bound, p_hi + o_bound, i_sample,
+            i_head, o_row, o_row < row_full, o_key, tokens, scale, H, HKV, D, BD, True, APART, EXACT, UPCAST,
         )  # fmt: skip
     for i in range(row_full, row_last, BM):
         o_row = i + tl.arange(0, BM)
         b_dk, b_dv = _d_key_step(
-            b_dk, b_dv, b_k, b_v, p_q, p_do, p_shift, p_factor, p_mean, p_lo + o_bound, p_hi + o_bound,
-            i_sample, i_head, o_row, o_row < row_last, o_key, tokens, scale, H, HKV, D, BD, False, EXACT, UPCAST,
+            b_dk, b_dv, b_k, b_v, p_q, p_do, p_shift, p_factor, p_mean, p_tokens, p_lo + o_bound, p_hi + o_bound, i_sample,
+            i_head, o_row, o_row < row_last, o_key, tokens, scale, H, HKV, D, BD, False, APART, EXACT, UPCAST,
         )  # fmt: skip
     b_dk *= d_scale
     if i_slot >= 0:

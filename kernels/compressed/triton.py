@@ -48,38 +48,25 @@ def compressed_attention_triton(
     Raises:
         ValueError: a dtype, head dimension, device or GPU architecture that the kernels do not serve.
     """
-    tiles = tiles or choose_tiles(architecture(q), *_check(q))
+    tiles = tiles or compressed_tiles(q)
     return _CompressedAttention.apply(q, k, v, intervals, scale, tiles)
 
 
-def _check(q: Tensor) -> tuple[int, int]:
-    """Head dimension padded to a power of two, and bytes per element; ValueError if there are no kernels for q."""
+def compressed_tiles(q: Tensor) -> Tiles:
+    """The tiles for the device, head dimension and dtype of q; ValueError if there are no kernels for it."""
     dim = q.shape[-1]
     if q.dtype not in DTYPES:
         raise ValueError(f"q: dtype {q.dtype}; backend 'triton' serves fp16, bf16 and fp32, use backend='reference'")
     if dim not in HEAD_DIMS:
         raise ValueError(f"q: head dimension {dim} is not one of {HEAD_DIMS}; use one, or backend='reference'")
-    return triton.next_power_of_2(dim), q.element_size()
+    return choose_tiles(architecture(q), max(64, triton.next_power_of_2(dim)), q.element_size())
 
 
 class _CompressedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, intervals: Intervals, scale: float, tiles: Tiles) -> Tensor:
-        q = q.contiguous()
-        check_flat(rows=intervals.rows, row_of=intervals.row_of, lo=intervals.lo, hi=intervals.hi)
-        rows = key_rows(intervals)
-        k, v = (x.reshape(-1, *x.shape[2:]).index_select(0, rows) for x in (k, v))  # [B * R, Hkv, D]
-        batch, tokens, heads, dim = q.shape
-        kv_heads = k.shape[1]
-        out = torch.empty_like(q)
-        shift = torch.empty(batch, kv_heads, tokens * (heads // kv_heads), dtype=torch.float32, device=q.device)
-        factor = torch.empty_like(shift) if q.dtype == torch.float32 else shift  # 16 bits need none
-        plan = row_plan(intervals, heads // kv_heads, tiles.forward.rows, tiles.forward.keys)
-        with on_device(q):
-            forward.forward_kernel[plan.table.shape[1], kv_heads, batch](
-                q, k, v, out, shift, factor, intervals.lo, intervals.hi, plan.table, scale * LOG2_E,
-                tokens, intervals.rows.shape[1], **_sizes(q, k, intervals), **launch_options(tiles.forward),
-            )  # fmt: skip
+        q, k, v = q.contiguous(), *sort_keys(intervals, k, v)
+        out, shift, factor = attend_sorted(q, k, v, intervals, scale, tiles)
         ctx.save_for_backward(q, k, v, out, shift, factor)
         ctx.intervals, ctx.scale, ctx.tiles = intervals, scale, tiles
         return out
@@ -88,20 +75,48 @@ class _CompressedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_out: Tensor):
         q, k, v, out, shift, factor = ctx.saved_tensors
-        intervals, scale, tiles = ctx.intervals, ctx.scale, ctx.tiles
-        d_out = d_out.contiguous()
-        batch, tokens, heads, dim = q.shape
-        kv_heads = k.shape[1]
-        mean, d_q = torch.empty_like(shift), torch.empty_like(q)
-        plan = row_plan(intervals, heads // kv_heads, tiles.d_query.rows, tiles.d_query.keys)
-        with on_device(q):
-            backward.d_query_kernel[plan.table.shape[1], kv_heads, batch](
-                q, k, v, out, d_out, shift, factor, mean, d_q, intervals.lo, intervals.hi, plan.table,
-                scale * LOG2_E, scale, tokens, intervals.rows.shape[1],
-                **_sizes(q, k, intervals), **launch_options(tiles.d_query),
-            )  # fmt: skip
-            d_k, d_v = _d_key_value(q, k, v, d_out, shift, factor, mean, intervals, scale, tiles)
-        return d_q, d_k, d_v, None, None, None
+        return *gradients(q, k, v, out, d_out.contiguous(), shift, factor, ctx.intervals, ctx.scale, ctx.tiles), None, None, None
+
+
+def sort_keys(intervals: Intervals, *keys: Tensor) -> tuple[Tensor, ...]:
+    """[B, T, Hkv, D] -> [B * R, Hkv, D], sorted by level."""
+    check_flat(rows=intervals.rows, row_of=intervals.row_of, lo=intervals.lo, hi=intervals.hi)
+    rows = key_rows(intervals)
+    return tuple(x.reshape(-1, *x.shape[2:]).index_select(0, rows) for x in keys)
+
+
+def attend_sorted(
+    q: Tensor, k: Tensor, v: Tensor, intervals: Intervals, scale: float, tiles: Tiles
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out [B, T, H, D], and for backward shift and factor [B, Hkv, T * G] fp32; k and v are sorted by level."""
+    batch, tokens, heads, _ = q.shape
+    kv_heads = k.shape[1]
+    out = torch.empty_like(q)
+    shift = torch.empty(batch, kv_heads, tokens * (heads // kv_heads), dtype=torch.float32, device=q.device)
+    factor = torch.empty_like(shift) if q.dtype == torch.float32 else shift  # 16 bits need none
+    plan = row_plan(intervals, heads // kv_heads, tiles.forward.rows, tiles.forward.keys)
+    with on_device(q):
+        forward.forward_kernel[plan.table.shape[1], kv_heads, batch](
+            q, k, v, out, shift, factor, intervals.lo, intervals.hi, plan.table, scale * LOG2_E,
+            tokens, intervals.rows.shape[1], **_sizes(q, k, intervals), **launch_options(tiles.forward),
+        )  # fmt: skip
+    return out, shift, factor
+
+
+def gradients(
+    q, k, v, out, d_out, shift, factor, intervals: Intervals, scale: float, tiles: Tiles
+) -> tuple[Tensor, Tensor, Tensor]:
+    """d_q [B, T, H, D], d_k, d_v [B, T, Hkv, D] of :func:`attend_sorted`, whose arguments and results these are."""
+    kv_heads, batch = k.shape[1], q.shape[0]
+    mean, d_q = torch.empty_like(shift), torch.empty_like(q)
+    plan = row_plan(intervals, q.shape[2] // kv_heads, tiles.d_query.rows, tiles.d_query.keys)
+    with on_device(q):
+        backward.d_query_kernel[plan.table.shape[1], kv_heads, batch](
+            q, k, v, out, d_out, shift, factor, mean, d_q, intervals.lo, intervals.hi, plan.table,
+            scale * LOG2_E, scale, q.shape[1], intervals.rows.shape[1],
+            **_sizes(q, k, intervals), **launch_options(tiles.d_query),
+        )  # fmt: skip
+        return d_q, *_d_key_value(q, k, v, d_out, shift, factor, mean, intervals, scale, tiles)
 
 
 def _d_key_value(q, k, v, d_out, shift, factor, mean, intervals: Intervals, scale: float, tiles: Tiles):
@@ -111,20 +126,21 @@ def _d_key_value(q, k, v, d_out, shift, factor, mean, intervals: Intervals, scal
     keys = intervals.rows.shape[1]
     plan = key_plan(intervals, tiles.sink.keys, tiles.top.keys, tiles.local.keys)
     d_k, d_v = q.new_empty(2, batch, tokens, kv_heads, dim)
-    copy_k, copy_v = torch.empty(2, batch, keys - tokens, kv_heads, dim, dtype=torch.float32, device=q.device)
+    new = lambda *shape: torch.empty(2, *shape, dtype=torch.float32, device=q.device)
+    copies = new(batch, keys - tokens, kv_heads, dim).unbind()
+    parts = new(max(x.slots * x.tile_keys for x in (plan.sink, plan.top, plan.local)), kv_heads, dim).unbind()  # of each in turn
     sizes = _sizes(q, k, intervals)
 
     def run(items: KeyItems, tile: Tile, sink: bool) -> None:
-        part_k, part_v = torch.empty(2, items.slots, kv_heads, items.tile_keys, dim, dtype=torch.float32, device=q.device)
         if len(items.items):
             backward.d_key_kernel[len(items.items), kv_heads](
-                q, k, v, d_out, shift, factor, mean, intervals.lo, intervals.hi, items.items, intervals.rows,
-                plan.copy_of, copy_k, copy_v, d_k, d_v, part_k, part_v, scale * LOG2_E, scale, tokens, keys,
-                COPIES=keys > tokens, **sizes, **launch_options(tile),
+                q, k, v, d_out, shift, factor, mean, intervals.rows, intervals.lo, intervals.hi, items.items, intervals.rows,
+                plan.copy_of, *copies, d_k, d_v, *parts, scale * LOG2_E, scale, tokens, keys,
+                COPIES=keys > tokens, APART=False, **sizes, **launch_options(tile),
             )  # fmt: skip
         if len(items.sums):
             backward.sum_parts_kernel[len(items.sums), kv_heads, items.tile_keys // SUM_ROWS](
-                part_k, part_v, items.sums, intervals.rows, plan.copy_of, copy_k, copy_v, d_k, d_v, tokens, keys,
+                *parts, items.sums, intervals.rows, plan.copy_of, *copies, d_k, d_v, tokens, keys,
                 HKV=kv_heads, D=dim, BD=sizes["BD"], BN=items.tile_keys, BR=SUM_ROWS, SINK=sink, COPIES=keys > tokens,
             )  # fmt: skip
 

@@ -50,9 +50,7 @@ def _values(rows: RowStore):
     return rows.values
 
 
-def visible_items(
-    q: Tensor, keys: Sequence[Tensor], step: Step, i: int, rule: SelectRule | None, scale: float
-) -> list[set[int]]:
+def visible_items(q: Tensor, keys: Sequence[Tensor], step: Step, i: int, rule: SelectRule | None, scale: float) -> list[set[int]]:
     """Per segment the items that query ``i`` and its KV head attend to. q: [r, D]; keys: per segment [items, D]."""
     seen = [set(range(lo, hi)) for lo, hi in zip(step.lo[:, i].tolist(), step.hi[:, i].tolist())]
     seen[-1] |= set(range(int(step.sinks[i])))

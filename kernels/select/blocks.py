@@ -1,9 +1,8 @@
 """The GPU kernels' view of a selection: per block of neighbouring queries, what any of them selected, and who did.
 
 Neighbouring queries select much the same gists (docs/kernels.md has the figures), so a block reads the union once, and a bit
-per query says who sees what. A *list* belongs to a block and a KV head: its items are gists in the order of their rows; the
-same gist stands twice at most (once as the child of a selected parent, once as one whose parent was still open), with bits of
-different queries.
+per query says who sees what. A *list* belongs to a block and a KV head: its items are gists in the order of their rows, none
+twice. How long a list is only the device knows: it has room for as many as its queries may take (kernels/select/room.py).
 """
 
 from __future__ import annotations
@@ -39,44 +38,40 @@ class QueryBlocks:
 
 @dataclass(frozen=True)
 class BlockLists:
-    """What the blocks selected; list ``block * Hkv + head`` of segment s has the items ``first[s, list] .. first[s, list + 1]``.
+    """What the blocks selected; list ``block * Hkv + head`` of segment s has ``count[s, list]`` items from ``first[s, list]`` on.
 
     Attributes:
         blocks: which queries the bits stand for.
-        first: [L, lists + 1] int64; the lists of segment 0 come first, those of segment L - 1 (level 0) last.
+        first: [L, lists] int64; the lists of segment 0 come first, those of segment L - 1 (level 0) last.
+        count: [2 * L + 2, lists] int32: items of every segment; places, where the chunks of a list lie side by side, a level-0
+            gist and the raw tokens behind it each; raw tokens that the queries unfold, which the forward pass of unfolding fills
+            in; bits that are set in the items of every segment.
         row: [items] int32, rows of the level-sorted buffer of the block's sample.
         bits: [items] int32, bit j for query j of the block.
-        takers: [items] int32, how many bits are set.
-        owner: [items] int32, the list of each item.
-        place: [items] int32, where the chunks of a list lie side by side, a level-0 gist and the raw tokens behind it each: the
-            first place of every level-0 item. Means nothing for items above.
-        start: [lists + 1] int64, how many places the lists before one have: their sum at the end.
-        places: that sum.
-        sizes: items of each segment.
+        start: [lists + 1] int64, where the places of each list begin; those of a list may be fewer than there is room for.
+        slices: of blocks, for as many of which at once the places are made: first, last + 1, room for places.
+        entries: pairs of a query and a level-0 item with its bit, at most.
         kv_heads: Hkv.
     """
 
     blocks: QueryBlocks
     first: Tensor
+    count: Tensor
     row: Tensor
     bits: Tensor
-    takers: Tensor
-    owner: Tensor
-    place: Tensor
     start: Tensor
-    places: int
-    sizes: tuple[int, ...]
+    slices: tuple[tuple[int, int, int], ...]
+    entries: int
     kv_heads: int
 
-    def items(self, segment: int) -> slice:
-        """The items of a segment."""
-        first = sum(self.sizes[:segment])
-        return slice(first, first + self.sizes[segment])
+    @property
+    def levels(self) -> int:
+        return self.first.shape[0]
 
-    def owners(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Segment, block and KV head of every item: three [items] int64."""
-        segment, _ = expand(torch.tensor(self.sizes, device=self.owner.device), sum(self.sizes))
-        return segment, self.owner.long() // self.kv_heads, self.owner.long() % self.kv_heads
+    def items(self, segment: int) -> tuple[Tensor, Tensor]:
+        """Of every item of a segment its list and where it stands, two [n] int64. Their number is read."""
+        owner, number = expand(self.count[segment].long())
+        return owner, self.first[segment][owner] + number
 
 
 def query_blocks(tree: GistTree, size: int) -> QueryBlocks:
@@ -102,7 +97,7 @@ def block_lists(tree: GistTree, selection: Selection, size: int) -> BlockLists:
     """The lists of a selection made by any backend: sorts its entries."""
     blocks = query_blocks(tree, size)
     lists, rows = len(blocks.table) * selection.kv_heads, tree.others.tokens
-    firsts, row, bits, owners = [], [], [], []
+    edges, row, bits, takers = [], [], [], []
     for s in range(tree.levels):
         owner, _ = expand(selection.start[s].diff())
         query, head = owner // selection.kv_heads, owner % selection.kv_heads
@@ -112,41 +107,37 @@ def block_lists(tree: GistTree, selection: Selection, size: int) -> BlockLists:
         bit = torch.ones_like(query) << (query - blocks.table[block, 0])
         bits.append(to_int32(torch.zeros_like(key).index_add_(0, item, bit)))
         row.append((key % rows).int())
-        owners.append((key // rows).int())
-        edges = torch.arange(lists + 1, device=key.device) * rows
-        firsts.append(torch.searchsorted(key, edges) + sum(len(r) for r in row[:-1]))
-    place, start = _chunk_places(tree, blocks, firsts[-1], torch.cat(row), selection.kv_heads)
-    sizes, first, row, bits = tuple(map(len, row)), torch.stack(firsts), torch.cat(row), torch.cat(bits)
-    takers = count_bits(bits).int()
-    owner = torch.cat(owners)
-    return BlockLists(blocks, first, row, bits, takers, owner, place, start, int(start[-1]), sizes, selection.kv_heads)
+        takers.append(torch.zeros(lists, dtype=torch.int64, device=key.device).index_add_(0, key // rows, count_bits(bits[-1])))
+        edges.append(torch.searchsorted(key, torch.arange(lists + 1, device=key.device) * rows))
+    places = _chunk_places(tree, blocks, edges[-1], row[-1], selection.kv_heads)
+    before = [sum(map(len, row[:s])) for s in range(tree.levels)]
+    first = torch.stack([edge[:-1] + n for edge, n in zip(edges, before)])
+    count = torch.stack([*(edge.diff() for edge in edges), places, torch.zeros_like(places), *takers]).int()
+    start = torch.nn.functional.pad(places.cumsum(0), (1, 0))
+    slices = ((0, len(blocks.table), int(start[-1])),)
+    entries = int(takers[-1].sum())
+    return BlockLists(blocks, first, count, torch.cat(row), torch.cat(bits), start, slices, entries, selection.kv_heads)
 
 
-def _chunk_places(tree: GistTree, blocks: QueryBlocks, first: Tensor, row: Tensor, kv_heads: int) -> tuple[Tensor, Tensor]:
-    """``place`` and ``start`` of :class:`BlockLists`; first: [lists + 1] of level 0, whose items are the last of ``row``."""
-    counts = first.diff()
-    gists = row[len(row) - int(counts.sum()) :]
-    at = blocks.table[expand(counts)[0] // kv_heads, 2].long() * tree.others.tokens + gists
+def _chunk_places(tree: GistTree, blocks: QueryBlocks, edges: Tensor, row: Tensor, kv_heads: int) -> Tensor:
+    """[lists] int64, places of the chunks of each list; edges: [lists + 1], where the lists of level-0 gists ``row`` begin."""
+    owner, _ = expand(edges.diff())
+    at = blocks.table[owner // kv_heads, 2].long() * tree.others.tokens + row
     width = 1 + tree.child_hi.flatten()[at] - tree.child_lo.flatten()[at]
-    after = torch.nn.functional.pad(width.cumsum(0), (1, 0))
-    edges = after[first - first[0]]
-    place = torch.zeros_like(row)
-    place[len(row) - len(gists) :] = (after[:-1] - edges[:-1].repeat_interleave(counts)).int()
-    return place, edges
+    return torch.nn.functional.pad(width.cumsum(0), (1, 0))[edges].diff()
 
 
 def selection_of(tree: GistTree, lists: BlockLists) -> Selection:
     """The same as lists of every query and KV head."""
-    segment, block, head = lists.owners()
-    first = lists.blocks.table[block, 0]
     starts, rows = [], []
     for s in range(tree.levels):
-        items = lists.items(s)
-        member = (lists.bits[items, None] >> torch.arange(lists.blocks.size, device=lists.row.device)) & 1  # [items, size]
+        owner, at = lists.items(s)
+        block, head = owner // lists.kv_heads, owner % lists.kv_heads
+        member = (lists.bits[at, None] >> torch.arange(lists.blocks.size, device=at.device)) & 1  # [items, size]
         item, query = member.nonzero().unbind(1)
-        owner = (first[items][item] + query) * lists.kv_heads + head[items][item]
+        owner = (lists.blocks.table[block, 0][item] + query) * lists.kv_heads + head[item]
         order = owner.argsort(stable=True)  # the items of a list ascend, so those of a query do
-        rows.append(lists.row[items][item[order]])
+        rows.append(lists.row[at][item[order]])
         counts = torch.bincount(owner, minlength=tree.queries * lists.kv_heads)
         starts.append(torch.nn.functional.pad(counts.cumsum(0), (1, 0)))
     return Selection(tuple(rows), tuple(starts), lists.kv_heads)

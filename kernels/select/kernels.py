@@ -1,16 +1,16 @@
 """The Triton kernels of selection: per row the bound that exactly its budget of candidates passes, then the lists of blocks.
 
 A row is a query and a query head (each head selects), or a query (the heads' scores are summed: SUM of them). A block of rows has
-*candidates*, which stand in places: at the top level a span of gists; below it the children of the parents that any of its rows
-selected, side by side, then the span of gists whose parent is still open. Four launches go through a level:
+*candidates*, which stand in places, in the order of their rows: at the top level a span of gists; below it the children of the
+parents that any of its rows selected, then the span of gists whose parent is still open. Three launches go through a level:
 
 - :func:`score_kernel` scores every candidate against every row, once, into a scratch of ordered integers;
 - :func:`bound_kernel` finds each row's bound among its scores, which its program holds in registers;
-- :func:`mark_kernel` says which rows take each candidate, and how long the lists become;
-- :func:`list_kernel` writes the lists, and the candidates of the level below.
+- :func:`take_kernel` writes the lists of what was taken, and the candidates of the level below.
 
-The scratch is [lists, BM, room] for as many lists as fit a bounded memory: no program waits for another, and no key is read
-twice. Where scores tie at a bound, the earlier gists are taken. A budget of any size costs the same, and the result is exact.
+Scratch and candidates have the same room for every list, for as many lists at a time as fit a bounded memory: no program waits
+for another, no key is read twice, and the host knows all sizes (kernels/select/room.py). Where scores tie at a bound, the
+earlier gists are taken. A budget of any size costs the same, and the result is exact.
 """
 
 import triton
@@ -40,15 +40,16 @@ def count_bits(b_x):
 
 @triton.jit
 def block_rows(
-    p_blocks, i_block, i_head, H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, SUM: tl.constexpr
+    p_blocks, p_tokens, i_block, i_head,
+    H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    """Of a block: sample; per row [BM]: exists, query, offset of its (first) head in q."""
+    """Of a block: sample; per row [BM]: exists, query, offset of its (first) head in q, where p_tokens says."""
     PER: tl.constexpr = H // HKV // SUM  # rows per query
     i_first, i_last = tl.load(p_blocks + i_block * 3), tl.load(p_blocks + i_block * 3 + 1)
     o_row = tl.arange(0, BM)
     m_row = o_row < (i_last - i_first) * PER
     o_query = i_first + o_row // PER
-    o_q = o_query.to(tl.int64) * (H * D) + (i_head * (H // HKV) + o_row % PER * SUM) * D
+    o_q = tl.load(p_tokens + o_query, mask=m_row, other=0) * (H * D) + (i_head * (H // HKV) + o_row % PER * SUM) * D
     return tl.load(p_blocks + i_block * 3 + 2), m_row, o_query, o_q
 
 
@@ -86,32 +87,32 @@ def _scores(
 
 @kernel
 def score_kernel(
-    p_q, p_k, p_lo, p_hi, p_blocks, p_spans, p_begin, p_places, p_key, p_words, p_score, i_from, room, keys,
+    p_q, p_k, p_tokens, p_lo, p_hi, p_blocks, p_spans, p_places, p_key, p_words, p_score, i_from, room, keys,
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     SUM: tl.constexpr, WORDS: tl.constexpr, TOP: tl.constexpr, TILES: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Ordered scores [lists, BM, room * 16] int32 of the lists from i_from on; LEAST where a place is no candidate of a row.
 
-    At the top p_spans [blocks, 2] and p_lo, p_hi [N] say what the candidates are. Below: p_begin [lists + 1] int64, p_places
-    [lists], p_key [places], p_words [places, WORDS]: bit r of word w says that the place is a candidate of row 32 * w + r.
-    Grid: (lists, TILES tiles of places each).
+    At the top p_spans [blocks, 2] and p_lo, p_hi [N] say what the candidates are. Below: p_places [lists], p_key
+    [lists, room * 16], p_words [lists, room * 16, WORDS]: bit r of word w says that the place is a candidate of row 32 * w + r.
+    p_tokens [N] int64: where the queries stand in p_q. Grid: (lists, TILES tiles of places each).
     """
-    i_list = i_from + tl.program_id(0)
+    i_slot = tl.program_id(0)
+    i_list = i_from + i_slot
     i_block, i_head = i_list // HKV, i_list % HKV
     if TOP:
         i_span, n = tl.load(p_spans + i_block * 2), tl.load(p_spans + i_block * 2 + 1)
     else:
-        n = tl.load(p_places + i_list)
-        i_begin = tl.load(p_begin + i_list)
-        p_key += i_begin
-        p_words += i_begin * WORDS
+        n = tl.load(p_places + i_slot)
+        p_key += i_slot.to(tl.int64) * (room * ROOM_UNIT)
+        p_words += i_slot.to(tl.int64) * (room * ROOM_UNIT) * WORDS
     i_first = tl.program_id(1) * (TILES * BN)
     if i_first < n:
-        i_sample, m_row, o_query, o_q = block_rows(p_blocks, i_block, i_head, H, HKV, D, BM, SUM)
+        i_sample, m_row, o_query, o_q = block_rows(p_blocks, p_tokens, i_block, i_head, H, HKV, D, BM, SUM)
         b_q = load_tile(p_q, o_q, m_row, D, BD)  # [BM, BD]
         p_k += i_sample.to(tl.int64) * keys * (HKV * D) + i_head * D
         o_row = tl.arange(0, BM)
-        o_score = (tl.program_id(0) * BM + o_row).to(tl.int64) * (room * ROOM_UNIT)
+        o_score = (i_slot * BM + o_row).to(tl.int64) * (room * ROOM_UNIT)
         if TOP:
             b_lo = tl.load(p_lo + o_query, mask=m_row, other=0)
             b_hi = tl.load(p_hi + o_query, mask=m_row, other=0)
@@ -135,10 +136,10 @@ def score_kernel(
 
 @kernel
 def bound_kernel(
-    p_score, p_budget, p_blocks, p_spans, p_places, p_bound, p_last, i_from, room,
+    p_score, p_budget, p_blocks, p_spans, p_places, p_bound, i_from, room,
     HKV: tl.constexpr, BM: tl.constexpr, PER: tl.constexpr, TOP: tl.constexpr, N: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Per row: scores over ``bound``, or equal to it and in a place up to ``last``, are taken; [lists, BM] int32 each.
+    """Per row: scores over a bound, or equal to it and in a place up to a last one, are taken; both p_bound [lists, BM, 2] int32.
 
     p_budget [N] by query. WHOLE: no row has more than N candidates, so that they stay in registers; else N after another.
     Grid: (lists, BM).
@@ -146,7 +147,7 @@ def bound_kernel(
     i_slot, i_row = tl.program_id(0), tl.program_id(1)
     i_list = i_from + i_slot
     i_block = i_list // HKV
-    n = tl.load(p_spans + i_block * 2 + 1) if TOP else tl.load(p_places + i_list)
+    n = tl.load(p_spans + i_block * 2 + 1) if TOP else tl.load(p_places + i_slot)
     i_query = tl.load(p_blocks + i_block * 3) + i_row // PER
     m_row = i_query < tl.load(p_blocks + i_block * 3 + 1)
     n = tl.where(m_row, n, 0)
@@ -174,139 +175,139 @@ def bound_kernel(
             m_taken = (b_equal > 0) & (b_rank <= wanted)
             i_last = tl.maximum(i_last, tl.max(tl.where(m_taken, i + tl.arange(0, N), -1), 0))
             before += tl.sum(b_equal, 0)
-    tl.store(p_bound + i_slot * BM + i_row, bound)
-    tl.store(p_last + i_slot * BM + i_row, i_last)
+    tl.store(p_bound + (i_slot * BM + i_row) * 2, bound)
+    tl.store(p_bound + (i_slot * BM + i_row) * 2 + 1, i_last)
+
+
+@triton.jit
+def _taken(p_score, o_score, b_bound, b_last, o_place, n):
+    """Which rows take the candidates in some places: int32 [BM, BN], zeros and ones."""
+    b_s = tl.load(p_score + o_score[:, None] + o_place[None, :], mask=(o_place < n)[None, :], other=LEAST)
+    m_equal = (b_s == b_bound[:, None]) & (o_place[None, :] <= b_last[:, None])
+    return ((b_s > LEAST) & ((b_s > b_bound[:, None]) | m_equal)).to(tl.int32)
+
+
+@triton.jit
+def _word(b_taken, o_row, w: tl.constexpr):
+    """Bits of the rows 32 * w .. of each place: int32 [BN]."""
+    return tl.reduce(tl.where((o_row // 32 == w)[:, None], b_taken << (o_row % 32)[:, None], 0), 0, any_bit)
+
+
+@triton.jit
+def _list_open(p_key, p_words, i_open, opened, o_row, b_lo, b_hi, BN: tl.constexpr, WORDS: tl.constexpr):
+    """List the ``opened`` gists from i_open on as candidates of the rows whose ranges [b_lo, b_hi) hold them."""
+    for i in range(0, opened, BN):
+        o_open = i + tl.arange(0, BN)
+        m_open = o_open < opened
+        b_seen = in_range((i_open + o_open)[None, :], b_lo[:, None], b_hi[:, None]).to(tl.int32)  # [BM, BN]
+        tl.store(p_key + o_open, i_open + o_open, mask=m_open)
+        for w in tl.static_range(WORDS):
+            tl.store(p_words + o_open * WORDS + w, _word(b_seen, o_row, w), mask=m_open)
+
+
+@triton.jit
+def _add_children(p_words, o_first, b_width, b_taken, o_row, WORDS: tl.constexpr):
+    """Add to the words of b_width children each, from place o_first on, the rows that took the parent; no child has two."""
+    for w in tl.static_range(WORDS):
+        b_word = _word(b_taken, o_row, w)
+        for j in range(0, tl.max(b_width, 0)):
+            m_child = j < b_width
+            p_word = p_words + (o_first + j) * WORDS + w
+            tl.store(p_word, tl.load(p_word, mask=m_child, other=0) | b_word, mask=m_child)
+
+
+@triton.jit
+def _list_children(p_key, p_words, o_to, b_child, b_width, b_taken, o_row, WORDS: tl.constexpr):
+    """List b_width children each, from row b_child on, at places o_to: candidates of the rows that took the parent."""
+    for j in range(0, tl.max(b_width, 0)):
+        tl.store(p_key + o_to + j, b_child + j, mask=j < b_width)
+    for w in tl.static_range(WORDS):
+        b_word = _word(b_taken, o_row, w)
+        for j in range(0, tl.max(b_width, 0)):
+            tl.store(p_words + (o_to + j) * WORDS + w, b_word, mask=j < b_width)
 
 
 @kernel
-def mark_kernel(
-    p_score, p_bound, p_last, p_spans, p_next_spans, p_begin, p_places, p_key, p_child_lo, p_child_hi, p_blocks,
-    p_taken, p_count, p_next_places, i_from, room, tokens,
-    HKV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, WORDS: tl.constexpr, TOP: tl.constexpr, BOTTOM: tl.constexpr,
+def take_kernel(
+    p_score, p_bound, p_spans, p_next_spans, p_next_lo, p_next_hi, p_places, p_key, p_child_lo, p_child_hi, p_blocks,
+    p_first, p_row, p_bits, p_count, p_new_places, p_new_key, p_new_words, i_from, room, next_room, tokens, lists,
+    HKV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PER: tl.constexpr, WORDS: tl.constexpr,
+    S: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
-    """Which rows take each candidate: p_taken int32 [places, WORDS] (at the top [lists, room * 16, WORDS]).
+    """The list of each block and KV head at level segment S: rows p_row, queries as bits p_bits, from p_first [L, lists] on.
 
-    And per list p_count: candidates that any row takes; p_next_places: places of the level below (p_next_spans: those of its open
-    gists), or at the bottom places of the chunks, each a gist and the raw tokens behind it. Grid: (lists,).
+    p_count [2 * L + 2, lists] gets how many, and the sum of their bits; at the bottom the places of the chunks, a gist and the
+    raw tokens behind it each. Above it the candidates of the next level: how many, p_new_places [lists of the slice]; p_new_key
+    and p_new_words as in :func:`score_kernel`. p_next_lo, p_next_hi [N], p_next_spans: its open gists. Grid: (lists,).
     """
+    TOP: tl.constexpr = S == 0
+    BOTTOM: tl.constexpr = S == L - 1
     i_slot = tl.program_id(0)
     i_list = i_from + i_slot
     i_block = i_list // HKV
     if TOP:
         i_span, n = tl.load(p_spans + i_block * 2), tl.load(p_spans + i_block * 2 + 1)
-        p_taken += i_list.to(tl.int64) * (room * ROOM_UNIT) * WORDS
     else:
-        n = tl.load(p_places + i_list)
-        i_begin = tl.load(p_begin + i_list)
-        p_key += i_begin
-        p_taken += i_begin * WORDS
+        n = tl.load(p_places + i_slot)
+        p_key += i_slot.to(tl.int64) * (room * ROOM_UNIT)
+    i_query = tl.load(p_blocks + i_block * 3)
     i_sample = tl.load(p_blocks + i_block * 3 + 2).to(tl.int64)
     p_child_lo += i_sample * tokens
     p_child_hi += i_sample * tokens
+    i_first = tl.load(p_first + S * lists + i_list)
+    p_row += i_first
+    p_bits += i_first
     o_row = tl.arange(0, BM)
-    b_bound = tl.load(p_bound + i_slot * BM + o_row)
-    b_last = tl.load(p_last + i_slot * BM + o_row)
+    o_bit = tl.minimum(o_row // PER, 31)  # beyond: rows that no query has, which take nothing
+    b_bound = tl.load(p_bound + (i_slot * BM + o_row) * 2)
+    b_last = tl.load(p_bound + (i_slot * BM + o_row) * 2 + 1)
     o_score = (i_slot * BM + o_row).to(tl.int64) * (room * ROOM_UNIT)
-    count, places = 0, 0
-    for i in range(0, n, BN):
-        o_place = i + tl.arange(0, BN)
-        m_place = o_place < n
-        b_s = tl.load(p_score + o_score[:, None] + o_place[None, :], mask=m_place[None, :], other=LEAST)  # [BM, BN]
-        m_equal = (b_s == b_bound[:, None]) & (o_place[None, :] <= b_last[:, None])
-        b_taken = ((b_s > LEAST) & ((b_s > b_bound[:, None]) | m_equal)).to(tl.int32)
-        for w in tl.static_range(WORDS):
-            b_word = tl.where((o_row // 32 == w)[:, None], b_taken << (o_row % 32)[:, None], 0)
-            tl.store(p_taken + o_place * WORDS + w, tl.reduce(b_word, 0, any_bit), mask=m_place)
-        m_any = tl.max(b_taken, 0) > 0
-        o_key = i_span + o_place if TOP else tl.load(p_key + o_place, mask=m_any, other=0)
-        b_width = tl.load(p_child_hi + o_key, mask=m_any, other=0) - tl.load(p_child_lo + o_key, mask=m_any, other=0)
-        count += tl.sum(m_any.to(tl.int32), 0)
-        places += tl.sum(b_width, 0)
-    places += count if BOTTOM else tl.load(p_next_spans + i_block * 2 + 1)
-    tl.store(p_count + i_list, count)
-    tl.store(p_next_places + i_list, places)
-
-
-@triton.jit
-def _query_bits(p_taken, o_place, m_place, BM: tl.constexpr, WORDS: tl.constexpr, PER: tl.constexpr):
-    """Bits of the queries any of whose rows took each place: int32 [BN]; queries beyond the block's have no bits."""
-    b_bits = tl.zeros([o_place.shape[0]], tl.int32)
-    for w in tl.static_range(WORDS):
-        b_word = tl.load(p_taken + o_place * WORDS + w, mask=m_place, other=0)
-        for r in tl.static_range(32):
-            if w * 32 + r < BM and (w * 32 + r) // PER < 32:
-                b_bits |= ((b_word >> r) & 1) << ((w * 32 + r) // PER)
-    return b_bits
-
-
-@kernel
-def list_kernel(
-    p_taken, p_lo, p_hi, p_blocks, p_spans, p_next_spans, p_begin, p_places, p_key, p_child_lo, p_child_hi,
-    p_new_first, p_new_begin, p_new_row, p_new_bits, p_new_takers, p_new_owner, p_new_place, p_new_key, p_new_words, room, tokens,
-    HKV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PER: tl.constexpr, WORDS: tl.constexpr,
-    TOP: tl.constexpr, BOTTOM: tl.constexpr,
-):  # fmt: skip
-    """The list of each block and KV head, from p_new_first [lists + 1] on: rows, queries as bits, their number, list, places.
-
-    Below which there is a level, also its candidates from p_new_begin [lists + 1] on: p_new_key [places], p_new_words
-    [places, WORDS]; p_lo, p_hi [N] are then the ranges of that level's open gists. Grid: (lists,).
-    """
-    i_list = tl.program_id(0)
-    i_block = i_list // HKV
-    if TOP:
-        i_span, n = tl.load(p_spans + i_block * 2), tl.load(p_spans + i_block * 2 + 1)
-        p_taken += i_list.to(tl.int64) * (room * ROOM_UNIT) * WORDS
-    else:
-        n = tl.load(p_places + i_list)
-        i_begin = tl.load(p_begin + i_list)
-        p_key += i_begin
-        p_taken += i_begin * WORDS
-    i_first = tl.load(p_blocks + i_block * 3)
-    i_sample = tl.load(p_blocks + i_block * 3 + 2).to(tl.int64)
-    p_child_lo += i_sample * tokens
-    p_child_hi += i_sample * tokens
-    i_new, i_place = tl.load(p_new_first + i_list), 0
+    i_open, opened = 0, 0
     if not BOTTOM:
-        i_to = tl.load(p_new_begin + i_list)
-        p_new_key += i_to
-        p_new_words += i_to * WORDS
+        i_open, opened = tl.load(p_next_spans + i_block * 2), tl.load(p_next_spans + i_block * 2 + 1)
+        i_open = tl.where(opened > 0, i_open, MOST)
+        p_new_key += i_slot.to(tl.int64) * (next_room * ROOM_UNIT)
+        p_new_words += i_slot.to(tl.int64) * (next_room * ROOM_UNIT) * WORDS
+    count, places, i_across = 0, 0, n  # i_across: from there on, children are among the open gists
+    takers = tl.zeros([BN], tl.int32)
     for i in range(0, n, BN):
         o_place = i + tl.arange(0, BN)
-        m_place = o_place < n
-        b_bits = _query_bits(p_taken, o_place, m_place, BM, WORDS, PER)  # [BN]
+        b_taken = _taken(p_score, o_score, b_bound, b_last, o_place, n)  # [BM, BN]
+        b_bits = tl.reduce(b_taken << o_bit[:, None], 0, any_bit)  # [BN]
         m_any = b_bits != 0
-        o_new = i_new + tl.cumsum(m_any.to(tl.int32), 0) - 1
+        b_any = m_any.to(tl.int32)
         o_key = i_span + o_place if TOP else tl.load(p_key + o_place, mask=m_any, other=0)
+        o_new = count + tl.cumsum(b_any, 0) - 1
+        tl.store(p_row + o_new, o_key, mask=m_any)
+        tl.store(p_bits + o_new, b_bits, mask=m_any)
+        count += tl.sum(b_any, 0)
+        takers += count_bits(b_bits)
         b_child = tl.load(p_child_lo + o_key, mask=m_any, other=0)
-        b_width = tl.load(p_child_hi + o_key, mask=m_any, other=0) - b_child + (1 if BOTTOM else 0)
-        b_width = tl.where(m_any, b_width, 0)
-        o_to = i_place + tl.cumsum(b_width, 0) - b_width
-        tl.store(p_new_row + o_new, o_key, mask=m_any)
-        tl.store(p_new_bits + o_new, b_bits, mask=m_any)
-        tl.store(p_new_takers + o_new, count_bits(b_bits), mask=m_any)
-        tl.store(p_new_owner + o_new, i_list, mask=m_any)
-        tl.store(p_new_place + o_new, o_to, mask=m_any)
-        if not BOTTOM:
-            for j in range(0, tl.max(b_width, 0)):
-                m_child = j < b_width
-                tl.store(p_new_key + o_to + j, b_child + j, mask=m_child)
-                for w in tl.static_range(WORDS):
-                    b_word = tl.load(p_taken + o_place * WORDS + w, mask=m_child, other=0)
-                    tl.store(p_new_words + (o_to + j) * WORDS + w, b_word, mask=m_child)
-        i_new += tl.sum(m_any.to(tl.int32), 0)
-        i_place += tl.sum(b_width, 0)
-    if not BOTTOM:
-        o_row = tl.arange(0, BM)
-        o_query = i_first + o_row // PER
-        m_row = o_query < tl.load(p_blocks + i_block * 3 + 1)
-        b_lo = tl.load(p_lo + o_query, mask=m_row, other=0)
-        b_hi = tl.load(p_hi + o_query, mask=m_row, other=0)
-        i_open, open_gists = tl.load(p_next_spans + i_block * 2), tl.load(p_next_spans + i_block * 2 + 1)
-        for i in range(0, open_gists, BN):
-            o_open = i + tl.arange(0, BN)
-            m_open = o_open < open_gists
-            b_seen = in_range((i_open + o_open)[None, :], b_lo[:, None], b_hi[:, None]).to(tl.int32)  # [BM, BN]
-            tl.store(p_new_key + i_place + o_open, i_open + o_open, mask=m_open)
-            for w in tl.static_range(WORDS):
-                b_word = tl.where((o_row // 32 == w)[:, None], b_seen << (o_row % 32)[:, None], 0)
-                tl.store(p_new_words + (i_place + o_open) * WORDS + w, tl.reduce(b_word, 0, any_bit), mask=m_open)
+        b_end = tl.load(p_child_hi + o_key, mask=m_any, other=0)
+        if BOTTOM:
+            places += tl.sum(b_end - b_child + b_any, 0)
+        else:
+            b_width = tl.maximum(tl.minimum(b_end, i_open) - b_child, 0)
+            if tl.max(b_end, 0) > i_open:
+                i_across = tl.minimum(i_across, i)
+            o_to = places + tl.cumsum(b_width, 0) - b_width
+            _list_children(p_new_key, p_new_words, o_to, b_child, b_width, b_taken, o_row, WORDS)
+            places += tl.sum(b_width, 0)
+    tl.store(p_count + S * lists + i_list, count)
+    tl.store(p_count + (L + 2 + S) * lists + i_list, tl.sum(takers, 0))
+    if BOTTOM:
+        tl.store(p_count + L * lists + i_list, places)
+    else:
+        tl.store(p_new_places + i_slot, places + opened)
+        m_row = i_query + o_row // PER < tl.load(p_blocks + i_block * 3 + 1)
+        b_lo = tl.load(p_next_lo + i_query + o_row // PER, mask=m_row, other=0)
+        b_hi = tl.load(p_next_hi + i_query + o_row // PER, mask=m_row, other=0)
+        _list_open(p_new_key + places, p_new_words + places * WORDS, i_open, opened, o_row, b_lo, b_hi, BN, WORDS)
+        tl.debug_barrier()
+        for i in range(i_across, n, BN):  # few, if any: what is open to one query is another one's child
+            b_taken = _taken(p_score, o_score, b_bound, b_last, i + tl.arange(0, BN), n)
+            m_any = tl.max(b_taken, 0) > 0
+            o_key = i_span + i + tl.arange(0, BN) if TOP else tl.load(p_key + i + tl.arange(0, BN), mask=m_any, other=0)
+            b_child = tl.maximum(tl.load(p_child_lo + o_key, mask=m_any, other=0), i_open)
+            b_width = tl.load(p_child_hi + o_key, mask=m_any, other=0) - b_child
+            _add_children(p_new_words + places * WORDS, b_child - i_open, b_width, b_taken, o_row, WORDS)

@@ -20,15 +20,20 @@ from unfold.kernels.select.kernels import any_bit, count_bits
 
 
 @triton.jit
-def block_rows(p_blocks, i_block, i_head, queries, H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BM: tl.constexpr):
-    """Of a block: sample; per row: exists, query, number within the block, offset in [N, H, D], offset in [HKV, N * G]."""
+def block_rows(
+    p_blocks, p_tokens, i_block, i_head, queries, H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BM: tl.constexpr
+):  # fmt: skip
+    """Of a block: sample; per row: exists, query, number within the block, offset in [.., H, D], offset in [HKV, N * G].
+
+    p_tokens [N] int64 says where the queries stand in [.., H, D].
+    """
     G: tl.constexpr = H // HKV
     i_first, i_last = tl.load(p_blocks + i_block * 3), tl.load(p_blocks + i_block * 3 + 1)
     o_row = tl.arange(0, BM)
     o_bit = tl.minimum(o_row // G, 31)  # beyond: no query of the block, and a shift by 32 is undefined
     m_row = o_row < (i_last - i_first) * G
     o_query = i_first + o_row // G
-    o_q = o_query.to(tl.int64) * (H * D) + (i_head * G + o_row % G) * D
+    o_q = tl.load(p_tokens + o_query, mask=m_row, other=0) * (H * D) + (i_head * G + o_row % G) * D
     o_stat = (i_head.to(tl.int64) * queries + i_first) * G + o_row
     return tl.load(p_blocks + i_block * 3 + 2), m_row, o_query, o_bit, o_q, o_stat
 
@@ -74,16 +79,18 @@ def listed_tile(p_key, p_bits, i, n, o_bit, BN: tl.constexpr):
 
 @kernel
 def place_kernel(
-    p_first, p_start, p_row, p_bits, p_place, p_lo, p_blocks, p_child_lo, p_child_hi, p_key, p_seen, p_unfolded, queries, tokens,
+    p_first, p_count, p_start, p_row, p_bits, p_lo, p_blocks, p_child_lo, p_child_hi, p_key, p_seen,
+    i_from, queries, tokens, lists,
     HKV: tl.constexpr, L: tl.constexpr, SIZE: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Key and bits of every place of the chunks: p_key, p_seen [places] int32; per list how many raw tokens its queries unfold.
 
     The raw tokens of a chunk that lies in a query's window count there: they lose that query's bit (a chunk lies in a window
-    entirely or not at all). p_first [lists + 1] of level 0; p_start [lists + 1]; p_lo: [N], where the windows begin.
-    Grid: (lists,).
+    entirely or not at all). p_first, p_count, p_start: of kernels.select.blocks.BlockLists; p_lo: where the windows begin.
+    Grid: (lists of the blocks from i_from on,).
     """
-    i_list = tl.program_id(0)
+    i_base = i_from * HKV
+    i_list = i_base + tl.program_id(0)
     i_block = i_list // HKV
     i_query, i_end = tl.load(p_blocks + i_block * 3), tl.load(p_blocks + i_block * 3 + 1)
     i_sample = tl.load(p_blocks + i_block * 3 + 2).to(tl.int64)
@@ -93,19 +100,24 @@ def place_kernel(
     o_bit = tl.arange(0, BQ)
     b_window = tl.load(p_lo + i_query + o_bit, mask=i_query + o_bit < i_end, other=2147483647)  # [BQ]
     i_window = tl.min(b_window, 0)
-    i_first, i_last = tl.load(p_first + i_list), tl.load(p_first + i_list + 1)
-    i_start = tl.load(p_start + i_list)
+    i_first = tl.load(p_first + (L - 1) * lists + i_list)
+    p_row += i_first
+    p_bits += i_first
+    items = tl.load(p_count + (L - 1) * lists + i_list)
+    i_start = tl.load(p_start + i_list) - tl.load(p_start + i_base)
     p_key += i_start
     p_seen += i_start
     unfolded = tl.zeros([BN], tl.int32)
-    for i in range(i_first, i_last, BN):
+    places = 0
+    for i in range(0, items, BN):
         o_item = i + tl.arange(0, BN)
-        m_item = o_item < i_last
+        m_item = o_item < items
         o_gist = tl.load(p_row + o_item, mask=m_item, other=0)
         b_bits = tl.load(p_bits + o_item, mask=m_item, other=0)
-        o_place = tl.load(p_place + o_item, mask=m_item, other=0)
         b_child = tl.load(p_child_lo + o_gist, mask=m_item, other=0)
         b_width = tl.load(p_child_hi + o_gist, mask=m_item, other=0) - b_child
+        b_taken = b_width + m_item.to(tl.int32)
+        o_place = places + tl.cumsum(b_taken, 0) - b_taken
         tl.store(p_key + o_place, o_gist, mask=m_item)
         tl.store(p_seen + o_place, b_bits, mask=m_item)
         if tl.max(b_child + b_width, 0) > i_window:  # few lists reach into a window
@@ -116,4 +128,5 @@ def place_kernel(
             m_child = j < b_width
             tl.store(p_key + o_place + 1 + j, b_child + j, mask=m_child)
             tl.store(p_seen + o_place + 1 + j, b_bits, mask=m_child)
-    tl.store(p_unfolded + i_list, tl.sum(unfolded, 0))
+        places += tl.sum(b_taken, 0)
+    tl.store(p_count + (L + 1) * lists + i_list, tl.sum(unfolded, 0))

@@ -8,18 +8,17 @@ from unfold.kernels.unfold.common import block_rows, listed_tile, near_spans, ne
 
 @kernel
 def unfold_kernel(
-    p_q, p_k, p_v, p_out, p_shift, p_factor, p_lo, p_hi, p_blocks, p_first, p_row, p_bits, p_start, p_key, p_seen,
-    scale, queries, keys, tokens,
+    p_q, p_k, p_v, p_out, p_shift, p_factor, p_tokens, p_lo, p_hi, p_blocks, p_first, p_count, p_row, p_bits, p_start, p_key,
+    p_seen, scale, i_from, queries, keys, lists,
     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, L: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """out [N, H, D] and, for backward, each row's shift and factor [HKV, N * G] as in compressed attention.
+    """out [.., H, D] at p_tokens and, for backward, each row's shift and factor [HKV, N * G] as in compressed attention.
 
-    Grid: (blocks, HKV).
+    Grid: (blocks from i_from on, HKV).
     """
-    blocks = tl.num_programs(0)
-    i_block, i_head = blocks - 1 - tl.program_id(0), tl.program_id(1)  # the last queries select most: begin with them
-    i_sample, m_row, o_query, o_bit, o_q, o_stat = block_rows(p_blocks, i_block, i_head, queries, H, HKV, D, BM)
+    i_block, i_head = i_from + tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)  # the last select most: they begin
+    i_sample, m_row, o_query, o_bit, o_q, o_stat = block_rows(p_blocks, p_tokens, i_block, i_head, queries, H, HKV, D, BM)
     b_q = load_tile(p_q, o_q, m_row, D, BD)
     stride: tl.constexpr = HKV * D
     o_head = i_sample.to(tl.int64) * keys * stride + i_head * D
@@ -38,15 +37,15 @@ def unfold_kernel(
         b_v = load_tile(p_v, o_key.to(tl.int64) * stride, o_key >= 0, D, BD)
         b_out, b_max, b_sum = softmax_step(b_out, b_max, b_sum, b_q, b_k, b_v, m_seen, scale, True, UPCAST)
     for s in tl.static_range(L - 1):
-        i_first = tl.load(p_first + s * (blocks * HKV + 1) + i_list)
-        items = (tl.load(p_first + s * (blocks * HKV + 1) + i_list + 1) - i_first).to(tl.int32)
+        i_first = tl.load(p_first + s * lists + i_list)
+        items = tl.load(p_count + s * lists + i_list)
         for i in range(0, items, BN):
             o_key, m_seen = listed_tile(p_row + i_first, p_bits + i_first, i, items, o_bit, BN)
             b_k = load_tile(p_k, o_key.to(tl.int64) * stride, o_key >= 0, D, BD)
             b_v = load_tile(p_v, o_key.to(tl.int64) * stride, o_key >= 0, D, BD)
             b_out, b_max, b_sum = softmax_step(b_out, b_max, b_sum, b_q, b_k, b_v, m_seen, scale, True, UPCAST)
-    i_start = tl.load(p_start + i_list)
-    places = (tl.load(p_start + i_list + 1) - i_start).to(tl.int32)
+    i_start = tl.load(p_start + i_list) - tl.load(p_start + i_from * HKV)
+    places = tl.load(p_count + L * lists + i_list)
     for i in range(0, places, BN):
         o_key, m_seen = listed_tile(p_key + i_start, p_seen + i_start, i, places, o_bit, BN)
         b_k = load_tile(p_k, o_key.to(tl.int64) * stride, o_key >= 0, D, BD)

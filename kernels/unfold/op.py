@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from unfold.kernels.common.backend import check_backend, default_backend
 from unfold.kernels.compressed import compressed_attention
+from unfold.kernels.compressed.op import check_arguments
 from unfold.kernels.select import Selection, SelectRule, select_gists
 from unfold.kernels.select.blocks import BlockLists
 from unfold.kernels.select.op import check_queries
@@ -40,6 +42,34 @@ class RecallStats:
 
     unfolded: Tensor
     selected: Tensor
+
+
+@dataclass(frozen=True)
+class ListStats:
+    """The same as kernels count it, list by list: added up when it is asked for, not in every layer.
+
+    Attributes:
+        count: [2 * L + 2, lists] int32, of :class:`unfold.kernels.select.blocks.BlockLists`.
+        owners: recalling queries times KV heads.
+    """
+
+    count: Tensor
+    owners: int
+
+    @property
+    def unfolded(self) -> Tensor:
+        return self.sums([self])[0]
+
+    @property
+    def selected(self) -> Tensor:
+        return self.sums([self])[1]
+
+    @staticmethod
+    def sums(layers: Sequence[ListStats]) -> tuple[Tensor, Tensor]:
+        """Both, summed over layers of one micro-batch, by as many operations for many as for one."""
+        counts = torch.stack([layer.count for layer in layers]).sum((0, 2)).double() / layers[0].owners  # [2 * L + 2]
+        levels = len(counts) // 2 - 1
+        return counts[levels + 1].float(), counts[levels + 2 :].flip(0).float()
 
 
 def unfold_attention(
@@ -93,7 +123,7 @@ def recall_attention(
     *,
     scale: float | None = None,
     backend: str | None = None,
-) -> tuple[Tensor, RecallStats]:
+) -> tuple[Tensor, RecallStats | ListStats]:
     """A layer's attention where some raw tokens recall: those unfold, all others see what the compressed mask shows.
 
     Args:
@@ -110,6 +140,12 @@ def recall_attention(
     Raises:
         ValueError: a shape, dtype, device or backend that does not fit, naming the argument.
     """
+    if tree.queries and (backend or default_backend("recall", q.device.type)) == "triton":
+        check_arguments(q, k, v, tree.others)
+        from unfold.kernels.unfold.triton import recall_layer_triton
+
+        out, lists = recall_layer_triton(q, k, v, tree, rule, 1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+        return out, list_stats(tree, lists)
     out = compressed_attention(q, k, v, tree.others, scale=scale, backend=backend)
     if tree.queries == 0:
         return out, RecallStats(torch.zeros((), device=q.device), torch.zeros(tree.levels, device=q.device))
@@ -120,7 +156,7 @@ def recall_attention(
 
 def recall_queries(
     q: Tensor, k: Tensor, v: Tensor, tree: GistTree, rule: SelectRule, *, scale: float | None = None, backend: str | None = None
-) -> tuple[Tensor, RecallStats]:
+) -> tuple[Tensor, RecallStats | ListStats]:
     """The two steps of recall for the recalling queries alone, at least one: arguments as for :func:`select_gists`.
 
     Where both run in Triton, the second takes the lists of the first as they are, and no entry is ever sorted.
@@ -133,8 +169,8 @@ def recall_queries(
     if backend == "triton":
         from unfold.kernels.unfold.triton import recall_queries_triton
 
-        found = recall_queries_triton(q, k, v, tree, rule, 1 / math.sqrt(q.shape[-1]) if scale is None else scale)
-        return found[0], list_stats(tree, *found[1:])
+        out, lists = recall_queries_triton(q, k, v, tree, rule, 1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+        return out, list_stats(tree, lists)
     selection = select_gists(q, k, tree, rule, scale=scale, backend=backend)
     return unfold_attention(q, k, v, tree, selection, scale=scale, backend=backend), recall_stats(tree, selection)
 
@@ -154,8 +190,6 @@ def recall_stats(tree: GistTree, selection: Selection) -> RecallStats:
     return RecallStats(unfolded.float(), selected)
 
 
-def list_stats(tree: GistTree, lists: BlockLists, unfolded: Tensor) -> RecallStats:
-    """The same from lists of blocks, of which the kernels have counted both. unfolded: [lists] int32."""
-    owners = tree.queries * lists.kv_heads
-    selected = torch.stack([lists.takers[lists.items(s)].sum() for s in reversed(range(tree.levels))])
-    return RecallStats(unfolded.sum().float() / owners, selected.float() / owners)
+def list_stats(tree: GistTree, lists: BlockLists) -> ListStats:
+    """The same from lists of blocks that were unfolded."""
+    return ListStats(lists.count, tree.queries * lists.kv_heads)

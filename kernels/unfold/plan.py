@@ -1,17 +1,24 @@
 """What the Triton kernels of unfolding work through once per micro-batch, by vectorised tensor operations.
 
-The keys of windows and sinks against the queries that see them, in the tables of compressed attention; what every layer derives
-from its own selection is in turn.py.
+The keys of windows and sinks against the queries that see them, in the tables of compressed attention; groups of gists above
+level 0 against the blocks of queries that may select them. What every layer derives from its own selection is in turn.py.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from unfold.kernels.compressed.plan import SHORTEST_SPLIT, SPLITS, KeyItems, TokenSearch, key_items
+from unfold.kernels.compressed.plan import SHORTEST_SPLIT, SPLITS, KeyItems, TokenSearch, expand, key_items
 from unfold.kernels.intervals import Intervals
+from unfold.kernels.select.blocks import query_blocks
 from unfold.kernels.tree import GistTree
+
+# A group of gists above level 0 that many blocks may visit is cut into parts of at most this many, or of so many that the partial
+# sums hold no more numbers than d_k and d_v.
+SHORTEST_PART = 64
 
 
 def longest_chunk(tree: GistTree) -> int:
@@ -53,3 +60,85 @@ def _near_items(tree: GistTree, tile_keys: int) -> tuple[Tensor, Tensor, KeyItem
     chunk = max(SHORTEST_SPLIT, -(-queries // SPLITS))
     items = key_items(flat, TokenSearch(flat), range(3 * batch), tile_keys, chunk, direct=True)
     return flat.lo[0], flat.hi[0], items
+
+
+@dataclass(frozen=True)
+class UpperParts:
+    """Groups of ``width`` neighbouring gists above level 0 against the blocks of queries before which any of them stands.
+
+    Attributes:
+        table: [n, 6] int32: sample, first key row, last + 1, first block, last + 1, slot of the partial sum or -1 (then the part
+            is all of its group). The longest come first.
+        sums: [m, 5] int32, groups with partial sums: sample, first key row, last + 1, first slot, number of slots.
+        slots: number of partial sums.
+        keys: rows that such gists stand in, of the sample that has most.
+    """
+
+    table: Tensor
+    sums: Tensor
+    slots: int
+    keys: int
+
+
+def upper_parts(tree: GistTree, size: int, width: int) -> UpperParts:
+    """For blocks of at most ``size`` queries; memoised."""
+    return tree.planned(("upper parts", size, width), lambda whole: _upper_parts(whole, size, width))
+
+
+def _upper_parts(tree: GistTree, size: int, width: int) -> UpperParts:
+    blocks, above, device = query_blocks(tree, size), tree.levels - 1, tree.device
+    keys = tree.others.segment_start[:, above].long()  # [B]
+    sample, number = expand(-(-keys // width))
+    first = number * width
+    last = torch.minimum(first + width, keys[sample])
+
+    # Whether the ranges of a block's queries, taken together, reach into the group.
+    lo, hi = tree.lo[:above].long(), tree.hi[:above].long()
+    shape, index, none = (above, len(blocks.table)), blocks.of_query.expand_as(lo), hi <= lo
+    least = torch.full(shape, 2**31, device=device).scatter_reduce_(1, index, lo.masked_fill(none, 2**31), "amin")
+    most = torch.zeros(shape, dtype=torch.int64, device=device).scatter_reduce_(1, index, hi.masked_fill(none, 0), "amax")
+    meets = torch.zeros(len(sample), len(blocks.table), dtype=torch.bool, device=device)
+    for s in range(above):
+        meets |= (least[s] < last[:, None]) & (most[s] > first[:, None])
+    meets &= blocks.table[:, 2] == sample[:, None]
+    ordinal = torch.arange(1, len(blocks.table) + 1, device=device)
+    end = (meets * ordinal).amax(1)
+    begin = torch.where(meets, ordinal - 1, len(ordinal)).amin(1).minimum(end)
+
+    longest = max(SHORTEST_PART, -(-int((end - begin).sum()) * width // tree.others.rows.numel()))
+    parts = -(-(end - begin) // longest)  # none of a group that nobody may select
+    group, part = expand(parts)
+    start = begin[group] + part * longest
+    stop = torch.minimum(start + longest, end[group])
+    slots = parts * (parts > 1)
+    first_slot = slots.cumsum(0) - slots
+    slot = torch.where(parts[group] > 1, first_slot[group] + part, -1)
+    table = torch.stack([sample[group], first[group], last[group], start, stop, slot], 1)
+    order = torch.argsort(stop - start, descending=True, stable=True)
+    sums = torch.stack([sample, first, last, first_slot, parts], 1)[parts > 1]
+    return UpperParts(table[order].int().contiguous(), sums.int().contiguous(), int(slots.sum()), int(keys.max()))
+
+
+def level_0_gists(tree: GistTree) -> int:
+    """Level-0 gists of the sample that has most, at least one (memoised)."""
+    start = lambda whole: whole.others.segment_start[:, whole.levels - 1 : whole.levels + 1]
+    return tree.planned("level-0 gists", lambda whole: max(1, int(start(whole).diff(dim=1).amax())))
+
+
+def visible_copies(tree: GistTree) -> Tensor:
+    """[B, T] int32, the row of each token's sink copy that a recalling query sees, or -1; memoised."""
+    return tree.memo("sink copies that recalling queries see", lambda: _visible_copies(tree))
+
+
+def _visible_copies(tree: GistTree) -> Tensor:
+    rows, tokens, device = tree.others.rows, tree.others.tokens, tree.device
+    copies, sample = rows.shape[1] - tokens, tree.tokens // tokens
+    lo, hi = tree.lo[-1].long() - tokens, tree.hi[-1].long() - tokens
+    one = (hi > lo).int()
+    edges = torch.zeros(tree.others.batch * (copies + 1), dtype=torch.int32, device=device)
+    for bound, sign in ((lo, 1), (hi, -1)):
+        edges.index_add_(0, sample * (copies + 1) + bound.clamp(0, copies), one * sign)
+    visible = edges.view(-1, copies + 1).cumsum(1)[:, :copies] > 0
+    of_token = torch.full((tree.others.batch, tokens + 1), -1, dtype=torch.int32, device=device)
+    row = torch.arange(tokens, rows.shape[1], dtype=torch.int32, device=device).expand_as(visible)
+    return of_token.scatter_(1, rows[:, tokens:].masked_fill(~visible, tokens), row)[:, :tokens].contiguous()

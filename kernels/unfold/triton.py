@@ -1,4 +1,4 @@
-"""Unfolding on GPUs: launches the Triton kernels, forward and backward. Memory linear in what was selected, bit-equal runs.
+"""Unfolding on GPUs: launches the Triton kernels, forward and backward. Memory linear in what may be selected, bit-equal runs.
 
 Forward: a block of neighbouring queries runs one online softmax over its windows and the union of what its queries selected.
 Backward recomputes the weights: d_q block by block of queries; d_k and d_v in fp32 rows of the level-sorted buffer, which three
@@ -6,6 +6,8 @@ kernels fill one after another without atomics: windows and sinks, chunks, gists
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -25,16 +27,16 @@ from unfold.kernels.common.launch import (
 from unfold.kernels.common.saved import with_tensors, without_tensors
 from unfold.kernels.common.tiles import Tile
 from unfold.kernels.compressed import backward as ranges
-from unfold.kernels.compressed.plan import key_rows
-from unfold.kernels.compressed.triton import SUM_ROWS
+from unfold.kernels.compressed.plan import KeyItems
+from unfold.kernels.compressed.triton import SUM_ROWS, attend_sorted, compressed_tiles, gradients, sort_keys
 from unfold.kernels.select import triton as selecting
 from unfold.kernels.select.blocks import BlockLists, block_lists
 from unfold.kernels.select.selection import Selection, SelectRule
 from unfold.kernels.tree import GistTree
-from unfold.kernels.unfold import backward, common, forward
-from unfold.kernels.unfold.plan import longest_chunk, near_items
+from unfold.kernels.unfold import backward, common, forward, turn
+from unfold.kernels.unfold.plan import UpperParts, longest_chunk, near_items, upper_parts, visible_copies
 from unfold.kernels.unfold.tiles import LARGEST_TILE, LONGEST_CHUNK, UnfoldTiles, choose_unfold_tiles
-from unfold.kernels.unfold.turn import ITEMS, ChunkItems, Parts, Visits, turned_lists
+from unfold.kernels.unfold.turn import ITEMS, ChunkQueries, chunk_queries, spread_bits
 
 
 def unfold_attention_triton(
@@ -49,49 +51,59 @@ def unfold_attention_triton(
     if reason:
         raise ValueError(reason)
     tiles = tiles or tiles_for(q)
-    return unfold_lists(q, k, v, tree, block_lists(tree, selection, tiles.block(q.shape[1] // k.shape[2])), scale, tiles)[0]
+    return unfold_lists(q, k, v, tree, block_lists(tree, selection, tiles.block(q.shape[1] // k.shape[2])), scale, tiles)
 
 
 def unfold_lists(
     q: Tensor, k: Tensor, v: Tensor, tree: GistTree, lists: BlockLists, scale: float, tiles: UnfoldTiles | None = None
-) -> tuple[Tensor, Tensor]:
-    """The same from the lists that selection on a GPU makes, of blocks as ``tiles`` has them.
-
-    Returns:
-        [N, H, D], and [lists] int32: the raw tokens that the queries of each list unfold.
-    """
-    tiles = (tiles or tiles_for(q)).fit(q.shape[1] // k.shape[2], longest_chunk(tree))
-    unfolded = lists.row.new_empty(lists.first.shape[1] - 1)
-    return _UnfoldAttention.apply(q, k, v, tree, lists, scale, tiles, unfolded), unfolded
+) -> Tensor:
+    """The same from the lists that selection on a GPU makes, of blocks as ``tiles`` has them."""
+    return _UnfoldAttention.apply(q, k, v, tree, lists, scale, (tiles or tiles_for(q)).of(q, k, longest_chunk(tree)))
 
 
 def recall_queries_triton(
     q: Tensor, k: Tensor, v: Tensor, tree: GistTree, rule: SelectRule, scale: float
-) -> tuple[Tensor, BlockLists, Tensor]:
-    """Select, then unfold: [N, H, D], what was selected, and the raw tokens that each list unfolds.
+) -> tuple[Tensor, BlockLists]:
+    """Select, then unfold: [N, H, D], and what was selected.
 
     Raises:
         ValueError: what :func:`why_not` says, here or for selection.
     """
-    reason = why_not(q, k, tree) or selecting.why_not(q, k, rule)
-    if reason:
-        raise ValueError(reason)
+    check_recall(q, k, tree, rule)
     tiles = tiles_for(q)
     with torch.no_grad():
         lists = selecting.select_lists(q, k, tree, rule, tiles.block(q.shape[1] // k.shape[2]))
-    out, unfolded = unfold_lists(q, k, v, tree, lists, scale, tiles)
-    return out, lists, unfolded
+    return unfold_lists(q, k, v, tree, lists, scale, tiles), lists
+
+
+def recall_layer_triton(
+    q: Tensor, k: Tensor, v: Tensor, tree: GistTree, rule: SelectRule, scale: float
+) -> tuple[Tensor, BlockLists]:
+    """A layer's attention where some tokens recall, [B, T, H, D], and what was selected; arguments of ``recall_attention``.
+
+    Raises:
+        ValueError: what :func:`why_not` says, here or for selection.
+    """
+    check_recall(q, k, tree, rule)
+    found: list[BlockLists] = []
+    return _RecallAttention.apply(q, k, v, tree, rule, scale, found), found[0]
+
+
+def check_recall(q: Tensor, k: Tensor, tree: GistTree, rule: SelectRule) -> None:
+    reason = why_not(q, k, tree) or selecting.why_not(q, k, rule)
+    if reason:
+        raise ValueError(reason)
 
 
 def why_not(q: Tensor, k: Tensor, tree: GistTree) -> str | None:
-    """Why the Triton kernels do not serve this case, in words; None if they do. q: [N, H, D], k: [B, T, Hkv, D]."""
+    """Why the Triton kernels do not serve this case, in words; None if they do. q: [.., H, D], k: [B, T, Hkv, D]."""
     instead = "use backend='reference' or 'cpu'"
     if q.dtype not in DTYPES:
         return f"q: dtype {q.dtype}; backend 'triton' serves fp16, bf16 and fp32, {instead}"
-    if q.shape[2] not in HEAD_DIMS:
-        return f"q: head dimension {q.shape[2]} is not one of {HEAD_DIMS}; use one, or backend='reference'"
-    if q.shape[1] // k.shape[2] > LARGEST_TILE:
-        return f"q: {q.shape[1] // k.shape[2]} query heads per KV head, backend 'triton' serves {LARGEST_TILE}; {instead}"
+    if q.shape[-1] not in HEAD_DIMS:
+        return f"q: head dimension {q.shape[-1]} is not one of {HEAD_DIMS}; use one, or backend='reference'"
+    if q.shape[-2] // k.shape[2] > LARGEST_TILE:
+        return f"q: {q.shape[-2] // k.shape[2]} query heads per KV head, backend 'triton' serves {LARGEST_TILE}; {instead}"
     if longest_chunk(tree) > LONGEST_CHUNK:
         return f"tree: a chunk of {longest_chunk(tree)} tokens, backend 'triton' serves {LONGEST_CHUNK}; {instead}"
     return None
@@ -99,31 +111,21 @@ def why_not(q: Tensor, k: Tensor, tree: GistTree) -> str | None:
 
 def tiles_for(q: Tensor) -> UnfoldTiles:
     """Tiles for the device, head dimension and dtype of q."""
-    return choose_unfold_tiles(architecture(q), max(64, triton.next_power_of_2(q.shape[2])), q.element_size())
+    return choose_unfold_tiles(architecture(q), max(64, triton.next_power_of_2(q.shape[-1])), q.element_size())
 
 
 class _UnfoldAttention(torch.autograd.Function):
+    """The queries alone: [N, H, D]."""
+
     @staticmethod
-    def forward(
-        ctx, q: Tensor, k: Tensor, v: Tensor, tree: GistTree, lists: BlockLists, scale: float, tiles: UnfoldTiles,
-        unfolded: Tensor,
-    ) -> Tensor:  # fmt: skip
+    def forward(ctx, q, k, v, tree: GistTree, lists: BlockLists, scale: float, tiles: UnfoldTiles) -> Tensor:
         q, shape = q.contiguous(), k.shape
-        check_flat(lo=tree.lo, hi=tree.hi, child_lo=tree.child_lo, child_hi=tree.child_hi, first=lists.first, start=lists.start)
-        rows = key_rows(tree.others)
-        k, v = (x.reshape(-1, *x.shape[2:]).index_select(0, rows) for x in (k, v))  # [B * R, Hkv, D]
+        k, v = sort_keys(tree.others, k, v)
         out = torch.empty_like(q)
-        shift = torch.empty(k.shape[1], q.shape[0] * (q.shape[1] // k.shape[1]), dtype=torch.float32, device=q.device)
-        factor = torch.empty_like(shift) if q.dtype == torch.float32 else shift  # 16 bits need none
-        with on_device(q):
-            forward.unfold_kernel[len(lists.blocks.table), k.shape[1]](
-                q, k, v, out, shift, factor, tree.lo, tree.hi, lists.blocks.table, lists.first, lists.row, lists.bits,
-                lists.start, *_places(tree, lists, unfolded), scale * LOG2_E, *_lengths(tree),
-                **_sizes(q, k, tree), **launch_options(tiles.forward),
-            )  # fmt: skip
+        stats = _attend(q, selecting.every_query(tree), k, v, out, tree, lists, scale, tiles)
         # A checkpoint lets go of what is saved like this, and makes it again; the blocks are those of all layers.
         ctx.lists, chosen = without_tensors(lists)
-        ctx.save_for_backward(q, k, v, out, shift, factor, *chosen)
+        ctx.save_for_backward(q, k, v, out, *stats, *chosen)
         ctx.tree, ctx.scale, ctx.tiles, ctx.shape = tree, scale, tiles, shape
         return out
 
@@ -131,128 +133,164 @@ class _UnfoldAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_out: Tensor):
         q, k, v, out, shift, factor, *chosen = ctx.saved_tensors
-        tree, scale, tiles = ctx.tree, ctx.scale, ctx.tiles
+        tree, d_out, lists = ctx.tree, d_out.contiguous(), with_tensors(ctx.lists, chosen)
+        d_q, (d_k, d_v) = torch.empty_like(q), torch.empty(2, *ctx.shape, dtype=k.dtype, device=k.device).unbind()
+        at, stats = selecting.every_query(tree), (shift, factor)
+        _add_gradients(q, at, k, v, out, d_out, *stats, tree, lists, ctx.scale, ctx.tiles, d_q, d_k, d_v, add=False)
+        return d_q, d_k, d_v, None, None, None, None
+
+
+class _RecallAttention(torch.autograd.Function):
+    """A whole layer: keys are sorted once, and what recalls is read and written where it stands among the others' rows."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, tree: GistTree, rule: SelectRule, scale: float, found: list[BlockLists]) -> Tensor:
+        q, others = q.contiguous(), compressed_tiles(q)
+        tiles = tiles_for(q)
+        size, tiles = tiles.block(q.shape[-2] // k.shape[2]), tiles.of(q, k, longest_chunk(tree))
+        k, v = sort_keys(tree.others, k, v)
+        out, *stats = attend_sorted(q, k, v, tree.others, scale, others)
+        lists = selecting.select_sorted(q, tree.tokens, k, tree, rule, size)
+        found.append(lists)
+        stats += _attend(q, tree.tokens, k, v, out, tree, lists, scale, tiles)
+        ctx.lists, chosen = without_tensors(lists)
+        ctx.save_for_backward(q, k, v, out, *stats, *chosen)
+        ctx.tree, ctx.scale, ctx.tiles, ctx.others = tree, scale, tiles, others
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out: Tensor):
+        q, k, v, out, shift, factor, *others = ctx.saved_tensors
+        tree, d_out, (stats, chosen) = ctx.tree, d_out.contiguous(), (others[:2], others[2:])
+        d_q, d_k, d_v = gradients(q, k, v, out, d_out, shift, factor, tree.others, ctx.scale, ctx.others)
         lists = with_tensors(ctx.lists, chosen)
-        d_out = d_out.contiguous()
-        mean, d_q = torch.empty_like(shift), torch.empty_like(q)
-        with on_device(q):
-            backward.unfold_d_query_kernel[len(lists.blocks.table), k.shape[1]](
-                q, k, v, out, d_out, shift, factor, mean, d_q, tree.lo, tree.hi, lists.blocks.table, lists.first, lists.row,
-                lists.bits, lists.start, *_places(tree, lists), scale * LOG2_E, scale, *_lengths(tree),
-                **_sizes(q, k, tree), **launch_options(tiles.d_query),
+        _add_gradients(q, tree.tokens, k, v, out, d_out, *stats, tree, lists, ctx.scale, ctx.tiles, d_q, d_k, d_v, add=True)
+        return d_q, d_k, d_v, None, None, None, None
+
+
+def _attend(
+    q: Tensor, at: Tensor, k: Tensor, v: Tensor, out: Tensor, tree: GistTree, lists: BlockLists, scale: float, tiles: UnfoldTiles
+) -> tuple[Tensor, Tensor]:
+    """Fill the rows ``at`` [N] of out [.., H, D]; each row's shift and factor [Hkv, N * G] fp32. k, v: sorted by level."""
+    check_flat(lo=tree.lo, hi=tree.hi, child_lo=tree.child_lo, child_hi=tree.child_hi, first=lists.first, start=lists.start)
+    kv_heads = k.shape[1]
+    shift = torch.empty(kv_heads, tree.queries * (q.shape[-2] // kv_heads), dtype=torch.float32, device=q.device)
+    factor = torch.empty_like(shift) if q.dtype == torch.float32 else shift  # 16 bits need none
+    with on_device(q):
+        for first, last, places in _sliced(tree, lists):
+            forward.unfold_kernel[last - first, kv_heads](
+                q, k, v, out, shift, factor, at, tree.lo, tree.hi, lists.blocks.table, lists.first, lists.count, lists.row,
+                lists.bits, lists.start, *places, scale * LOG2_E, first, tree.queries, tree.others.rows.shape[1],
+                lists.first.shape[1], **_sizes(q, k, tree), **launch_options(tiles.forward),
             )  # fmt: skip
-            rows = _d_near(q, k, v, d_out, shift, factor, mean, tree, scale, tiles.near)
-            items, visits = turned_lists(tree, lists, tiles.chunks.keys, tiles.upper.keys)
-            _d_chunks(q, k, v, d_out, shift, factor, mean, rows, tree, lists, items, scale, tiles.chunks)
-            _d_upper(q, k, v, d_out, shift, factor, mean, rows, tree, lists, visits, scale, tiles.upper)
-        d_k, d_v = (_by_token(x, tree, ctx.shape).to(k.dtype) for x in rows)
-        return d_q, d_k, d_v, None, None, None, None, None
+    return shift, factor
 
 
-def _places(tree: GistTree, lists: BlockLists, unfolded: Tensor | None = None) -> Tensor:
-    """Key and bits of every place of the chunks, [2, places] int32. Made anew by each pass: kept, it would outweigh the layer.
+def _sliced(tree: GistTree, lists: BlockLists) -> Iterator[tuple[int, int, tuple[Tensor, Tensor]]]:
+    """Slices of blocks, first and last + 1, with key and bits of every place of the chunks, [places] int32 each.
 
-    ``unfolded`` [lists] int32 gets the raw tokens that the queries of each list unfold.
+    Made anew by each pass: kept, they would outweigh the layer.
     """
-    places = lists.row.new_empty(2, lists.places)
-    unfolded = lists.row.new_empty(lists.first.shape[1] - 1) if unfolded is None else unfolded
-    owners, size = len(unfolded), lists.blocks.size
-    common.place_kernel[(owners,)](
-        lists.first[-1], lists.start, lists.row, lists.bits, lists.place, tree.lo, lists.blocks.table, tree.child_lo,
-        tree.child_hi, *places, unfolded, tree.queries, tree.others.tokens, HKV=lists.kv_heads, L=tree.levels, SIZE=size,
-        BQ=triton.next_power_of_2(size), BN=ITEMS,
-    )  # fmt: skip
-    return places
+    most, size = max(places for *_, places in lists.slices), lists.blocks.size
+    places = tuple(torch.empty(most, dtype=torch.int32, device=lists.row.device) for _ in range(2))
+    for first, last, _ in lists.slices:
+        common.place_kernel[((last - first) * lists.kv_heads,)](
+            lists.first, lists.count, lists.start, lists.row, lists.bits, tree.lo, lists.blocks.table, tree.child_lo,
+            tree.child_hi, *places, first, tree.queries, tree.others.tokens, lists.first.shape[1], HKV=lists.kv_heads,
+            L=tree.levels, SIZE=size, BQ=triton.next_power_of_2(size), BN=ITEMS,
+        )  # fmt: skip
+        yield first, last, places
 
 
-def _d_near(q, k, v, d_out, shift, factor, mean, tree: GistTree, scale: float, tile: Tile) -> Tensor:
-    """d_k and d_v of windows and sinks, [2, B * R, Hkv, D] fp32; every row is written."""
-    lo, hi, items = near_items(tree, tile.keys)
-    heads, (keys, kv_heads, dim) = q.shape[1], k.shape
-    d_rows = torch.empty(2, keys, kv_heads, dim, dtype=torch.float32, device=q.device)
-    parts = torch.empty(2, items.slots, kv_heads, tile.keys, dim, dtype=torch.float32, device=q.device)
-    every = tree.others.memo("every row", lambda: torch.arange(keys, device=q.device))
-    block_dim = triton.next_power_of_2(dim)
-    nothing = d_rows[0, :0]  # sink copies are rows of their own here
-    ranges.d_key_kernel[len(items.items), kv_heads](
-        q, k, v, d_out, shift, factor, mean, lo, hi, items.items, every, lo, nothing, nothing, *d_rows, *parts,
-        scale * LOG2_E, scale, len(q), keys, H=heads, HKV=kv_heads, D=dim, BD=block_dim, S=len(lo), COPIES=False,
-        EXACT=q.dtype == torch.float32, UPCAST=INTERPRETED and q.dtype == torch.bfloat16, **launch_options(tile),
+def _add_gradients(
+    q, at, k, v, out, d_out, shift, factor, tree: GistTree, lists: BlockLists, scale: float, tiles: UnfoldTiles,
+    d_q: Tensor, d_k: Tensor, d_v: Tensor, *, add: bool,
+) -> None:  # fmt: skip
+    """Fill the rows ``at`` of d_q, and d_k, d_v [B, T, Hkv, D], or ``add`` to these: the gradients of :func:`_attend`."""
+    mean, kv_heads, lengths = torch.empty_like(shift), k.shape[1], tree.others.rows.shape[1]
+    stats = q, k, v, d_out, shift, factor, mean, at
+    near, queries = near_items(tree, tiles.near.keys), chunk_queries(tree, lists, tiles.chunks.keys)
+    upper = upper_parts(tree, lists.blocks.size, tiles.upper.keys)
+    new = lambda n, keys: torch.empty(2, n, keys, k.shape[2], dtype=torch.float32, device=q.device)
+    d_rows = new(len(k), kv_heads).unbind()
+    slots = (near[2].slots * kv_heads * tiles.near.keys, upper.slots * kv_heads * tiles.upper.keys)
+    parts = new(max(*slots, queries.slots * tiles.chunks.keys), 1).unbind()  # of each kind in turn
+    with on_device(q):
+        for first, last, places in _sliced(tree, lists):
+            backward.unfold_d_query_kernel[last - first, kv_heads](
+                q, k, v, out, d_out, shift, factor, mean, d_q, at, tree.lo, tree.hi, lists.blocks.table, lists.first,
+                lists.count, lists.row, lists.bits, lists.start, *places, scale * LOG2_E, scale, first, tree.queries, lengths,
+                lists.first.shape[1], **_sizes(q, k, tree), **launch_options(tiles.d_query),
+            )  # fmt: skip
+        _d_near(stats, d_rows, parts, tree, *near, scale, tiles.near)
+        _d_chunks(stats, d_rows, parts, tree, queries, scale, tiles.chunks)
+        if len(upper.table):
+            _d_upper(stats, d_rows, parts, tree, lists, upper, scale, tiles.upper)
+        tokens, (dim, block_dim) = tree.others.tokens, (k.shape[2], triton.next_power_of_2(k.shape[2]))
+        backward.by_token_kernel[triton.cdiv(tree.others.batch * tokens, SUM_ROWS), kv_heads](
+            *d_rows, tree.others.row_of, visible_copies(tree), d_k, d_v, tokens, lengths, tree.others.batch,
+            HKV=kv_heads, D=dim, BD=block_dim, BN=SUM_ROWS, ADD=add,
+        )  # fmt: skip
+
+
+def _d_near(stats: tuple, d_rows: tuple, parts: tuple, tree: GistTree, lo, hi, items: KeyItems, scale: float, tile: Tile) -> None:
+    """d_k and d_v of windows and sinks, two [B * R, Hkv, D] fp32; every row is written."""
+    q, k = stats[:2]
+    every = tree.others.memo("every row", lambda: torch.arange(len(k), device=q.device))
+    sizes = dict(HKV=k.shape[1], D=k.shape[2], BD=triton.next_power_of_2(k.shape[2]), COPIES=False)
+    nothing = parts  # sink copies are rows of their own here
+    ranges.d_key_kernel[len(items.items), k.shape[1]](
+        *stats, lo, hi, items.items, every, lo, *nothing, *d_rows, *parts, scale * LOG2_E, scale, tree.queries, len(k),
+        H=q.shape[-2], S=len(lo), APART=True, EXACT=q.dtype == torch.float32,
+        UPCAST=INTERPRETED and q.dtype == torch.bfloat16, **sizes, **launch_options(tile),
     )  # fmt: skip
     if len(items.sums):
-        ranges.sum_parts_kernel[len(items.sums), kv_heads, tile.keys // SUM_ROWS](
-            *parts, items.sums, every, lo, nothing, nothing, *d_rows, len(q), keys,
-            HKV=kv_heads, D=dim, BD=block_dim, BN=tile.keys, BR=SUM_ROWS, SINK=False, COPIES=False,
+        ranges.sum_parts_kernel[len(items.sums), k.shape[1], tile.keys // SUM_ROWS](
+            *parts, items.sums, every, lo, *nothing, *d_rows, tree.queries, len(k),
+            BN=tile.keys, BR=SUM_ROWS, SINK=False, **sizes,
         )  # fmt: skip
-    return d_rows
 
 
 def _d_chunks(
-    q, k, v, d_out, shift, factor, mean, d_rows, tree: GistTree, lists: BlockLists, items: ChunkItems, scale, tile: Tile
-) -> None:
-    """Add what chunks get from the queries that selected them to d_rows [2, B * R, Hkv, D]."""
-    if not items.queries:
-        return
-    query = torch.empty(items.queries, dtype=torch.int32, device=q.device)
-    count = len(items.bits)
-    backward.list_queries_kernel[(triton.cdiv(count, ITEMS),)](
-        items.bits, items.block, lists.blocks.table, items.end, query, count, SIZE=lists.blocks.size, BN=ITEMS
-    )
-    parts = _new_parts(q, items.parts, tile)
-    backward.chunk_d_key_kernel[(len(items.parts.table),)](
-        q, k, v, d_out, shift, factor, mean, tree.lo, items.parts.table, query, tree.child_lo, tree.child_hi, *d_rows, *parts,
-        scale * LOG2_E, scale, *_lengths(tree), **_sizes(q, k, tree), **launch_options(tile),
+    stats: tuple, d_rows: tuple, parts: tuple, tree: GistTree, queries: ChunkQueries, scale: float, tile: Tile
+) -> None:  # fmt: skip
+    """Add what chunks get from the queries that selected them to d_rows."""
+    q, k = stats[:2]
+    families = tree.others.segment_start, tree.child_lo, tree.child_hi
+    numbers = tree.others.batch, queries.groups, queries.slots, queries.most
+    lengths, short = (tree.others.rows.shape[1], tree.others.tokens), turn.SHORTEST_LIST
+    backward.chunk_d_key_kernel[(queries.slots + len(queries.end),)](
+        *stats, tree.lo, queries.end, queries.query, *families, *d_rows, *parts, scale * LOG2_E, scale, tree.queries,
+        *lengths, *numbers, SHORT=short, **_sizes(q, k, tree), **launch_options(tile),
     )  # fmt: skip
-    _add_parts(q, k, d_rows, parts, items.parts, tree, tile, True)
+    backward.add_chunks_kernel[queries.slots, tile.keys // 16](
+        *parts, queries.end, *families, *d_rows, *lengths, *numbers, HKV=k.shape[1], D=k.shape[2],
+        BD=triton.next_power_of_2(k.shape[2]), L=tree.levels, BN=tile.keys, SHORT=short,
+    )  # fmt: skip
 
 
 def _d_upper(
-    q, k, v, d_out, shift, factor, mean, d_rows, tree: GistTree, lists: BlockLists, visits: Visits, scale, tile: Tile
+    stats: tuple, d_rows: tuple, parts: tuple, tree: GistTree, lists: BlockLists, upper: UpperParts, scale: float, tile: Tile
 ) -> None:
     """Add what gists above level 0 get from the blocks that visit them."""
-    if not len(visits.visits):
-        return
-    parts = _new_parts(q, visits.parts, tile)
-    backward.upper_d_key_kernel[(len(visits.parts.table),)](
-        q, k, v, d_out, shift, factor, mean, lists.blocks.table, visits.parts.table, visits.visits, visits.row, visits.bits,
-        *d_rows, *parts, scale * LOG2_E, scale, *_lengths(tree), **_sizes(q, k, tree), **launch_options(tile),
-    )  # fmt: skip
-    _add_parts(q, k, d_rows, parts, visits.parts, tree, tile, False)
-
-
-def _new_parts(q: Tensor, parts: Parts, tile: Tile) -> Tensor:
-    return torch.empty(2, parts.slots, tile.keys, q.shape[2], dtype=torch.float32, device=q.device)
-
-
-def _add_parts(q: Tensor, k: Tensor, d_rows: Tensor, partial: Tensor, parts: Parts, tree: GistTree, tile: Tile, chunks: bool):
-    """Add partial sums [2, slots, keys, D] to d_rows."""
-    if len(parts.sums):
-        backward.add_parts_kernel[len(parts.sums), tile.keys // 16](
-            *partial, parts.sums, tree.child_lo, tree.child_hi, *d_rows, *_lengths(tree)[1:],
-            HKV=k.shape[1], D=q.shape[2], BD=triton.next_power_of_2(q.shape[2]), BN=tile.keys, CHUNK=chunks,
+    q, k = stats[:2]
+    lengths = tree.others.rows.shape[1]
+    for first, last, spread in spread_bits(tree, lists, upper.keys):
+        backward.upper_d_key_kernel[len(upper.table), k.shape[1]](
+            *stats, lists.blocks.table, upper.table, spread, *d_rows, *parts, scale * LOG2_E, scale, first, last - first,
+            upper.keys, tree.queries, lengths, **_sizes(q, k, tree), **launch_options(tile),
         )  # fmt: skip
-
-
-def _by_token(rows: Tensor, tree: GistTree, shape: torch.Size) -> Tensor:
-    """[B * R, Hkv, D] -> [B, T, Hkv, D]; the rows of sink copies are added to those of their tokens."""
-    others = tree.others
-    batch, tokens = shape[:2]
-    sample = torch.arange(batch, device=rows.device)[:, None]
-    rows = rows.unflatten(0, (batch, -1))
-    out = rows[sample, others.row_of].flatten(0, 1)
-    # Two copies of one token are never both seen: adding zeros in any order changes nothing.
-    out.index_add_(0, (others.rows[:, tokens:] + sample * tokens).flatten(), rows[:, tokens:].flatten(0, 1))
-    return out.view(shape)
-
-
-def _lengths(tree: GistTree) -> tuple[int, int, int]:
-    """Queries, rows and tokens of a sample: the arguments that end every launch."""
-    return tree.queries, tree.others.rows.shape[1], tree.others.tokens
+        if len(upper.sums):
+            backward.add_upper_kernel[len(upper.sums), k.shape[1], tile.keys // 16](
+                *parts, upper.sums, *d_rows, lengths, HKV=k.shape[1], D=k.shape[2], BD=triton.next_power_of_2(k.shape[2]),
+                BN=tile.keys,
+            )  # fmt: skip
 
 
 def _sizes(q: Tensor, k: Tensor, tree: GistTree) -> dict[str, int | bool]:
     """Compile-time arguments that the kernels share."""
     return dict(
-        H=q.shape[1], HKV=k.shape[1], D=q.shape[2], BD=triton.next_power_of_2(q.shape[2]), L=tree.levels,
+        H=q.shape[-2], HKV=k.shape[1], D=k.shape[2], BD=triton.next_power_of_2(k.shape[2]), L=tree.levels,
         EXACT=q.dtype == torch.float32, UPCAST=INTERPRETED and q.dtype == torch.bfloat16,
     )  # fmt: skip

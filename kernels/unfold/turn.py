@@ -1,14 +1,20 @@
 """A selection's lists turned round, for d_k and d_v: from keys to whatever selected them.
 
-Every layer selects for itself, so this is done per layer. Keys come in *groups*: ``width`` neighbouring gists above level 0, or
-one chunk (a level-0 gist and the raw tokens behind it). A group of the first kind has *visits* (a block of queries that selected
-any of its gists), one of the second kind has queries; either list is cut into *parts*, a program each. One stable sort puts the
-items of all lists in the order of their groups; four small kernels make the tables. No atomics, the same order in every run, and
-one synchronisation, for the lengths of the tables.
+Every layer selects for itself, so this is done per layer; the host knows all sizes beforehand and waits for nothing.
+
+Of each *chunk* (a level-0 gist and the raw tokens behind it) and KV head the queries that selected it are written side by side,
+the blocks in order: lists of neighbouring blocks are counted together, a *tally*, then each tally's program walks through its
+lists and knows where the next query of every chunk goes. Counts are added by atomics; whole numbers have one sum in every order,
+so two runs are equal. The queries of a chunk that very many selected are cut into parts, a program each, whose sums are added
+afterwards. Where those stand among the *slots* of partial sums follows from where their queries begin: see :func:`parts_of`.
+
+Gists above level 0 come in *groups* of neighbours. Which blocks may have selected any of them the layout says
+(kernels/unfold/plan.py); here the bits of every list are put where the rows of its gists are.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,276 +22,229 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from unfold.kernels.common.launch import INTERPRETED
 from unfold.kernels.common.tl import kernel
 from unfold.kernels.select.blocks import BlockLists
+from unfold.kernels.select.kernels import count_bits
 from unfold.kernels.tree import GistTree
+from unfold.kernels.unfold.plan import level_0_gists
 
-# A group that many blocks visit, or a chunk that many queries selected, is cut into parts of at most this many visits or queries,
-# or of so many that the partial sums hold no more numbers than d_k and d_v.
-SHORTEST_PART = 64
+# Chunks that many queries selected are cut into parts of at most this many, or of so many that the partial sums hold no more
+# numbers than d_k and d_v.
 SHORTEST_LIST = 512
-ITEMS = 256  # of one program
-PART = 6  # columns of a part
-SUM = 5  # columns of a group with partial sums
+TALLIES = 3 if INTERPRETED else 64
+SPREAD = 2**9 if INTERPRETED else 2**26  # bits of lists for gists above level 0 at once; four bytes each
+ITEMS = 256  # of one program at a time
+
+
+@triton.jit
+def _longest(p_end, all_groups, most, KEYS: tl.constexpr, SHORT: tl.constexpr):
+    """Queries of a part at most, int64; ``most``: rows times KV heads, of which d_k has one number per dimension."""
+    total = tl.load(p_end + all_groups - 1)
+    return tl.maximum((2 * KEYS * total + most - 1) // most, SHORT)
+
+
+@triton.jit
+def parts_of(p_end, all_groups, i_group, most, KEYS: tl.constexpr, SHORT: tl.constexpr):
+    """First slot of a chunk that is cut, and its parts.
+
+    Its queries [a, b) make ceil((b - a) / longest) parts, more than one; from slot 2 * a // longest on there are as many slots up
+    to that of b, since 2 * x, rounded down, is no less than x, rounded up, for x > 1.
+    """
+    longest = _longest(p_end, all_groups, most, KEYS, SHORT)
+    i_first = tl.load(p_end + i_group - 1, mask=i_group > 0, other=0)
+    n = tl.load(p_end + i_group) - i_first
+    return (2 * i_first // longest).to(tl.int32), ((n + longest - 1) // longest).to(tl.int32)
+
+
+@triton.jit
+def work_of(p_end, all_groups, slots, most, i, KEYS: tl.constexpr, SHORT: tl.constexpr):
+    """What program i does: chunk, slot or -1, first query of the list of all, number of queries; 0 where there is nothing.
+
+    The first ``slots`` programs have a part of a chunk that is cut each, the others a chunk that is not.
+    """
+    longest = _longest(p_end, all_groups, most, KEYS, SHORT)
+    if i < slots:
+        # Of all chunks whose slots begin here or before, the last one: that of the last query before (i + 1) * longest / 2.
+        i_query = ((i + 1) * longest + 1) // 2 - 1
+        i_group, i_beyond = tl.minimum(i, 0), all_groups - 1
+        while i_group < i_beyond:
+            i_middle = (i_group + i_beyond) // 2
+            m_after = tl.load(p_end + i_middle) > i_query
+            i_beyond = tl.where(m_after, i_middle, i_beyond)
+            i_group = tl.where(m_after, i_group, i_middle + 1)
+        i_first = tl.load(p_end + i_group - 1, mask=i_group > 0, other=0)
+        n = tl.load(p_end + i_group) - i_first
+        i_part = i - 2 * i_first // longest
+        n = tl.where((n > longest) & (i_part >= 0), tl.maximum(tl.minimum(longest, n - i_part * longest), 0), 0)
+        i_first += i_part * longest
+        i_slot = i
+    else:
+        i_group = i - slots
+        i_first = tl.load(p_end + i_group - 1, mask=i_group > 0, other=0)
+        n = tl.load(p_end + i_group) - i_first
+        n = tl.where(n > longest, 0, n)
+        i_slot = tl.minimum(i, 0) - 1
+    return i_group, i_slot, i_first, n.to(tl.int32)
+
+
+@triton.jit
+def _level_0_list(p_first, p_count, p_blocks, p_starts, i_list, lists, batch, groups, HKV: tl.constexpr, L: tl.constexpr):
+    """Of a list of level-0 gists: first item, number of items; and what to add to a row to get the chunk's number."""
+    i_sample = tl.load(p_blocks + i_list // HKV * 3 + 2)
+    i_owner = i_list % HKV * batch + i_sample
+    i_shift = i_owner * groups - tl.load(p_starts + i_sample * (L + 3) + L - 1)
+    return tl.load(p_first + (L - 1) * lists + i_list), tl.load(p_count + (L - 1) * lists + i_list), i_shift
+
+
+@kernel
+def tally_kernel(
+    p_first, p_count, p_row, p_bits, p_blocks, p_starts, p_tally, lists, batch, groups, per,
+    HKV: tl.constexpr, L: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """How many queries of ``per`` neighbouring blocks selected each chunk: adds to p_tally [tallies, HKV * B * groups] int32.
+
+    Grid: (lists,).
+    """
+    i_list = tl.program_id(0)
+    i_first, items, i_shift = _level_0_list(p_first, p_count, p_blocks, p_starts, i_list, lists, batch, groups, HKV, L)
+    p_row += i_first
+    p_bits += i_first
+    p_tally += (i_list // HKV // per).to(tl.int64) * (HKV * batch * groups)
+    for i in range(0, items, BN):
+        o_item = i + tl.arange(0, BN)
+        m_item = o_item < items
+        o_chunk = tl.load(p_row + o_item, mask=m_item, other=0) + i_shift
+        tl.atomic_add(p_tally + o_chunk, count_bits(tl.load(p_bits + o_item, mask=m_item, other=0)), mask=m_item)
+
+
+@kernel
+def fold_kernel(p_tally, p_total, items, slots, BN: tl.constexpr):
+    """In each of ``slots`` tallies [slots, items] the counts of those before, of each chunk; p_total [items]: of all.
+
+    Grid: (items / BN,).
+    """
+    o_chunk = tl.program_id(0) * BN + tl.arange(0, BN)
+    m_chunk = o_chunk < items
+    b_before = tl.zeros([BN], tl.int32)
+    for _ in range(0, slots):
+        b_own = tl.load(p_tally + o_chunk, mask=m_chunk, other=0)
+        tl.store(p_tally + o_chunk, b_before, mask=m_chunk)
+        b_before += b_own
+        p_tally += items
+    tl.store(p_total + o_chunk, b_before, mask=m_chunk)
+
+
+@kernel
+def fill_kernel(
+    p_first, p_count, p_row, p_bits, p_blocks, p_starts, p_tally, p_end, p_query, lists, batch, groups, per, blocks,
+    HKV: tl.constexpr, L: tl.constexpr, SIZE: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """The queries of every chunk, side by side: p_query, from p_end [HKV * B * groups] int64 of the chunk before on.
+
+    p_tally: where those of the program's blocks go, from there on; counted up. Grid: (tallies, HKV).
+    """
+    i_begin = tl.program_id(0) * per
+    p_tally += tl.program_id(0).to(tl.int64) * (HKV * batch * groups)
+    for i_block in range(i_begin, tl.minimum(i_begin + per, blocks)):
+        i_list = i_block * HKV + tl.program_id(1)
+        i_first, items, i_shift = _level_0_list(p_first, p_count, p_blocks, p_starts, i_list, lists, batch, groups, HKV, L)
+        i_query = tl.load(p_blocks + i_block * 3)
+        for i in range(0, items, BN):
+            o_item = i + tl.arange(0, BN)
+            m_item = o_item < items
+            o_chunk = tl.load(p_row + i_first + o_item, mask=m_item, other=0) + i_shift
+            b_bits = tl.load(p_bits + i_first + o_item, mask=m_item, other=0)
+            b_before = tl.load(p_tally + o_chunk, mask=m_item, other=0)
+            o_to = tl.load(p_end + o_chunk - 1, mask=m_item & (o_chunk > 0), other=0) + b_before
+            for j in tl.static_range(SIZE):
+                b_bit = (b_bits >> j) & 1
+                tl.store(p_query + o_to, i_query + j, mask=b_bit > 0)
+                o_to += b_bit
+            tl.store(p_tally + o_chunk, b_before + count_bits(b_bits), mask=m_item)
+        tl.debug_barrier()  # within a list every chunk stands once; another thread may go on with it in the next
+
+
+@kernel
+def spread_kernel(
+    p_first, p_count, p_row, p_bits, p_spread, i_from, lists, keys, HKV: tl.constexpr, L: tl.constexpr, BN: tl.constexpr
+):
+    """The bits of the gists above level 0 where their rows are: p_spread [lists of a slice, keys] int32, zeros.
+
+    Grid: (lists of the blocks from i_from on, L - 1).
+    """
+    i_list, i_segment = i_from * HKV + tl.program_id(0), tl.program_id(1)
+    i_first = tl.load(p_first + i_segment * lists + i_list)
+    items = tl.load(p_count + i_segment * lists + i_list)
+    p_spread += tl.program_id(0).to(tl.int64) * keys
+    for i in range(0, items, BN):
+        o_item = i + tl.arange(0, BN)
+        o_row = tl.load(p_row + i_first + o_item, mask=o_item < items, other=0)
+        b_bits = tl.load(p_bits + i_first + o_item, mask=o_item < items, other=0)
+        tl.store(p_spread + o_row, b_bits, mask=o_item < items)
 
 
 @dataclass(frozen=True)
-class Parts:
-    """Groups of keys and what each gets its d_k and d_v from.
+class ChunkQueries:
+    """Who selected each chunk: ``groups`` chunks of each KV head and sample, those that a sample lacks have no queries.
 
     Attributes:
-        table: [n, 6] int32: sample, KV head, first key row, first entry of its list, last + 1, slot of the partial sum or -1
-            (then the part is all of its group). Parts of groups that are cut, the longest, come first.
-        sums: [k, 5] int32, groups with partial sums: sample, KV head, first key row, first slot, number of slots.
-        slots: number of partial sums.
+        query: int32, the queries of all chunks.
+        end: [HKV * B * groups] int64, where those of each end.
+        groups: of the sample that has most.
+        slots: of partial sums, at most.
+        most: what the kernels work out the longest part from.
     """
 
-    table: Tensor
-    sums: Tensor
-    slots: int
-
-
-@dataclass(frozen=True)
-class Visits:
-    """Groups of gists above level 0 and the blocks that visit them.
-
-    Attributes:
-        parts: with lists of visits.
-        visits: [m, 3] int32: block, first item, last + 1.
-        row, bits: the items in the order of the visits.
-    """
-
-    parts: Parts
-    visits: Tensor
-    row: Tensor
-    bits: Tensor
-
-
-@dataclass(frozen=True)
-class ChunkItems:
-    """Chunks and the queries that selected them, as items of (block, bits).
-
-    Attributes:
-        parts: with lists of queries.
-        bits, block: [items] int32, by chunk, then by block.
-        end: [items] int64, where the queries of each item end in the list of all.
-        queries: its length.
-    """
-
-    parts: Parts
-    bits: Tensor
-    block: Tensor
+    query: Tensor
     end: Tensor
-    queries: int
+    groups: int
+    slots: int
+    most: int
 
 
-@kernel
-def group_kernel(
-    p_list, p_row, p_blocks, p_group, items, bottom, above, batch, per_upper, per_chunk,
-    HKV: tl.constexpr, WIDTH: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """The group of every item: those above level 0 (the first ``bottom`` items) have numbers below ``above``.
-
-    A group is (KV head, sample, row // width); per_upper, per_chunk: of one sample and KV head. Grid: (items / BN,).
-    """
-    o_item = tl.program_id(0) * BN + tl.arange(0, BN)
-    m_item = o_item < items
-    o_list = tl.load(p_list + o_item, mask=m_item, other=0)
-    i_sample = tl.load(p_blocks + o_list // HKV * 3 + 2, mask=m_item, other=0)
-    o_row = tl.load(p_row + o_item, mask=m_item, other=0)
-    o_owner = o_list % HKV * batch + i_sample
-    o_group = tl.where(o_item < bottom, o_owner * per_upper + o_row // WIDTH, above + o_owner * per_chunk + o_row)
-    tl.store(p_group + o_item, o_group, mask=m_item)
-
-
-@kernel
-def sorted_kernel(
-    p_order, p_group, p_list, p_row, p_bits, p_takers, p_new_block, p_new_row, p_new_bits, p_count, items, bottom,
-    HKV: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """Block, row and bits of the items in the order of their groups, and what each adds to its group's list.
-
-    That is a visit, where an item is the first of its block in its group, or below ``bottom`` its queries. Grid: (items / BN,).
-    """
-    o_item = tl.program_id(0) * BN + tl.arange(0, BN)
-    m_item = o_item < items
-    m_before = m_item & (o_item > 0)
-    o_from = tl.load(p_order + o_item, mask=m_item, other=0)
-    o_before = tl.load(p_order + o_item - 1, mask=m_before, other=0)
-    i_block = tl.load(p_list + o_from, mask=m_item, other=0) // HKV
-    i_block_before = tl.load(p_list + o_before, mask=m_before, other=-HKV) // HKV
-    i_group = tl.load(p_group + o_item, mask=m_item, other=0)
-    i_group_before = tl.load(p_group + o_item - 1, mask=m_before, other=-1)
-    m_new = (o_item == 0) | (i_block != i_block_before) | (i_group != i_group_before)
-    b_count = tl.where(o_item < bottom, m_new.to(tl.int32), tl.load(p_takers + o_from, mask=m_item, other=0))
-    tl.store(p_new_block + o_item, i_block, mask=m_item)
-    tl.store(p_new_row + o_item, tl.load(p_row + o_from, mask=m_item, other=0), mask=m_item)
-    tl.store(p_new_bits + o_item, tl.load(p_bits + o_from, mask=m_item, other=0), mask=m_item)
-    tl.store(p_count + o_item, b_count, mask=m_item)
-
-
-@triton.jit
-def _list_of(p_end, p_last, o_group, m_group, above, bottom):
-    """Where the lists of groups begin and end, counted from the first of their kind, and whether they are of chunks.
-
-    p_end [items] int64: running counts; p_last [groups]: items up to and including each group's.
-    """
-    m_chunk = o_group >= above
-    o_last = tl.load(p_last + o_group, mask=m_group, other=0)
-    o_first = tl.load(p_last + o_group - 1, mask=m_group & (o_group > 0), other=0)
-    i_end = tl.load(p_end + o_last - 1, mask=m_group & (o_last > 0), other=0)
-    i_start = tl.load(p_end + o_first - 1, mask=m_group & (o_first > 0), other=0)
-    i_visits = tl.load(p_end + bottom - 1, mask=bottom > 0, other=0)
-    i_base = tl.where(m_chunk, i_visits, 0)
-    return i_start - i_base, i_end - i_base, m_chunk
-
-
-@triton.jit
-def _longest(p_end, m_chunk, items, bottom, most, SHORT_PART: tl.constexpr, SHORT_LIST: tl.constexpr,
-             WIDTH: tl.constexpr, KEYS: tl.constexpr):  # fmt: skip
-    """Longest part of a list; ``most``: rows times KV heads, of which d_k has one number per dimension."""
-    i_visits = tl.load(p_end + bottom - 1, mask=bottom > 0, other=0)
-    i_queries = tl.load(p_end + items - 1, mask=items > 0, other=0) - i_visits
-    upper = tl.maximum((i_visits * WIDTH + most - 1) // most, SHORT_PART)
-    chunk = tl.maximum((i_queries * KEYS + most - 1) // most, SHORT_LIST)
-    return tl.where(m_chunk, chunk, upper)
-
-
-@kernel
-def part_count_kernel(
-    p_end, p_last, p_counts, groups, above, items, bottom, most,
-    SHORT_PART: tl.constexpr, SHORT_LIST: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """Per group: parts, partial sums, whether there are any: p_counts [3, groups] int32. Grid: (groups / BN,)."""
-    o_group = tl.program_id(0) * BN + tl.arange(0, BN)
-    m_group = o_group < groups
-    i_start, i_end, m_chunk = _list_of(p_end, p_last, o_group, m_group, above, bottom)
-    longest = _longest(p_end, m_chunk, items, bottom, most, SHORT_PART, SHORT_LIST, WIDTH, KEYS)
-    b_parts = ((i_end - i_start + longest - 1) // longest).to(tl.int32)
-    m_cut = b_parts > 1
-    tl.store(p_counts + o_group, b_parts, mask=m_group)
-    tl.store(p_counts + groups + o_group, tl.where(m_cut, b_parts, 0), mask=m_group)
-    tl.store(p_counts + 2 * groups + o_group, m_cut.to(tl.int32), mask=m_group)
-
-
-@triton.jit
-def _store_five(p_x, b_0, b_1, b_2, b_3, b_4, m_x):
-    tl.store(p_x, b_0, mask=m_x)
-    tl.store(p_x + 1, b_1, mask=m_x)
-    tl.store(p_x + 2, b_2, mask=m_x)
-    tl.store(p_x + 3, b_3.to(tl.int32), mask=m_x)
-    tl.store(p_x + 4, b_4.to(tl.int32), mask=m_x)
-
-
-@kernel
-def part_kernel(
-    p_end, p_last, p_running, p_upper, p_upper_sums, p_chunk, p_chunk_sums, groups, above, items, bottom, most, batch,
-    per_upper, per_chunk,
-    SHORT_PART: tl.constexpr, SHORT_LIST: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """The parts [n, 6] of both kinds and the groups with partial sums [k, 5]. p_running [3, groups] int64: of the counts.
-
-    Grid: (groups / BN,).
-    """
-    o_group = tl.program_id(0) * BN + tl.arange(0, BN)
-    m_group = o_group < groups
-    i_start, i_end, m_chunk = _list_of(p_end, p_last, o_group, m_group, above, bottom)
-    longest = _longest(p_end, m_chunk, items, bottom, most, SHORT_PART, SHORT_LIST, WIDTH, KEYS)
-    b_parts = (i_end - i_start + longest - 1) // longest
-    m_cut = b_parts > 1
-
-    o_own = tl.where(m_chunk, o_group - above, o_group)
-    per = tl.where(m_chunk, per_chunk, per_upper)
-    i_sample, i_head = o_own // per % batch, o_own // per // batch
-    i_row = tl.where(m_chunk, o_own % per, o_own % per * WIDTH)
-
-    # Running counts before the group, from the first of its kind; parts of groups that are cut come before all others.
-    i_before = tl.load(p_running + o_group - 1, mask=m_group & (o_group > 0), other=0)
-    i_slot = tl.load(p_running + groups + o_group - 1, mask=m_group & (o_group > 0), other=0)
-    i_sum = tl.load(p_running + 2 * groups + o_group - 1, mask=m_group & (o_group > 0), other=0)
-    i_before -= tl.where(m_chunk, tl.load(p_running + above - 1), 0)
-    slots_above = tl.load(p_running + groups + above - 1)
-    i_slot -= tl.where(m_chunk, slots_above, 0)
-    i_sum -= tl.where(m_chunk, tl.load(p_running + 2 * groups + above - 1), 0)
-    slots = tl.where(m_chunk, tl.load(p_running + 2 * groups - 1) - slots_above, slots_above)
-    i_first = tl.where(m_cut, i_slot, slots + i_before - i_slot)
-
-    for j in range(0, tl.max(tl.where(m_group, b_parts, 0), 0)):
-        m_part = m_group & (j < b_parts)
-        b_first = i_start + j * longest
-        b_last = tl.minimum(b_first + longest, i_end)
-        p_part = tl.where(m_chunk, p_chunk, p_upper) + (i_first + j) * 6
-        _store_five(p_part, i_sample, i_head, i_row, b_first, b_last, m_part)
-        tl.store(p_part + 5, tl.where(m_cut, i_slot + j, -1).to(tl.int32), mask=m_part)
-    p_sum = tl.where(m_chunk, p_chunk_sums, p_upper_sums) + i_sum * 5
-    _store_five(p_sum, i_sample, i_head, i_row, i_slot, b_parts, m_group & m_cut)
-
-
-@kernel
-def visit_kernel(p_end, p_block, p_visits, bottom, BN: tl.constexpr):
-    """Visits [m, 3]: block, first item, last + 1. p_end, p_block [bottom]. Grid: (bottom / BN,)."""
-    o_item = tl.program_id(0) * BN + tl.arange(0, BN)
-    m_item = o_item < bottom
-    i_end = tl.load(p_end + o_item, mask=m_item, other=0)
-    i_before = tl.load(p_end + o_item - 1, mask=m_item & (o_item > 0), other=0)
-    m_first = m_item & (i_end > i_before)
-    i_after = tl.load(p_end + o_item + 1, mask=o_item + 1 < bottom, other=-1)
-    o_visit = (i_end - 1) * 3
-    tl.store(p_visits + o_visit, tl.load(p_block + o_item, mask=m_first, other=0), mask=m_first)
-    tl.store(p_visits + o_visit + 1, o_item, mask=m_first)
-    tl.store(p_visits + o_visit + 2, o_item + 1, mask=m_item & (i_after != i_end))
-
-
-def turned_lists(tree: GistTree, lists: BlockLists, chunk_keys: int, upper_keys: int) -> tuple[ChunkItems, Visits]:
-    """What each chunk of at most ``chunk_keys`` keys and each group of ``upper_keys`` gists above level 0 is selected by."""
-    items, bottom = sum(lists.sizes), sum(lists.sizes[:-1])
-    batch, owners = tree.others.batch, lists.kv_heads * tree.others.batch
-    per_chunk = _gist_rows(tree)
-    per_upper = triton.cdiv(per_chunk, upper_keys)
-    above, groups = owners * per_upper, owners * (per_upper + per_chunk)
-    assert groups < 2**31, f"{groups} groups of keys in one layer; use smaller micro-batches"
+def chunk_queries(tree: GistTree, lists: BlockLists, keys: int) -> ChunkQueries:
+    """The queries of every chunk of at most ``keys`` keys."""
+    groups, batch, blocks = level_0_gists(tree), tree.others.batch, len(lists.blocks.table)
+    every, number = lists.kv_heads * batch * groups, len(lists.blocks.table) * lists.kv_heads
+    assert every < 2**31, f"{every} chunks in one layer; use smaller micro-batches"
+    per = triton.cdiv(blocks, TALLIES)
+    tallies = triton.cdiv(blocks, per)
+    new = lambda n: torch.empty(n, dtype=torch.int32, device=lists.row.device)
+    tally, total = torch.zeros(tallies * every, dtype=torch.int32, device=lists.row.device), new(every)
+    found = lists.first, lists.count, lists.row, lists.bits, lists.blocks.table, tree.others.segment_start
+    sizes = dict(HKV=lists.kv_heads, L=tree.levels, BN=ITEMS)
+    tally_kernel[(number,)](*found, tally, number, batch, groups, per, **sizes)
+    fold_kernel[(triton.cdiv(every, ITEMS),)](tally, total, every, tallies, BN=ITEMS)
+    end, query = total.cumsum(0), new(max(1, lists.entries))
+    size = lists.blocks.size
+    fill_kernel[tallies, lists.kv_heads](*found, tally, end, query, number, batch, groups, per, blocks, SIZE=size, **sizes)
     most = tree.others.rows.numel() * lists.kv_heads
-    new = lambda *shape: lists.row.new_empty(shape)
-    over = lambda n: (max(1, triton.cdiv(n, ITEMS)),)
-    group = new(items)
-    numbers = dict(HKV=lists.kv_heads, BN=ITEMS)
-    group_kernel[over(items)](
-        lists.owner, lists.row, lists.blocks.table, group, items, bottom, above, batch, per_upper, per_chunk, WIDTH=upper_keys,
-        **numbers,
-    )  # fmt: skip
-    group, order = group.sort(stable=True)
-    block, row, bits, count = new(4, items)
-    sorted_kernel[over(items)](
-        order, group, lists.owner, lists.row, lists.bits, lists.takers, block, row, bits, count, items, bottom, **numbers
-    )
-    end = count.cumsum(0)
-    last = torch.searchsorted(group, torch.arange(groups, dtype=torch.int32, device=group.device), right=True)
-    counts = new(3, groups)
-    cut = dict(SHORT_PART=SHORTEST_PART, SHORT_LIST=SHORTEST_LIST, WIDTH=upper_keys, KEYS=chunk_keys, BN=ITEMS)
-    part_count_kernel[over(groups)](end, last, counts, groups, above, items, bottom, most, **cut)
-    running = counts.cumsum(1)
-    edge = max(bottom, 1) - 1
-    known = torch.cat([running[:, [above - 1, -1]].flatten(), end[[edge, -1]]]) if items else running.new_zeros(8)
-    parts_above, parts, slots_above, slots, sums_above, sums, visits, total = known.tolist()
-    visits = visits if bottom else 0
-    queries = total - visits
-    # Tables hold int32: at recall on every one of 512k tokens a layer's selections are more.
-    assert total < 2**31, f"{queries} selections of chunks, {visits} visits in one layer; use smaller micro-batches"
-    upper_table, chunk_table = new(parts_above, PART), new(parts - parts_above, PART)
-    upper_sums, chunk_sums = new(sums_above, SUM), new(sums - sums_above, SUM)
-    part_kernel[over(groups)](
-        end, last, running, upper_table, upper_sums, chunk_table, chunk_sums, groups, above, items, bottom, most, batch,
-        per_upper, per_chunk, **cut,
-    )  # fmt: skip
-    table = new(visits, 3)
-    visit_kernel[over(bottom)](end, block, table, bottom, BN=ITEMS)
-    own = slice(bottom, None)
-    chunks = ChunkItems(
-        Parts(chunk_table, chunk_sums, slots - slots_above), bits[own], block[own], end[own] - visits, queries
-    )  # fmt: skip
-    return chunks, Visits(Parts(upper_table, upper_sums, slots_above), table, row[:bottom], bits[:bottom])
+    slots = 1 + min(most // keys, 2 * lists.entries // SHORTEST_LIST)
+    return ChunkQueries(query, end, groups, slots, most)
 
 
-def _gist_rows(tree: GistTree) -> int:
-    """Rows that all gists of a sample stand in, at least one (memoised)."""
-    return tree.planned("gist rows", lambda whole: max(1, int(whole.others.segment_start[:, whole.levels].amax())))
+def spread_bits(tree: GistTree, lists: BlockLists, keys: int) -> Iterator[tuple[int, int, Tensor]]:
+    """Slices of blocks, first and last + 1, with the bits of every list for each of the ``keys`` rows of gists above level 0.
+
+    The tables, [lists of the slice, keys] int32, would grow with the square of the length: so no more at once than fit SPREAD.
+    """
+    blocks, heads = len(lists.blocks.table), lists.kv_heads
+    step = max(1, SPREAD // (keys * heads))
+    for first in range(0, blocks, step):
+        last = min(first + step, blocks)
+        spread = torch.zeros((last - first) * heads, keys, dtype=torch.int32, device=lists.row.device)
+        spread_kernel[spread.shape[0], tree.levels - 1](
+            lists.first,
+            lists.count,
+            lists.row,
+            lists.bits,
+            spread,
+            first,
+            blocks * heads,
+            keys,
+            HKV=heads,
+            L=tree.levels,
+            BN=ITEMS,
+        )
+        yield first, last, spread

@@ -201,7 +201,7 @@ def _interleave(ids, lengths, ends, closes, starts, sizes, sink, gist_ids, out_i
             chunk_empty = True
         if closes[doc] and stop > first:
             for level in range(levels):
-                if (chunk_empty if level == 0 else open_gists[level] == 0):
+                if chunk_empty if level == 0 else open_gists[level] == 0:
                     continue
                 out_ids[at], out_level[at], out_doc[at], out_position[at] = gist_ids[level], level, doc, stop - 1 - first
                 at += 1

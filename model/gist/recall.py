@@ -17,7 +17,7 @@ from unfold.kernels.intervals import Intervals
 from unfold.kernels.route import Routed
 from unfold.kernels.select import SelectRule
 from unfold.kernels.tree import GistTree
-from unfold.kernels.unfold import RecallStats
+from unfold.kernels.unfold import ListStats, RecallStats
 from unfold.model.config import GistConfig
 from unfold.model.gist.layout import Layout
 from unfold.model.gist.routing import Routing
@@ -25,6 +25,23 @@ from unfold.model.gist.routing import Routing
 # What a raw token does beyond forgetting, as bits: it unfolds what it selects; in place of that, everything; it is taken for the
 # routing loss.
 RECALLS, UNFOLDS_ALL, ROUTES = 1, 2, 4
+
+
+@dataclass(frozen=True)
+class _Mixed:
+    """What a layer's recalling queries read of which ``part`` unfolds everything; worked out when it is asked for."""
+
+    chosen: RecallStats | ListStats
+    everything: RecallStats
+    part: float
+
+    @property
+    def unfolded(self) -> Tensor:
+        return self.chosen.unfolded + self.part * (self.everything.unfolded - self.chosen.unfolded)
+
+    @property
+    def selected(self) -> Tensor:
+        return self.chosen.selected + self.part * (self.everything.selected - self.chosen.selected)
 
 
 @dataclass(frozen=True)
@@ -48,7 +65,7 @@ class Recall:
     flags: Tensor | None = None
     wide: tuple[int, RecallStats] | None = None
     routing: Routing | None = None
-    stats: dict[int, RecallStats] = field(default_factory=dict, compare=False)
+    stats: dict[int, RecallStats | ListStats | _Mixed] = field(default_factory=dict, compare=False)
 
     @classmethod
     def of(cls, layout: Layout, config: GistConfig, suffix: Tensor | None = None) -> Recall | None:
@@ -104,14 +121,9 @@ class Recall:
         """The same for one pass, whose routing losses weigh so much: no layer has read anything yet."""
         return replace(self, routing=self.routing and replace(self.routing, scale=route_scale, losses={}), stats={})
 
-    def note(self, index: int, read: RecallStats) -> None:
+    def note(self, index: int, read: RecallStats | ListStats) -> None:
         """Keep what a layer's selecting queries read, together with those that unfold everything."""
-        if self.wide is not None:
-            wide, everything = self.wide
-            part = wide / self.queries
-            mix = lambda a, b: a + part * (b - a)
-            read = RecallStats(mix(read.unfolded, everything.unfolded), mix(read.selected, everything.selected))
-        self.stats[index] = read
+        self.stats[index] = read if self.wide is None else _Mixed(read, self.wide[1], self.wide[0] / self.queries)
 
     def read(self) -> Tensor | None:
         """What the layers read since, on their device: float64 [2], raw tokens and gists summed over queries and layers.
@@ -121,6 +133,9 @@ class Recall:
         if not self.stats:
             return None
         read = list(self.stats.values())
+        if all(isinstance(r, ListStats) for r in read):  # a few operations for all layers together
+            unfolded, selected = ListStats.sums(read)
+            return self.queries * torch.stack([unfolded.double(), selected.double().sum()])
         unfolded, selected = torch.stack([r.unfolded for r in read]), torch.stack([r.selected for r in read])
         return self.queries * torch.stack([unfolded.double().sum(), selected.double().sum()])
 

@@ -1,10 +1,12 @@
 """One sequence over several ranks: each holds a part of every interleaved sample (:mod:`unfold.model.parallel.division`).
 
-``gists`` sends what the method lets later ranks see and nothing else: gists, sinks and the raw tokens of the last chunks
-before its slices. Each rank gathers these keys and values once per layer (one differentiable all-gather), puts them before
+Ranks that exchange *gists* send what the method lets others see and nothing else: gists, sinks and the raw tokens of the last
+chunks before a slice. Each gathers these keys and values once per layer (one differentiable all-gather), puts them before
 its own and attends over that short sequence with the ordinary operation, whose ranges are mapped row by row; so it is
-exact by construction. Recall adds the chunks that are selected (:mod:`unfold.model.parallel.recall`). ``ulysses`` is
-DeepSpeed-Ulysses: it trades the sequence for heads, and any attention runs unchanged.
+exact by construction. Recall adds the chunks that are selected (:mod:`unfold.model.parallel.recall`). Ranks that trade *heads*
+(DeepSpeed-Ulysses) share one such part, or the whole sequence where no gists are exchanged: for attention each has all
+tokens of it, of some of the heads, and anything runs unchanged on them. Both go together: neighbours of a node trade heads,
+and the ranks that have the same heads of different parts exchange the gists of these.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from unfold.kernels.tree import GistTree
 from unfold.model.gist import Layout, Recall, recalls_in
@@ -23,9 +24,7 @@ from unfold.model.parallel.division import Division
 from unfold.model.parallel.recall import RecallPlan, make_recall_plan, recall_over_ranks
 from unfold.model.parallel.route import rank_plan, routing_loss_over_ranks
 from unfold.model.parallel.rows import Exports, Kept, seen_by, take
-from unfold.model.parallel.tensor import gather_sequence
-
-METHODS = ("gists", "ulysses")
+from unfold.model.parallel.tensor import Group, gather_sequence
 
 
 @dataclass
@@ -33,77 +32,95 @@ class ContextTraffic:
     """What a rank sent in forward passes (recomputed ones too) since it was last taken.
 
     Attributes:
-        exchanges: attentions of a layer and micro-batch.
-        sent: bytes of keys and values, whose gradients take the way back, and of who asks for which chunks.
+        exchanges: of gists: attentions of a layer and micro-batch.
+        sent: bytes of keys and values in them, whose gradients take the way back, and of who asks for which chunks.
         whole: bytes that all-gathering the keys and values of every token would have sent in their place.
+        trades: of the sequence for heads, as many attentions.
+        traded: bytes of queries, keys, values and outputs in them.
     """
 
     exchanges: int = 0
     sent: int = 0
     whole: int = 0
+    trades: int = 0
+    traded: int = 0
 
     def take(self) -> ContextTraffic:
         """What was counted so far; it begins again at 0."""
         taken = replace(self)
-        self.exchanges = self.sent = self.whole = 0
+        self.exchanges = self.sent = self.whole = self.trades = self.traded = 0
         return taken
 
 
 @dataclass(frozen=True)
 class ContextParallel:
-    """How the sequence is spread: the group, in the order of the parts, the method, the kinds of layers, and what was sent."""
+    """How the sequence is spread over n ranks.
 
-    group: ProcessGroup
-    method: str
+    Attributes:
+        gists: the ranks that exchange gists, in the order of the parts; Alone() where none do.
+        heads: the neighbours that trade the sequence for heads, each with an equal stretch of a part; Alone() where none do.
+        kinds: of the layers.
+        traffic: what was sent.
+    """
+
+    gists: Group
+    heads: Group
     kinds: Kinds = "gist"
     traffic: ContextTraffic = field(default_factory=ContextTraffic, compare=False)
 
+    @property
+    def exchanges(self) -> bool:
+        """Whether gists are exchanged: no rank has what all queries of a sample see."""
+        return self.gists.size() > 1
+
     def of(self, layout: Layout) -> ContextPart:
         """This rank's part of a micro-batch."""
-        size = self.group.size()
+        size = self.gists.size()
 
         def divide(whole: Layout) -> Division:
-            if self.method == "ulysses":  # it puts the ranks' parts one after another
-                return Division.in_a_row(whole.intervals.tokens, size)
+            if size == 1:
+                return Division.whole(whole.intervals.tokens)
             layers = [self.kinds] if isinstance(self.kinds, str) else self.kinds
             return Division.even([whole.in_layer(kind).intervals for kind in layers], size)
 
-        return ContextPart(self, layout.planned(("division", size, self.method), divide))
+        return ContextPart(self, layout.planned(("division", size), divide))
 
     def prepare(self, layout: Layout, recall: Recall | None) -> None:
         """Make what :meth:`of` and the layers will ask for, where it can be done ahead."""
         part = self.of(layout)
-        if self.method == "gists":
+        if self.exchanges:
             for kind in {self.kinds} if isinstance(self.kinds, str) else set(self.kinds):
                 part.plan(layout.in_layer(kind))
             if recall is not None:
                 part.recall_plan(recall.tree)
 
     def gather(self, keys_values: Tensor, exports: Exports) -> Tensor:
-        """This rank's keys and values [B, T / n, 2 Hkv, D] and after them the ranks' exports: [B, T / n + n E, 2 Hkv, D]."""
+        """Keys and values of this rank's part, of p, [B, T / p, 2 h, D], and after them all parts' exports [B, p E, 2 h, D]."""
         exported = take(keys_values, exports.exported)
-        peers, traffic = self.group.size() - 1, self.traffic
+        peers, traffic = self.gists.size() - 1, self.traffic
         traffic.exchanges += 1
         traffic.sent += peers * exported.numel() * exported.element_size()
         traffic.whole += peers * keys_values.numel() * keys_values.element_size()
-        received = gather_sequence(exported[None], self.group)  # [n, B, E, 2 Hkv, D]
+        received = gather_sequence(exported[None], self.gists)  # [p, B, E, 2 h, D]
         return torch.cat([keys_values, received.transpose(0, 1).flatten(1, 2)], 1)
 
 
 @dataclass(frozen=True)
 class ContextPart:
-    """This rank's part of a micro-batch: how it is spread, and who holds which tokens."""
+    """This rank's part of a micro-batch: how it is spread, and which tokens are in each of the parts that exchange gists."""
 
     context: ContextParallel
     division: Division
 
     @property
     def rank(self) -> int:
-        return self.context.group.rank()
+        """Of the parts the one of this rank, and of those it trades heads with."""
+        return self.context.gists.rank()
 
     def take(self, x: Tensor, dim: int) -> Tensor:
         """What this rank holds of a tensor that covers whole samples along ``dim``."""
-        return self.division.part(x, dim, self.rank)
+        heads = self.context.heads
+        return self.division.part(x, dim, self.rank).chunk(heads.size(), dim)[heads.rank()].contiguous()
 
     def plan(self, layout: Layout) -> ExchangePlan:
         """Who sends what in a micro-batch; made once, shared by its layers."""
@@ -135,14 +152,22 @@ class ContextAttention:
     kinds: Kinds = "gist"
 
     def __call__(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [B, T / n, H, D], k, v [B, T / n, Hkv, D] -> [B, T / n, H, D], all of this rank's part."""
-        context = self.part.context
-        if context.method == "ulysses":
-            from deepspeed.sequence.layer import DistributedAttention
+        """q [B, T / n, H, D], k, v [B, T / n, Hkv, D] -> [B, T / n, H, D], all of what this rank holds."""
+        heads, traffic = self.part.context.heads, self.part.context.traffic
+        if heads.size() == 1:
+            return self._among_parts(index, q, k, v)
+        from deepspeed.sequence.layer import DistributedAttention
 
-            whole = self.make(self.layout, self.recall)
-            return DistributedAttention(lambda *qkv: whole(index, *qkv), context.group)(q, k, v, 0)
-        keys_values = torch.cat([k, v], 2)  # [B, T / n, 2 Hkv, D]
+        traffic.trades += 1
+        traffic.traded += (2 * q.numel() + k.numel() + v.numel()) * q.element_size() * (heads.size() - 1) // heads.size()
+        return DistributedAttention(lambda *qkv: self._among_parts(index, *qkv), heads)(q, k, v, 0)
+
+    def _among_parts(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The same for a whole part, of p, and some heads: q [B, T / p, h, D], k, v [B, T / p, hkv, D] -> [B, T / p, h, D]."""
+        context = self.part.context
+        if not context.exchanges:
+            return self.make(self.layout, self.recall)(index, q, k, v)
+        keys_values = torch.cat([k, v], 2)  # [B, T / p, 2 hkv, D]
         kind = kind_of(self.kinds, index)
         if self.recall is not None and recalls_in(index, self.recall.first_layer, kind):
             return self._with_recall(index, q, keys_values)
@@ -158,7 +183,7 @@ class ContextAttention:
         context, recall = self.part.context, self.recall
         plan = self.part.recall_plan(recall.tree)
         pool = context.gather(keys_values, plan.exports)
-        out, read, sent = recall_over_ranks(plan, recall.rule, q, pool, context.group)
+        out, read, sent = recall_over_ranks(plan, recall.rule, q, pool, context.gists)
         recall.note(index, read)
         context.traffic.sent += sent
         routing = recall.routing
@@ -167,7 +192,7 @@ class ContextAttention:
         k = keys_values[:, :, : keys_values.shape[2] // 2]
         mine = rank_plan(routing.routed, q.shape[2] // k.shape[2], self.part.division, self.part.rank).mine
         asking = q.detach().flatten(0, 1).index_select(0, mine)
-        loss = routing_loss_over_ranks(asking, k, routing.routed, self.part.division, context.group, far=routing.far)
+        loss = routing_loss_over_ranks(asking, k, routing.routed, self.part.division, context.gists, far=routing.far)
         return routing.take(index, loss, out)
 
 

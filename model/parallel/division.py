@@ -1,22 +1,25 @@
 """How the samples of a micro-batch are divided over ranks: which of their tokens each of them holds.
 
 Later tokens of a document see more gists than earlier ones, so equal parts one after another are unequal work: twice the mean
-for the last of many ranks in one long document. Here a rank holds several short slices instead, and which ones follows from what
-their tokens see: the slice with most work goes to the rank with least, until all have equally many. All ranks know the layout,
-so all find the same. Where every rank attends to whole sequences (Ulysses) a rank holds one slice, and ranks follow one another.
+for the last of many ranks in one long document. Here ranks hold equally many tokens that see equally many keys, in few slices.
+Of n neighbouring stretches of 1 / n of the tokens one sees at least 1 / n of the keys and one at most so many; a stretch that
+moves from the one to the other, token by token, sees hardly more or less each time, and so passes one that sees 1 / n of them.
+A rank takes that; what remains closes ranks, and the next one looks for the like there. A stretch across a gap is several slices.
+All ranks know the layout, so all find the same.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from unfold.kernels.intervals import Intervals
-from unfold.model.config import CONTEXT_SLICES
+
+Span = tuple[int, int]  # tokens [start, stop) of a sample
 
 
 @dataclass(frozen=True)
@@ -24,72 +27,62 @@ class Division:
     """Every sample's T tokens over n ranks; a rank holds its tokens in their order.
 
     Attributes:
-        tokens: T, a multiple of n x slices of a rank.
-        numbers: of each rank which slices, counted from the first token, it holds; ascending, equally many.
+        tokens: T, a multiple of n.
+        spans: of each rank its slices, ascending; T / n tokens together.
     """
 
     tokens: int
-    numbers: tuple[tuple[int, ...], ...]
+    spans: tuple[tuple[Span, ...], ...]
 
     @classmethod
-    def in_a_row(cls, tokens: int, ranks: int) -> Division:
-        """One slice per rank, in the order of the ranks."""
-        return cls(tokens, tuple((rank,) for rank in range(ranks)))
+    def whole(cls, tokens: int) -> Division:
+        """One rank has all."""
+        return cls(tokens, (((0, tokens),),))
 
     @classmethod
     def even(cls, layers: Sequence[Intervals], ranks: int) -> Division:
-        """CONTEXT_SLICES per rank, so that all have the same work while forgetting, as far as whole slices can.
+        """All have the same work while forgetting, as far as whole tokens can.
 
         layers: what their tokens see, in a part of the layers that stands for them all.
         """
-        count = ranks * CONTEXT_SLICES
-        work = sum(map(seen_by_tokens, layers)).unflatten(0, (count, -1)).sum(1).tolist()
-        numbers: list[list[int]] = [[] for _ in range(ranks)]
-        open_ranks = [(0, rank) for rank in range(ranks)]
-        for number in sorted(range(count), key=lambda n: (-work[n], n)):
-            done, rank = heapq.heappop(open_ranks)
-            numbers[rank].append(number)
-            if len(numbers[rank]) < CONTEXT_SLICES:
-                heapq.heappush(open_ranks, (done + work[number], rank))
-        return cls(layers[0].tokens, tuple(tuple(sorted(own)) for own in numbers))
+        tokens = layers[0].tokens
+        work = sum(map(seen_by_tokens, layers)).cpu().numpy()
+        rest, spans = [(0, tokens)], []
+        for left in range(ranks, 1, -1):
+            start = _even_stretch(np.concatenate([work[slice(*span)] for span in rest]), left)
+            own, rest = _taken(rest, start, start + tokens // ranks)
+            spans.append(tuple(own))
+        return cls(tokens, (*spans, tuple(rest)))
 
     def __post_init__(self):
-        assert self.tokens % (self.ranks * self.slices) == 0, f"{self} leaves tokens over"
+        sums = {sum(stop - start for start, stop in own) for own in self.spans}
+        assert sums == {self.held} and self.held * self.ranks == self.tokens, f"{self} leaves tokens over"
 
     @property
     def ranks(self) -> int:
-        return len(self.numbers)
+        return len(self.spans)
 
     @property
     def slices(self) -> int:
-        """Of a rank."""
-        return len(self.numbers[0])
+        """Of the rank that has most."""
+        return max(map(len, self.spans))
 
     @property
     def held(self) -> int:
         """Tokens of a rank."""
         return self.tokens // self.ranks
 
-    @property
-    def length(self) -> int:
-        """Tokens of a slice."""
-        return self.held // self.slices
-
-    def spans(self, rank: int) -> list[tuple[int, int]]:
-        """The tokens ``[start, stop)`` of a rank's slices."""
-        return [(n * self.length, (n + 1) * self.length) for n in self.numbers[rank]]
-
     def part(self, x: Tensor, dim: int, rank: int) -> Tensor:
         """What a rank holds of a tensor that covers whole samples along ``dim``."""
         assert x.shape[dim] == self.tokens, f"{x.shape[dim]} tokens, divided were {self.tokens}"
-        return torch.cat([x.narrow(dim, start, self.length) for start, _ in self.spans(rank)], dim)
+        return torch.cat([x.narrow(dim, start, stop - start) for start, stop in self.spans[rank]], dim)
 
     def joined(self, parts: list[Tensor], dim: int) -> Tensor:
         """Whole samples from the parts of all ranks: the inverse of :meth:`part`."""
         pieces = {}
-        for own, part in zip(self.numbers, parts):
-            pieces |= zip(own, part.chunk(self.slices, dim))
-        return torch.cat([pieces[number] for number in sorted(pieces)], dim)
+        for own, part in zip(self.spans, parts):
+            pieces |= zip(own, part.split([stop - start for start, stop in own], dim))
+        return torch.cat([pieces[span] for span in sorted(pieces)], dim)
 
     def homes(self, device: torch.device | str = "cpu") -> Homes:
         """Where each token is held."""
@@ -130,6 +123,25 @@ class Homes:
     def tokens_of(self, rank: int) -> Tensor:
         """[T / n] int64, those of a rank, ascending."""
         return self.order[rank * self.held : (rank + 1) * self.held]
+
+
+def _even_stretch(work: np.ndarray, ranks: int) -> int:
+    """Where the stretch of 1 / ``ranks`` of the tokens begins whose work is closest to that part of all. work: int64 [tokens]."""
+    before = np.concatenate([[0], np.cumsum(work)])
+    length = len(work) // ranks
+    return int(np.abs((before[length:] - before[: len(before) - length]) * ranks - before[-1]).argmin())
+
+
+def _taken(spans: list[Span], first: int, last: int) -> tuple[list[Span], list[Span]]:
+    """(tokens ``first .. last``, counted through the spans; the rest), both as spans."""
+    taken, rest, before = [], [], 0
+    for start, stop in spans:
+        a, b = (min(max(start + x - before, start), stop) for x in (first, last))
+        taken += [(a, b)] if a < b else []
+        # A span that lies wholly after or before the stretch stays one.
+        rest += [span for span in ((start, a), (b, stop)) if span[0] < span[1]] if a < b else [(start, stop)]
+        before += stop - start
+    return taken, rest
 
 
 def seen_by_tokens(intervals: Intervals) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,7 @@ from unfold.model.parallel.division import Division
 
 @dataclass(frozen=True)
 class RankPlan:
-    """What one rank knows of a micro-batch before anything is scored; M sampled queries in all, n ranks of S slices each.
+    """What one rank knows of a micro-batch before anything is scored; M sampled queries in all, n ranks of at most S slices each.
 
     Attributes:
         rows: per slice of its own, what it holds of every sample.
@@ -35,8 +36,8 @@ class RankPlan:
         mine: [m] int64, the sampled queries of its own part as ``sample * T / n + place``.
         most: sampled queries of the rank that has most.
         order: [M] int64, where each query lies among what is gathered, ``rank * most + number``.
-        adds: [S, n, S, L, M] fp32, 1 where the open group of another slice (rank, slice) is closed, in a gist segment, by the
-            first gist there of an own slice, by the query's sample.
+        adds: [own slices, n, S, L, M] fp32, 1 where the open group of another slice (rank, slice) is closed, in a gist segment,
+            by the first gist there of an own slice, by the query's sample.
         tokens: [B, T / n] int64, places of the tokens of its part: the gists of its slices, each sorted by level, then the
             raw tokens.
     """
@@ -59,7 +60,7 @@ def rank_plan(routed: Routed, group: int, division: Division, rank: int) -> Rank
 def _rank_plan(routed: Routed, group: int, division: Division, rank: int, device: torch.device) -> RankPlan:
     """device: where scores are computed."""
     tree, homes = routed.tree, division.homes(routed.device)
-    spans = division.spans(rank)
+    spans = division.spans[rank]
     own = [rows_of(routed, group, span, device) for span in spans]
     sample, token = tree.tokens // tree.others.tokens, tree.tokens % tree.others.tokens
     home = homes.rank[token]
@@ -67,7 +68,8 @@ def _rank_plan(routed: Routed, group: int, division: Division, rank: int, device
     number = (is_home.cumsum(1) - 1).gather(0, home[None])[0]
     most = int(is_home.sum(1).max())
     mine = is_home[rank].nonzero()[:, 0]
-    starts = tuple(start - i * division.length for i, (start, _) in enumerate(spans))
+    lengths = accumulate((stop - start for start, stop in spans), initial=0)
+    starts = tuple(start - before for (start, _), before in zip(spans, lengths))
     return RankPlan(
         tuple(own),
         starts,
@@ -80,12 +82,12 @@ def _rank_plan(routed: Routed, group: int, division: Division, rank: int, device
 
 
 def _adds(tree: GistTree, own: list[list[SampleRows]], division: Division, rank: int) -> Tensor:
-    """``adds`` by sample: [S, n, S, L, B]."""
-    adds = torch.zeros(division.slices, division.ranks, division.slices, tree.levels, tree.others.batch)
-    for other in range(division.ranks):
-        for j, (number, span) in enumerate(zip(division.numbers[other], division.spans(other))):
-            for i, mine in enumerate(division.numbers[rank]):
-                if number >= mine:
+    """``adds`` by sample: [own slices, n, S, L, B]."""
+    adds = torch.zeros(len(own), division.ranks, division.slices, tree.levels, tree.others.batch)
+    for other, spans in enumerate(division.spans):
+        for j, span in enumerate(spans):
+            for i, mine in enumerate(division.spans[rank]):
+                if span >= mine:
                     continue
                 for b, here in enumerate(own[i]):
                     there, _ = rows_here(tree, b, span)
@@ -256,7 +258,7 @@ class _Share:
                         pieces.append(piece)
         highest = top.amax(0)
         dist.all_reduce(highest, dist.ReduceOp.MAX, group=self.group)
-        factor = (top - highest).exp_()  # [S, M, H]
+        factor = (top - highest).exp_()  # [own slices, M, H]
         whole = (total * factor).sum(0)
         dist.all_reduce(whole, group=self.group)
         factor /= whole
@@ -270,8 +272,8 @@ class _Share:
 
         Both [L, M, H].
         """
-        slices = len(self.plan.rows)
-        still_open, top = self._numbers(slices, self.levels), self._numbers(slices, self.levels)
+        slices, most = self.plan.adds.shape[0], self.plan.adds.shape[2]
+        still_open, top = self._numbers(most, self.levels), self._numbers(slices, self.levels)
         sums = self._numbers(2, slices, self.levels)
         for piece in pieces:
             i = piece.number
@@ -284,9 +286,9 @@ class _Share:
                 self._put(sums[1, i, s], piece, piece.mass[s].sum(0))
                 if last < piece.block.spans[s][1]:
                     self._put(still_open[i, s], piece, piece.mass[s][last - first])
-        everyone = self._numbers(self.group.size(), slices, self.levels)
+        everyone = self._numbers(self.group.size(), most, self.levels)
         dist.all_gather_into_tensor(everyone.flatten(0, 1), still_open, group=self.group)
-        closed = (everyone * self.plan.adds[..., None]).sum((1, 2))  # [S, L, M, H]
+        closed = (everyone * self.plan.adds[..., None]).sum((1, 2))  # [own slices, L, M, H]
         for piece in pieces:
             for s, first, last in piece.gists():
                 if first == 0 < last:

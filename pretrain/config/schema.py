@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import yaml
 
-from unfold.model.config import CONTEXT_SLICES, GistConfig, LoraConfig, ModelConfig
+from unfold.model.config import GistConfig, LoraConfig, ModelConfig
 from unfold.model.settings import (
     Bounds,
     Count,
@@ -169,6 +169,9 @@ class ParallelConfig(Settings):
     context_method: Literal["gists", "ulysses"] = option(
         "gists", "what context ranks exchange: gists and border chunks; ulysses: heads for sequence"
     )
+    context_heads: Count = option(
+        1, "gists: so many context ranks, neighbours of a node, trade heads for sequence among them; these groups exchange gists"
+    )
     sequence: bool = option(False, "also split norms and residuals over the tensor-parallel ranks, along the sequence")
     zero: Literal[1, 2, 3] = option(
         1, "DeepSpeed ZeRO stage: 1 optimizer state, 2 and gradients, 3 and parameters are partitioned"
@@ -182,10 +185,19 @@ class ParallelConfig(Settings):
     timeout_minutes: Positive = option(30.0, "a collective that takes longer ends the run")
 
     @property
+    def heads_ranks(self) -> int:
+        """Neighbours, of the context ranks, that trade heads for sequence."""
+        return self.context if self.context_method == "ulysses" else self.context_heads
+
+    @property
+    def gists_ranks(self) -> int:
+        """Context ranks, of those with the same heads, that exchange gists."""
+        return self.context // self.heads_ranks
+
+    @property
     def length_multiple(self) -> int:
-        """What a sample's padded length is a multiple of: ranks that share sequences hold equal slices of them."""
-        slices = self.context * (CONTEXT_SLICES if self.context > 1 and self.context_method == "gists" else 1)
-        return slices * (self.tensor if self.sequence else 1)
+        """What a sample's padded length is a multiple of: ranks that share sequences hold equally many tokens of them."""
+        return self.context * (self.tensor if self.sequence else 1)
 
     def misfits(self) -> list[str]:
         errors = []
@@ -195,7 +207,20 @@ class ParallelConfig(Settings):
             errors.append("offload: optimizer needs zero: 2 or 3 (it is 1)")
         if self.pipeline > 1 and self.zero > 1:
             errors.append(f"zero: {self.zero} with pipeline: {self.pipeline}; DeepSpeed's pipeline works with zero: 1 only")
-        return errors
+        return errors + self._context_errors()
+
+    def _context_errors(self) -> list[str]:
+        heads = self.context_heads
+        if heads <= 1:  # what is below 1 is told by its bounds
+            return []
+        if self.context_method == "ulysses":
+            return [f"context_heads: {heads}, but with context_method: ulysses all context ranks trade heads; leave it out"]
+        if self.context % heads:
+            would_do = _largest_divisor(self.context, min(heads, max(1, self.context // 2)))
+            return [f"context_heads: {heads} does not divide context ({self.context}); {would_do} would do"]
+        if self.context == heads:
+            return [f"context_heads: {heads} are all ranks of context; leave it out, and set context_method: ulysses"]
+        return []
 
 
 @dataclass(frozen=True)
@@ -288,14 +313,14 @@ class RunConfig(Settings):
                 f"parallel.pipeline: {parallel.pipeline} does not divide model.layers ({model.layers}); "
                 f"{_largest_divisor(model.layers, parallel.pipeline)} would do"
             )
-        if parallel.context > 1 and parallel.context_method == "ulysses":
-            kv_heads = model.kv_heads // tensor
-            if kv_heads % parallel.context:
-                errors.append(
-                    f"parallel.context: {parallel.context} does not divide the {kv_heads} KV heads of a rank, as ulysses needs; "
-                    f"{_largest_divisor(kv_heads, parallel.context)} would do, or context_method: gists"
-                )
-        elif parallel.context > 1 and model.attention == "dense":
+        kv_heads, trading = model.kv_heads // tensor, parallel.heads_ranks
+        if kv_heads % trading:
+            name, way_out = ("context_heads", "") if parallel.gists_ranks > 1 else ("context", ", or context_method: gists")
+            errors.append(
+                f"parallel.{name}: {trading} does not divide the {kv_heads} KV heads of a rank, as ulysses needs; "
+                f"{_largest_divisor(kv_heads, trading)} would do{way_out}"
+            )
+        if parallel.gists_ranks > 1 and model.attention == "dense":
             errors.append("parallel.context: dense attention has no gists to exchange; set context_method: ulysses")
         return errors
 

@@ -33,7 +33,7 @@ def looking(model: nn.Module, *looks: Look) -> Iterator[None]:
 
 def _probe(attend: Attend, looks: Sequence[Look]) -> Attend:
     if isinstance(attend, ContextAttention):  # looked at where whole rows of attention are
-        if attend.recall is not None and attend.part.context.method == "gists":
+        if attend.recall is not None and attend.part.context.exchanges:
             return attend
         return replace(attend, make=lambda layout, recall: _probe(attend.make(layout, recall), looks))
 

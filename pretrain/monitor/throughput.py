@@ -48,7 +48,9 @@ class Usage:
         if not self._peak and on_gpu and config.precision == "bf16":
             self._peak = known_peak(torch.cuda.get_device_name(parallel.device))
         if self._peak:
-            self._shape = measure_sample(config)
+            # What recall adds is known step by step.
+            forgetting = dataclasses.replace(config.gist, recall="none")
+            self._shape = measure_sample(dataclasses.replace(config, gist=forgetting))
             say(f"mfu: ({FLOPS_FORMULA}) / (seconds x {parallel.world} devices x {self._peak / 1e12:g} TFLOP/s)")
 
     def of_step(self, batches: Sequence[MicroBatch], result: StepResult) -> RankUsage:

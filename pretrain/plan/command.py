@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from unfold.pretrain.config import add_overrides, load_config
+from unfold.pretrain.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what each GPU can send to other nodes, in 10^9 bytes/s (default: 50, a port of 400 Gb/s for each)",
     )  # fmt: skip
     parser.add_argument(
+        "--suffix", type=float, default=0.1, metavar="PART",
+        help="part of a sample's raw tokens that recall under gist.recall: suffix (default: 0.1)",
+    )  # fmt: skip
+    parser.add_argument(
         "--compare",
         choices=("dense", "none"),
         default="dense",
@@ -37,6 +42,8 @@ def plan_command(args: argparse.Namespace) -> Iterator[str]:
     # PyTorch and DeepSpeed take seconds to load: a wrong argument is told before.
     from unfold.pretrain.plan.hardware import GIB, Cluster, find_gpu
 
+    if not 0 < args.suffix <= 1:
+        raise UserError(f"--suffix {args.suffix:g}: is not a part of a sample, above 0 and at most 1; 0.1 is a tenth")
     gpu = find_gpu(args.gpu, args.gpu_memory)
     cluster = Cluster(gpu, args.gpus, args.gpus_per_node, args.host_memory * GIB, args.network * 1e9)
     config = load_config(args.config, args.overrides)
@@ -44,7 +51,7 @@ def plan_command(args: argparse.Namespace) -> Iterator[str]:
     from unfold.pretrain.plan.ranks import Division
     from unfold.pretrain.plan.report import report, stage_table
 
-    config, planner = with_known_vocabulary(config), Planner(cluster)
+    config, planner = with_known_vocabulary(config), Planner(cluster, args.suffix)
     Division.of(config, cluster.gpus)  # names the stage whose batch cannot be divided
     plans = [planner.plan(stage.config) for stage in config.stages]
     for stage, plan in zip(config.stages, plans):

@@ -14,6 +14,7 @@ from unfold.pretrain.plan.fit import suggest, with_setting
 from unfold.pretrain.plan.hardware import GIB, Cluster
 from unfold.pretrain.plan.memory import RESERVED, Memory, offloaded, plan_memory
 from unfold.pretrain.plan.ranks import Division
+from unfold.pretrain.plan.recall import SUFFIX
 from unfold.pretrain.plan.roofline import StepTime, step_time
 from unfold.pretrain.plan.traffic import Traffic, plan_traffic
 from unfold.pretrain.plan.work import Flops, SampleSize, count_flops, measure_sample
@@ -37,7 +38,9 @@ class Plan:
 
     Attributes:
         memory: of a rank of every pipeline stage.
+        suffix: part of a sample that recalls, where that is not all of it or none.
         costliest: the chunk sizes that all samples are taken to have drawn; none where they draw none.
+        mean_seconds: of a step, the mean over what samples may draw; None where they draw nothing.
     """
 
     config: RunConfig
@@ -47,7 +50,9 @@ class Plan:
     memory: list[Memory]
     traffic: list[Traffic]
     flops: Flops
+    suffix: float = SUFFIX
     costliest: tuple[int, ...] = ()
+    mean_seconds: float | None = None
 
     @cached_property
     def time(self) -> StepTime | None:
@@ -76,8 +81,9 @@ class Plan:
 class Planner:
     """Makes plans for one cluster; a sample's layout is counted once for all that share it."""
 
-    def __init__(self, cluster: Cluster):
-        self.cluster = cluster
+    def __init__(self, cluster: Cluster, suffix: float = SUFFIX):
+        """suffix: part of a sample's raw tokens that recall under ``gist.recall: suffix``."""
+        self.cluster, self.suffix = cluster, suffix
         self._samples: dict[tuple, SampleSize] = {}
 
     @property
@@ -95,10 +101,19 @@ class Planner:
             return self._plan(config)
         several = [self._plan(replace(config, gist=variant)) for variant in config.gist.variants]
         costliest, fullest = max(several, key=lambda p: p.flops.total), max(several, key=lambda p: p.fullest.total)
-        return replace(costliest, config=config, memory=fullest.memory, costliest=costliest.config.gist.chunk_sizes)
+        mean = None
+        if costliest.time:
+            weights = [choice.weight for choice in config.gist.choices]
+            mean = sum(weight * p.time.total for weight, p in zip(weights, several)) / sum(weights)
+        sizes = costliest.config.gist.chunk_sizes
+        return replace(costliest, config=config, memory=fullest.memory, costliest=sizes, mean_seconds=mean)
 
     def _plan(self, config: RunConfig) -> Plan:
         division = Division.of(config, self.cluster.gpus)
+        if config.folding and config.gist.recall != "none" and config.gist.top_p is not None:
+            raise UserError(
+                f"gist.top_p: {config.gist.top_p}; GPU kernels select by number; set gist.topk, or neither (the budget adapts)"
+            )
         sample = self._sample(config)
         flops = count_flops(config.model, sample, config.train.global_batch)
         counts = division.replicas, division.micro_batches
@@ -110,16 +125,17 @@ class Planner:
             plan_memory(config, sample, *counts),
             plan_traffic(config, sample, *counts, division.ranks),
             flops,
+            self.suffix,
         )
 
     def _sample(self, config: RunConfig) -> SampleSize:
-        parallel = config.parallel
+        parallel, recalls = config.parallel, config.gist.recall != "none"
         key = (
-            config.model.attention, config.model.layer_attention, config.model.layers, config.gist, config.data.raw_tokens,
-            parallel.context, parallel.context_method, parallel.tensor if parallel.sequence else 1,
+            config.model, config.gist, config.data.raw_tokens, config.precision if recalls else "", parallel.context,
+            parallel.heads_ranks, parallel.tensor if recalls or parallel.sequence else 1,
         )  # fmt: skip
         if key not in self._samples:
-            self._samples[key] = measure_sample(config)
+            self._samples[key] = measure_sample(config, suffix=self.suffix)
         return self._samples[key]
 
     def check_fits(self, plan: Plan, what: str = "", place: Callable[[str], str] = str) -> None:
@@ -166,7 +182,7 @@ class Planner:
         """The same run with dense attention; None where no such layout exists (dense context parallelism is ulysses)."""
         try:
             if config.parallel.context > 1:
-                config = with_setting(config, "parallel", context_method="ulysses")
+                config = with_setting(config, "parallel", context_method="ulysses", context_heads=1)
             return self.plan(with_setting(config, "model", attention="dense", layer_attention=()))
         except (ValueError, UserError):
             return None

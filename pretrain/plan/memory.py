@@ -10,7 +10,8 @@ from dataclasses import dataclass, fields
 
 from unfold.pretrain.config import RunConfig
 from unfold.pretrain.plan.activations import FP32, Activations, element_size
-from unfold.pretrain.plan.work import Parameters, SampleSize, count_parameters
+from unfold.pretrain.plan.trained import Trained, count_trained
+from unfold.pretrain.plan.work import SampleSize
 from unfold.pretrain.train.compact import bytes_per_element
 
 # DeepSpeed's defaults, in elements: zero_optimization.reduce_bucket_size, stage3_max_live_parameters.
@@ -27,7 +28,8 @@ class Memory:
     Attributes:
         weights: in the compute precision.
         gradients: as they are accumulated over micro-batches.
-        optimizer: fp32 master weights and Adam's two moments, in what `optimizer.state` says (one momentum where Muon updates).
+        optimizer: fp32 master weights of what is trained and Adam's two moments, in what `optimizer.state` says (one momentum
+            where Muon updates), and the average of weights where one is kept.
         activations: kept for backward by all micro-batches in flight, with their layouts.
         working: what comes on top at most: a layer that goes backward, and is computed again for it; or, on the last stage, the
             loss: a chunk of logits, and the gradients that it leaves for backward; or the final norm.
@@ -49,7 +51,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class States:
-    """Bytes per parameter of a rank that weights, gradients and optimizer take on its GPU and in host memory."""
+    """Bytes of a rank that weights, gradients and optimizer take on its GPU and in host memory."""
 
     weights: float
     gradients: float
@@ -57,17 +59,21 @@ class States:
     host: float
 
 
-def model_states(config: RunConfig, replicas: int) -> States:
-    """What ZeRO over ``replicas`` ranks keeps per parameter."""
-    zero, offload = config.parallel.zero, config.parallel.offload
-    element = element_size(config)
-    weights = element / replicas if zero == 3 else element
-    optimizer = (FP32 + bytes_per_element(config.optimizer.state)) / replicas
-    gradients = FP32 / replicas
+def model_states(config: RunConfig, trained: Trained, replicas: int) -> States:
+    """What ZeRO over ``replicas`` ranks keeps. What is frozen has its weights alone, in the compute precision."""
+    zero, offload, element = config.parallel.zero, config.parallel.offload, element_size(config)
+    weights = element * trained.held / (replicas if zero == 3 else 1)
+    optimizer = (FP32 + bytes_per_element(config.optimizer.state)) * trained.learning / replicas
+    if config.optimizer.kind == "muon":  # one number of a layer's matrix element where Adam keeps two
+        optimizer -= FP32 * trained.matrices / replicas
+    if config.checkpoint.average_decay:  # beside the master weights
+        optimizer += FP32 * trained.learning / replicas
+    gradients = FP32 * trained.learning / replicas
     if zero == 1:
         # Summed whole; in bf16 those of the last micro-batch stay beside the fp32 sum until the update, but for a pipeline, which
         # adds each to the sum as it arises.
-        gradients = FP32 + element if element < FP32 and config.parallel.pipeline == 1 else FP32
+        each = FP32 + element if element < FP32 and config.parallel.pipeline == 1 else FP32
+        gradients = each * trained.learning
     host = 0.0
     if offload != "none":
         host, optimizer, gradients = optimizer + gradients, 0.0, 0.0
@@ -76,34 +82,29 @@ def model_states(config: RunConfig, replicas: int) -> States:
     return States(weights, gradients, optimizer, host)
 
 
-def spared_by_muon(config: RunConfig, counts: Parameters, replicas: int) -> float:
-    """Bytes of optimizer state that Muon does without: it keeps one number of a layer's matrix element where Adam keeps two."""
-    return FP32 * counts.layers / replicas if config.optimizer.kind == "muon" else 0.0
-
-
 def stage_memory(config: RunConfig, sample: SampleSize, stage: int, replicas: int, micro_batches: int) -> Memory:
     """Peak memory of a rank of one pipeline stage. replicas: data x context ranks; micro_batches: of a step and rank."""
     parallel = config.parallel
     stages = parallel.pipeline
-    counts = count_parameters(config.model, parallel.tensor, stage, stages)
-    parameters, states = counts.total, model_states(config, replicas)
-    kept = Activations.of(config, sample)
+    trained = count_trained(config, stage)
+    states = model_states(config, trained, replicas)
+    kept = Activations.of(config, sample.of_stage(stage, stages))
     in_flight = min(stages - stage, micro_batches)  # 1F1B
     is_last = stage == stages - 1
     layers = config.model.layers // stages
-    activations, working, offloaded = layers_peak(config, kept, in_flight * layers)
+    activations, working, offloaded = layers_peak(config, kept, round(in_flight * layers * trained.reached))
     activations += in_flight * (kept.shared() + kept.layout())
     loss = kept.loss_peak(config.distill.logits > 0) if is_last else 0
     if config.distill.active:  # the teacher's stream, and of every layer the slope of its distance
         activations += kept.residual() + (layers * kept.residual() if config.distill.hidden else 0)
     return Memory(
-        weights=round(states.weights * parameters),
-        gradients=round(states.gradients * parameters),
-        optimizer=round(states.optimizer * parameters - spared_by_muon(config, counts, replicas)),
+        weights=round(states.weights),
+        gradients=round(states.gradients),
+        optimizer=round(states.optimizer),
         activations=activations,
         working=max(working, loss),
-        buffers=_buffers(config, kept, parameters, replicas, stage, micro_batches),
-        host=round(states.host * parameters) + offloaded,
+        buffers=_buffers(config, kept, trained, replicas, stage, micro_batches),
+        host=round(states.host) + offloaded,
     )
 
 
@@ -122,32 +123,37 @@ def layers_peak(config: RunConfig, kept: Activations, layers: int) -> tuple[int,
     working = again + kept.working()
     if not config.train.offload_activations:
         return layers * each, working, 0
-    return min(layers, 2) * each, working, layers * each  # what a layer keeps comes back while the one after it goes backward
+    # What a layer keeps comes back while the one after it goes backward. The input of one that is computed again is let go of: in
+    # 16 bits its norm has a copy.
+    held = 0 if checkpointing == "full" and kept.element < FP32 else 1
+    return min(layers, held + (layers > 1)) * each, working, layers * each
 
 
 def offloaded(config: RunConfig, sample: SampleSize) -> int:
     """Bytes that the layers of a stage keep in host memory, of one micro-batch."""
-    return layers_peak(config, Activations.of(config, sample), config.model.layers // config.parallel.pipeline)[2]
+    layers = round(config.model.layers // config.parallel.pipeline * count_trained(config).reached)
+    return layers_peak(config, Activations.of(config, sample), layers)[2]
 
 
-def _buffers(config: RunConfig, kept: Activations, parameters: int, replicas: int, stage: int, micro_batches: int) -> int:
+def _buffers(config: RunConfig, kept: Activations, trained: Trained, replicas: int, stage: int, micro_batches: int) -> int:
     """Bytes that exist only to be sent or received."""
     parallel, element = config.parallel, element_size(config)
     if parallel.zero == 1 and element < FP32:
-        total = (FP32 + element) * min(BUCKET, parameters)  # a bucket of the fp32 sum, flat, and what is sent of it
+        total = (FP32 + element) * min(BUCKET, trained.learning)  # a bucket of the fp32 sum, flat, and what is sent of it
     else:
         total = element * BUCKET  # DeepSpeed makes the whole bucket, however small the model
     if parallel.zero == 2 and element < FP32:
-        total += element * parameters // replicas  # this micro-batch's share of the gradients, before it is added
+        total += element * trained.learning // replicas  # this micro-batch's share of the gradients, before it is added
     if parallel.zero == 3:
-        total += element * min(LIVE_PARAMETERS, parameters)
+        total += element * min(LIVE_PARAMETERS, trained.held)
     if parallel.pipeline > 1:
         slots = max(2, min(parallel.pipeline - stage, micro_batches))
         total += 2 * slots * kept.residual()
     if kept.exchange:
         width = 2 * config.model.kv_heads // parallel.tensor * config.model.head_dim * element
-        sent = max(size.sent for _, _, size in kept.sample.by_kind(config.model.attention))
-        received = kept.samples * (sent * parallel.context + kept.tokens // kept.samples)
+        sizes = [size for _, _, size in kept.sample.by_kind(config.model.attention)]
+        sent, fetched = max(s.sent for s in sizes), max(s.recall.fetched if s.recalls else 0 for s in sizes)
+        received = kept.samples * (sent * parallel.gists_ranks + fetched + kept.tokens // kept.samples)
         total += 2 * received * width  # keys and values of all ranks, and their gradients
     return total
 

@@ -21,7 +21,7 @@ from unfold.pretrain.config import RunConfig
 from unfold.pretrain.plan.activations import FP32, Activations, element_size
 from unfold.pretrain.plan.fused import COUNTED
 from unfold.pretrain.plan.moved import Moved
-from unfold.pretrain.plan.work import Parameters
+from unfold.pretrain.plan.trained import Trained, count_trained
 
 # Of the update, for each parameter of a rank's part: AdamW in one kernel (weight, gradient and two moments read, all but the
 # gradient written), the gradient's norm and clipping, the weight in the compute precision from the fp32 one.
@@ -36,8 +36,8 @@ class Pointwise:
     kernels: int
 
     @classmethod
-    def of(cls, config: RunConfig, kept: Activations) -> Pointwise:
-        """kept: whose tokens they are."""
+    def of(cls, config: RunConfig, kept: Activations, backward: bool = True) -> Pointwise:
+        """kept: whose tokens they are; backward: also the backward pass."""
         model, train = config.model, config.train
         local = replace(
             model,
@@ -50,24 +50,25 @@ class Pointwise:
         build = replace(BuildContext.alone(), blank=True, recompute=recompute, pointwise=functions)
         with torch.device("meta"):
             layer = Layer(local, build, 0).to(torch.bfloat16 if config.precision == "bf16" else torch.float32)
-            moved = count_layer(layer, local, kept.samples, kept.tokens // kept.samples)
+            moved = count_layer(layer, local, kept.samples, kept.tokens // kept.samples, backward)
             total = moved.total
             if kept.residual_tokens < kept.tokens:  # norms and additions are split along the sequence, the rest is not
                 split = 1 - kept.residual_tokens / kept.tokens
                 passes = 1 if train.activation_checkpointing == "none" else 2
-                total -= round(split * _residual_stream(layer.attention_norm, kept.tokens, passes))
+                total -= round(split * _residual_stream(layer.attention_norm, kept.tokens, passes if backward else 1, backward))
         return cls(total, sum(moved.kernels.values()))
 
 
-def count_layer(layer: Layer, model: ModelConfig, samples: int, length: int) -> Moved:
-    """Forward and backward of a layer on its device, without attention. length: tokens per sample."""
+def count_layer(layer: Layer, model: ModelConfig, samples: int, length: int, backward: bool = True) -> Moved:
+    """Forward and, if wanted, backward of a layer on its device, without attention. length: tokens per sample."""
     weight = layer.attention.qkv.weight
     # Rotary factors are not the layer's: they are made before.
     rotary = Rotary.of(torch.zeros(samples, length, dtype=torch.int64, device=weight.device), model)
     x = weight.new_empty(length, samples, model.hidden_size, requires_grad=True)
     with Moved() as moved:
         out = layer(x, rotary, lambda _, q, k, v: _NoAttention.apply(q, k, v))
-        out.backward(torch.empty_like(out))
+        if backward:
+            out.backward(torch.empty_like(out))
     return moved
 
 
@@ -84,14 +85,15 @@ class _NoAttention(torch.autograd.Function):
         return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in ctx.saved_tensors)
 
 
-def _residual_stream(norm: RMSNorm, tokens: int, passes: int) -> int:
-    """Bytes of a layer's two norms and two additions, with so many forward passes and one backward pass."""
+def _residual_stream(norm: RMSNorm, tokens: int, passes: int, backward: bool) -> int:
+    """Bytes of a layer's two norms and two additions, with so many forward passes and, if wanted, one backward pass."""
     x = norm.weight.new_empty(tokens, norm.weight.shape[0], requires_grad=True)
     with Moved() as forward:
         out = torch.add(*norm(x, norm(x)))
-    with Moved() as backward:
-        out.backward(torch.empty_like(out))
-    return passes * forward.total + backward.total
+    with Moved() as back:
+        if backward:
+            out.backward(torch.empty_like(out))
+    return passes * forward.total + back.total
 
 
 def loss_bytes(config: RunConfig, kept: Activations) -> int:
@@ -108,9 +110,11 @@ def loss_bytes(config: RunConfig, kept: Activations) -> int:
     head = vocabulary * config.model.hidden_size
     chunks = -(-kept.targets // CHUNK)
     rows = 9 * kept.element * config.model.hidden_size * kept.targets
-    return each * vocabulary * kept.targets + rows + head * (16 + (10 * chunks if narrow else 0))
+    of_head = head * (16 + (10 * chunks if narrow else 0)) if count_trained(config).head else 0
+    return each * vocabulary * kept.targets + rows + of_head
 
 
-def update_bytes(config: RunConfig, counts: Parameters, replicas: int) -> int:
-    """What an update of a rank's weights moves: ZeRO gives each of the replicas a part."""
-    return (UPDATE + element_size(config)) * counts.total // replicas
+def update_bytes(config: RunConfig, trained: Trained, replicas: int) -> int:
+    """What an update of a rank's weights moves: ZeRO gives each of the replicas a part. An average reads both, and writes one."""
+    average = 3 * FP32 if config.checkpoint.average_decay else 0
+    return (UPDATE + element_size(config) + average) * trained.learning // replicas

@@ -9,6 +9,7 @@ from unfold.pretrain.config import RunStage
 from unfold.pretrain.plan.hardware import GIB
 from unfold.pretrain.plan.make import Plan
 from unfold.pretrain.plan.ranks import rank_table
+from unfold.pretrain.plan.trained import count_trained
 from unfold.pretrain.plan.work import FLOPS_FORMULA, count_parameters
 
 MEMORY = (
@@ -55,10 +56,15 @@ def report(name: str, plan: Plan, dense: Plan | None, usable: float, steps: int)
     cluster, division = plan.cluster, plan.division
     nodes = f"{cluster.nodes} node{'s' if cluster.nodes > 1 else ''}"
     yield f"{name} on {cluster.gpus} x {cluster.gpu.name} ({nodes}), {plan.config.precision}"
+    parallel = plan.config.parallel
+    if parallel.context_heads > 1:
+        context = f" ({parallel.heads_ranks} neighbours trade heads, {parallel.gists_ranks} exchange gists)"
+    else:
+        context = ""
     yield (
-        f"layout: pipeline {division.pipeline} x data {division.data} x context {division.context} x tensor {division.tensor}, "
-        f"ZeRO-{plan.config.parallel.zero}; {division.micro_batches} micro-batch(es) of {plan.config.train.micro_batch} "
-        "sample(s) per step on every rank"
+        f"layout: pipeline {division.pipeline} x data {division.data} x context {division.context}{context} x "
+        f"tensor {division.tensor}, ZeRO-{parallel.zero}; {division.micro_batches} micro-batch(es) of "
+        f"{plan.config.train.micro_batch} sample(s) per step on every rank"
     )
     if plan.costliest:
         yield f"gist.choices: counted as if every sample drew the costliest, chunk_sizes {list(plan.costliest)}"
@@ -84,6 +90,10 @@ def _parameters(plan: Plan) -> Iterator[str]:
         f"parameters: {whole.total:,} (layers {whole.layers:,}, embedding {whole.embedding:,}, head {whole.head:,}, "
         f"norms and biases {whole.vectors:,}); at most {largest:,} on one GPU before ZeRO"
     )
+    trained = [count_trained(plan.config, stage) for stage in range(stages)]
+    if any(t.learning < t.held for t in trained):
+        adapters = f", {max(t.adapters for t in trained):,} of them adapters" if plan.config.lora.rank else ""
+        yield f"trained: at most {max(t.learning for t in trained):,} on one GPU before ZeRO{adapters}; the rest is frozen"
 
 
 def _columns(title: str, *values: str) -> str:
@@ -101,10 +111,25 @@ def _memory(plan: Plan, dense: Plan | None, usable: float) -> Iterator[str]:
         yield f"  host memory of one node: {plan.node_memory / GIB:.1f} GiB"
     if len(plan.memory) > 1:
         yield f"  by pipeline stage: {', '.join(f'{m.total / GIB:.1f}' for m in plan.memory)} (the columns show the fullest)"
-    if plan.config.model.attention == "gist" and plan.config.gist.recall != "none":
-        yield "  gist.recall: what recalling tokens read and keep depends on the data and is not counted here or below"
-    if plan.config.gist.unfold_all:
-        yield "  gist.unfold_all: attention of these steps costs what dense attention does, and is not counted either"
+    yield from _recall_note(plan)
+
+
+def _recall_note(plan: Plan) -> Iterator[str]:
+    """What is taken of recall, where tokens recall."""
+    recalls = [size.recall for _, _, size in plan.sample.by_kind("gist") if size.recall]
+    if not recalls:
+        return
+    gist, found = plan.config.gist, recalls[0]
+    layers = sum(size.recall is not None for _, size in plan.sample.layers) or plan.config.model.layers
+    if found.part:
+        which = "all raw tokens" if gist.recall == "all" else f"{plan.suffix:g} of the raw tokens (--suffix)"
+        yield (
+            f"  recall in {layers} layers: {which}; a query scores {found.scored:,.0f} gists and reads {found.read:,.0f} rows, "
+            "as if heads selected by chance"
+        )
+    if gist.unfold_all or gist.unfold_share:
+        part = "all samples" if gist.unfold_all else f"{gist.unfold_share:g} of the samples"
+        yield f"  recall in {layers} layers: {part} unfold everything, which is counted as what is visible"
 
 
 def _traffic(plan: Plan, dense: Plan | None) -> Iterator[str]:
@@ -112,16 +137,17 @@ def _traffic(plan: Plan, dense: Plan | None) -> Iterator[str]:
     if not plan.traffic:
         yield "communication: none, one rank"
         return
-    theirs = {t.kind: t.sent for t in dense.traffic} if dense else {}
+    plans = [{t.kind: t for t in p.traffic} for p in (plan, dense) if p]
     header = ["gist"] if plan.config.model.attention == "gist" else ["dense"]
     yield _columns("sent by one GPU per step, GiB", *header, *(["dense"] if dense else []))
-    for traffic in plan.traffic:
+    for kind in dict.fromkeys(kind for kinds in plans for kind in kinds):
+        traffic = next(kinds[kind] for kinds in plans if kind in kinds)
         inside = traffic.span <= cluster.gpus_per_node
         where = "in a node" if inside else "across nodes"
         if cluster.gpu.node_link:
             where += f", {traffic.sent / traffic.rate(cluster):.2g} s{' beside computation' if traffic.beside else ''}"
-        other = [f"{theirs.get(traffic.kind, 0) / GIB:.2f}"] if dense else []
-        yield _columns(f"  {traffic.kind}", f"{traffic.sent / GIB:.2f}", *other) + f"   {where}"
+        sent = (kinds[kind].sent / GIB if kind in kinds else 0 for kinds in plans)
+        yield _columns(f"  {kind}", *(f"{x:.2f}" for x in sent)) + f"   {where}"
 
 
 def _parts(plans: list[Plan]) -> Iterator[str]:
@@ -129,10 +155,13 @@ def _parts(plans: list[Plan]) -> Iterator[str]:
     times = [p.time for p in plans]
     parts = (
         ("matrix products", lambda t: t.products.seconds), ("attention", lambda t: t.attention.seconds),
+        ("  of which recall", lambda t: t.recall.seconds),
         ("bound by memory", lambda t: t.memory.seconds), ("communication, exposed", lambda t: t.exposed),
         ("waiting for pipeline stages", lambda t: t.idle),
     )  # fmt: skip
     for title, seconds in parts:
+        if not any(map(seconds, times)) and title.startswith(" "):
+            continue
         yield _columns(f"  {title}", *(f"{seconds(t):,.2f} {seconds(t) / t.total:>4.0%}" for t in times))
     yield _columns("  seconds", *(f"{t.total:,.2f} 100%" for t in times))
     yield _columns("    of which computed again", *(f"{t.again:,.2f} {t.again / t.total:>4.0%}" for t in times))
@@ -156,6 +185,8 @@ def _time(plan: Plan, dense: Plan | None, steps: int) -> Iterator[str]:
     else:
         yield from _parts(plans)
         seconds = [p.time.total for p in plans]
+        if plan.mean_seconds:
+            yield f"  mean over gist.choices, by their weights: {plan.mean_seconds:,.2f} seconds"
         yield _columns("  raw tokens/s", *(f"{train.global_batch * raw / s:,.0f}" for s in seconds))
         yield _columns("  useful FLOPs over the peak, MFU", *(f"{p.mfu:.0%}" for p in plans))
         yield _columns(f"  days for {steps:,} steps", *(f"{s * steps / 86400:,.2f}" for s in seconds))

@@ -13,7 +13,6 @@ from deepspeed.utils import set_z3_leaf_modules
 from torch import nn
 
 from unfold.model.layers import MLP, BuildContext
-from unfold.model.parallel.context import ContextParallel
 from unfold.model.parallel.pipeline import StageAttention, canonical_name, layer_specs, stage_loss
 from unfold.model.pointwise import Pointwise
 from unfold.model.recompute import Offload, Recompute
@@ -56,9 +55,7 @@ def build_engine(config: RunConfig, parallel: Parallel, row_ids: tuple[int, ...]
 
     Matrices decay, norm weights do not. row_ids: gist and link ids, whose rows may be trained apart from the others.
     """
-    context = None
-    if parallel.context_group.size() > 1:
-        context = ContextParallel(parallel.context_group, config.parallel.context_method, config.model.kinds)
+    context = parallel.context_parallel(config.model.kinds)
     build = BuildContext(
         parallel.tensor_group,
         config.train.seed,

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 
 from unfold.kernels.common.plans import pinned
 from unfold.model.config import sizes_name
-from unfold.model.parallel.context import ContextParallel
 from unfold.model.visibility import MicroBatch
 from unfold.pretrain.config import RunConfig, RunStage, with_vocab_size
 from unfold.pretrain.data.blend import PLAIN, Arranged, Stretch
@@ -51,8 +50,8 @@ class Inputs:
 
     def _ready(self, batch: MicroBatch, parallel: Parallel) -> MicroBatch:
         """With what can be worked out ahead of its step: who sends what to whom; for a GPU in pinned memory."""
-        if parallel.context_group.size() > 1:
-            context = ContextParallel(parallel.context_group, self.config.parallel.context_method, self.config.model.kinds)
+        context = parallel.context_parallel(self.config.model.kinds)
+        if context is not None:
             context.prepare(batch.layout, batch.recall)
         return pinned(batch) if parallel.device.type == "cuda" else batch
 

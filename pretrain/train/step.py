@@ -34,6 +34,7 @@ class StepResult:
         added: what else was learned, as :mod:`unfold.pretrain.train.added` names it.
         context: bytes that a rank sent to those it shares sequences with, and would have sent for gathering all keys and
             values: means over ranks, layers (in a pipeline of the first stage) and micro-batches; None without such ranks.
+        heads: bytes that a rank sent to trade the sequence for heads, a mean alike; None without ranks that do.
         skipped: loss or gradient were not finite, and neither weights nor optimizer were touched.
         busy_s: seconds that this rank worked before it first waited for the others' losses.
     """
@@ -46,6 +47,7 @@ class StepResult:
     route_loss: float | None
     added: dict[str, float]
     context: tuple[float, float] | None
+    heads: float | None
     skipped: bool
     busy_s: float
 
@@ -77,7 +79,7 @@ def train_step(
     run = _pipeline if parallel.stages > 1 else _micro_batches
     loss = run(engine, batches, parallel, tokens, scale, tally, work)
     shares, traffic = tally.shares | added.shares(batches, divisors), _context_traffic(engine)
-    if traffic:  # in a pipeline that of the first stage
+    if traffic.exchanges:  # in a pipeline that of the first stage
         sent = traffic.sent / traffic.exchanges / parallel.replica_group.size()
         shares["sent"] = 0.0 if parallel.stage else sent
     # One sum over all ranks and one wait, for all figures together.
@@ -94,7 +96,8 @@ def train_step(
         unfolded=unfolded / queries if queries else None,
         selected=selected / queries if queries else None,
         route_loss=route * parallel.tensor_group.size() / terms if terms else None,
-        context=(means.pop("sent"), traffic.whole / traffic.exchanges) if traffic else None,
+        context=(means.pop("sent"), traffic.whole / traffic.exchanges) if traffic.exchanges else None,
+        heads=traffic.traded / traffic.trades if traffic.trades else None,
         added=added.metrics(means),
         skipped=skipped,
         busy_s=work.seconds(),
@@ -195,10 +198,10 @@ def _routing_terms(batches: Sequence[MicroBatch], parallel: Parallel, model: Mod
     return parallel.sum_over_data(sum(sampled)) * model.heads * layers
 
 
-def _context_traffic(engine: deepspeed.DeepSpeedEngine) -> ContextTraffic | None:
-    """What ``context`` of a step's result is made of; a validation's goes with the step after it."""
+def _context_traffic(engine: deepspeed.DeepSpeedEngine) -> ContextTraffic:
+    """What ``context`` and ``heads`` of a step's result are made of; a validation's goes with the step after it."""
     context = engine.module.context_parallel
-    return context.traffic.take() if context is not None and context.method == "gists" else None
+    return ContextTraffic() if context is None else context.traffic.take()
 
 
 @torch.no_grad()

@@ -71,7 +71,7 @@ def check_trainable(config: RunConfig, reserved_ids: Sequence[int]) -> None:
     if not trained:
         raise UserError(f"train.trainable: {list(config.train.trainable)} leaves nothing to train")
     stages = config.parallel.pipeline
-    idle = set(range(stages)) - {stage for name in trained for stage in _stages_of(name, config)}
+    idle = set(range(stages)) - {stage for name in trained for stage in stages_of(name, config)}
     if idle:
         which = ", ".join(map(str, sorted(idle)))
         raise UserError(
@@ -80,7 +80,7 @@ def check_trainable(config: RunConfig, reserved_ids: Sequence[int]) -> None:
         )
 
 
-def _stages_of(name: str, config: RunConfig) -> list[int]:
+def stages_of(name: str, config: RunConfig) -> list[int]:
     """The pipeline stages that hold a parameter."""
     last = config.parallel.pipeline - 1
     if name.startswith("layers."):

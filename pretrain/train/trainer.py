@@ -231,6 +231,8 @@ class Trainer:
         if result.context is not None:
             sent, whole = result.context
             metrics |= {"context_bytes": sent, "context_bytes_dense": whole, "context_ratio": whole / sent}
+        if result.heads is not None:
+            metrics["context_heads_bytes"] = result.heads
         if result.skipped:
             metrics["skipped"] = True
         return metrics

@@ -1,4 +1,4 @@
-"""How evenly ranks that share a sample work: (query, key) pairs of each, counted: in one part per rank, and in even slices.
+"""How evenly ranks that share a sample work: (query, key) pairs of each, counted: of parts in a row, and of even slices.
 
     python -m tests.benchmarks.context_balance --raw 1048576 --ranks 8
     python -m tests.benchmarks.context_balance --raw 1048576 --ranks 8 --documents 6
@@ -19,7 +19,6 @@ import torch
 
 from unfold.kernels.select import SelectRule
 from unfold.kernels.tree import GistTree
-from unfold.model.config import CONTEXT_SLICES
 from unfold.model.gist import GistConfig, Layout, build_layout, build_recall, interleave
 from unfold.model.gist.recall import recalling_tokens, select_rule
 from unfold.model.parallel.context import make_plan
@@ -66,12 +65,16 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, nargs="+", default=[8, 4], help="gist.chunk_sizes")
     args = parser.parse_args()
     config = GistConfig(tuple(args.chunks), recall="all")
-    layout = lay_out(args.raw, args.documents, config, CONTEXT_SLICES * args.ranks)
+    layout = lay_out(args.raw, args.documents, config, args.ranks)
     tree = build_recall(layout, config, recalling_tokens(layout, config))
-    print("| slices of a rank | forgetting: most / mean | recall: most / mean | sent, MiB | plan, s |\n|---|---|---|---|---|")
-    ways = Division.in_a_row(layout.intervals.tokens, args.ranks), Division.even([layout.intervals], args.ranks)
-    for division in ways:
+    print(
+        "| most slices of a rank | forgetting: most / mean | recall: most / mean | sent, MiB | plan, s |\n|---|---|---|---|---|"
+    )
+    tokens, held = layout.intervals.tokens, layout.intervals.tokens // args.ranks
+    in_a_row = lambda: Division(tokens, tuple(((n * held, (n + 1) * held),) for n in range(args.ranks)))
+    for divide in (in_a_row, lambda: Division.even([layout.intervals], args.ranks)):
         began = time.monotonic()
+        division = divide()
         sent, seconds = sent_bytes(layout, division), time.monotonic() - began
         forgetting = imbalance(visible_pairs(layout.intervals, division))
         recall = imbalance(recalled_pairs(tree, select_rule(config), config.chunk_sizes, division))

@@ -33,8 +33,8 @@ class Record:
             selection = select_gists(q.flatten(0, 1)[self.tree.tokens], k, self.tree, self.rule)
             for size, count in self.counts.items():
                 lists = block_lists(self.tree, selection, size)
-                items = slice(int(lists.first[-1, 0]), None)
-                table = lists.blocks.table[lists.owners()[1][items]]
+                owner, items = lists.items(lists.levels - 1)
+                table = lists.blocks.table[owner // lists.kv_heads]
                 pairs = count_bits(lists.bits[items]).sum()
                 count += torch.tensor([len(table), int((table[:, 1] - table[:, 0]).sum()), int(pairs)])
         return self.attend(index, q, k, v)

@@ -8,7 +8,8 @@ from tests.parallel.test_layouts import LAYOUTS
 from tests.supervised import add_links, make_linked_shard
 
 SHORT = ("cp2", "pp2")
-LONG = ("dp2 zero1", "dp2 zero3", "tp2 sequence", "ulysses2", "tp2 pp2", "cp2 tp2 sequence", "cp2 pp2", "pp2 checkpointing")
+LONG = ("dp2 zero1", "dp2 zero3", "tp2 sequence", "ulysses2", "tp2 pp2", "cp2 tp2 sequence", "cp2 pp2", "pp2 checkpointing",
+        "cp2 ulysses2")  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -36,14 +36,15 @@ LAYOUTS = {
     "pp2": ["parallel.pipeline=2", "train.micro_batch=2"],
     "ulysses2": ["parallel.context=2", "parallel.context_method=ulysses"],
     "cp2": ["parallel.context=2"],
+    "cp2 ulysses2": ["parallel.context=4", "parallel.context_heads=2"],
     "tp2 sequence": ["parallel.tensor=2", "parallel.sequence=true"],
 }
 SHORT = ("dp2 zero2", "pp2")
 
 
 @pytest.mark.parametrize("name", [n if n in SHORT else pytest.param(n, marks=pytest.mark.long) for n in LAYOUTS])
-def test_two_ranks_give_the_losses_of_one(name, config, alone, tmp_path):
-    metrics = train(config, tmp_path / "run", 2, *LAYOUTS[name])
+def test_several_ranks_give_the_losses_of_one(name, config, alone, tmp_path):
+    metrics = train(config, tmp_path / "run", 4 if name == "cp2 ulysses2" else 2, *LAYOUTS[name])
     for got, want in zip(metrics, alone, strict=True):
         assert abs(got["loss"] - want["loss"]) <= 2e-6 * want["loss"]
         assert abs(got["grad_norm"] - want["grad_norm"]) <= 1e-5 * want["grad_norm"]
@@ -99,5 +100,3 @@ def test_a_tuned_run_answers_from_a_context(config, tmp_path):
         "--max-new-tokens", "4",
     )  # fmt: skip
     assert done.stdout.startswith(prompt)
-
-

@@ -80,7 +80,7 @@ RECALL = [
 ]
 SOME_RECALL = [
     ("sm_90", "unfold", 128, "bf16"),
-    ("sm_90", "select list head below", 128, "bf16"),
+    ("sm_90", "select take head below", 128, "bf16"),
     ("sm_80", "decode attend", 128, "bf16"),
 ]
 

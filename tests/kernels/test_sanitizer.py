@@ -337,13 +337,11 @@ def route(name, heads, kv_heads, dtype, far, share):
 
 
 COMPRESSED = {"forward_kernel", "d_query_kernel", "d_key_kernel", "sum_parts_kernel"}
-SELECT = {"score_kernel", "bound_kernel", "mark_kernel", "list_kernel"}
-TURN = {"group_kernel", "sorted_kernel", "part_count_kernel", "part_kernel", "visit_kernel"}
-UNFOLD = {
-    "place_kernel", "unfold_kernel", "unfold_d_query_kernel", "list_queries_kernel", "chunk_d_key_kernel", "upper_d_key_kernel",
-    "add_parts_kernel",
-}  # fmt: skip
-RECALL = COMPRESSED | SELECT | TURN | UNFOLD
+SELECT = {"score_kernel", "bound_kernel", "take_kernel"}
+CHUNKS = {"tally_kernel", "fold_kernel", "fill_kernel", "chunk_d_key_kernel", "add_chunks_kernel"}
+UPPER = {"spread_kernel", "upper_d_key_kernel", "add_upper_kernel"}
+UNFOLD = {"place_kernel", "unfold_kernel", "unfold_d_query_kernel", "by_token_kernel"} | CHUNKS | UPPER
+RECALL = COMPRESSED | SELECT | UNFOLD
 ATTEND = {"attend_kernel", "combine_kernel"}
 DECODE = {"score_top_kernel", "score_below_kernel", "select_kernel"} | ATTEND
 ROUTE = {"raw_sum_kernel", "mass_kernel", "upper_kernel", "student_kernel", "d_gist_kernel"}
@@ -352,7 +350,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # name: (case, the kernels that it reaches)
 CASES = {
     "compressed, packed documents": (compressed("packed documents", 1, 1, FP32), COMPRESSED),
-    "recall, packed documents": (recall("short suffixes of two samples", 2, 1, FP32, "fixed"), RECALL - {"add_parts_kernel"}),
+    "recall, packed documents": (recall("short suffixes of two samples", 2, 1, FP32, "fixed"), RECALL - {"add_upper_kernel"}),
     "recall, summed scores": (recall("suffix", 4, 1, BF16, "everything", "group"), RECALL),
     "decode": (decode("two levels", "adaptive"), DECODE),
     "decode, summed scores, many splits": (decode("two levels", "adaptive", "group", splits="a tile each"), DECODE),
@@ -366,7 +364,7 @@ LONG = {
     "recall, three levels": (recall("suffixes of packed documents", 2, 1, FP32, "everything"), RECALL),
     "recall, every token, nothing to select": (
         recall("shorter than a chunk", 2, 2, FP32, "adaptive"),
-        RECALL - {"list_queries_kernel", "chunk_d_key_kernel", "upper_d_key_kernel", "add_parts_kernel"},
+        RECALL - UPPER,
     ),
     "decode, four levels": (decode("four levels", "adaptive", splits="one program"), DECODE),
     "decode, everything": (decode("two levels", "everything", splits="a tile each"), DECODE),
@@ -385,7 +383,7 @@ def test_kernels_of_the_project(name, seed, monkeypatch):
     """No fault, and whatever the order of programs the same bits. Lists are cut into parts as in far longer sequences."""
     for owner in (compressed_plan, unfold_plan):
         monkeypatch.setattr(owner, "SHORTEST_SPLIT", 24)
-    monkeypatch.setattr(turn, "SHORTEST_PART", 1)
+    monkeypatch.setattr(unfold_plan, "SHORTEST_PART", 1)
     monkeypatch.setattr(turn, "SHORTEST_LIST", 5)
     case, kernels = (CASES | LONG)[name]
     with sanitized(seed) as sanitizer:

@@ -14,7 +14,8 @@ from tests.kernels.interpreter import DEVICE, compute_like_a_gpu, needs_runs
 from tests.kernels.recall_cases import CASES, SUFFIX_CASES, make_recall, make_rule, random_qkv, recalling
 from unfold.kernels.select import SelectRule, select_gists
 from unfold.kernels.select import triton as backend
-from unfold.model.config import CONTEXT_SLICES
+from unfold.kernels.select.blocks import block_lists
+from unfold.kernels.select.room import UNIT, list_room
 from unfold.model.gist import build_layout, build_recall
 from unfold.model.parallel.division import Division
 from unfold.model.parallel.recall import make_recall_plan
@@ -105,7 +106,7 @@ def test_the_tree_of_a_context_rank():
     """Two samples, of which each rank has a short sequence of its own: tables without gaps, selections as on the CPU."""
     name = "suffixes of packed documents"
     layout, config, tree = make_recall(name)
-    pad = lambda x, value=-1: torch.nn.functional.pad(x, (0, -x.shape[1] % (2 * CONTEXT_SLICES)), value=value)
+    pad = lambda x, value=-1: torch.nn.functional.pad(x, (0, -x.shape[1] % 2), value=value)
     recalls = torch.zeros_like(layout.level, dtype=torch.bool).flatten().index_fill(0, tree.tokens, True).view_as(layout.level)
     layout = build_layout(pad(layout.level), pad(layout.doc), config)
     whole = build_recall(layout, config, pad(recalls, False))
@@ -127,6 +128,29 @@ def test_tables_with_gaps_are_refused():
     strided = dataclasses.replace(tree, child_lo=gap(tree.child_lo), child_hi=gap(tree.child_hi))
     with pytest.raises(AssertionError, match="child_lo: .* is not contiguous"):
         select_gists(q, k, strided, make_rule("fixed", config, "head"), backend="triton")
+
+
+@pytest.mark.parametrize("share", ["head", "group"])
+@pytest.mark.parametrize("name", ALL)
+def test_no_list_outgrows_its_room(name, share):
+    """What the CPU selects, as lists of blocks: items, candidates, places and queries of chunks, under every rule by number."""
+    layout, config, tree = make_recall(name)
+    q, k, *_ = random_qkv(layout, 4, 2, 6, torch.float32)
+    for rule_name, size in itertools.product(BY_NUMBER, (1, 5, 32)):
+        rule = make_rule(rule_name, config, share)
+        lists = block_lists(tree, select_gists(recalling(q, tree), k, tree, rule, backend="cpu"), size)
+        room = list_room(tree, rule, size, 4, 2)
+        levels, has = tree.levels, torch.nn.functional.pad(room.first.flatten(), (0, 1), value=room.items).diff()
+        assert (lists.count[:levels].flatten() <= has).all() and (lists.count[levels] <= room.start.diff()).all()
+        assert lists.entries <= room.entries and room.slices[-1][1] == len(lists.blocks.table)
+        assert int(room.spans[0][:, 1].max()) <= room.rooms[0] * UNIT
+        for s in range(1, levels):
+            owner, at = lists.items(s - 1)
+            begin, opened = room.spans[s][owner // 2].unbind(1)
+            gist = lists.blocks.table[owner // 2, 2].long() * layout.level.shape[1] + lists.row[at]
+            before = tree.child_hi.flatten()[gist].minimum(begin.where(opened > 0, 2**30)) - tree.child_lo.flatten()[gist]
+            candidates = room.spans[s][:, 1].repeat_interleave(2).long().index_add(0, owner, before.clamp(min=0).long())
+            assert int(candidates.max()) <= room.rooms[s] * UNIT
 
 
 @needs_runs

@@ -138,7 +138,7 @@ def test_tiles_of_the_table(arch):
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.long)])
 def test_many_partial_sums(monkeypatch, dtype):
     """Groups of keys split into many parts: as where thousands of queries select one chunk."""
-    monkeypatch.setattr(turn, "SHORTEST_PART", 1)
+    monkeypatch.setattr(plan, "SHORTEST_PART", 1)
     monkeypatch.setattr(turn, "SHORTEST_LIST", 5)
     monkeypatch.setattr(plan, "SHORTEST_SPLIT", 24)
     small = Tile(16, 16, 4, 1)

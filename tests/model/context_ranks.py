@@ -13,16 +13,16 @@ from tests.kernels.cases import padded
 from tests.kernels.recall_cases import CASES, RULES, SUFFIX_CASES, make_layout, make_rule, random_qkv, suffix_layout
 from unfold.kernels.compressed import compressed_attention
 from unfold.kernels.unfold import recall_attention
-from unfold.model.config import CONTEXT_SLICES
 from unfold.model.gist import Recall, build_recall
 from unfold.model.parallel.context import ContextAttention, ContextParallel
+from unfold.model.parallel.tensor import Alone
 from unfold.model.visibility import MicroBatchAttention
 
 TOLERANCE = 1e-12
 
 
 def padded_case(name: str, multiple: int):
-    """A case padded to a multiple of the slices: layout, config, tree; in those of plain text every raw token recalls."""
+    """A case padded to a multiple of the ranks: layout, config, tree; in those of plain text every raw token recalls."""
     if name in SUFFIX_CASES:
         layout, config, recalls = suffix_layout(name)
     else:
@@ -34,7 +34,7 @@ def padded_case(name: str, multiple: int):
 
 
 def check(name: str, rule_name: str, share: str, context: ContextParallel) -> None:
-    layout, config, tree = padded_case(name, CONTEXT_SLICES * context.group.size())
+    layout, config, tree = padded_case(name, dist.get_world_size())
     rule = make_rule(rule_name, config, share)
     q, k, v, d_out = random_qkv(layout, 4, 2, 8, torch.float64)
     want, read = recall_attention(q, k, v, tree, rule)
@@ -43,7 +43,7 @@ def check(name: str, rule_name: str, share: str, context: ContextParallel) -> No
     own = context.of(layout)
     part = lambda x: own.take(x, 1)
     recall = Recall(tree, rule)
-    attend = ContextAttention(own, None, layout, recall)  # the layer before it would need what makes attention
+    attend = ContextAttention(own, None, layout, recall)  # layers before the first that recalls would need what makes attention
     mine = [part(x).detach().clone().requires_grad_() for x in (q, k, v)]
     got = attend(1, *mine)
     pairs = [(got, part(want)), *zip(torch.autograd.grad(got, mine, part(d_out)), map(part, grads))]
@@ -52,12 +52,12 @@ def check(name: str, rule_name: str, share: str, context: ContextParallel) -> No
     for name_of, expected in (("unfolded", read.unfolded), ("selected", read.selected)):
         total = getattr(recall.stats[1], name_of).double()
         dist.all_reduce(total)
-        torch.testing.assert_close(total / context.group.size(), expected.double(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(total / dist.get_world_size(), expected.double(), atol=1e-5, rtol=1e-5)
 
 
 def check_first_layer(context: ContextParallel) -> None:
     """Layers before the first that recalls forget."""
-    layout, config, tree = padded_case("own group, closed context", CONTEXT_SLICES * context.group.size())
+    layout, config, tree = padded_case("own group, closed context", dist.get_world_size())
     q, k, v, _ = (x.detach() for x in random_qkv(layout, 4, 2, 8, torch.float64))
     recall = Recall(tree, make_rule("fixed", config, "head"), first_layer=2)
     own = context.of(layout)
@@ -68,10 +68,22 @@ def check_first_layer(context: ContextParallel) -> None:
         torch.testing.assert_close(got, own.take(want, 1), atol=TOLERANCE, rtol=0)
 
 
-def rank_main(rank: int, size: int, store: str) -> None:
+def make_context(heads: int) -> ContextParallel:
+    """heads: so many neighbours trade heads."""
+    if heads == 1:
+        return ContextParallel(dist.group.WORLD, Alone())
+    import deepspeed
+
+    deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)  # its Ulysses sends by way of it
+    ranks = torch.arange(dist.get_world_size()).view(-1, heads)
+    neighbours, across = (dist.new_subgroups_by_enumeration(x.tolist())[0] for x in (ranks, ranks.T))
+    return ContextParallel(across, neighbours)
+
+
+def rank_main(heads: int, rank: int, size: int, store: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-    context = ContextParallel(dist.group.WORLD, "gists")
+    context = make_context(heads)
     rules = [("adaptive, small ratio", "head"), ("fixed", "group"), ("everything", "head"), ("top-p", "head")]
     assert {name for name, _ in rules} <= set(RULES)
     cases = [(name, *rule) for name in (*CASES, *SUFFIX_CASES) for rule in rules]
@@ -87,4 +99,4 @@ def rank_main(rank: int, size: int, store: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_ranks(rank_main, int(sys.argv[1])))
+    sys.exit(run_ranks(partial(rank_main, int(sys.argv[2])), int(sys.argv[1])))

@@ -91,6 +91,7 @@ def start(config_file: str, overrides: list[str], rank: int, world: int) -> dict
     places = {f.name: [list(f.offsets), list(f.shape)] for f in written}
     return {
         "place": [groups.stage, groups.data_rank, groups.context_group.rank(), groups.tensor_group.rank()],
+        "sharing": [dist.get_process_group_ranks(g) for g in (groups.gists_group, groups.heads_group) if g.size() > 1],
         "replicas": groups.replica_group.size(),
         "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters()),
         "held": held,

@@ -10,7 +10,6 @@ import torch.distributed as dist
 from tests.forked import run_ranks
 from tests.kernels.route_cases import ALL, make_routed, queries_and_keys
 from unfold.kernels.route import cpu, routing_loss
-from unfold.model.config import CONTEXT_SLICES
 from unfold.model.parallel.division import Division
 from unfold.model.parallel.route import rank_plan, routing_loss_over_ranks
 
@@ -20,7 +19,7 @@ TOLERANCE = dict(rtol=1e-10, atol=1e-10)
 def check(name: str, far: bool, share: float) -> int:
     """Compare one case; returns how many slices a group of it spans at most."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    layout, routed = make_routed(name, share=share, multiple=CONTEXT_SLICES * size)
+    layout, routed = make_routed(name, share=share, multiple=size)
     division = Division.even([layout.intervals], size)
     q, k = queries_and_keys(layout, routed, 4, 2, 8, torch.float64)
     want = routing_loss(q, k, routed, far=far)
@@ -39,17 +38,18 @@ def check(name: str, far: bool, share: float) -> int:
     torch.testing.assert_close(total, want.detach(), **TOLERANCE)
     with torch.no_grad():
         assert torch.equal(over_ranks(), got.detach())
-    return slices_of_a_group(routed, division.length)
+    return slices_of_a_group(routed, division)
 
 
-def slices_of_a_group(routed, length: int) -> int:
+def slices_of_a_group(routed, division: Division) -> int:
     """Over how many slices a group reaches, from its first member to its gist, of the group with most."""
     tree, most = routed.tree, 1
+    starts = torch.tensor(sorted(start for own in division.spans for start, _ in own))
+    slice_of = lambda b, row: int(torch.searchsorted(starts, tree.others.rows[b, row], right=True))
     for b in range(tree.others.batch):
         for row in range(int(tree.others.segment_start[b, tree.levels])):
             if tree.child_hi[b, row] > tree.child_lo[b, row]:
-                first, last = (int(tree.others.rows[b, r]) // length for r in (int(tree.child_lo[b, row]), row))
-                most = max(most, last - first + 1)
+                most = max(most, slice_of(b, row) - slice_of(b, int(tree.child_lo[b, row])) + 1)
     return most
 
 

@@ -4,7 +4,12 @@ import pytest
 
 from tests.integration.runs import train
 
-LAYOUTS = {"tensor": "parallel.tensor=2", "pipeline": "parallel.pipeline=2", "context": "parallel.context=2"}
+LAYOUTS = {
+    "tensor": (2, "parallel.tensor=2"),
+    "pipeline": (2, "parallel.pipeline=2"),
+    "context": (2, "parallel.context=2"),
+    "both": (4, "parallel.context=4", "parallel.context_heads=2"),
+}
 SHORT = ("train.steps=2", "train.valid_every=1", "train.valid_samples=1", "data.raw_tokens=48")  # every query is sampled
 
 
@@ -29,5 +34,6 @@ def test_shares_add_up_at_every_validation(alone):
 @pytest.mark.long
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_agree(layout, alone, tmp_path):
-    metrics = train(alone[0], tmp_path / "run", 2, *SHORT, LAYOUTS[layout])
+    ranks, *settings = LAYOUTS[layout]
+    metrics = train(alone[0], tmp_path / "run", ranks, *SHORT, *settings)
     assert masses(metrics) == pytest.approx(masses(alone[1]), rel=2e-5)

@@ -66,6 +66,7 @@ def close(got, want):
         (2, ["parallel.context=2"]),
         long(2, ["parallel.context=2", "train.micro_batch=4"]),
         long(2, ["parallel.context=2", "parallel.context_method=ulysses", "train.micro_batch=2"]),
+        long(4, ["parallel.context=4", "parallel.context_heads=2", "train.micro_batch=2"]),
         long(2, ["parallel.tensor=2", "parallel.sequence=true", "train.micro_batch=2"]),
         long(2, ["parallel.pipeline=2"]),
         long(2, ["parallel.pipeline=2", "train.micro_batch=2"]),

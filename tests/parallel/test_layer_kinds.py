@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 
 from tests.integration.runs import train
-from tests.parallel.test_layouts import LAYOUTS
+from tests.parallel.test_layouts import LAYOUTS, NESTED
 
 KINDS = ["gist", "dense", "window:24", "gist"]
 LONG = ("ulysses2", "cp2 tp2 sequence", "cp2 dp2 zero2", "cp2 pp2", "dp2 zero3", "dp2 zero2 micro_batch 2", "tp2 pp2 sequence",
-        "tp2 sequence selective tiles", "pp2 selective host tiles", "selective, tiles, host", "ulysses2 pp2")  # fmt: skip
+        "tp2 sequence selective tiles", "pp2 selective host tiles", "selective, tiles, host", "ulysses2 pp2",
+        "cp2 ulysses2", "cp2 ulysses2 pp2", "cp2 ulysses2 zero2 micro_batch 4")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def test_a_layout_gives_the_losses_of_one_process(name, config, alone, tmp_path)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["cp2", "tp2 sequence", "ulysses2"])
+@pytest.mark.parametrize("name", ["cp2", "tp2 sequence", "ulysses2", "cp2 ulysses2"])
 def test_a_teacher_keeps_its_windows(name, config, tmp_path):
     """In layers that forget: where every token selects too, what rounds differently adds up to more."""
     ranks, settings = LAYOUTS[name]
@@ -56,6 +57,16 @@ def test_a_teacher_keeps_its_windows(name, config, tmp_path):
         assert abs(got["grad_norm"] - want["grad_norm"]) <= 1e-5 * want["grad_norm"]
         for name in ("distill_logits", "distill_hidden"):
             assert got[name] == pytest.approx(want[name], rel=2e-5)
+
+
+@pytest.mark.long
+def test_every_way_of_sharing_goes_together(tiny, tmp_path):
+    """Tensor-parallel ranks that share sequences both ways: eight, each with one of four KV heads of a part."""
+    model = {"layers": 4, "layer_attention": KINDS, "heads": 8, "kv_heads": 4}
+    gist = {"chunk_sizes": [4, 2], "recall": "all", "route_loss": 1.0}
+    config = tiny.config(tmp_path / "c.yaml", model=model, gist=gist, data={"raw_tokens": 256})
+    alone = train(config, tmp_path / "alone", 1, *STEPS)
+    same(train(config, tmp_path / "run", 8, *STEPS, *NESTED, "parallel.tensor=2", "parallel.sequence=true"), alone)
 
 
 @pytest.mark.long

@@ -11,6 +11,7 @@ STEPS = "train.steps=10"
 SELECTIVE, TILES = "train.activation_checkpointing=selective", "train.mlp_tiles=3"
 FUSED = "train.fuse_pointwise=true"
 HOST = "train.offload_activations=true"
+NESTED = ["parallel.context=4", "parallel.context_heads=2"]
 
 # name: (ranks, settings). All train the same global batch of packed documents with clipping.
 LAYOUTS = {
@@ -46,10 +47,14 @@ LAYOUTS = {
     "cp2 pp2": (4, ["parallel.context=2", "parallel.pipeline=2"]),
     "ulysses2": (2, ["parallel.context=2", "parallel.context_method=ulysses"]),
     "ulysses2 pp2": (4, ["parallel.context=2", "parallel.context_method=ulysses", "parallel.pipeline=2"]),
+    "cp2 ulysses2": (4, NESTED),
+    "cp2 ulysses2 zero2 micro_batch 4": (4, [*NESTED, "parallel.zero=2", "train.micro_batch=4"]),
+    "cp2 ulysses2 zero3 selective tiles": (4, [*NESTED, "parallel.zero=3", SELECTIVE, TILES]),
+    "cp2 ulysses2 pp2": (8, [*NESTED, "parallel.pipeline=2"]),
 }
 # The rest runs with `make test-long`; each kind of parallelism is in the short list.
 SHORT = ("dp2 zero2 micro_batch 2", "dp2 zero3 offload", "tp2 sequence selective tiles", "pp2 selective host tiles", "tp2 pp2",
-         "cp2 pp2", "ulysses2")  # fmt: skip
+         "cp2 pp2", "ulysses2", "cp2 ulysses2")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +90,7 @@ def test_a_pipeline_with_recall_and_untied_embeddings(tiny, tmp_path):
 RECALL = [
     pytest.param("cp2", ["gist.own_group=true"]),
     *(pytest.param(n, [], marks=pytest.mark.long) for n in ("cp2 tp2 sequence", "cp2 dp2 zero2", "cp2 pp2", "ulysses2")),
+    *(pytest.param(n, [], marks=pytest.mark.long) for n in ("cp2 ulysses2", "cp2 ulysses2 zero3 selective tiles")),
     pytest.param("cp2", ["train.activation_checkpointing=full", "gist.share=group"], marks=pytest.mark.long),
     pytest.param("cp2 selective tiles", [HOST], marks=pytest.mark.long),
 ]
@@ -104,7 +110,8 @@ def test_recall_reads_the_same_over_context_ranks(tiny, tmp_path, name, more):
         assert got.get("valid_loss") == pytest.approx(want.get("valid_loss"), abs=1e-5)
         assert want["unfolded_tokens"] > 0
         assert got["unfolded_tokens"] == pytest.approx(want["unfolded_tokens"], rel=1e-5)
-        if "ulysses" not in name:
+        assert ("context_heads_bytes" in got) == ("ulysses" in name)
+        if "cp" in name:
             assert got["context_ratio"] == got["context_bytes_dense"] / got["context_bytes"] > 0
 
 

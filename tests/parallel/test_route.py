@@ -8,7 +8,6 @@ import torch
 from tests import warm
 from tests.kernels.route_cases import ALL, first_raw_rows, make_routed, queries_and_keys
 from unfold.kernels.route import Routed
-from unfold.model.config import CONTEXT_SLICES
 from unfold.model.gist import GistConfig, build_layout, build_recall
 from unfold.model.parallel import route as subject
 from unfold.model.parallel.division import Division
@@ -35,7 +34,7 @@ def test_what_is_sent_does_not_grow_with_the_sequence(raw, monkeypatch):
     size, queries, heads, kv_heads, dim = 4, 16, 4, 2, 8
     config = GistConfig((4, 2))
     level = torch.tensor([-1] * 4 + ([-1] * 4 + [0] + [-1] * 4 + [0, 1]) * (raw // 8))
-    level = torch.nn.functional.pad(level, (0, -len(level) % (CONTEXT_SLICES * size)), value=-1)[None]
+    level = torch.nn.functional.pad(level, (0, -len(level) % size), value=-1)[None]
     layout = build_layout(level, torch.zeros_like(level), config)
     tokens = (level[0] < 0).nonzero()[:, 0]
     sampled = torch.zeros_like(level, dtype=torch.bool)
@@ -54,9 +53,10 @@ def test_what_is_sent_does_not_grow_with_the_sequence(raw, monkeypatch):
     mine = own.mine
     q, k = torch.randn(len(mine), heads, dim), torch.randn(1, level.shape[1] // size, kv_heads, dim)
     routing_loss_over_ranks(q, k, routed, division, Ranks(1, size))
-    assert own.most <= queries // size + CONTEXT_SLICES
+    assert own.most <= queries // size + 2
     # Queries; largest scores and sums of the teacher; of two levels largest scores, open masses by slice, sums and all masses.
-    assert sorted(sent) == sorted([own.most * heads * dim, *(queries * heads * n for n in (1, 1, 2, 2 * CONTEXT_SLICES, 4))])
+    assert sorted(sent) == sorted([own.most * heads * dim, *(queries * heads * n for n in (1, 1, 2, 2 * division.slices, 4))])
+    assert division.slices == 2
 
 
 @pytest.mark.parametrize(
@@ -71,9 +71,10 @@ def test_what_is_sent_does_not_grow_with_the_sequence(raw, monkeypatch):
 def test_bad_arguments_are_named(change, message):
     layout, routed = make_routed("packed documents", multiple=4)
     tokens = layout.level.shape[1]
-    division = Division.in_a_row(change.get("tokens", tokens), 2)
+    halves = lambda tokens: Division(tokens, (((0, tokens // 2),), ((tokens // 2, tokens),)))
+    division = halves(change.get("tokens", tokens))
     _, k = queries_and_keys(layout, routed, 4, 2, 8, torch.float32)
-    mine = rank_plan(routed, 2, Division.in_a_row(tokens, 2), 0).mine
+    mine = rank_plan(routed, 2, halves(tokens), 0).mine
     q = torch.zeros(len(mine), 4, 8, dtype=change.get("dtype", torch.float32))
     with pytest.raises(ValueError, match=message):
         k = change.get("k", k[:, : tokens // 2])

@@ -24,10 +24,11 @@ TRAIN = {
     "valid_every": 3,
     "stages": [{"until": 2, "unfold_all": True}, {"until": 4, "topk": 3, "route_loss": 0.5}],
 }
-SHORT = ("tp2 sequence", "pp2 checkpointing", "cp2")
+SHORT = ("tp2 sequence", "pp2 checkpointing", "cp2", "cp2 ulysses2")
 LONG = (
     "micro_batch 4", "dp2 zero2 micro_batch 2", "ulysses2", "activation checkpointing",
     "dp2 zero3", "dp2 zero2 offload", "tp2 pp2", "cp2 tp2 sequence", "cp2 pp2",
+    "cp2 ulysses2 zero2 micro_batch 4",
 )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import deepspeed
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from tests.pretrain.engine_bytes import micro_batch, run_config
+from tests.pretrain.plan.engine_bytes import micro_batch, run_config
 from unfold.pretrain import parallel
 from unfold.pretrain.train import engine as engine_module
 from unfold.pretrain.train.step import train_step

@@ -47,6 +47,23 @@ def test_every_error_is_reported_at_once():
         ("model", {"kv_heads": 3}, "model.kv_heads: 3 does not divide heads (4)"),
         ("model", {"attention": "fast"}, "'fast' is not one of gist, dense"),
         ("parallel", {"tensor": 3}, "parallel.tensor: 3 does not divide model.kv_heads (2)"),
+        ("parallel", {"context": 4, "context_method": "ulysses"}, "context: 4 does not divide the 2 KV heads of a rank"),
+        ("parallel", {"context": 8, "context_heads": 4}, "context_heads: 4 does not divide the 2 KV heads of a rank, as ulysses"),
+        ("parallel", {"context": 4, "context_heads": 2, "tensor": 2}, "context_heads: 2 does not divide the 1 KV heads"),
+        ("parallel", {"context": 3, "context_heads": 2}, "parallel.context_heads: 2 does not divide context (3); 1 would do"),
+        ("parallel", {"context": 8, "context_heads": 16}, "parallel.context_heads: 16 does not divide context (8); 4 would do"),
+        ("parallel", {"context_heads": 2}, "parallel.context_heads: 2 does not divide context (1); 1 would do"),
+        ("parallel", {"context_heads": 0}, "parallel.context_heads: 0 is below 1"),
+        (
+            "parallel",
+            {"context": 2, "context_heads": 2},
+            "parallel.context_heads: 2 are all ranks of context; leave it out, and set context_method: ulysses",
+        ),
+        (
+            "parallel",
+            {"context": 4, "context_heads": 2, "context_method": "ulysses"},
+            "parallel.context_heads: 2, but with context_method: ulysses all context ranks trade heads; leave it out",
+        ),
         ("parallel", {"zero": 4}, "parallel.zero: 4 is not one of 1, 2, 3"),
         ("schedule", {"kind": "wsd", "warmup": 0.6, "decay": 0.6}, "together exceed 1"),
         ("train", {"global_batch": 6, "micro_batch": 4}, "micro_batch: 4 does not divide global_batch (6)"),
@@ -58,6 +75,13 @@ def test_every_error_is_reported_at_once():
 )
 def test_misfits_are_refused(section, values, message):
     assert message in errors_of({**MINIMAL, section: {**MINIMAL.get(section, {}), **values}})
+
+
+def test_dense_attention_has_no_gists_to_exchange():
+    model = {**MINIMAL.get("model", {}), "attention": "dense"}
+    message = "parallel.context: dense attention has no gists to exchange; set context_method: ulysses"
+    for parallel in ({"context": 4}, {"context": 4, "context_heads": 2}):
+        assert message in errors_of({**MINIMAL, "model": model, "parallel": parallel})
 
 
 def test_sections_that_are_not_sections():

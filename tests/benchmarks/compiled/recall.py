@@ -8,6 +8,8 @@ from typing import Any
 import triton
 
 from unfold.kernels.common.tiles import Tile
+from unfold.kernels.compressed import backward as ranges
+from unfold.kernels.compressed.triton import SUM_ROWS
 from unfold.kernels.decode import attend
 from unfold.kernels.decode import kernels as decoding
 from unfold.kernels.decode.keep import keep_kernel
@@ -26,12 +28,11 @@ from unfold.kernels.unfold.turn import ITEMS
 LONGEST_CHUNK = 12  # c0 = 8, and up to half of it more
 SPLITS = 32
 _INT32 = (
-    "lo hi blocks row bits place places child_lo child_hi visits parts sums budget words bound last count new_row new_bits "
-    "new_words new_place new_places ints score list total new_takers new_owner group new_block counts upper upper_sums "
-    "chunk chunk_sums takers unfolded query above_score above_row item taken spans next_spans key seen next_places new_key"
+    "lo hi blocks row bits place places child_lo child_hi parts sums budget words bound count new_words new_places ints score "
+    "query item spans next_spans next_lo next_hi key seen new_key tally total spread starts copy_of items"
 )
-_INT64 = "rows first new_first ends end begin new_begin start order running"
-_FP32 = "shift factor mean part_k part_v part max sum"
+_INT64 = "rows first ends end start tokens token_rows"
+_FP32 = "shift factor mean part_k part_v part max sum rows_k rows_v copy_k copy_v"
 _TYPES = {f"p_{n}": kind for kind, names in (("*i32", _INT32), ("*i64", _INT64), ("*fp32", _FP32)) for n in names.split()}
 
 
@@ -59,35 +60,34 @@ def recall_programs(arch: str, dim: int, dtype: str, item_size: int, heads: int,
     size = tiles.block(group)
     tiles = tiles.fit(group, LONGEST_CHUNK)
     common = dict(H=heads, HKV=kv_heads, D=dim, BD=triton.next_power_of_2(dim), L=2, EXACT=dtype == "fp32", UPCAST=False)
-    sums = {"p_dk": "*fp32", "p_dv": "*fp32"}
+    sums, cut = {"p_dk": "*fp32", "p_dv": "*fp32"}, dict(SHORT=turn.SHORTEST_LIST)
     made = {
         "unfold": (forward.unfold_kernel, tiles.forward, {}, {}),
         "unfold d_query": (backward.unfold_d_query_kernel, tiles.d_query, {}, {}),
-        "unfold list_queries": (backward.list_queries_kernel, Tile(1, ITEMS, 4, 3), dict(SIZE=size), {"p_block": "*i32"}),
-        "unfold d_key chunks": (backward.chunk_d_key_kernel, tiles.chunks, {}, sums),
+        "unfold d_key near": (ranges.d_key_kernel, tiles.near, dict(S=3, COPIES=False, APART=True), sums),
+        "unfold d_key chunks": (backward.chunk_d_key_kernel, tiles.chunks, cut, sums),
         "unfold d_key upper": (backward.upper_d_key_kernel, tiles.upper, {}, sums),
-        "unfold add_parts": (backward.add_parts_kernel, replace(tiles.chunks, warps=4, stages=3), dict(CHUNK=True), sums),
+        "unfold add chunks": (backward.add_chunks_kernel, replace(tiles.chunks, warps=4, stages=3), cut, sums),
+        "unfold add upper": (backward.add_upper_kernel, replace(tiles.upper, warps=4, stages=3), {}, sums),
+        "unfold by token": (backward.by_token_kernel, Tile(1, SUM_ROWS, 4, 3), dict(ADD=True), {}),
     }
     for share, summed in (("head", 1), ("group", group)):
         chosen = SELECT_TILES[arch][share][block_dim, item_size].fit(size * group // summed)
         for top, tile in ((True, chosen.top), (False, chosen.below)):
             words, per = -(-tile.rows // 32), group // summed
-            flags = dict(SUM=summed, WORDS=words, TOP=top, BOTTOM=not top, TILES=chosen.run, PER=per)
+            flags = dict(SUM=summed, WORDS=words, TOP=top, S=0 if top else 1, TILES=chosen.run, PER=per)
             name, light = f"{share} {'top' if top else 'below'}", Tile(tile.rows, LIST_KEYS, LIST_WARPS, 3)
             made[f"select score {name}"] = (selecting.score_kernel, tile, flags, {})
-            made[f"select mark {name}"] = (selecting.mark_kernel, light, flags, {})
-            made[f"select list {name}"] = (selecting.list_kernel, light, flags, {})
+            made[f"select take {name}"] = (selecting.take_kernel, light, flags, {})
     for n, warps in ((1024, 1), (8192, 8)):  # scores of a row that stay in registers
         flags = dict(N=n, WHOLE=n < 8192, TOP=True, PER=group)
         made[f"select bound {n}"] = (selecting.bound_kernel, Tile(size * group, n, warps, 3), flags, {})
-    light, i64 = Tile(1, ITEMS, 4, 3), {"p_last": "*i64"}
-    cut = dict(SHORT_PART=turn.SHORTEST_PART, SHORT_LIST=turn.SHORTEST_LIST, WIDTH=tiles.upper.keys, KEYS=tiles.chunks.keys)
+    light = Tile(1, ITEMS, 4, 3)
     made |= {
-        "turn groups": (turn.group_kernel, light, cut, {}),
-        "turn sorted": (turn.sorted_kernel, light, cut, {"p_count": "*i32"}),
-        "turn count parts": (turn.part_count_kernel, light, cut, i64),
-        "turn parts": (turn.part_kernel, light, cut, i64),
-        "turn visits": (turn.visit_kernel, light, cut, {}),
+        "turn tally": (turn.tally_kernel, light, {}, {}),
+        "turn fold": (turn.fold_kernel, light, {}, {}),
+        "turn fill": (turn.fill_kernel, light, dict(SIZE=size), {}),
+        "turn spread": (turn.spread_kernel, light, {}, {}),
     }
     made["unfold places"] = (place_kernel, Tile(1, ITEMS, 4, 3), dict(SIZE=size, BQ=size), {})
     made |= _route_programs(arch, dim, item_size, group)

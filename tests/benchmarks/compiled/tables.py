@@ -80,9 +80,9 @@ def programs(tiles: Tiles) -> dict[str, tuple[triton.JITFunction, Tile, dict]]:
     return {
         "forward": (forward.forward_kernel, tiles.forward, {}),
         "d_query": (backward.d_query_kernel, tiles.d_query, {}),
-        "d_key top": (backward.d_key_kernel, tiles.top, dict(COPIES=True)),
-        "d_key local": (backward.d_key_kernel, tiles.local, dict(COPIES=True)),
-        "d_key sink": (backward.d_key_kernel, tiles.sink, dict(COPIES=True)),
+        "d_key top": (backward.d_key_kernel, tiles.top, dict(COPIES=True, APART=False)),
+        "d_key local": (backward.d_key_kernel, tiles.local, dict(COPIES=True, APART=False)),
+        "d_key sink": (backward.d_key_kernel, tiles.sink, dict(COPIES=True, APART=False)),
         "sum_parts": (backward.sum_parts_kernel, Tile(SUM_ROWS, tiles.top.keys, 4, 3), dict(SINK=False, COPIES=True)),
         "sum_parts sink": (backward.sum_parts_kernel, Tile(SUM_ROWS, tiles.sink.keys, 4, 3), dict(SINK=True, COPIES=True)),
     }

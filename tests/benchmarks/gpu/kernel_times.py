@@ -149,9 +149,7 @@ def recall_step(raw: int, recalling: int, args: SimpleNamespace) -> Callable[[],
     return step
 
 
-def unfold_step(
-    raw: int, recalling: int, tiles: tuple[UnfoldTiles, SelectTiles], args: SimpleNamespace
-) -> Callable[[], object]:
+def unfold_step(raw: int, recalling: int, tiles: tuple[UnfoldTiles, SelectTiles], args: SimpleNamespace) -> Callable[[], object]:
     """Selecting and unfolding alone, at given tiles."""
     tiles, select_tiles = tiles
     tree = uniform_tree(raw, CHUNKS, recalling, device=args.device)
@@ -165,7 +163,7 @@ def unfold_step(
     def step():
         with torch.no_grad():
             lists = unfolding.selecting.select_lists(q, k, tree, rule, size, select_tiles)
-        out = unfolding.unfold_lists(q, k, v, tree, lists, args.dim**-0.5, tiles)[0]
+        out = unfolding.unfold_lists(q, k, v, tree, lists, args.dim**-0.5, tiles)
         return torch.autograd.grad(out, (q, k, v), d_out)
 
     return step

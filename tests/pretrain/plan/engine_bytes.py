@@ -1,4 +1,5 @@
-"""Run under torchrun by test_plan.py: bytes that real engines hold on two CPU ranks, layout by layout, as one JSON line."""
+"""Run under torchrun by test_counts.py: bytes that real engines hold on two CPU ranks, of the layouts that are named, as one JSON
+line."""
 
 from __future__ import annotations
 
@@ -7,6 +8,9 @@ import gc
 import inspect
 import json
 import logging
+import math
+import sys
+import time
 
 import deepspeed
 import numpy as np
@@ -17,22 +21,36 @@ from megatron.core import parallel_state
 from unfold.model.gist import build_layout, interleave
 from unfold.model.visibility import IGNORED, MicroBatch
 from unfold.pretrain import parallel
+from unfold.pretrain.checkpoint.state import AVERAGE, RunningAverage, fragments
 from unfold.pretrain.config import RunConfig, parse_config
 from unfold.pretrain.plan.work import measure_sample
 from unfold.pretrain.train.engine import build_engine
 from unfold.pretrain.train.step import train_step
 
+# Settings of each layout, by section.
 LAYOUTS = {
-    "muon": {"zero": 1},  # first: DeepSpeed goes on to use an mpu of an engine before, and Muon brings none
-    "zero 1": {"zero": 1},
-    "zero 2": {"zero": 2},
-    "zero 2, fp32 reduction": {"zero": 2, "reduce": "fp32"},
-    "zero 3": {"zero": 3},
-    "tensor 2": {"tensor": 2},
-    "pipeline 2": {"pipeline": 2},
-    "context 2": {"context": 2},
-    "bf16 moments": {"zero": 2},
-    "8bit moments": {"zero": 3},
+    "zero 1, adapters, average": {"lora": {"rank": 4}, "checkpoint": {"average_decay": 0.9}},
+    "zero 2": {"parallel": {"zero": 2}},
+    "zero 3": {"parallel": {"zero": 3}},
+    "bf16 moments": {"parallel": {"zero": 2}, "optimizer": {"state": "bf16"}},
+    "tensor 2": {"parallel": {"tensor": 2}},
+}
+MORE_LAYOUTS = {
+    "muon": {"optimizer": {"kind": "muon"}},  # first: DeepSpeed goes on to use an mpu of an engine before, and Muon brings none
+    "zero 1": {},
+    "zero 2, fp32 reduction": {"parallel": {"zero": 2, "reduce": "fp32"}},
+    "zero 2, gists, feed-forward, average": {
+        "parallel": {"zero": 2}, "train": {"trainable": ["gists", "*mlp*"]}, "checkpoint": {"average_decay": 0.9}
+    },
+    "8bit moments": {"parallel": {"zero": 3}, "optimizer": {"state": "8bit"}},
+    "zero 3, adapters": {"parallel": {"zero": 3}, "lora": {"rank": 16}},
+    "tensor 2, adapters": {"parallel": {"tensor": 2}, "lora": {"rank": 16}},
+    "pipeline 2": {"parallel": {"pipeline": 2}},
+    "context 2": {"parallel": {"context": 2}},
+}  # fmt: skip
+OF_FOUR = {  # on four ranks, the others on two
+    "context 2 x 2": {"parallel": {"context": 4, "context_heads": 2}},
+    "ulysses 2": {"parallel": {"context": 2, "context_method": "ulysses"}},
 }
 RAW = 67  # three sinks and whole groups
 HUGE = 10**8  # DeepSpeed's communication bucket has half a billion elements, whatever the model; it is not counted
@@ -40,18 +58,18 @@ HUGE = 10**8  # DeepSpeed's communication bucket has half a billion elements, wh
 
 def run_config(layout: str, precision: str = "bf16") -> RunConfig:
     """The configuration that is measured here and planned in the test."""
+    given = (LAYOUTS | MORE_LAYOUTS | OF_FOUR)[layout]
+    sizes = (given.get("parallel", {}).get(name, 1) for name in ("tensor", "pipeline", "context"))
+    replicas = (4 if layout in OF_FOUR else 2) // math.prod(sizes)
     return parse_config(
-        {
+        given
+        | {
             "precision": precision,
             "model": {"vocab_size": 512, "hidden_size": 128, "layers": 2, "heads": 4, "kv_heads": 2, "ffn_size": 256},
-            "gist": {"chunk_sizes": [4, 2]},
+            "gist": {"chunk_sizes": [4, 2], "links": 0},
             "data": {"train": ["x"], "tokenizer": "t", "raw_tokens": RAW},
-            "train": {"global_batch": 2 if layout in ("tensor 2", "pipeline 2", "context 2") else 4},  # two micro-batches each
-            "parallel": LAYOUTS[layout],
-            "optimizer": {
-                "kind": "muon" if layout == "muon" else "adamw",
-                "state": layout.split()[0] if layout.endswith(" moments") else "fp32",
-            },
+            # Two micro-batches for each rank.
+            "train": given.get("train", {}) | {"global_batch": 2 * replicas},
         }
     )
 
@@ -87,7 +105,16 @@ class Sent:
     """Counts the bytes that this rank sends between entering and leaving: collectives as rings, a reduce as its part of a
     reduce-scatter, a broadcast by its source alone. Entered before DeepSpeed looks the functions up; ``begin`` sets to 0."""
 
-    NAMES = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "reduce", "broadcast", "send", "isend")
+    NAMES = (
+        "all_reduce",
+        "all_gather_into_tensor",
+        "reduce_scatter_tensor",
+        "reduce",
+        "broadcast",
+        "send",
+        "isend",
+        "all_to_all_single",
+    )
 
     def __enter__(self):
         self.bytes, self._real = {}, {name: getattr(dist, name) for name in self.NAMES}
@@ -123,10 +150,10 @@ def rest_of_step(engine, batch: MicroBatch) -> None:
 def measure(layout: str, sent: Sent) -> dict:
     """parameters; bytes sent in a step; of plain data-parallel layouts weights, gradients, optimizer after one backward."""
     config = run_config(layout)
-    groups = parallel.initialize(config.parallel)
+    groups, began = parallel.initialize(config.parallel), time.monotonic()
     batch, before = micro_batch(config), live()
     held = [x for x in gc.get_objects() if isinstance(x, torch.Tensor)]  # or a gradient may come to lie where one of them was
-    engine = build_engine(config, groups)
+    engine = build_engine(config, groups, (510, 511))
     parameters = list(engine.module.parameters())
     result = {"parameters": sum(getattr(p, "ds_numel", p.numel()) for p in parameters)}
     if groups.stages == 1 and groups.context_group.size() == 1:
@@ -142,10 +169,13 @@ def measure(layout: str, sent: Sent) -> dict:
         masters = [p for group in adam.param_groups for p in group["params"]]
         masters += getattr(engine.optimizer, "fp32_partitioned_groups_flat", [])  # ZeRO-3 lends them to Adam in a step only
         optimizer = storages([*states, *masters])
+        averages = fragments(engine, groups, RunningAverage(config.checkpoint.average_decay))
+        averaged = sum(f.values.nbytes for f in averages if f.name.startswith(f"{AVERAGE}."))
         known = {*before, *weights, *gathered, *optimizer}
         rest = {address: size for address, size in live().items() if address not in known}
         sizes = {"weights": weights, "gradients": rest, "optimizer": optimizer}
         result |= {name: sum(found.values()) for name, found in sizes.items()}
+        result["optimizer"] += averaged
         rest_of_step(engine, batch)
     else:
         train_step(engine, [batch, batch], groups, config.model, config.folding)  # in its first step a pipeline also tells shapes
@@ -153,6 +183,7 @@ def measure(layout: str, sent: Sent) -> dict:
     train_step(engine, [batch, batch], groups, config.model, config.folding)
     result["sent"] = dict(sent.bytes)
     del held
+    result["seconds"] = time.monotonic() - began
     engine.destroy()
     parallel_state.destroy_model_parallel()
     return result
@@ -161,8 +192,8 @@ def measure(layout: str, sent: Sent) -> dict:
 if __name__ == "__main__":
     deepspeed.utils.logger.setLevel(logging.ERROR)
     with Sent() as counted:
-        results = {layout: measure(layout, counted) for layout in LAYOUTS}
-    everyone = [None, None]
+        results = {layout: measure(layout, counted) for layout in sys.argv[1:]}
+    everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, results)
     if dist.get_rank() == 0:
         print("RESULT " + json.dumps(everyone), flush=True)
