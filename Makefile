@@ -19,7 +19,9 @@ $(STAMP): requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "unfold needs Python >= 3.11, this is " + sys.version.split()[0])'
 	@command -v g++ >/dev/null || { echo "unfold needs g++ (Debian/Ubuntu: apt-get install g++)" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt
+	@# Byte code on all cores; pip makes it on one. Files of packages that are meant for other Pythons fail.
+	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true
 	@touch $@
 
 lint: env
