@@ -19,8 +19,10 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 BLOCK = 256  # elements that share a scale
-PIECE = 2**22  # elements that are updated at once: what an update needs beside the state is a few times 4 bytes of each
+# Elements that are updated at once: beside the state an update needs a few times 4 bytes of each, which on a CPU fits a cache.
+PIECE = {"cpu": 2**18, "cuda": 2**22}
 DECADES = 7
+DROPPED_BITS = 15  # of a number's 32: numbers that have the others in common are within 1 part of 256
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SCALES = ".scales"
 
@@ -30,16 +32,43 @@ def bytes_per_element(state: str) -> float:
     return {"fp32": 8.0, "bf16": 4.0, "8bit": 2.0 * (1 + 4 / BLOCK)}[state]
 
 
-def code_book(signed: bool) -> Tensor:
-    """The 255 values between -1 (or 0) and 1 that a code may mean, rising, fp32: in every decade twice as many as below it."""
-    first = 1 if signed else 2
-    decades = []
-    for i in range(DECADES):
-        edges = torch.linspace(0.1, 1, first * 2**i + 1, dtype=torch.float64)
-        decades.append(10.0 ** (i + 1 - DECADES) * (edges[:-1] + edges[1:]) / 2)
-    above = torch.cat(decades)
-    above[-1] = 1
-    return torch.cat([-above.flip(0) if signed else above[:0], torch.zeros(1), above]).float()
+class CodeBook:
+    """The 255 values between -1 (or 0) and 1 that codes mean.
+
+    The code of a number is found by its leading bits: they tell the one or two codes that it may have.
+
+    Attributes:
+        values: fp32 [255], rising: in every decade above zero twice as many as in the one below it.
+        zero: the code of 0.
+    """
+
+    def __init__(self, signed: bool, device: torch.device | str = "cpu"):
+        """signed: whether there are values below 0; else there are twice as many above it."""
+        first = 1 if signed else 2
+        decades = []
+        for i in range(DECADES):
+            edges = torch.linspace(0.1, 1, first * 2**i + 1, dtype=torch.float64)
+            decades.append(10.0 ** (i + 1 - DECADES) * (edges[:-1] + edges[1:]) / 2)
+        above = torch.cat([torch.zeros(1), *decades]).float()
+        above[-1] = 1
+        self._signed, self.zero = signed, len(above) - 1 if signed else 0
+        self.values = torch.cat([-above[1:].flip(0), above] if signed else [above]).to(device)
+        between = (above[1:] + above[:-1]) / 2
+        first_key, last_key = (int(x.view(torch.int32)) >> DROPPED_BITS for x in (between[0], above[-1]))
+        lowest = (torch.arange(first_key, last_key + 2, dtype=torch.int32) << DROPPED_BITS).view(torch.float32)
+        low = torch.bucketize(lowest, between, out_int32=True)
+        low[0] = 0  # what is smaller counts to it
+        assert (low.diff() <= 1).all()  # so no two borders lie between numbers of the same leading bits
+        self._first_key, self._low = first_key, low[:-1].to(device)
+        self._between = torch.cat([between, torch.tensor([torch.inf])]).to(device)
+
+    def nearest(self, numbers: Tensor) -> Tensor:
+        """int32 [n], the codes of numbers of at most 1, fp32 [n]."""
+        sizes = numbers.abs()
+        keys = (sizes.view(torch.int32) >> DROPPED_BITS).sub_(self._first_key).clamp_(0, len(self._low) - 1)
+        codes = self._low.index_select(0, keys)
+        codes += sizes > self._between.index_select(0, codes)
+        return torch.where(numbers < 0, self.zero - codes, self.zero + codes) if self._signed else codes
 
 
 class PackedMoment:
@@ -50,16 +79,15 @@ class PackedMoment:
         self.codes = torch.empty(len(like), dtype=torch.uint8, device=like.device)
         self.scales = torch.zeros(-(-len(like) // BLOCK), device=like.device)
         self._root = root
-        self._book = code_book(signed=not root).to(like.device)
-        self._edges = (self._book[1:] + self._book[:-1]) / 2
-        self.codes.fill_(int(self._book.eq(0).nonzero()))
+        self._book = CodeBook(not root, like.device)
+        self.codes.fill_(self._book.zero)
         self._written: Tensor | None = None
 
     def read(self, begin: int, end: int) -> Tensor:
         """Elements begin..end, fp32 [end - begin]."""
         first = begin // BLOCK
         scales = self.scales[first : -(-end // BLOCK)].repeat_interleave(BLOCK)[begin - first * BLOCK :][: end - begin]
-        values = self._book[self.codes[begin:end].int()] * scales
+        values = self._book.values.index_select(0, self.codes[begin:end].int()) * scales
         return values.square_() if self._root else values
 
     def store(self, begin: int, values: Tensor) -> None:
@@ -69,11 +97,11 @@ class PackedMoment:
         assert length % BLOCK == 0 or end == len(self.codes)
         blocks = torch.nn.functional.pad(values.sqrt() if self._root else values, (0, -length % BLOCK)).view(-1, BLOCK)
         scales = blocks.abs().amax(1)
-        parts = blocks / scales.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
-        codes = torch.bucketize(parts, self._edges, out_int32=True)
+        parts = (blocks / scales.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).view(-1)[:length]
+        codes = self._book.nearest(parts)
         if self._root:
             codes = torch.maximum(codes, parts.gt(0).int())
-        self.codes[begin:end] = codes.view(-1)[:length].to(torch.uint8)
+        self.codes[begin:end] = codes.to(torch.uint8)
         self.scales[begin // BLOCK : -(-end // BLOCK)] = scales
 
     def write(self, begin: int, values: Tensor) -> None:
@@ -85,8 +113,8 @@ class PackedMoment:
     def finish(self) -> None:
         """Store what was written."""
         if self._written is not None:
-            for begin in range(0, len(self.codes), PIECE):
-                self.store(begin, self._written[begin : begin + PIECE].to(self.codes.device))
+            for begin, end in _pieces(self.codes):
+                self.store(begin, self._written[begin:end].to(self.codes.device))
         self._written = None
 
 
@@ -131,7 +159,7 @@ class CompactAdamW(torch.optim.Optimizer):
                 if flat.grad is None:
                     continue
                 held = self.state[flat]
-                for begin, end in _pieces(len(flat)):
+                for begin, end in _pieces(flat):
                     moments = [self._read(held[name], begin, end) for name in MOMENTS]
                     adamw(
                         [flat[begin:end]],
@@ -163,5 +191,6 @@ class CompactAdamW(torch.optim.Optimizer):
             moment[begin : begin + len(values)].copy_(values)
 
 
-def _pieces(length: int) -> Iterator[tuple[int, int]]:
-    return ((begin, min(begin + PIECE, length)) for begin in range(0, length, PIECE))
+def _pieces(flat: Tensor) -> Iterator[tuple[int, int]]:
+    size = PIECE[flat.device.type]
+    return ((begin, min(begin + size, len(flat))) for begin in range(0, len(flat), size))

@@ -7,7 +7,7 @@ import torch
 
 from unfold.pretrain.config import parse_config
 from unfold.pretrain.errors import UserError
-from unfold.pretrain.train.compact import BLOCK, CompactAdamW, PackedMoment, bytes_per_element, code_book
+from unfold.pretrain.train.compact import BLOCK, PIECE, CodeBook, CompactAdamW, PackedMoment, bytes_per_element
 
 NUMBERS = dict(lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
 
@@ -30,7 +30,7 @@ def test_what_is_read_is_the_nearest_code_of_the_block(root):
     """Against a search over all codes, in float64, block by block; 1000 elements end in a block that is not whole."""
     values = moment(1000, root)
     values[512:768] = 0
-    got, book = packed_of(values, root).read(0, 1000).double(), code_book(signed=not root).double()
+    got, book = packed_of(values, root).read(0, 1000).double(), CodeBook(not root).values.double()
     for begin in range(0, 1000, BLOCK):
         part = (values[begin : begin + BLOCK].sqrt() if root else values[begin : begin + BLOCK]).double()
         scale = part.abs().max()
@@ -50,11 +50,22 @@ def test_what_was_read_and_is_stored_again_is_the_same(root):
 
 
 def test_codes():
-    signed, roots = code_book(True), code_book(False)
+    signed, roots = CodeBook(True).values, CodeBook(False).values
     assert len(signed) == len(roots) == 255 and torch.equal(signed, -signed.flip(0))
     for book in (signed, roots):
         assert (book.diff() > 0).all() and book[-1] == 1 and (book == 0).sum() == 1
     assert signed[signed > 0][0] < 1e-6 and roots[1] < 1e-6
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_the_code_of_a_number_is_the_nearest(signed):
+    """Against a search, for what lies on borders and a unit of the last place beside them too."""
+    book = CodeBook(signed)
+    between = (book.values[1:] + book.values[:-1]) / 2
+    beside = [torch.nextafter(between, torch.full_like(between, end)) for end in (-2.0, 2.0)]
+    spread = 10 ** (-9 * torch.rand(20000)) * (torch.randint(2, (20000,)) * 2 - 1 if signed else 1)
+    for numbers in (*beside, spread, book.values):
+        assert torch.equal(book.nearest(numbers), torch.bucketize(numbers, between, out_int32=True))
 
 
 def kept(optimizer: CompactAdamW, flat: torch.Tensor, name: str) -> torch.Tensor:
@@ -67,7 +78,7 @@ def kept(optimizer: CompactAdamW, flat: torch.Tensor, name: str) -> torch.Tensor
 @pytest.mark.parametrize("state", ["bf16", "8bit"])
 def test_an_update_is_adamw_from_the_kept_moments(state, monkeypatch):
     """In pieces, of which the last ends within a block, against the formula in float64."""
-    monkeypatch.setattr("unfold.pretrain.train.compact.PIECE", 2 * BLOCK)
+    monkeypatch.setitem(PIECE, "cpu", 2 * BLOCK)
     flat = torch.nn.Parameter(torch.randn(3 * BLOCK + 100))
     optimizer = CompactAdamW([{"params": [flat]}], state, **NUMBERS)
     optimizer.allocate(flat)
