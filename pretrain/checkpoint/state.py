@@ -261,9 +261,12 @@ def _runs(engine, parallel: Parallel, parameter: nn.Parameter, kind: str) -> Ite
 
 
 def adam_step(engine: deepspeed.DeepSpeedEngine) -> Tensor:
-    """Updates that Adam has done so far (skipped steps are none; 0 where it has nothing to train), fp32 [1] on CPU."""
+    """Updates that Adam has done so far (skipped steps are none; 0 where it has nothing to train), fp32 [1] on CPU.
+
+    A copy: a checkpoint is written while Adam goes on to count.
+    """
     step = next((state["step"] for state in _adam_states(engine)), 0)
-    return torch.as_tensor(step).detach().float().cpu().reshape(1)
+    return torch.tensor([float(step)])
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from unfold.pretrain.checkpoint import save as saves
 from unfold.pretrain.checkpoint.manifest import Manifest, checkpoint_directories, newest_whole, step_of, superfluous
-from unfold.pretrain.checkpoint.state import RunningAverage
+from unfold.pretrain.checkpoint.state import RunningAverage, adam_step
 from unfold.pretrain.checkpoint.tensors import Chunk
 from unfold.pretrain.config import CheckpointConfig
 from unfold.pretrain.errors import UserError
@@ -120,3 +120,17 @@ def test_manifests_of_other_formats_are_refused(make, tmp_path):
         from unfold.pretrain.checkpoint.manifest import read_manifest
 
         read_manifest(path.parent)
+
+
+def test_the_count_of_updates_is_that_of_the_moment_of_the_copy():
+    """It is written while training goes on: a later one would give the resumed run other corrections of its moments."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight])
+    engine = SimpleNamespace(optimizer=SimpleNamespace(optimizer=optimizer))
+    assert adam_step(engine).tolist() == [0]
+    copies = []
+    for _ in range(3):
+        weight.grad = torch.ones(3)
+        optimizer.step()
+        copies.append(adam_step(engine))
+    assert [copy.tolist() for copy in copies] == [[1], [2], [3]]
