@@ -32,7 +32,7 @@ SOME = [
 
 
 def compile_and_check(arch, name, dim, dtype):
-    report = aot.compile_program(arch, name, dim, dtype).report()
+    report = aot.program_source(arch, name, dim, dtype).compile().report()
     committed = aot.load_table()
     if committed[0] != aot.VERSION:
         pytest.skip(f"compiles, but the table was made with {committed[0]}: this is {aot.VERSION}, whose registers differ")
@@ -63,7 +63,7 @@ def test_the_committed_table_is_whole_and_within_bounds():
 def test_a_worse_kernel_is_found():
     """The check fails on a larger tile: spills, shared memory, and growth against the table."""
     key = aot.key_of("sm_90", "forward", 128, "bf16")
-    large = aot.compile_program("sm_90", "forward", 128, "bf16", Tile(128, 256, 4, 3)).report()
+    large = aot.program_source("sm_90", "forward", 128, "bf16", Tile(128, 256, 4, 3)).compile().report()
     made_with, table = aot.load_table()
     wrong = "\n".join(aot.check(key, large, (aot.VERSION, table)))
     assert "spills" in wrong and "spill_bytes 0 ->" in wrong and "of shared memory, sm_90 has" in wrong
@@ -71,13 +71,7 @@ def test_a_worse_kernel_is_found():
     assert aot.check(key, large, (aot.VERSION, {}))[-1].endswith("not in the committed table")
 
 
-RECALL_DIMS = (64, 128, 256)
-RECALL = [
-    (arch, name, dim, "bf16")
-    for arch in ("sm_80", "sm_90")
-    for dim in RECALL_DIMS
-    for name in aot.names_of("recall", arch, dim, "bf16")
-]
+RECALL = [job[1:] for job in aot.jobs_of("recall", ("sm_80", "sm_90"))]
 SOME_RECALL = [
     ("sm_90", "unfold", 128, "bf16"),
     ("sm_90", "select take head below", 128, "bf16"),
@@ -89,7 +83,7 @@ SOME_RECALL = [
     "arch,name,dim,dtype", [x if x in SOME_RECALL else pytest.param(*x, marks=pytest.mark.long) for x in RECALL]
 )
 def test_recall_compiles_within_bounds(arch, name, dim, dtype):
-    report = aot.compile_recall_program(arch, name, dim, dtype).report()
+    report = aot.recall_source(arch, name, dim, dtype).compile().report()
     committed = aot.load_table(aot.RECALL_TABLE)
     if committed[0] != aot.VERSION:
         pytest.skip(f"compiles, but the table was made with {committed[0]}: this is {aot.VERSION}, whose registers differ")
@@ -97,10 +91,22 @@ def test_recall_compiles_within_bounds(arch, name, dim, dtype):
 
 
 def test_the_committed_table_of_recall_is_whole_and_within_bounds():
-    """Every program in bf16, with the tiles that the code has now."""
+    """Every program of both architectures, every head dimension and dtype, with the tiles that the code has now."""
     _, table = aot.load_table(aot.RECALL_TABLE)
+    programs = {
+        (arch, dim, dtype): recall_programs(arch, dim, dtype, aot.DTYPES[dtype], aot.HEADS, aot.KV_HEADS)
+        for arch in ("sm_80", "sm_90")
+        for dim, dtype in aot.COMBINATIONS
+    }
     for arch, name, dim, dtype in RECALL:
         report = table[aot.key_of(arch, name, dim, dtype)]
         assert not report.excess(arch, dtype)
-        program = recall_programs(arch, dim, dtype, aot.DTYPES[dtype], aot.HEADS, aot.KV_HEADS)[name]
-        assert report.tile == aot.describe(program.tile)
+        assert report.tile == aot.describe(programs[arch, dim, dtype][name].tile)
+
+
+def test_parts_are_the_whole_and_have_every_program():
+    parts = [aot.jobs_of("recall", ("sm_80", "sm_90"), str(part + 1)) for part in range(aot.PARTS)]
+    whole = aot.jobs_of("recall", ("sm_80", "sm_90"))
+    assert sorted(sum(parts, [])) == sorted(whole)
+    programs = {(arch, name) for _, arch, name, _, _ in whole}
+    assert all({(arch, name) for _, arch, name, _, _ in part} == programs for part in parts)

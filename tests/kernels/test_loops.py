@@ -8,7 +8,7 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
 from tests.benchmarks.compiled.loops import disassembled, loops
-from tests.benchmarks.compiled.tables import compile_recall_program
+from tests.benchmarks.compiled.tables import recall_source
 
 NESTED = """
         /*0000*/                   MOV R1, R2 ;
@@ -40,6 +40,6 @@ def test_innermost_loops_by_kind():
 
 def test_a_compiled_kernel():
     """The search for a bound holds the scores of its row: no device memory is read in the loop that halves the range."""
-    found = loops(disassembled(compile_recall_program("sm_90", "decode select below", 64, "bf16").kernel.asm["cubin"]))
+    found = loops(disassembled(recall_source("sm_90", "decode select below", 64, "bf16").compile().kernel.asm["cubin"]))
     search = next(loop for loop in found if loop.where.startswith("common/search.py"))
     assert search.instructions > 50 and search.counts["tensor cores"] == 0 and search.counts["device memory"] <= 1

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import triton
 
-from tests.benchmarks.compiled.tables import ARCHITECTURES, DTYPES, HEADS, KV_HEADS, VERSION, compile_one, describe, names_of
+from tests.benchmarks.compiled.tables import ARCHITECTURES, DTYPES, HEADS, KV_HEADS, VERSION, describe, names_of, source_of
 from unfold.kernels.common.launch import HEAD_DIMS
 
 # Kinds by the beginnings of the opcodes; what is of none computes addresses, masks and numbers.
@@ -82,7 +82,7 @@ def disassembled(cubin: bytes) -> str:
 
 
 def _count(job: tuple[str, str, str, int, str]) -> tuple[tuple, str, list[Loop]]:
-    compiled = compile_one(*job)
+    compiled = source_of(*job).compile()
     return job, describe(compiled.tile), loops(disassembled(compiled.kernel.asm["cubin"]))
 
 

@@ -1,11 +1,15 @@
 """Compiles every kernel for GPUs that need not be there, and says what each program takes: registers, spills, shared memory.
 
     python -m tests.benchmarks.compiled [--ops compressed recall] [--arch sm_80 sm_90] [--dtype bf16 fp16 fp32] [--dim 64 ..]
-        [--only PROGRAM ..] [--check] [--workers N] [--output docs/benchmarks]
+        [--only PROGRAM ..] [--check] [--part N] [--workers N] [--output docs/benchmarks]
 
 Writes ``compressed_aot.json`` and ``recall_aot.json`` (one entry per architecture, kernel, head dimension and dtype; entries not
 compiled this time stay as they were) and the same as pages, ``.md``. Recall is selection, unfolding, routing and decoding.
 ``--check`` writes nothing: it compares with what is committed and fails where something got worse. No driver is touched.
+
+The whole is more than a thousand programs, some twenty minutes of two cores. Parts 1 to 15 have every program once an architecture
+each, at head dimensions and dtypes that go round from part to part; all of them together are the whole. ``--check`` alone is of
+part 1; ``--part all``, or naming dtypes, dimensions or programs, is of all that these name.
 """
 
 from __future__ import annotations
@@ -19,8 +23,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import triton
@@ -40,8 +44,11 @@ SHARED_LIMIT = {"sm_80": 101376, "sm_90": 232448, "sm_100": 232448}
 # Bytes per thread, stores and loads together. 16 bits: tiles of d_k and d_v whose sums spill a little are the fastest that were
 # measured (docs/performance.md); what spills more is not. fp32 products run without tensor cores, each thread holding whole
 # rows of its operands: at head dimension 256 no tile is small enough; these kernels are for exactness, not speed.
-SPILL_LIMIT = {"bf16": 600, "fp16": 600, "fp32": 1100}
+SPILL_LIMIT = {"bf16": 600, "fp16": 600, "fp32": 1500}
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
+COMBINATIONS = tuple(itertools.product(HEAD_DIMS, DTYPES))
+PARTS = len(COMBINATIONS)
+Job = tuple[str, str, str, int, str]  # op, architecture, program, head dimension, dtype
 HEADS, KV_HEADS, SEGMENTS = 32, 8, 4  # two gist levels; the number of segments changes nothing but a short unrolled loop
 VERSION = f"triton {triton.__version__}"
 TABLE = Path(__file__).parents[3] / "docs" / "benchmarks" / "compressed_aot"
@@ -102,8 +109,29 @@ class Compiled:
         return Report(describe(self.tile), registers, spill, self.kernel.metadata.shared)
 
 
-def compile_program(arch: str, name: str, dim: int, dtype: str, tile: Tile | None = None) -> Compiled:
-    """Compile one program of :func:`programs` for 32/8 heads; ``tile`` replaces the table's."""
+@dataclass(frozen=True)
+class Source:
+    """A kernel with its compile-time sizes and types, before it is compiled."""
+
+    arch: str
+    tile: Tile
+    ast: ASTSource
+
+    @property
+    def identity(self) -> tuple:
+        """All that the compiled program hangs on: sources with the same one compile to the same program."""
+        return self.arch, self.tile.warps, self.tile.stages, self.ast.hash()
+
+    def compile(self) -> Compiled:
+        """Compile it."""
+        capability, ptxas_name = ARCHITECTURES[self.arch]
+        target = GPUTarget("cuda", capability, 32)
+        options = dict(num_warps=self.tile.warps, num_stages=self.tile.stages)
+        return Compiled(self.tile, triton.compile(self.ast, target=target, options=options), ptxas_name)
+
+
+def program_source(arch: str, name: str, dim: int, dtype: str, tile: Tile | None = None) -> Source:
+    """One program of :func:`programs` for 32/8 heads; ``tile`` replaces the table's."""
     block_dim = triton.next_power_of_2(dim)
     kernel, table_tile, flags = programs(choose_tiles(arch, block_dim, DTYPES[dtype]))[name]
     tile = tile or table_tile
@@ -111,25 +139,22 @@ def compile_program(arch: str, name: str, dim: int, dtype: str, tile: Tile | Non
         H=HEADS, HKV=KV_HEADS, D=dim, BD=block_dim, S=SEGMENTS, BM=tile.rows, BN=tile.keys, BR=tile.rows, UPCAST=False,
         EXACT=dtype == "fp32", **flags,
     )  # fmt: skip
-    return compile_kernel(arch, kernel, tile, sizes, lambda name: _type(name, dtype))
+    return kernel_source(arch, kernel, tile, sizes, lambda name: _type(name, dtype))
 
 
-def compile_recall_program(arch: str, name: str, dim: int, dtype: str, tile: Tile | None = None) -> Compiled:
-    """Compile one program of :func:`recall_programs`; ``tile`` replaces warps and stages of its own."""
+def recall_source(arch: str, name: str, dim: int, dtype: str, tile: Tile | None = None) -> Source:
+    """One program of :func:`recall_programs`; ``tile`` replaces warps and stages of its own."""
     program = recall_programs(arch, dim, dtype, DTYPES[dtype], HEADS, KV_HEADS)[name]
     sizes = {n: x for n, x in program.sizes.items() if n in program.kernel.arg_names}
-    return compile_kernel(arch, program.kernel, tile or program.tile, sizes, lambda n: program.type_of(n, dtype))
+    return kernel_source(arch, program.kernel, tile or program.tile, sizes, lambda n: program.type_of(n, dtype))
 
 
-def compile_kernel(arch: str, kernel: triton.JITFunction, tile: Tile, sizes: dict, type_of: Callable[[str], str]) -> Compiled:
-    """Compile a kernel with these compile-time sizes; ``type_of`` names the type of every other argument."""
+def kernel_source(arch: str, kernel: triton.JITFunction, tile: Tile, sizes: dict, type_of: Callable[[str], str]) -> Source:
+    """A kernel with these compile-time sizes; ``type_of`` names the type of every other argument."""
     constants = {n: sizes[n] for n in kernel.arg_names if n in sizes}
     signature = {n: "constexpr" if n in sizes else type_of(n) for n in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if n.startswith("p_")}
-    capability, ptxas_name = ARCHITECTURES[arch]
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    options = dict(num_warps=tile.warps, num_stages=tile.stages)
-    return Compiled(tile, triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options), ptxas_name)
+    return Source(arch, tile, ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned))
 
 
 def describe(tile: Tile) -> str:
@@ -212,36 +237,55 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ops", nargs="+", choices=("compressed", "recall"), default=["compressed", "recall"])
     parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=["sm_80", "sm_90"])
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--dim", nargs="+", type=int, choices=HEAD_DIMS, default=list(HEAD_DIMS))
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: all")
+    parser.add_argument("--dim", nargs="+", type=int, choices=HEAD_DIMS, help="default: all")
     parser.add_argument("--only", nargs="+", metavar="PROGRAM", help="names of programs, such as 'decode keep' (default all)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that compile")
     parser.add_argument("--check", action="store_true", help="compare with the committed table instead of writing it")
+    parser.add_argument("--part", choices=("all", *map(str, range(1, PARTS + 1))), help="see above")
     parser.add_argument("--output", type=Path, default=TABLE.parent)
     args = parser.parse_args()
+    chosen = args.dtype or args.dim or args.only
+    part = args.part or ("1" if args.check and not chosen else "all")
     errors = []
     for op in args.ops:
-        errors += _compile_table(op, args)
+        jobs = [job for job in jobs_of(op, args.arch, part) if _wanted(job, args)]
+        errors += _compile_table(op, jobs, args)
     print(*errors, sep="\n", file=sys.stderr)
     return 1 if errors else 0
 
 
-def _compile_table(op: str, args: argparse.Namespace) -> list[str]:
-    """Compile the programs of one table in parallel and write it, unless ``--check``; what is wrong, in words."""
+def jobs_of(op: str, architectures: Iterable[str], part: str = "all") -> list[Job]:
+    """The entries of one table, or of one of its PARTS: every program once an architecture, at dims and dtypes that differ."""
+    jobs = []
+    for arch in architectures:
+        for j, (dim, dtype) in enumerate(COMBINATIONS):
+            for i, name in enumerate(names_of(op, arch, dim, dtype)):
+                if part in ("all", str((i + j + list(ARCHITECTURES).index(arch)) % PARTS + 1)):
+                    jobs.append((op, arch, name, dim, dtype))
+    return jobs
+
+
+def _wanted(job: Job, args: argparse.Namespace) -> bool:
+    _, _, name, dim, dtype = job
+    return all(not choice or x in choice for x, choice in ((name, args.only), (dim, args.dim), (dtype, args.dtype)))
+
+
+def _compile_table(op: str, jobs: list[Job], args: argparse.Namespace) -> list[str]:
+    """Compile these entries of one table in parallel and write it, unless ``--check``; what is wrong, in words."""
     path = args.output / (TABLE if op == "compressed" else RECALL_TABLE).name
     committed = load_table(path)
     table, errors = dict(committed[1]), []
-    jobs = [
-        (op, arch, name, dim, dtype)
-        for arch, dim, dtype in itertools.product(args.arch, args.dim, args.dtype)
-        for name in names_of(op, arch, dim, dtype)
-        if not args.only or name in args.only
-    ]
+    same: dict[tuple, list[Job]] = {}  # many kernels read neither keys nor values: one program for every dtype and dimension
+    for job in jobs:
+        same.setdefault(source_of(*job).identity, []).append(job)
     with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
-        for key, report in pool.imap(_compile, jobs):
-            table[key] = report
-            errors += check(key, report, committed if args.check else (VERSION, table))
-            print(f"{key}: {report}", flush=True)
+        for group, report in zip(same.values(), pool.imap(_compile, [group[0] for group in same.values()])):
+            for job in group:
+                key = key_of(*job[1:])
+                table[key] = replace(report, tile=describe(source_of(*job).tile))
+                errors += check(key, table[key], committed if args.check else (VERSION, table))
+                print(f"{key}: {table[key]}", flush=True)
     if not args.check:
         write_table({k: r for k, r in table.items() if k in _served(op)}, path)
     return errors
@@ -256,15 +300,13 @@ def names_of(op: str, arch: str, dim: int, dtype: str) -> list[str]:
 
 def _served(op: str) -> set[str]:
     """The entries that a whole table has: those of programs that are no more are dropped."""
-    combinations = itertools.product(ARCHITECTURES, HEAD_DIMS, DTYPES)
-    return {key_of(arch, name, dim, dtype) for arch, dim, dtype in combinations for name in names_of(op, arch, dim, dtype)}
+    return {key_of(*job[1:]) for job in jobs_of(op, ARCHITECTURES)}
 
 
-def _compile(job: tuple[str, str, str, int, str]) -> tuple[str, Report]:
-    _, arch, name, dim, dtype = job
-    return key_of(arch, name, dim, dtype), compile_one(*job).report()
+def _compile(job: Job) -> Report:
+    return source_of(*job).compile().report()
 
 
-def compile_one(op: str, arch: str, name: str, dim: int, dtype: str) -> Compiled:
-    """Compile a program of one of the tables."""
-    return (compile_program if op == "compressed" else compile_recall_program)(arch, name, dim, dtype)
+def source_of(op: str, arch: str, name: str, dim: int, dtype: str) -> Source:
+    """A program of one of the tables."""
+    return (program_source if op == "compressed" else recall_source)(arch, name, dim, dtype)
