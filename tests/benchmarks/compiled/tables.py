@@ -8,8 +8,8 @@ compiled this time stay as they were) and the same as pages, ``.md``. Recall is 
 ``--check`` writes nothing: it compares with what is committed and fails where something got worse. No driver is touched.
 
 The whole is more than a thousand programs, about twenty minutes of two cores. Parts 1 to 15 have every program once an
-architecture, at head dimensions and dtypes that go round from part to part; all of them together are the whole. ``--check`` alone is of
-part 1; ``--part all``, or naming dtypes, dimensions or programs, is of all that these name.
+architecture each, at head dimensions and dtypes that go round from part to part; all of them together are the whole.
+``--check`` alone is of part 1; ``--part all``, or naming dtypes, dimensions or programs, is of all that these name.
 """
 
 from __future__ import annotations
