@@ -197,6 +197,7 @@ def load_table(path: Path = TABLE) -> tuple[str, dict[str, Report]]:
 
 def write_table(table: dict[str, Report], path: Path = TABLE) -> None:
     """Write the table as JSON and as a page."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     entries = {k: asdict(table[k]) for k in sorted(table)}
     path.with_suffix(".json").write_text(json.dumps({"made_with": VERSION, "programs": entries}, indent=1) + "\n")
     lines = [
