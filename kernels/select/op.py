@@ -45,10 +45,11 @@ def select_gists(
         ValueError: a shape, dtype, device or backend that does not fit, naming the argument.
     """
     check_queries(q, k, tree)
-    if backend is None:  # without a query there is nothing to launch
+    if backend is None:
         backend = default_backend("select", q.device.type) if tree.queries else "cpu"
     check_backend(backend, BACKENDS)
-    return BACKENDS[backend](q, k, tree, rule, 1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    run = BACKENDS[backend if tree.queries else "cpu"]  # without a query there is nothing to launch
+    return run(q, k, tree, rule, 1 / math.sqrt(q.shape[-1]) if scale is None else scale)
 
 
 def check_queries(q: Tensor, k: Tensor, tree: GistTree) -> None:

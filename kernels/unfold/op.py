@@ -111,7 +111,8 @@ def unfold_attention(
     if backend is None:
         backend = default_backend("unfold", q.device.type) if tree.queries else "reference"
     check_backend(backend, BACKENDS)
-    return BACKENDS[backend](q, k, v, tree, selection, 1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    run = BACKENDS[backend if tree.queries else "reference"]  # without a query there is nothing to launch
+    return run(q, k, v, tree, selection, 1 / math.sqrt(q.shape[-1]) if scale is None else scale)
 
 
 def recall_attention(

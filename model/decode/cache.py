@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from unfold.model.config import ModelConfig
-from unfold.model.gist.growing import Growable, Outline, Sight
+from unfold.model.gist.growable import Growable
+from unfold.model.gist.growing import Outline, Sight
 from unfold.model.gist.joining import JoinedOutline
 from unfold.model.kinds import kind_of, window_of
 

@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from unfold.model.gist.growable import Growable
 from unfold.model.kinds import window_of
 
 
@@ -36,67 +37,6 @@ class Folding(Protocol):
     n_prev: int
     own_group: bool
     levels: int
-
-
-class Growable:
-    """Rows appended along one dimension, in memory that doubles when it is full: amortised O(1) per row.
-
-    Args:
-        shape: of the tensor without rows; its entry at ``dim`` is ignored.
-        dim: the dimension that grows.
-        dtype, device: of the tensor.
-        pinned: in host memory that a GPU may read by itself.
-    """
-
-    def __init__(self, shape: Sequence[int], dim: int, dtype: torch.dtype, device: torch.device | str, pinned: bool = False):
-        self.dim, self.length, self.pinned = dim, 0, pinned
-        self.memory = torch.empty([*shape[:dim], 0, *shape[dim + 1 :]], dtype=dtype, device=device)
-
-    def append(self, rows: Tensor) -> None:
-        """Append rows: of the same shape but for the growing dimension."""
-        length = self.length + rows.shape[self.dim]
-        self.reserve(length)
-        self.memory.narrow(self.dim, self.length, rows.shape[self.dim]).copy_(rows)
-        self.length = length
-
-    def reserve(self, room: int) -> None:
-        """Make room for so many rows in all; those behind ``length`` hold anything."""
-        if room > self.memory.shape[self.dim]:
-            self._move(max(room, 2 * self.memory.shape[self.dim], 16))
-
-    def forget(self, first: int, count: int) -> None:
-        """Take out ``count`` rows from number ``first`` on; those behind them move up."""
-        behind = self.length - first - count
-        kept = self.memory.narrow(self.dim, first + count, behind).clone()  # lest it is read where it is being written
-        self.memory.narrow(self.dim, first, behind).copy_(kept)
-        self.length -= count
-
-    def truncate(self, length: int) -> None:
-        """Forget the rows from ``length`` on."""
-        assert length <= self.length
-        self.length = length
-
-    def copy(self) -> Growable:
-        """Rows that grow independently."""
-        other = object.__new__(Growable)
-        other.__dict__.update(self.__dict__)
-        other._move(self.memory.shape[self.dim])
-        return other
-
-    def __deepcopy__(self, memo) -> Growable:
-        return self.copy()  # a copied tensor would be pinned no more
-
-    def _move(self, room: int) -> None:
-        """To new memory with room for so many rows."""
-        shape = [*self.memory.shape[: self.dim], room, *self.memory.shape[self.dim + 1 :]]
-        memory = torch.empty(shape, dtype=self.memory.dtype, device=self.memory.device, pin_memory=self.pinned)
-        memory.narrow(self.dim, 0, self.length).copy_(self.rows)
-        self.memory = memory
-
-    @property
-    def rows(self) -> Tensor:
-        """All rows, a view."""
-        return self.memory.narrow(self.dim, 0, self.length)
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ import torch
 
 from unfold.model import kinds
 from unfold.model.config import TRAINING_ONLY, GistConfig
-from unfold.model.gist import growing, joining, parts
+from unfold.model.gist import growable, growing, joining, parts
 from unfold.model.hf.gist_sequence import GistSettings, pack_word_starts
 
 TOKENIZER_FILE = "exported_tokenizer.py"
 TOKENIZER_MAP = {"AutoTokenizer": [None, "exported_tokenizer.PreTrainedTokenizerFast"]}
 FILES = ("modeling_gist.py", "gist_attention.py", "own_kernels.py", "gist_sequence.py", "documents.py")
-SHARED = (growing, joining, parts, kinds)  # with generation
+SHARED = (growable, growing, joining, parts, kinds)  # with generation
 
 
 def remote_code_files() -> dict[str, str]:

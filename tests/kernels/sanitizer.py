@@ -32,90 +32,18 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle, interpreter_builder
+
+from tests.kernels.written import Memory, SanitizerError, kind_of, padded
 
 ROOT, TRITON = Path(__file__).parents[2], str(Path(triton.__file__).parent)
 TAG = 48  # bits of an address; above them stands the argument
 ADDRESS = np.uint64((1 << TAG) - 1)
-LONGEST = 8  # bytes of an element
-
-# Operations that allocate and do not write.
-EMPTY = {"empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided"}
-# Operations that read some elements of their first argument.
-INDEXED = {"index", "index_select", "gather"}
-# Operations that read shapes alone, or make views without saying so in their schemas.
-SHAPES = {"zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "new_zeros", "new_ones", "new_full", "_unsafe_view"}
 
 # By kind of access: what another program may not have done to the address, nor the program itself since its last barrier.
 OF_OTHERS = {"loads": ("stores", "updates"), "stores": ("loads", "stores", "updates"), "updates": ("loads", "stores")}
 OF_ITS_OWN = {"loads": ("stores", "updates"), "stores": ("stores", "updates"), "updates": ("stores",)}
-
-
-class SanitizerError(AssertionError):
-    """Names the fault, the kernel, the programs, the argument, the element and the lines."""
-
-
-class Memory(TorchDispatchMode):
-    """Which bytes of the memory that torch allocated without a value have been written since.
-
-    Its storages are kept, so that no address is used twice. What was allocated begins as NaN or a huge number.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.known: dict[int, tuple[torch.UntypedStorage, Tensor]] = {}  # by address; bool per byte
-
-    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
-        name, schema, options = operation.overloadpacket.__name__, operation._schema, options or {}
-        if name in EMPTY:
-            return self._allocated(operation(*arguments, **options))
-        is_view = any(x.alias_info is not None and not x.alias_info.is_write for x in schema.returns)
-        written = []
-        for i, parameter in enumerate(schema.arguments):
-            value = arguments[i] if i < len(arguments) else options.get(parameter.name)
-            tensors = [x for x in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(x, Tensor)]
-            if parameter.alias_info is not None and parameter.alias_info.is_write:
-                written += tensors
-            elif i == 0 and name in INDEXED:
-                if (part := self._bytes(value)) is not None:
-                    self._check(operation(part.all(-1), *arguments[1:], **options), name, value)
-            elif not is_view and name not in SHAPES:
-                for x in tensors:
-                    if (part := self._bytes(x)) is not None:
-                        self._check(part.all(-1), name, x)
-        result = operation(*arguments, **options)
-        for x in written:  # all of it, even if by index
-            if (part := self._bytes(x)) is not None:
-                part.fill_(True)
-        return result
-
-    def written(self, storage: torch.UntypedStorage) -> Tensor | None:
-        """Whether each byte of a storage was written; None where all were."""
-        return self.known.get(storage.data_ptr(), (None, None))[1]
-
-    def _allocated(self, x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage.nbytes():
-            if x.dtype != torch.bool:
-                x.fill_(torch.nan if x.is_floating_point() else torch.iinfo(x.dtype).max // 2)
-            self.known[storage.data_ptr()] = storage, torch.zeros(_padded(storage), dtype=torch.bool)
-        return x
-
-    def _bytes(self, x: Tensor) -> Tensor | None:
-        """The part of :meth:`written` that a tensor covers, a view [*shape, bytes of an element]."""
-        written = self.written(x.untyped_storage()) if x.layout == torch.strided else None
-        if written is None:
-            return None
-        size = x.element_size()
-        return written.as_strided((*x.shape, size), (*(size * s for s in x.stride()), 1), size * x.storage_offset())
-
-    def _check(self, written: Tensor, operation: str, x: Tensor) -> None:
-        if not written.all():
-            first = tuple((~written).nonzero()[0].tolist())
-            which = f"element {first}" + (" of the result" if operation in INDEXED else "")
-            raise SanitizerError(f"unwritten memory: torch's {operation} reads {_kind(x)}, {which}")
 
 
 class Shadow:
@@ -124,7 +52,7 @@ class Shadow:
     def __init__(self, storage: torch.UntypedStorage, written: Tensor | None):
         self.begin = storage.data_ptr()
         self.written = None if written is None else written.numpy()
-        self.numbers = {kind: np.zeros(_padded(storage), np.int32) for kind in OF_OTHERS}
+        self.numbers = {kind: np.zeros(padded(storage), np.int32) for kind in OF_OTHERS}
 
 
 @dataclass(frozen=True)
@@ -276,7 +204,7 @@ class Launch:
         where = ""
         if access.argument in self.tensors:
             x = self.tensors[access.argument][0]
-            where = f", element {(int(address) - x.data_ptr()) // size} of {_kind(x)}"
+            where = f", element {(int(address) - x.data_ptr()) // size} of {kind_of(x)}"
         raise SanitizerError(f"{fault}: {self.kernel}, {access}{where}" + (f"; before it {other}" if other else ""))
 
     def check_gather(self, places: np.ndarray, length: int) -> None:
@@ -381,14 +309,6 @@ def sanitized(seed: int = 0, same: Iterable[str] = ()) -> Iterator[Sanitizer]:
         }.items():
             patch.setattr(InterpreterBuilder, name, method)
         yield own
-
-
-def _padded(storage: torch.UntypedStorage) -> int:
-    return -(-storage.nbytes() // LONGEST) * LONGEST
-
-
-def _kind(x: Tensor) -> str:
-    return f"{x.dtype} {list(x.shape)}".removeprefix("torch.")
 
 
 def _lines() -> tuple[tuple[str, int, str], ...]:

@@ -12,10 +12,10 @@ if importlib.util.find_spec("triton") is None:
 
 from tests.kernels.interpreter import DEVICE, compute_like_a_gpu, needs_runs
 from tests.kernels.recall_cases import CASES, SUFFIX_CASES, make_recall, make_rule, random_qkv, recalling
+from tests.kernels.rooms import check_room
 from unfold.kernels.select import SelectRule, select_gists
 from unfold.kernels.select import triton as backend
 from unfold.kernels.select.blocks import block_lists
-from unfold.kernels.select.room import UNIT, list_room
 from unfold.model.gist import build_layout, build_recall
 from unfold.model.parallel.division import Division
 from unfold.model.parallel.recall import make_recall_plan
@@ -139,18 +139,7 @@ def test_no_list_outgrows_its_room(name, share):
     for rule_name, size in itertools.product(BY_NUMBER, (1, 5, 32)):
         rule = make_rule(rule_name, config, share)
         lists = block_lists(tree, select_gists(recalling(q, tree), k, tree, rule, backend="cpu"), size)
-        room = list_room(tree, rule, size, 4, 2)
-        levels, has = tree.levels, torch.nn.functional.pad(room.first.flatten(), (0, 1), value=room.items).diff()
-        assert (lists.count[:levels].flatten() <= has).all() and (lists.count[levels] <= room.start.diff()).all()
-        assert lists.entries <= room.entries and room.slices[-1][1] == len(lists.blocks.table)
-        assert int(room.spans[0][:, 1].max()) <= room.rooms[0] * UNIT
-        for s in range(1, levels):
-            owner, at = lists.items(s - 1)
-            begin, opened = room.spans[s][owner // 2].unbind(1)
-            gist = lists.blocks.table[owner // 2, 2].long() * layout.level.shape[1] + lists.row[at]
-            before = tree.child_hi.flatten()[gist].minimum(begin.where(opened > 0, 2**30)) - tree.child_lo.flatten()[gist]
-            candidates = room.spans[s][:, 1].repeat_interleave(2).long().index_add(0, owner, before.clamp(min=0).long())
-            assert int(candidates.max()) <= room.rooms[s] * UNIT
+        check_room(tree, rule, lists, 4)
 
 
 @needs_runs

@@ -11,7 +11,8 @@ from unfold.model.config import GistConfig
 from unfold.model.decode.cache import Reads, Rows
 from unfold.model.decode.prefill import short_sample, whole_tree
 from unfold.model.gist import build_layout, build_recall, interleave
-from unfold.model.gist.growing import GistPlacement, Growable, Outline
+from unfold.model.gist.growable import Growable
+from unfold.model.gist.growing import GistPlacement, Outline
 
 
 def test_growable():
