@@ -88,22 +88,20 @@ def upper_parts(tree: GistTree, size: int, width: int) -> UpperParts:
 def _upper_parts(tree: GistTree, size: int, width: int) -> UpperParts:
     blocks, above, device = query_blocks(tree, size), tree.levels - 1, tree.device
     keys = tree.others.segment_start[:, above].long()  # [B]
-    sample, number = expand(-(-keys // width))
+    groups = -(-keys // width)
+    sample, number = expand(groups)
     first = number * width
     last = torch.minimum(first + width, keys[sample])
 
-    # Whether the ranges of a block's queries, taken together, reach into the group.
+    # What the ranges of a block's queries reach, taken together, in each segment.
     lo, hi = tree.lo[:above].long(), tree.hi[:above].long()
     shape, index, none = (above, len(blocks.table)), blocks.of_query.expand_as(lo), hi <= lo
     least = torch.full(shape, 2**31, device=device).scatter_reduce_(1, index, lo.masked_fill(none, 2**31), "amin")
     most = torch.zeros(shape, dtype=torch.int64, device=device).scatter_reduce_(1, index, hi.masked_fill(none, 0), "amax")
-    meets = torch.zeros(len(sample), len(blocks.table), dtype=torch.bool, device=device)
-    for s in range(above):
-        meets |= (least[s] < last[:, None]) & (most[s] > first[:, None])
-    meets &= blocks.table[:, 2] == sample[:, None]
-    ordinal = torch.arange(1, len(blocks.table) + 1, device=device)
-    end = (meets * ordinal).amax(1)
-    begin = torch.where(meets, ordinal - 1, len(ordinal)).amin(1).minimum(end)
+    segment, block = (most > least).nonzero(as_tuple=True)
+    base = (groups.cumsum(0) - groups)[blocks.table[block, 2].long()]
+    reached = base + least[segment, block] // width, base + (most[segment, block] - 1) // width
+    begin, end = _first_and_last(*reached, block, len(sample))
 
     longest = max(SHORTEST_PART, -(-int((end - begin).sum()) * width // tree.others.rows.numel()))
     parts = -(-(end - begin) // longest)  # none of a group that nobody may select
@@ -117,6 +115,27 @@ def _upper_parts(tree: GistTree, size: int, width: int) -> UpperParts:
     order = torch.argsort(stop - start, descending=True, stable=True)
     sums = torch.stack([sample, first, last, first_slot, parts], 1)[parts > 1]
     return UpperParts(table[order].int().contiguous(), sums.int().contiguous(), int(slots.sum()), int(keys.max()))
+
+
+def _first_and_last(first: Tensor, last: Tensor, number: Tensor, places: int) -> tuple[Tensor, Tensor]:
+    """Of numbered ranges ``first .. last``, both included, the least number that covers each place, and the greatest + 1.
+
+    0 and 0 where none does; all int64, ranges [n]. Linear in ranges and places: a range is two of a power of two, and all those
+    of one length become shorter ones together.
+    """
+    nothing = 2**31  # tables are int32
+    least, most = number.new_full((places,), nothing), number.new_zeros(places)  # of the next 2 ** k places
+    length = last + 1 - first
+    for k in reversed(range(int(length.max()).bit_length() if len(length) else 0)):
+        i = ((length >> k) == 1).nonzero()[:, 0]
+        at = torch.cat([first[i], last[i] + 1 - (1 << k)])
+        least.scatter_reduce_(0, at, number[i].repeat(2), "amin")
+        most.scatter_reduce_(0, at, number[i].repeat(2) + 1, "amax")
+        if k:
+            half = (1 << k) // 2
+            behind = lambda x, empty, half=half: torch.nn.functional.pad(x, (half, 0), value=empty)[: len(x)]
+            least, most = torch.minimum(least, behind(least, nothing)), torch.maximum(most, behind(most, 0))
+    return least.minimum(most), most
 
 
 def level_0_gists(tree: GistTree) -> int:

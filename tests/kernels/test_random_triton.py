@@ -14,8 +14,9 @@ from tests.kernels.rooms import check_room
 from unfold.kernels.route import routing_loss
 from unfold.kernels.select import select_gists
 from unfold.kernels.select import triton as backend
-from unfold.kernels.select.blocks import block_lists
+from unfold.kernels.select.blocks import block_lists, query_blocks
 from unfold.kernels.unfold import recall_attention
+from unfold.kernels.unfold.plan import upper_parts
 
 SCALE = 1 / 64  # scores of whole numbers of some hundreds: weights of all sizes
 DIMS = (64, 64, 80, 128)
@@ -64,3 +65,29 @@ def test_no_list_outgrows_its_room(seed):
         selection = select_gists(case.tree_queries(q), k, case.tree, case.rule, scale=1.0, backend="cpu")
         for size in (1, 6, 32):
             check_room(case.tree, case.rule, block_lists(case.tree, selection, size), case.heads)
+
+
+@pytest.mark.parametrize("size,width", [(1, 2), (32, 3)])
+def test_groups_of_upper_gists_have_the_blocks_that_reach_them(size, width):
+    """Of every group the parts run, without a gap, from the first block whose queries' ranges reach into it to the last one."""
+    several = 0
+    for case in (random_case(seed) for seed in range(25)):
+        tree, blocks = case.tree, query_blocks(case.tree, size)
+        found = {}
+        for sample, first, last, start, stop, _ in upper_parts(tree, size, width).table.tolist():
+            assert stop > start
+            found.setdefault((sample, first, last), []).append((start, stop))
+        want = {}
+        for number, (a, b, sample) in enumerate(blocks.table.tolist()):
+            for s in range(tree.levels - 1):
+                lo, hi = tree.lo[s, a:b], tree.hi[s, a:b]
+                if (some := hi > lo).any():
+                    for group in range(int(lo[some].min()) // width, (int(hi[some].max()) - 1) // width + 1):
+                        want.setdefault((sample, group * width), []).append(number)
+        assert {key[:2] for key in found} == set(want)
+        for key, parts in found.items():
+            parts.sort()
+            assert all(a[1] == b[0] for a, b in zip(parts, parts[1:]))
+            assert (parts[0][0], parts[-1][1]) == (min(want[key[:2]]), max(want[key[:2]]) + 1)
+        several += len(want) > 2
+    assert several > 3
