@@ -13,13 +13,15 @@ from torch import Tensor
 from unfold.kernels.common.saved import with_tensors, without_tensors
 from unfold.kernels.select.selection import Selection
 from unfold.kernels.tree import GistTree
-from unfold.kernels.unfold.pattern import Entries, Pattern, sort_keys, unsort_keys
+from unfold.kernels.unfold.pattern import Entries, Pattern, local_keys, sort_keys, unsort_keys
 
 # Queries per local piece.
 BLOCK = 64
 # Unfolded chunks (over queries and KV heads) per pattern, which bounds the memory: each costs a few times r * c0 numbers.
 # Many of them fill the tiles of a chunk.
 CHUNKS = 2**18
+# Entries of its local pieces, which bound the memory where queries select little of a long document: four bytes each.
+LOCAL = 2**26
 
 
 def unfold_attention_cpu(q: Tensor, k: Tensor, v: Tensor, tree: GistTree, selection: Selection, scale: float) -> Tensor:
@@ -35,12 +37,13 @@ def _patterns(tree: GistTree, selection: Selection, group: int) -> Iterator[Patt
     # Chunks unfolded up to the end of each block.
     chunks = selection.start[-1][[block.stop * selection.kv_heads for _, block in blocks]].tolist()
     share = chunks[-1] / max(1, -(-chunks[-1] // CHUNKS))
-    batch, filled = [], 0
+    batch, filled, local = [], 0, 0
     for block, upto in zip(blocks, chunks):
         batch.append(block)
-        if upto - filled >= share:
+        local += local_keys(tree, block[1]) * (block[1].stop - block[1].start) * group * selection.kv_heads
+        if upto - filled >= share or local >= LOCAL:
             yield Pattern(tree, selection, batch, group)
-            batch, filled = [], upto
+            batch, filled, local = [], upto, 0
     if batch:
         yield Pattern(tree, selection, batch, group)
 

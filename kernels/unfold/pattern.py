@@ -266,6 +266,11 @@ def _selected(selection: Selection, segment: int, queries: slice) -> tuple[Tenso
     return rows, query, owner - query * selection.kv_heads
 
 
+def local_keys(tree: GistTree, block: QueryBlock) -> int:
+    """Keys of the local piece of a block of queries; level-0 gists go with their chunks."""
+    return sum(last - first for s, first, last in block.spans if s != tree.levels - 1)
+
+
 def _local(tree: GistTree, selection: Selection, sample: int, block: QueryBlock, origin: int) -> Local:
     """The local piece of one block of queries; ``origin`` is the first query of the pattern."""
     at, shape = slice(block.start, block.stop), (selection.kv_heads, block.stop - block.start)

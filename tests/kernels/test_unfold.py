@@ -12,7 +12,7 @@ from tests.kernels.recall_cases import CASES, RULES, SUFFIX_CASES, make_recall, 
 from tests.kernels.test_select import as_tokens, document_of
 from unfold.kernels.compressed import compressed_attention
 from unfold.kernels.select import SelectRule, select_gists
-from unfold.kernels.unfold import recall_attention, unfold_attention
+from unfold.kernels.unfold import cpu, recall_attention, unfold_attention
 from unfold.kernels.unfold.reference import visible_tokens
 from unfold.model.gist import build_recall
 
@@ -79,6 +79,21 @@ def test_patterns_of_any_size_agree(monkeypatch):
     monkeypatch.setattr("unfold.kernels.unfold.cpu.CHUNKS", 1)
     monkeypatch.setattr("unfold.kernels.unfold.cpu.BLOCK", 7)
     monkeypatch.setattr("unfold.kernels.unfold.pattern.NUMBERS", 1)
+    for a, b in zip(run("cpu", qkv, d_out, tree, rule)[0], whole):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
+def test_patterns_are_bounded_where_little_is_selected(monkeypatch):
+    """One chunk per query fills no pattern for long: what lies beside the chunks (windows, upper gists) must end it."""
+    layout, _, tree = make_recall("jittered chunks")
+    *qkv, d_out = random_qkv(layout, 4, 2, 6, torch.float64)
+    rule = SelectRule(1, 1, topk=1)
+    whole, _ = run("cpu", qkv, d_out, tree, rule)
+    monkeypatch.setattr("unfold.kernels.unfold.cpu.BLOCK", 8)
+    monkeypatch.setattr("unfold.kernels.unfold.cpu.LOCAL", 2**12)
+    selection = select_gists(recalling(qkv[0], tree), qkv[1], tree, rule)
+    entries = [[piece.hidden.numel() * 2 for piece in p.local] for p in cpu._patterns(tree, selection, 2)]
+    assert len(entries) > 3 and all(sum(pieces[:-1]) < 2**12 for pieces in entries)
     for a, b in zip(run("cpu", qkv, d_out, tree, rule)[0], whole):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
 
