@@ -30,7 +30,8 @@ def quotes(args: Namespace) -> Iterator[str]:
     if not 0 < args.train_steps < float("inf"):
         raise UserError(f"--train-steps {args.train_steps}: is no factor above 0, such as 0.1 or 3")
     if args.hidden_size < 1 or args.heads < 1 or args.hidden_size % (2 * args.heads):
-        raise UserError(f"--hidden-size {args.hidden_size} --heads {args.heads}: the width must divide into heads of an even width")
+        size = f"--hidden-size {args.hidden_size} --heads {args.heads}"
+        raise UserError(f"{size}: the width must be a multiple of twice the heads, as 128 and 2")
     plan = scaled(sized(Plan(copies=args.copies), args.hidden_size, args.heads), args.train_steps)
     results = Results(args.output, plan)
     if not args.report_only:
