@@ -32,7 +32,10 @@ def quotes(args: Namespace) -> Iterator[str]:
     if args.hidden_size < 1 or args.heads < 1 or args.hidden_size % (2 * args.heads):
         size = f"--hidden-size {args.hidden_size} --heads {args.heads}"
         raise UserError(f"{size}: the width must be a multiple of twice the heads, as 128 and 2")
-    plan = scaled(sized(Plan(copies=args.copies), args.hidden_size, args.heads), args.train_steps)
+    if args.raw_tokens % 64 or not 128 <= args.raw_tokens <= 1024:
+        raise UserError(f"--raw-tokens {args.raw_tokens}: must be a multiple of 64 from 128 to 1024, the tokens of a step")
+    quoting = dataclasses.replace(Plan.quoting, raw_tokens=args.raw_tokens)
+    plan = scaled(sized(Plan(copies=args.copies, quoting=quoting), args.hidden_size, args.heads), args.train_steps)
     results = Results(args.output, plan)
     if not args.report_only:
         yield from run(results, plan, args)
