@@ -47,9 +47,11 @@ class Made:
         return taken
 
 
-def make_batch(recall: str = "", distilled: tuple[int, ...] = (), name: str = "packed documents", multiple: int = 1) -> MicroBatch:
-    """recall: '', 'some', 'routed' or 'wide' (some tokens unfold everything)."""
-    layout, config = make_layout(name)
+def make_batch(
+    recall: str = "", distilled: tuple[int, ...] = (), case: str = "packed documents", multiple: int = 1
+) -> MicroBatch:
+    """recall: '', 'some', 'routed' or 'wide' (some tokens unfold everything); case: of the layout."""
+    layout, config = make_layout(case)
     layout = padded(layout, config, multiple)
     g = torch.Generator().manual_seed(0)
     ids, labels = (torch.randint(0, 128, layout.level.shape, generator=g) for _ in range(2))
@@ -68,12 +70,10 @@ def with_losses(batch: MicroBatch) -> MicroBatch:
     return replace(batch, added=AddedLosses(logits=0.5, hidden=0.5, samples=batch.distilled)) if batch.distilled else batch
 
 
-def make_model(
-    kinds: tuple[str, ...], checkpointing: str = "none", context: ContextParallel | None = None
-) -> Transformer:
-    """Three layers, heads of 64."""
+def make_model(kinds: tuple[str, ...], checkpointing: str = "none", context: ContextParallel | None = None) -> Transformer:
+    """Three layers, heads of 64; two KV heads, so that two ranks can trade them."""
     attention = "gist" if "gist" in kinds else "dense"
-    sizes = dict(hidden_size=64, layers=3, heads=2, kv_heads=1, head_dim=64, ffn_size=96)
+    sizes = dict(hidden_size=64, layers=3, heads=4, kv_heads=2, head_dim=64, ffn_size=96)
     config = ModelConfig(128, **sizes, attention=attention, layer_attention=kinds if len(kinds) > 1 else ())
     build = replace(BuildContext.alone(3), recompute=Recompute(checkpointing), context=context)
     return Transformer(config, build).train()

@@ -1,6 +1,7 @@
 """Plans that are made ahead are those that a step asks for: none is left out, and none is made in vain."""
 
 import importlib.util
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from tests.made import Made, make_batch, make_model, with_losses
 from tests.waits import Waits
 from unfold.model.ahead import Ahead
 from unfold.model.gist import build_layout
+from unfold.model.parallel.context import ContextParallel
+from unfold.model.parallel.tensor import Alone
 from unfold.model.visibility import MicroBatch
 
 MIXED = ("gist", "window:4", "dense")
@@ -27,7 +30,16 @@ RUNS = {
     "dense": (("dense",), "", (), "none"),
     "dense, window": (("dense", "window:4"), "", (), "none"),
 }
-TRITONS = ("row plan", "key plan", "room of lists", "query blocks of recall", "near items", "upper parts", "route plan", "key rows")
+TRITONS = (
+    "row plan",
+    "key plan",
+    "room of lists",
+    "query blocks of recall",
+    "near items",
+    "upper parts",
+    "route plan",
+    "key rows",
+)
 
 
 def micro_batch(run: str) -> MicroBatch:
@@ -109,7 +121,31 @@ def test_layers_of_other_stages_are_not_asked():
     assert not batch.recall.tree.plans and not batch.recall.routing.routed.plans
 
 
-def test_ranks_that_share_sequences():
-    """Two that exchange gists, and two that trade heads; there a layer that recalls has plans of its own selection besides."""
+class Second:
+    """Stands for a process group of two."""
+
+    def size(self) -> int:
+        return 2
+
+    def rank(self) -> int:
+        return 1
+
+
+def test_ranks_that_trade_heads_make_the_plans_of_whole_sequences(monkeypatch):
+    """For the heads that each has then, and the targets of its own stretch."""
+    model, whole = model_of("kinds, recall and distillation")
+    context = ContextParallel(Alone(), Second(), model.config.kinds)
+    batch, again = (make_batch("routed", (1,), multiple=2) for _ in range(2))
+    made = Made(monkeypatch)
+    whole.prepare(batch)
+    asked = made.take()
+    replace(whole, context=context).prepare(again)
+    assert sorted([*asked, repr(("division", 1))]) == made.take()
+    targets = (x.layout.plans["targets", (1,)].places for x in (batch, again))
+    assert len(next(targets)) > len(next(targets)) > 0
+
+
+def test_ranks_that_exchange_gists():
+    """A layer that recalls has plans of its own selection besides."""
     done = warm.command("tests.model.ahead_ranks", 2)
-    assert done.stdout.count("ALIKE") == 4, done.stdout
+    assert done.stdout.count("ALIKE") == 2, done.stdout
