@@ -9,6 +9,7 @@ there), so it runs wherever the student does, layer by layer beside it. Raw toke
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,10 +17,44 @@ from torch import Tensor
 from unfold.model.config import ModelConfig
 from unfold.model.gist import Layout
 from unfold.model.gist.layout import raw_layout
-from unfold.model.kinds import dense_kinds, kind_of, window_of
+from unfold.model.kinds import Kinds, dense_kinds, kind_of, window_of
 from unfold.model.layers import BuildContext, Rotary
+from unfold.model.parallel.context import ContextAttention, ContextPart
 from unfold.model.parallel.tensor import sum_over_group
-from unfold.model.visibility import Attend, MicroBatch, attention_for
+from unfold.model.visibility import Attend, MicroBatch, MicroBatchAttention, attention_for
+
+
+@dataclass(frozen=True)
+class TeacherAttention:
+    """The teacher's attention; an :data:`Attend`.
+
+    Attributes:
+        layout: of the whole micro-batch.
+        samples: those of it that learn from the teacher.
+        kinds: of the model's layers.
+        part: what this rank holds, None for all.
+    """
+
+    layout: Layout
+    samples: tuple[int, ...]
+    kinds: Kinds
+    part: ContextPart | None
+
+    def taught(self, index: int) -> tuple[Tensor | None, Layout]:
+        """Which samples are wanted, None for all, whose hidden states then need no copy; and their layout in one layer."""
+        kind = kind_of(dense_kinds(self.kinds), index)
+        make = lambda whole: _taught(whole, self.samples, window_of(kind))
+        return self.layout.planned(("taught", self.samples, kind), make)
+
+    def prepare(self, index: int, q: Tensor, k: Tensor) -> None:
+        """As :meth:`unfold.model.visibility.MicroBatchAttention.prepare`; it has no gradients."""
+        self._in_layer(index).prepare(index, q, k, backward=False)
+
+    def __call__(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self._in_layer(index)(index, q, k, v)
+
+    def _in_layer(self, index: int) -> MicroBatchAttention | ContextAttention:
+        return attention_for("gist", self.taught(index)[1], None, self.part)
 
 
 class DenseTeacher:
@@ -31,14 +66,8 @@ class DenseTeacher:
 
     def __init__(self, batch: MicroBatch, config: ModelConfig, build: BuildContext):
         self._build, self._added = build, batch.added
-        samples = batch.added.samples
-        part = build.part_of(batch.layout)
-        attends: dict[str, Attend] = {}
-        for kind in dict.fromkeys(dense_kinds(config.kinds)):
-            make = lambda whole: _taught(whole, samples, window_of(kind))  # noqa: B023
-            self._chosen, layout = batch.layout.planned(("taught", samples, kind), make)
-            attends[kind] = attention_for("gist", layout, None, part)
-        self._attend: Attend = lambda index, *qkv: attends[kind_of(dense_kinds(config.kinds), index)](index, *qkv)
+        self._attend = TeacherAttention(batch.layout, batch.added.samples, config.kinds, build.part_of(batch.layout))
+        self._chosen, layout = self._attend.taught(0)
         part = lambda x: build.own_part(x, batch.layout)
         self._config, self._position = config, part(layout.position)
         raw = part((layout.level < 0) & (layout.doc >= 0)).t()
@@ -78,7 +107,7 @@ class DenseTeacher:
 
 
 def _taught(layout: Layout, samples: tuple[int, ...], window: int | None) -> tuple[Tensor | None, Layout]:
-    """Which samples of a micro-batch are wanted, None for all, whose hidden states then need no copy; and their dense layout."""
+    """As :meth:`TeacherAttention.taught`."""
     chosen = None if len(samples) == len(layout.doc) else torch.tensor(samples, device=layout.device)
     return chosen, raw_layout(layout, window, chosen, gists=False)
 

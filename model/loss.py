@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from unfold.model.layers import BuildContext
+from unfold.model.parallel.context import ContextPart
 from unfold.model.parallel.tensor import Group, copy_to_group, gather_sequence, reduce_in_place
-from unfold.model.visibility import IGNORED, AddedLosses
+from unfold.model.visibility import IGNORED, AddedLosses, MicroBatch
 
 CHUNK = 1024  # rows whose logits are there at a time
 
@@ -34,6 +35,12 @@ class Targets:
     places: Tensor
     ids: Tensor
     taught: Tensor
+
+    @classmethod
+    def of_batch(cls, batch: MicroBatch, part: ContextPart | None, samples: tuple[int, ...] = ()) -> Targets:
+        """The (memoised) targets of a micro-batch, of which a rank holds ``part``, None for all; samples: as of :meth:`of`."""
+        mine = lambda whole: whole.labels if part is None else part.take(whole.labels, 1)
+        return batch.planned(("targets", samples), lambda whole: cls.of(mine(whole), samples))
 
     @classmethod
     def of(cls, labels: Tensor, samples: tuple[int, ...] = ()) -> Targets:

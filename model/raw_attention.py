@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unfold.kernels.compressed import compressed_attention
+from unfold.kernels.compressed import compressed_attention, prepare_compressed
 from unfold.kernels.intervals import Intervals
 from unfold.model.gist import Layout
 from unfold.model.kinds import window_of
@@ -120,6 +120,29 @@ def raw_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, kind: str = "
     over ranges of keys, as everywhere; so do bundles, whose links and suffixes see no square, and windows beside sinks.
     Args and result as :func:`unfold.kernels.compressed.compressed_attention`; what padding gets means nothing.
     """
+    way = _way(q, layout, kind)
+    if isinstance(way, Intervals):
+        return compressed_attention(q, k, v, way)
+    documents, at_once, window = way
+    flat = [x.flatten(0, 1) for x in (q, k, v)]  # [B * T, H, D]
+    attend = partial(_documents_at_once, window=window) if at_once else _document_by_document
+    if documents.gists is None:
+        return attend(*flat, documents).view_as(q)
+    return _with_gists(*flat, documents, attend, q.shape)
+
+
+def prepare_raw(q: Tensor, k: Tensor, layout: Layout, kind: str, *, backward: bool = True) -> None:
+    """Make ahead the plans that :func:`raw_attention` will ask this layout for; arguments as of
+    :func:`unfold.kernels.compressed.prepare_compressed`."""
+    way = _way(q, layout, kind)
+    if isinstance(way, Intervals):
+        prepare_compressed(q, k, way, backward=backward)
+    elif (apart := way[0].gists) is not None:
+        prepare_compressed(q, k, apart.intervals, backward=backward)
+
+
+def _way(q: Tensor, layout: Layout, kind: str) -> Intervals | tuple[Documents, bool, int | None]:
+    """How layers of a kind attend: over ranges of keys, or by documents, whether by all at once, and with which window."""
     documents = layout.planned("documents", Documents.of)
     window = window_of(kind)
     if window is not None and documents.longest <= window:  # all of every document
@@ -127,12 +150,8 @@ def raw_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, kind: str = "
     # Flash attention takes no batch without a document, and such heads only.
     at_once = q.is_cuda and q.element_size() == 2 and documents.longest and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
     if layout.role is not None or window is not None and (layout.sink or documents.gists or not at_once):
-        return compressed_attention(q, k, v, layout.in_layer(kind).intervals)
-    flat = [x.flatten(0, 1) for x in (q, k, v)]  # [B * T, H, D]
-    attend = partial(_documents_at_once, window=window) if at_once else _document_by_document
-    if documents.gists is None:
-        return attend(*flat, documents).view_as(q)
-    return _with_gists(*flat, documents, attend, q.shape)
+        return layout.in_layer(kind).intervals
+    return documents, bool(at_once), window
 
 
 def _with_gists(q: Tensor, k: Tensor, v: Tensor, documents: Documents, attend, shape: torch.Size) -> Tensor:

@@ -158,8 +158,7 @@ class Transformer(nn.Module):
         teacher = DenseTeacher(batch, self.config, self.build) if added and added.samples else None
         hidden = self.final_states(batch.ids, batch.layout, batch.recall, teacher)
         samples = added.samples if added and added.logits else ()
-        mine = lambda whole: self.build.own_part(whole.labels, whole.layout)
-        targets = batch.planned(("targets", samples), lambda whole: Targets.of(mine(whole), samples))
+        targets = Targets.of_batch(batch, self.build.part_of(batch.layout), samples)
         loss = token_loss_sum(hidden, targets, self.head_weight, self.build, added, teacher and teacher.state)
         return teacher.added_to(loss) if teacher else loss
 

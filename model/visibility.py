@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from unfold.kernels.common.plans import Planned, to_device
-from unfold.kernels.compressed import compressed_attention
-from unfold.kernels.route import routing_loss
-from unfold.kernels.unfold import recall_attention
+from unfold.kernels.compressed import compressed_attention, prepare_compressed
+from unfold.kernels.route import prepare_routing, routing_loss
+from unfold.kernels.unfold import prepare_recall, recall_attention
 from unfold.model.gist import Layout, Recall, recalls_in
 from unfold.model.kinds import Kinds, kind_of
 from unfold.model.parallel.context import ContextAttention, ContextPart
-from unfold.model.raw_attention import raw_attention
+from unfold.model.raw_attention import prepare_raw, raw_attention
 
 IGNORED = -100  # label of a position that has no target
 
@@ -94,7 +94,9 @@ class MicroBatch(Planned):
         return replace(self, ids=ids, labels=labels, layout=layout, recall=recall, host=host)
 
 
-def attention_for(kinds: Kinds, layout: Layout, recall: Recall | None = None, part: ContextPart | None = None) -> Attend:
+def attention_for(
+    kinds: Kinds, layout: Layout, recall: Recall | None = None, part: ContextPart | None = None
+) -> MicroBatchAttention | ContextAttention:
     """The attention of a model's layers in one micro-batch.
 
     Args:
@@ -131,6 +133,21 @@ class MicroBatchAttention:
     def layout_in(self, index: int) -> Layout:
         """What the tokens see in one layer, those that recall aside."""
         return self.layout.in_layer(kind_of(self.kinds, index))
+
+    def prepare(self, index: int, q: Tensor, k: Tensor, *, backward: bool = True) -> None:
+        """Make ahead the plans that a layer will ask for, on the host of the GPU that it runs on, say.
+
+        q, k: [.., H, D] and [.., Hkv, D] of any number of tokens, on the layer's device; backward: whether in a training step.
+        """
+        kind, recall = kind_of(self.kinds, index), self.recall_in(index)
+        if kind != "gist":
+            prepare_raw(q, k, self.layout, kind, backward=backward)
+        elif recall is None:
+            prepare_compressed(q, k, self.layout.intervals, backward=backward)
+        else:
+            prepare_recall(q, k, recall.tree, recall.rule)
+            if recall.routing is not None:
+                prepare_routing(q, k, recall.routing.routed)
 
     def __call__(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         kind = kind_of(self.kinds, index)

@@ -35,12 +35,13 @@ class Waits(TorchDispatchMode):
         where: by (what it waits for, file:line of whoever asked, torch's own code left out) how often.
         operations: tensor operations on such tensors, views included.
         made: tensors that were made of none, as ``torch.empty`` does.
+        copies: tensors that were copied from the host.
     """
 
     def __init__(self, monkeypatch):
         super().__init__()
         self.where: Counter[tuple[str, str]] = Counter()
-        self.operations, self.made = 0, 0
+        self.operations, self.made, self.copies = 0, 0, 0
         self._there: dict[int, StorageWeakRef] = {}
         self._active = False
         # By name, not by a mode: those for functions do not hold in backward.
@@ -74,7 +75,10 @@ class Waits(TorchDispatchMode):
 
     def to_device(self, x: Tensor, device: torch.device | str | None = None) -> Tensor:
         """A copy "on the GPU"."""
-        return x if self.holds(x) else self.mark(x.detach().clone())
+        if self.holds(x):
+            return x
+        self.copies += 1
+        return self.mark(x.detach().clone())
 
     def mark(self, x: Tensor) -> Tensor:
         storage = x.untyped_storage()

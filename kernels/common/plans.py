@@ -2,6 +2,7 @@
 
 A record on a GPU keeps the one on the host that it was copied from. Plans whose sizes have to be read are made of that one and
 copied, so that nothing waits: not for the sizes, since the host has them, nor for the copy, which comes from pinned memory.
+What is on the host already, because whoever loads micro-batches made it ahead (:mod:`unfold.model.ahead`), is copied too.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ class Planned:
     device: torch.device
 
     def memo(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """What ``make`` returned the first time this key was asked for: plans are made once per micro-batch."""
+        """What ``make`` returned when this key was first asked for, here or on the host: plans are made once per micro-batch."""
         if key not in self.plans:
-            self.plans[key] = make()
+            ready = self.host is not None and key in self.host.plans
+            self.plans[key] = moved(self.host.plans[key], self.device) if ready else make()
         return self.plans[key]
 
     def planned(self, key: Hashable, make: Callable[[Any], Any]) -> Any:

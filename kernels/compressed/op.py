@@ -7,7 +7,7 @@ import math
 from torch import Tensor
 
 from unfold.kernels.common.backend import default_backend
-from unfold.kernels.compressed.cpu import compressed_attention_cpu
+from unfold.kernels.compressed.cpu import BLOCK, compressed_attention_cpu
 from unfold.kernels.compressed.reference import compressed_attention_reference
 from unfold.kernels.intervals import Intervals
 
@@ -41,6 +41,27 @@ def compressed_attention(
     if backend == "cpu" and q.device.type != "cpu":
         raise ValueError(f"backend: 'cpu' needs tensors on the CPU, q is on {q.device}; use 'triton' or None")
     return _implementation(backend)(q, k, v, intervals, 1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+
+
+def prepare_compressed(q: Tensor, k: Tensor, intervals: Intervals, *, backward: bool = True, backend: str | None = None) -> None:
+    """Make ahead the plans that :func:`compressed_attention` will ask these intervals for; what is there is not made again.
+
+    Args:
+        q, k: [.., H, D] and [.., Hkv, D] of any number of tokens: their heads, dtype and device decide which plans these are.
+        intervals: on any device. Where q is on a GPU they may be on its host, whose plans are copied as they are asked for.
+        backward: whether gradients will be asked for.
+        backend: as there.
+
+    Raises:
+        ValueError: what the backend does not serve.
+    """
+    backend = backend or default_backend("compressed attention", q.device.type)
+    if backend == "triton":
+        from unfold.kernels.compressed.triton import prepare
+
+        prepare(q, k, intervals, backward)
+    elif backend == "cpu":
+        intervals.plan(BLOCK)
 
 
 def _implementation(backend: str):

@@ -24,7 +24,7 @@ from unfold.kernels.common.launch import (
 )
 from unfold.kernels.common.tiles import Tile
 from unfold.kernels.compressed import backward, forward
-from unfold.kernels.compressed.plan import KeyItems, key_plan, key_rows, row_plan
+from unfold.kernels.compressed.plan import KeyItems, KeyPlan, key_plan, key_rows, row_plan
 from unfold.kernels.compressed.tiles import Tiles, choose_tiles
 from unfold.kernels.intervals import Intervals
 
@@ -60,6 +60,20 @@ def compressed_tiles(q: Tensor) -> Tiles:
     if dim not in HEAD_DIMS:
         raise ValueError(f"q: head dimension {dim} is not one of {HEAD_DIMS}; use one, or backend='reference'")
     return choose_tiles(architecture(q), max(64, triton.next_power_of_2(dim)), q.element_size())
+
+
+def prepare(q: Tensor, k: Tensor, intervals: Intervals, backward: bool) -> None:
+    """Make the plans of attention, and of its gradients if ``backward``; q [.., H, D], k [.., Hkv, D] of any length."""
+    tiles, group = compressed_tiles(q), q.shape[-2] // k.shape[-2]
+    key_rows(intervals)
+    row_plan(intervals, group, tiles.forward.rows, tiles.forward.keys)
+    if backward:
+        row_plan(intervals, group, tiles.d_query.rows, tiles.d_query.keys)
+        _key_plan(intervals, tiles)
+
+
+def _key_plan(intervals: Intervals, tiles: Tiles) -> KeyPlan:
+    return key_plan(intervals, tiles.sink.keys, tiles.top.keys, tiles.local.keys)
 
 
 class _CompressedAttention(torch.autograd.Function):
@@ -124,7 +138,7 @@ def _d_key_value(q, k, v, d_out, shift, factor, mean, intervals: Intervals, scal
     batch, tokens = q.shape[:2]
     kv_heads, dim = k.shape[1:]
     keys = intervals.rows.shape[1]
-    plan = key_plan(intervals, tiles.sink.keys, tiles.top.keys, tiles.local.keys)
+    plan = _key_plan(intervals, tiles)
     d_k, d_v = q.new_empty(2, batch, tokens, kv_heads, dim)
     new = lambda *shape: torch.empty(2, *shape, dtype=torch.float32, device=q.device)
     copies = new(batch, keys - tokens, kv_heads, dim).unbind()

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from unfold.kernels.common.backend import check_backend, default_backend
-from unfold.kernels.route.cpu import routing_loss_cpu
+from unfold.kernels.route.cpu import routing_loss_cpu, rows_of
+from unfold.kernels.route.gradient import gists_of
 from unfold.kernels.route.queries import Routed
 from unfold.kernels.route.reference import routing_loss_reference
 from unfold.kernels.select.op import check_queries
@@ -51,6 +52,20 @@ def routing_loss(
         backend = default_backend("route", q.device.type) if routed.tree.queries else "cpu"
     check_backend(backend, BACKENDS)
     return BACKENDS[backend](q, k, routed, far, 1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+
+
+def prepare_routing(q: Tensor, k: Tensor, routed: Routed, *, backend: str | None = None) -> None:
+    """Make ahead the plans that :func:`routing_loss` will ask for; arguments as of
+    :func:`unfold.kernels.compressed.prepare_compressed`."""
+    if backend is None:
+        backend = default_backend("route", q.device.type) if routed.tree.queries else "cpu"
+    gists_of(routed)
+    if backend == "triton":
+        from unfold.kernels.route.triton import prepare
+
+        prepare(q, k, routed)
+    elif backend == "cpu":
+        rows_of(routed, q.shape[-2] // k.shape[-2], device=q.device)
 
 
 def check_routed(q: Tensor, k: Tensor, routed: Routed) -> None:

@@ -98,14 +98,24 @@ def routing_loss_triton(q: Tensor, k: Tensor, routed: Routed, far: bool, scale: 
     return with_gradient(k, loss, d_gists, routed.tree.others.rows[:, : d_gists.shape[1]])
 
 
+def prepare(q: Tensor, k: Tensor, routed: Routed) -> None:
+    """Make the plans of :func:`routing_loss_triton`; q [.., H, D], k [.., Hkv, D] of any length."""
+    _plan(q, k, routed)
+    key_rows(routed.tree.others)
+
+
+def _plan(q: Tensor, k: Tensor, routed: Routed) -> tuple[RouteTiles, RoutePlan]:
+    group = q.shape[-2] // k.shape[-2]
+    tiles = route_tiles(architecture(q), q.shape[-1], q.element_size(), group)
+    return tiles, route_plan(routed, tiles.raw.rows // group, tiles.d_gist.keys)
+
+
 def _loss_and_gradient(q: Tensor, k: Tensor, routed: Routed, far: bool, scale: float, wanted: bool) -> tuple[Tensor, Tensor]:
     """The loss, a scalar, and, if wanted, its gradient with respect to the level-sorted gists [B, gists, Hkv, D], both fp32."""
     tree, (batch, _, kv_heads, dim) = routed.tree, k.shape
     check_flat(lo=tree.lo, hi=tree.hi, child_lo=tree.child_lo, child_hi=tree.child_hi, first=routed.first)
-    group = q.shape[1] // kv_heads
     d_gists = torch.zeros(batch, gists_of(routed), kv_heads, dim, dtype=torch.float32, device=q.device)
-    tiles = route_tiles(architecture(q), dim, q.element_size(), group)
-    plan = route_plan(routed, tiles.raw.rows // group, tiles.d_gist.keys) if tree.queries else None
+    tiles, plan = _plan(q, k, routed) if tree.queries else (None, None)
     if plan is None or len(plan.items) == 0:  # nobody asks, or nobody has a gist
         return torch.zeros((), device=q.device), d_gists
     keys = k.reshape(-1, kv_heads, dim).index_select(0, key_rows(tree.others))  # [B * R, Hkv, D], level-sorted

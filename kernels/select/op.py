@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from unfold.kernels.common.backend import check_backend, default_backend
-from unfold.kernels.select.cpu import select_gists_cpu
+from unfold.kernels.select.cpu import BLOCK, select_gists_cpu
 from unfold.kernels.select.reference import select_gists_reference
 from unfold.kernels.select.selection import Selection, SelectRule
 from unfold.kernels.tree import GistTree
@@ -50,6 +50,19 @@ def select_gists(
     check_backend(backend, BACKENDS)
     run = BACKENDS[backend if tree.queries else "cpu"]  # without a query there is nothing to launch
     return run(q, k, tree, rule, 1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+
+
+def prepare_select(q: Tensor, k: Tensor, tree: GistTree, rule: SelectRule, *, backend: str | None = None) -> None:
+    """Make ahead the plans that :func:`select_gists` will ask this tree for; arguments as of :func:`prepare_compressed`."""
+    if tree.queries == 0:
+        return
+    backend = backend or default_backend("select", q.device.type)
+    if backend == "triton":
+        from unfold.kernels.select.triton import prepare
+
+        prepare(q, k, tree, rule)
+    elif backend == "cpu":
+        tree.plan(BLOCK)
 
 
 def check_queries(q: Tensor, k: Tensor, tree: GistTree) -> None:

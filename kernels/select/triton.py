@@ -80,8 +80,18 @@ def select_gists_triton(q: Tensor, k: Tensor, tree: GistTree, rule: SelectRule, 
     reason = why_not(q, k, rule)
     if reason:
         raise ValueError(reason)
-    group = q.shape[1] // k.shape[2]
-    return selection_of(tree, select_lists(q, k, tree, rule, max(1, min(BITS, tiles_for(q).top.rows // group))))
+    return selection_of(tree, select_lists(q, k, tree, rule, _block_size(q, k)))
+
+
+def prepare(q: Tensor, k: Tensor, tree: GistTree, rule: SelectRule) -> None:
+    """Make the plans of :func:`select_gists_triton`; q [.., H, D], k [.., Hkv, D] of any length."""
+    key_rows(tree.others)
+    list_room(tree, rule, _block_size(q, k), q.shape[-2], k.shape[-2])
+
+
+def _block_size(q: Tensor, k: Tensor) -> int:
+    """Queries of a block where nothing else works through the lists."""
+    return max(1, min(BITS, tiles_for(q).top.rows // (q.shape[-2] // k.shape[-2])))
 
 
 def why_not(q: Tensor, k: Tensor, rule: SelectRule) -> str | None:

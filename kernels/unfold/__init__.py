@@ -1,5 +1,5 @@
 """Attention of recalling queries over what they selected and unfolded (docs/method.md#unfolding)."""
 
-from unfold.kernels.unfold.op import ListStats, RecallStats, recall_attention, recall_queries, unfold_attention
+from unfold.kernels.unfold.op import ListStats, RecallStats, prepare_recall, recall_attention, recall_queries, unfold_attention
 
-__all__ = ["ListStats", "RecallStats", "recall_attention", "recall_queries", "unfold_attention"]
+__all__ = ["ListStats", "RecallStats", "prepare_recall", "recall_attention", "recall_queries", "unfold_attention"]

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from unfold.kernels.common.backend import check_backend, default_backend
-from unfold.kernels.compressed import compressed_attention
+from unfold.kernels.compressed import compressed_attention, prepare_compressed
 from unfold.kernels.compressed.op import check_arguments
-from unfold.kernels.select import Selection, SelectRule, select_gists
+from unfold.kernels.select import Selection, SelectRule, prepare_select, select_gists
 from unfold.kernels.select.blocks import BlockLists
 from unfold.kernels.select.op import check_queries
 from unfold.kernels.tree import GistTree
-from unfold.kernels.unfold.cpu import unfold_attention_cpu
+from unfold.kernels.unfold.cpu import BLOCK, unfold_attention_cpu
+from unfold.kernels.unfold.pattern import chunks_of
 from unfold.kernels.unfold.reference import unfold_attention_reference
 
 
@@ -153,6 +154,23 @@ def recall_attention(
     recalling = q.flatten(0, 1).index_select(0, tree.tokens)  # [N, H, D]
     rows, stats = recall_queries(recalling, k, v, tree, rule, scale=scale, backend=backend)
     return out.flatten(0, 1).index_copy(0, tree.tokens, rows).view_as(q), stats
+
+
+def prepare_recall(q: Tensor, k: Tensor, tree: GistTree, rule: SelectRule, *, backend: str | None = None) -> None:
+    """Make ahead the plans that :func:`recall_attention` and its gradients will ask this tree for.
+
+    Arguments and errors as of :func:`unfold.kernels.compressed.prepare_compressed`; what a layer selects decides none of them.
+    """
+    if tree.queries and (backend or default_backend("recall", q.device.type)) == "triton":
+        from unfold.kernels.unfold.triton import prepare_layer
+
+        prepare_layer(q, k, tree, rule)
+        return
+    prepare_compressed(q, k, tree.others, backend=backend)
+    prepare_select(q, k, tree, rule, backend=backend)
+    if tree.queries and (backend or default_backend("unfold", q.device.type)) == "cpu":
+        tree.plan(BLOCK)
+        chunks_of(tree)
 
 
 def recall_queries(

@@ -28,13 +28,14 @@ from unfold.kernels.common.saved import with_tensors, without_tensors
 from unfold.kernels.common.tiles import Tile
 from unfold.kernels.compressed import backward as ranges
 from unfold.kernels.compressed.plan import KeyItems
-from unfold.kernels.compressed.triton import SUM_ROWS, attend_sorted, compressed_tiles, gradients, sort_keys
+from unfold.kernels.compressed.triton import SUM_ROWS, attend_sorted, compressed_tiles, gradients, prepare, sort_keys
 from unfold.kernels.select import triton as selecting
 from unfold.kernels.select.blocks import BlockLists, block_lists
+from unfold.kernels.select.room import list_room
 from unfold.kernels.select.selection import Selection, SelectRule
 from unfold.kernels.tree import GistTree
 from unfold.kernels.unfold import backward, common, forward, turn
-from unfold.kernels.unfold.plan import UpperParts, longest_chunk, near_items, upper_parts, visible_copies
+from unfold.kernels.unfold.plan import UpperParts, level_0_gists, longest_chunk, near_items, upper_parts, visible_copies
 from unfold.kernels.unfold.tiles import LARGEST_TILE, LONGEST_CHUNK, UnfoldTiles, choose_unfold_tiles
 from unfold.kernels.unfold.turn import ITEMS, ChunkQueries, chunk_queries, spread_bits
 
@@ -87,6 +88,23 @@ def recall_layer_triton(
     check_recall(q, k, tree, rule)
     found: list[BlockLists] = []
     return _RecallAttention.apply(q, k, v, tree, rule, scale, found), found[0]
+
+
+def prepare_layer(q: Tensor, k: Tensor, tree: GistTree, rule: SelectRule) -> None:
+    """Make the plans of :func:`recall_layer_triton` and its gradients; q [.., H, D], k [.., Hkv, D] of any length.
+
+    Raises:
+        ValueError: what :func:`why_not` says, here or for selection.
+    """
+    check_recall(q, k, tree, rule)
+    prepare(q, k, tree.others, backward=True)
+    heads, kv_heads = q.shape[-2], k.shape[-2]
+    size, tiles = tiles_for(q).block(heads // kv_heads), tiles_for(q).fit(heads // kv_heads, longest_chunk(tree))
+    list_room(tree, rule, size, heads, kv_heads)
+    near_items(tree, tiles.near.keys)
+    upper_parts(tree, size, tiles.upper.keys)
+    level_0_gists(tree)
+    visible_copies(tree)
 
 
 def check_recall(q: Tensor, k: Tensor, tree: GistTree, rule: SelectRule) -> None:

@@ -108,7 +108,7 @@ class Recall:
         routing = None
         if routed.any():
             first = first_rows(layout)[:, -1].flatten()
-            queries = build_recall(layout, config, routed)
+            queries = replace(build_recall(layout, config, routed), others=tree.others)  # of which the rows alone count
             routing = Routing(Routed(queries, first[queries.tokens].int()), config.route_far, route_scale)
         return cls(tree, rule, config.recall_from, flags.int() * recalls, unfolding, routing)
 

@@ -17,12 +17,13 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from unfold.kernels.route import Routed
 from unfold.kernels.tree import GistTree
 from unfold.model.gist import Layout, Recall, recalls_in
 from unfold.model.kinds import Kinds, kind_of
 from unfold.model.parallel.division import Division
-from unfold.model.parallel.recall import RecallPlan, make_recall_plan, recall_over_ranks
-from unfold.model.parallel.route import rank_plan, routing_loss_over_ranks
+from unfold.model.parallel.recall import RecallPlan, make_recall_plan, prepare_over_ranks, recall_over_ranks
+from unfold.model.parallel.route import RankPlan, rank_plan, routing_loss_over_ranks
 from unfold.model.parallel.rows import Exports, Kept, seen_by, take
 from unfold.model.parallel.tensor import Group, gather_sequence
 
@@ -85,15 +86,6 @@ class ContextParallel:
 
         return ContextPart(self, layout.planned(("division", size), divide))
 
-    def prepare(self, layout: Layout, recall: Recall | None) -> None:
-        """Make what :meth:`of` and the layers will ask for, where it can be done ahead."""
-        part = self.of(layout)
-        if self.exchanges:
-            for kind in {self.kinds} if isinstance(self.kinds, str) else set(self.kinds):
-                part.plan(layout.in_layer(kind))
-            if recall is not None:
-                part.recall_plan(recall.tree)
-
     def gather(self, keys_values: Tensor, exports: Exports) -> Tensor:
         """Keys and values of this rank's part, of p, [B, T / p, 2 h, D], and after them all parts' exports [B, p E, 2 h, D]."""
         exported = take(keys_values, exports.exported)
@@ -151,6 +143,22 @@ class ContextAttention:
     recall: Recall | None
     kinds: Kinds = "gist"
 
+    def prepare(self, index: int, q: Tensor, k: Tensor, *, backward: bool = True) -> None:
+        """As :meth:`unfold.model.visibility.MicroBatchAttention.prepare`; q, k: with the heads before any trade."""
+        ranks, context = self.part.context.heads.size(), self.part.context
+        q, k = (x.narrow(-2, 0, x.shape[-2] // ranks) for x in (q, k))
+        if not context.exchanges:
+            self.make(self.layout, self.recall).prepare(index, q, k, backward=backward)
+            return
+        recall = self._recall_in(index)
+        if recall is None:
+            plan = self.part.plan(self.layout.in_layer(kind_of(self.kinds, index)))
+            self.make(plan.layout, None).prepare(index, q, k, backward=backward)
+            return
+        prepare_over_ranks(self.part.recall_plan(recall.tree), recall.rule, q, k)
+        if recall.routing is not None:
+            self._routing_plan(recall.routing.routed, q, k)
+
     def __call__(self, index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [B, T / n, H, D], k, v [B, T / n, Hkv, D] -> [B, T / n, H, D], all of what this rank holds."""
         heads, traffic = self.part.context.heads, self.part.context.traffic
@@ -168,16 +176,23 @@ class ContextAttention:
         if not context.exchanges:
             return self.make(self.layout, self.recall)(index, q, k, v)
         keys_values = torch.cat([k, v], 2)  # [B, T / p, 2 hkv, D]
-        kind = kind_of(self.kinds, index)
-        if self.recall is not None and recalls_in(index, self.recall.first_layer, kind):
+        recall = self._recall_in(index)
+        if recall is not None:
             return self._with_recall(index, q, keys_values)
-        plan = self.part.plan(self.layout.in_layer(kind))
+        plan = self.part.plan(self.layout.in_layer(kind_of(self.kinds, index)))
         pool = context.gather(keys_values, plan.exports)
         k_near, v_near = take(pool, plan.source).split(k.shape[2], 2)
         blank = q.new_zeros(q.shape[0], 1, *q.shape[2:])
         q_near = take(torch.cat([q, blank], 1), plan.query_source)
         out = self.make(plan.layout, None)(index, q_near, k_near.contiguous(), v_near.contiguous())
         return take(out, plan.own)
+
+    def _recall_in(self, index: int) -> Recall | None:
+        recall = self.recall
+        return recall if recall is not None and recalls_in(index, recall.first_layer, kind_of(self.kinds, index)) else None
+
+    def _routing_plan(self, routed: Routed, q: Tensor, k: Tensor) -> RankPlan:
+        return rank_plan(routed, q.shape[-2] // k.shape[-2], self.part.division, self.part.rank, q.device)
 
     def _with_recall(self, index: int, q: Tensor, keys_values: Tensor) -> Tensor:
         context, recall = self.part.context, self.recall
@@ -190,7 +205,7 @@ class ContextAttention:
         if routing is None or not torch.is_grad_enabled():
             return out
         k = keys_values[:, :, : keys_values.shape[2] // 2]
-        mine = rank_plan(routing.routed, q.shape[2] // k.shape[2], self.part.division, self.part.rank).mine
+        mine = self._routing_plan(routing.routed, q, k).mine
         asking = q.detach().flatten(0, 1).index_select(0, mine)
         loss = routing_loss_over_ranks(asking, k, routing.routed, self.part.division, context.gists, far=routing.far)
         return routing.take(index, loss, out)

@@ -65,8 +65,7 @@ class StageAttention:
 
     def targets(self) -> tuple[Targets, AddedLosses | None]:
         """What the micro-batch that has passed the layers is to predict, and what it learns beside."""
-        make = lambda whole: Targets.of(self._build.own_part(whole.labels, whole.layout))
-        return self._batch.planned("targets", make), self._batch.added
+        return Targets.of_batch(self._batch, self._build.part_of(self._batch.layout)), self._batch.added
 
     def _begin(self) -> None:
         self._batch = batch = self._left.pop().to(self._device)

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from unfold.kernels.compressed import compressed_attention
-from unfold.kernels.select import Selection, SelectRule, select_gists
+from unfold.kernels.compressed import compressed_attention, prepare_compressed
+from unfold.kernels.select import Selection, SelectRule, prepare_select, select_gists
 from unfold.kernels.tree import GistTree
 from unfold.kernels.unfold import RecallStats, unfold_attention
 from unfold.kernels.unfold.op import recall_stats
@@ -159,6 +159,15 @@ class _Anchor(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         shape, dtype = ctx.like
         return grad, grad.new_zeros(shape, dtype=dtype)
+
+
+def prepare_over_ranks(plan: RecallPlan, rule: SelectRule, q: Tensor, k: Tensor) -> None:
+    """Make ahead the plans that :func:`recall_over_ranks` will ask for; what is unfolded a layer decides by itself.
+
+    q, k: as of :func:`unfold.kernels.compressed.prepare_compressed`.
+    """
+    prepare_compressed(q, k, plan.short.others)
+    prepare_select(q, k, plan.short, rule)
 
 
 def recall_over_ranks(

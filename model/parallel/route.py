@@ -51,14 +51,16 @@ class RankPlan:
     tokens: Tensor
 
 
-def rank_plan(routed: Routed, group: int, division: Division, rank: int) -> RankPlan:
-    """The (memoised) plan of one rank, from the whole samples, which all ranks know. group: query heads per KV head."""
-    make = lambda whole: _rank_plan(whole, group, division, rank, routed.device)
+def rank_plan(routed: Routed, group: int, division: Division, rank: int, device: torch.device) -> RankPlan:
+    """The (memoised) plan of one rank, from the whole samples, which all ranks know.
+
+    group: query heads per KV head; device: where scores are computed.
+    """
+    make = lambda whole: _rank_plan(whole, group, division, rank, device)
     return routed.planned(("routing over ranks", group, division, rank), make)
 
 
 def _rank_plan(routed: Routed, group: int, division: Division, rank: int, device: torch.device) -> RankPlan:
-    """device: where scores are computed."""
     tree, homes = routed.tree, division.homes(routed.device)
     spans = division.spans[rank]
     own = [rows_of(routed, group, span, device) for span in spans]
@@ -133,7 +135,7 @@ def routing_loss_over_ranks(
     """
     _check_keys(k, routed, division)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    plan = rank_plan(routed, q.shape[1] // k.shape[2], division, group.rank())
+    plan = rank_plan(routed, q.shape[1] // k.shape[2], division, group.rank(), q.device)
     _check_queries(q, k, plan)
     wanted = wants_gradient(k)
     with torch.no_grad():

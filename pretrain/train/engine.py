@@ -12,6 +12,7 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from deepspeed.utils import set_z3_leaf_modules
 from torch import nn
 
+from unfold.model.ahead import Ahead
 from unfold.model.layers import MLP, BuildContext
 from unfold.model.parallel.pipeline import StageAttention, canonical_name, layer_specs, stage_loss
 from unfold.model.pointwise import Pointwise
@@ -155,6 +156,19 @@ def _pipeline(config: RunConfig, build: BuildContext, parallel: Parallel) -> Pip
     model.canonical_name = canonical_name(config.model.layers)
     model.stage_attention = shared  # what the step at hand asks for is told there
     return model
+
+
+def ahead_of(engine: deepspeed.DeepSpeedEngine, config: RunConfig, parallel: Parallel) -> Ahead:
+    """What this rank's part of the model asks of every micro-batch."""
+    return Ahead.of(
+        engine.module,
+        config.model,
+        parallel.device,
+        parallel.tensor_group.size(),
+        context=engine.module.context_parallel,
+        predicts=parallel.stage == parallel.stages - 1,
+        from_logits=config.distill.logits > 0,
+    )
 
 
 def _check_agreement(engine: deepspeed.DeepSpeedEngine, parallel: Parallel) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 from unfold.kernels.common.plans import pinned
+from unfold.model.ahead import Ahead
 from unfold.model.config import sizes_name
 from unfold.model.visibility import MicroBatch
 from unfold.pretrain.config import RunConfig, RunStage, with_vocab_size
@@ -33,8 +34,13 @@ class Inputs:
     sources: dict[str, BatchBuilder] = field(default_factory=dict)
     choices: dict[str, BatchBuilder] = field(default_factory=dict)
 
-    def batches(self, done: int, number: Callable[[int], int], parallel: Parallel) -> Iterator[list[MicroBatch]]:
-        """This rank's micro-batches of every step after ``done`` steps. number: the n-th sample trained on -> which it is."""
+    def batches(
+        self, done: int, number: Callable[[int], int], parallel: Parallel, ahead: Ahead | None = None
+    ) -> Iterator[list[MicroBatch]]:
+        """This rank's micro-batches of every step after ``done`` steps; for a GPU in pinned memory.
+
+        number: the n-th sample trained on -> which it is; ahead: makes their plans, None: those are made when they are asked for.
+        """
         stretches = stretches_of(self.config, number)
         for stage in self.config.stages:
             train, gist = stage.config.train, stage.config.folding
@@ -46,14 +52,7 @@ class Inputs:
                 indices = step_samples(first, train.global_batch, train.micro_batch, parallel.data_rank, parallel.data_size)
                 numbers = [[number(i) for i in micro_batch] for micro_batch in indices]
                 made = (replace(builder.build(n, gist), distilled=self._distilled(n)) for n in numbers)
-                yield [self._ready(batch, parallel) for batch in made]
-
-    def _ready(self, batch: MicroBatch, parallel: Parallel) -> MicroBatch:
-        """With what can be worked out ahead of its step: who sends what to whom; for a GPU in pinned memory."""
-        context = parallel.context_parallel(self.config.model.kinds)
-        if context is not None:
-            context.prepare(batch.layout, batch.recall)
-        return pinned(batch) if parallel.device.type == "cuda" else batch
+                yield [_ready(batch, parallel, ahead) for batch in made]
 
     def _distilled(self, numbers: list[int]) -> tuple[int, ...]:
         """Which samples of a micro-batch learn from dense attention: by their global numbers, so the same under every layout."""
@@ -102,6 +101,12 @@ class Inputs:
 
     def _along(self, number: Callable[[int], int]) -> TokenSource:
         return self.train.source.along(stretches_of(self.config, number))
+
+
+def _ready(batch: MicroBatch, parallel: Parallel, ahead: Ahead | None) -> MicroBatch:
+    if ahead is not None:
+        ahead.prepare(batch)
+    return pinned(batch) if parallel.device.type == "cuda" else batch
 
 
 def open_inputs(config: RunConfig) -> Inputs:

@@ -28,7 +28,7 @@ from unfold.pretrain.safety.flight import record_collectives
 from unfold.pretrain.safety.signals import TIME_LIMIT, Boundary, Signals, agree, take_request, time_is_up
 from unfold.pretrain.safety.watchdog import Watchdog, limit_groups
 from unfold.pretrain.train.added import Added
-from unfold.pretrain.train.engine import build_engine, rate_at, set_learning_rate, set_stage
+from unfold.pretrain.train.engine import ahead_of, build_engine, rate_at, set_learning_rate, set_stage
 from unfold.pretrain.train.history import FaultyStep, History
 from unfold.pretrain.train.inputs import Inputs, open_inputs
 from unfold.pretrain.train.prefetch import prefetch
@@ -133,10 +133,11 @@ class Trainer:
     def _steps(self, done: int) -> str:
         """Train from step ``done`` on; returns why the run is to stop, '' at its end."""
         config, watch = self.config, self.watch
-        number = self.history.quarantine.number
+        ahead = ahead_of(self.engine, config, self.parallel)
+        made = self.inputs.batches(done, self.history.quarantine.number, self.parallel, ahead)
         with (
             watch.over(done, self.records.say),
-            contextlib.closing(prefetch(self.inputs.batches(done, number, self.parallel))) as batches,
+            contextlib.closing(prefetch(made)) as batches,
         ):
             for step in range(done + 1, config.train.steps + 1):  # counted from 1
                 if step in (done + 1, config.stage(step).first):

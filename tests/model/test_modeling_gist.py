@@ -1,6 +1,5 @@
 """The attention, placement and cache of the remote code, each against the project's own, in fp64."""
 
-
 import numpy as np
 import pytest
 import torch
@@ -302,5 +301,3 @@ def test_bf16_is_as_exact_as_the_kernels(model):
             low.gist_kernels = kernels
             errors.append((low(ids, gist_query_start=80).logits - exact).abs().mean())
     assert errors[1] <= 2 * errors[0]
-
-

@@ -28,7 +28,7 @@ def check(name: str, far: bool, share: float) -> int:
     part = lambda x: division.part(x, 1, rank)
     every = torch.zeros(*layout.level.shape, 4, 8, dtype=q.dtype)
     every.flatten(0, 1)[routed.tree.tokens] = q
-    mine = part(every).flatten(0, 1)[rank_plan(routed, 2, division, rank).mine]
+    mine = part(every).flatten(0, 1)[rank_plan(routed, 2, division, rank, every.device).mine]
     own = part(k).detach().clone().requires_grad_()
     over_ranks = lambda: routing_loss_over_ranks(mine, own, routed, division, dist.group.WORLD, far=far)
     got = over_ranks()

@@ -49,7 +49,7 @@ def test_what_is_sent_does_not_grow_with_the_sequence(raw, monkeypatch):
         lambda out, x, group: (sent.append(x.numel()), out.view(size, -1).copy_(x.view(1, -1))),
     )
     division = Division.even([layout.intervals], size)
-    own = rank_plan(routed, heads // kv_heads, division, 1)
+    own = rank_plan(routed, heads // kv_heads, division, 1, torch.device("cpu"))
     mine = own.mine
     q, k = torch.randn(len(mine), heads, dim), torch.randn(1, level.shape[1] // size, kv_heads, dim)
     routing_loss_over_ranks(q, k, routed, division, Ranks(1, size))
@@ -74,7 +74,7 @@ def test_bad_arguments_are_named(change, message):
     halves = lambda tokens: Division(tokens, (((0, tokens // 2),), ((tokens // 2, tokens),)))
     division = halves(change.get("tokens", tokens))
     _, k = queries_and_keys(layout, routed, 4, 2, 8, torch.float32)
-    mine = rank_plan(routed, 2, halves(tokens), 0).mine
+    mine = rank_plan(routed, 2, halves(tokens), 0, torch.device("cpu")).mine
     q = torch.zeros(len(mine), 4, 8, dtype=change.get("dtype", torch.float32))
     with pytest.raises(ValueError, match=message):
         k = change.get("k", k[:, : tokens // 2])
