@@ -217,6 +217,33 @@ def test_nothing_is_overwritten(tmp_path):
     assert [path.read_text() for path in written] == ["a", "b"]
 
 
+@pytest.mark.parametrize(
+    "nodes,ranks,tensor,context,method,heads,would_do",
+    [
+        (2, 8, 1, 16, "gists", 8, ""),
+        (4, 4, 1, 16, "gists", 8, "parallel.context_heads: 4 would"),
+        (2, 8, 2, 8, "gists", 4, ""),
+        (2, 8, 4, 4, "gists", 2, ""),
+        (4, 8, 4, 8, "gists", 4, "parallel.context_heads: 2 would"),
+        (4, 3, 1, 4, "gists", 2, "parallel.context_heads: 1 would"),
+        (2, 4, 1, 8, "ulysses", 1, "parallel.context_heads: 4 with context_method: gists would"),
+        (1, 8, 1, 8, "ulysses", 1, ""),
+        (2, 4, 1, 8, "gists", 1, ""),
+    ],
+)
+def test_heads_traded_between_nodes_are_told(slurm, nodes, ranks, tensor, context, method, heads, would_do):
+    settings = (f"parallel.tensor={tensor}", f"parallel.context={context}", f"parallel.context_method={method}")
+    settings += (f"parallel.context_heads={heads}", "model.heads=32", "model.kv_heads=16", "train.global_batch=48")
+    code, _, told = slurm("--nodes", nodes, "--gpus-per-node", ranks, *(x for s in settings for x in ("--set", s)))
+    trading = context if method == "ulysses" else heads
+    firsts = [rank for rank in range(nodes * ranks) if rank % (tensor * trading) < tensor]
+    groups = [[first + k * tensor for k in range(trading)] for first in firsts]
+    assert code == 0, told
+    assert bool(would_do) == any(group[0] // ranks != group[-1] // ranks for group in groups)
+    lines = [line for line in told.splitlines() if "trade heads" in line]
+    assert len(lines) == bool(would_do) and all(would_do in line for line in lines)
+
+
 def test_local(launch, config, tmp_path):
     where = ("--config", config, "--run-dir", tmp_path / "my run")
     code, out, _ = launch("local", *where, "--ranks", 2, "--dry-run")
