@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -124,6 +125,7 @@ def _convert(directory: Path, manifest: Manifest, output: Path, optimizer: bool)
         write_atomically(output.with_name(f"{output.name}.json"), json.dumps({"step": manifest.step, **written}, indent=1))
         os.replace(partial, output)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise UserError(f"--convert {output}: cannot be written ({error.strerror})") from None
     return f"{output}: {len(names)} tensors of step {manifest.step}, {written['bytes']:,} bytes"
