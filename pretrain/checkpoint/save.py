@@ -78,7 +78,7 @@ class _Staging:
         begin = 0
         for fragment in self._fragments:
             end = begin + fragment.values.numel()
-            self._buffer[begin:end].copy_(fragment.read(), non_blocking=True)
+            fragment.copy_to(self._buffer[begin:end])
             begin = end
         small = random_states(self._parallel)
         if self._parallel.is_main:
