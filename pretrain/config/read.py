@@ -46,7 +46,8 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:
     """
     tree = read_yaml(path, "--config")
     if not isinstance(tree, dict):
-        raise UserError(f"--config {path}: holds {type(tree).__name__}, expected sections such as `model:` and `data:`")
+        holds = "is empty" if tree is None else f"holds {type(tree).__name__}"
+        raise UserError(f"--config {path}: {holds}, expected sections such as `model:` and `data:`")
     for item in overrides:
         _override(tree, item)
     return parse_config(tree, str(path))
@@ -134,6 +135,9 @@ def _texts(error: dict) -> list[str]:
     given = error["input"]
     if error["type"] == "literal_error" and not isinstance(given, (dict, list)):
         return [f"{place}: {choice_text(given, [context['expected'].replace(' or ', ', ').replace(chr(39), '')])}"]
+    if error["type"] == "dataclass_type":
+        what = "is empty; leave it out, or set something in it" if given is None else f"{given!r} is no section of settings"
+        return [f"{place}: {what}"]
     told = "" if error["type"] == "missing" else f" (given: {given!r})"
     return [f"{place}: {error['msg'][0].lower()}{error['msg'][1:]}{told}"]
 
