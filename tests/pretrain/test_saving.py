@@ -137,8 +137,8 @@ def test_what_cannot_be_removed_does_not_fail_a_save(make, tmp_path, monkeypatch
 
     monkeypatch.setattr("shutil.rmtree", busy)
     assert not save(saver, 2).error and steps(tmp_path) == [2]
-    removed = saves.checkpoint_directories
-    monkeypatch.setattr(saves, "checkpoint_directories", lambda run_dir: [*removed(run_dir), tmp_path / "checkpoints/step-00000001"])
+    listed, gone = saves.checkpoint_directories, tmp_path / "checkpoints/step-00000001"
+    monkeypatch.setattr(saves, "checkpoint_directories", lambda run_dir: [*listed(run_dir), gone])
     assert not save(saver, 3).error and steps(tmp_path) == [3]
 
 
