@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.benchmarks.quotes.command import Results, run
+from tests.benchmarks.quotes import training
+from tests.benchmarks.quotes.command import Results, run, sized
 from tests.benchmarks.quotes.data import PLAIN, Quoting, Repeating, make_data
 from tests.benchmarks.quotes.report import Outcome, table, write_report
 from tests.benchmarks.quotes.training import Plan, Reading, loss_of, way_config
@@ -99,6 +100,28 @@ def test_results_are_kept_and_belong_to_their_settings(tmp_path, quoting):
     assert list(write_report(tmp_path, outcomes, SMALL)) == (tmp_path / "table.md").read_text().splitlines()
     assert (tmp_path / "quotes.png").stat().st_size > 5_000
     assert json.loads((tmp_path / "results.json").read_text()) == [json.loads(json.dumps(o.to_dict())) for o in outcomes]
+
+
+@pytest.mark.parametrize(("copies", "taken"), [(None, 80), (6.0, 200), (1.0, 320)])
+def test_the_dense_model_goes_on_until_it_copies(quoting, monkeypatch, copies, taken):
+    plan = dataclasses.replace(SMALL, short_steps=80, base_steps=3, copies=copies)
+    losses, steps = [7.0] * 100 + [5.0] * 220, []
+
+    def pretended(model, config, parallel, plan, decay):
+        for step in range(1, config.train.steps + 1):
+            steps.append(config.data.raw_tokens)
+            yield step, losses[step - 1]
+
+    monkeypatch.setattr(training, "train", pretended)
+    groups = parallel.initialize(ParallelConfig())
+    training.base_model(plan, quoting, groups, BuildContext(groups.tensor_group, 0))
+    assert steps == [plan.short.raw_tokens] * taken + [plan.quoting.raw_tokens] * 3
+
+
+def test_wide_models_take_a_smaller_rate():
+    wide = sized(Plan(), 128, 2)
+    assert (wide.hidden_size, wide.heads, wide.kv_heads, wide.matrix_lr) == (128, 2, 2, Plan().matrix_lr / 2)
+    assert sized(Plan(), 64, 1) == Plan()
 
 
 def test_the_table_gives_mean_and_spread_of_the_seeds():

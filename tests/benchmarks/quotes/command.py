@@ -29,7 +29,13 @@ def quotes(args: Namespace) -> Iterator[str]:
     """
     if not 0 < args.train_steps < float("inf"):
         raise UserError(f"--train-steps {args.train_steps}: is no factor above 0, such as 0.1 or 3")
-    plan = scaled(Plan(), args.train_steps)
+    if args.hidden_size < 1 or args.heads < 1 or args.hidden_size % (2 * args.heads):
+        size = f"--hidden-size {args.hidden_size} --heads {args.heads}"
+        raise UserError(f"{size}: the width must be a multiple of twice the heads, as 128 and 2")
+    if args.raw_tokens % 64 or not 128 <= args.raw_tokens <= 1024:
+        raise UserError(f"--raw-tokens {args.raw_tokens}: must be a multiple of 64 from 128 to 1024, the tokens of a step")
+    quoting = dataclasses.replace(Plan.quoting, raw_tokens=args.raw_tokens)
+    plan = scaled(sized(Plan(copies=args.copies, quoting=quoting), args.hidden_size, args.heads), args.train_steps)
     results = Results(args.output, plan)
     if not args.report_only:
         yield from run(results, plan, args)
@@ -37,6 +43,12 @@ def quotes(args: Namespace) -> Iterator[str]:
     if not outcomes:
         raise UserError(f"--output {args.output}: holds no results; run without --report-only")
     yield from write_report(args.output, outcomes, plan)
+
+
+def sized(plan: Plan, hidden_size: int, heads: int) -> Plan:
+    """A plan for models of another size; wide matrices take a smaller rate."""
+    rate = plan.matrix_lr * plan.hidden_size / hidden_size
+    return dataclasses.replace(plan, hidden_size=hidden_size, heads=heads, kv_heads=heads, matrix_lr=rate)
 
 
 def scaled(plan: Plan, factor: float) -> Plan:

@@ -41,7 +41,9 @@ class Plan:
     Attributes:
         short: what the dense model learns to copy from first, almost alone: quotes in text teach it too little at the start.
         quoting: what all ways are trained and measured on.
-        short_steps, base_steps: of the dense model in short and in whole samples. Copying came at about step 500.
+        short_steps, base_steps: of the dense model in short and in whole samples.
+        copies: None, or the mean loss per token of a hundred steps in short samples below which the dense model copies: it then
+            goes on with them until it does, for at most four times ``short_steps``. When that comes differs between seeds.
         steps: of each way.
         batch: raw tokens of a step.
         evaluated: validation documents that quote, and windows of plain text.
@@ -51,6 +53,7 @@ class Plan:
     short: Repeating = Repeating()
     quoting: Quoting = Quoting(256, 24, 4, 12)
     short_steps: int = 800
+    copies: float | None = None
     base_steps: int = 300
     steps: int = 300
     batch: int = 1024
@@ -144,12 +147,17 @@ def dense_config(plan: Plan, data: Path, seed: int) -> RunConfig:
 
 def base_model(plan: Plan, data: Path, parallel: Parallel, build: BuildContext) -> Transformer:
     """The dense model that all ways of a seed (``build.seed``) start from; gists start as the mean of all other rows."""
-    tree = {"model": {"attention": "dense"}, "train": {"steps": plan.short_steps}}
+    most = plan.short_steps * (1 if plan.copies is None else 4)
+    tree = {"model": {"attention": "dense"}, "train": {"steps": most}}
     short = plan.config(data, "short", plan.short.raw_tokens, 100 * build.seed, tree, share=0.98)
     model = Transformer(short.model, build)
-    for config in (short, dense_config(plan, data, build.seed)):
-        for _ in train(model, config, parallel, plan, decay=False):
-            pass
+    lost: list[float] = []
+    for _, loss in train(model, short, parallel, plan, decay=False):
+        lost.append(loss)
+        if plan.copies is not None and len(lost) % 100 == 0 and np.mean(lost[-100:]) < plan.copies:
+            break
+    for _ in train(model, dense_config(plan, data, build.seed), parallel, plan, decay=False):
+        pass
     rows = model.embedding.weight
     known = torch.arange(len(rows)) < plan.vocab_size  # the rest is padding
     gists = list(open_inputs(short).tokenizer.reserved_ids)

@@ -71,5 +71,7 @@ def ways_of(chunk_sizes: tuple[int, ...]) -> dict[str, Way]:
         "no-wide": Way("taught to route, nothing unfolded whole", ROUTED),
         "half": Way("taught to route, half of the samples unfold all to the end", {**ROUTED, "gist.unfold_share": 0.5}, WIDE),
         "joint": Way("quarter, shrinking budgets, dense attention's logits", {**shares, "distill.logits": 1.0}, shrinking(ratio)),
+        "both": Way("a quarter to the end, and shrinking budgets", shares, shrinking(ratio)),
+        "both-longer": Way("a quarter to the end, and shrinking budgets, twice the steps", shares, shrinking(ratio), longer=2.0),
         "dense-longer": Way("dense attention, twice the steps", {"model.attention": "dense"}, longer=2.0),
     }

@@ -87,12 +87,15 @@ MAIN = ("gists", "recall", "taught", "mixed", "random", "recent")
 PARTS = ("no-loss", "no-start", "no-wide", "no-own-group", "no-late", "mass", "everything")
 
 
+MASKED = 768  # tokens of a sample, gists included, up to which masks cost no more than the kernels' plans on a CPU
+
+
 @dataclass
 class GistArm:
     """Attention of a way in one micro-batch, an :data:`unfold.model.visibility.Attend`.
 
-    The contexts are short: masks over all keys are many times faster there than the kernels' plans, and say the same (a test
-    holds them against recall as it is trained). The questions that recall end every sample.
+    Masks over all keys are faster in short contexts than the kernels' plans, and say the same (a test holds them against recall
+    as it is trained). The questions that recall end every sample.
 
     Attributes:
         way, gist: how it attends.
@@ -196,9 +199,16 @@ def mass_scores(q: Tensor, k: Tensor, routed: Routed) -> tuple[Tensor, Tensor]:
     return scores, one_hot.expand(-1, -1, k.shape[2], -1).contiguous()
 
 
-def gist_arm(way: Way, gist: GistConfig, batch: MicroBatch, heads: int, kv_heads: int, draw: torch.Generator) -> GistArm:
-    """The attention of a way. Random: each query draws a score for every gist, once for all heads and layers, so that the
-    chunks that it reads are as few as its budget says; recent: later gists score higher."""
+def gist_arm(
+    way: Way, gist: GistConfig, batch: MicroBatch, heads: int, kv_heads: int, draw: torch.Generator
+) -> GistArm | MicroBatchAttention:
+    """The attention of a way: that of training in long samples, if it selects as in training; by masks otherwise.
+
+    Random: each query draws a score for every gist, once for all heads and layers, so that the chunks that it reads are as few
+    as its budget says; recent: later gists score higher.
+    """
+    if way.selects == "own" and batch.ids.shape[1] > MASKED:
+        return MicroBatchAttention("gist", batch.layout, batch.recall)
     if way.selects not in ("random", "recent") or batch.recall is None:
         return GistArm(way, gist, batch)
     samples, tokens = batch.ids.shape

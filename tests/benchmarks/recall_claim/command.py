@@ -18,7 +18,7 @@ from unfold.pretrain.errors import UserError
 
 CHUNK_SIZES = ((8,), (4, 2), (16,), (4, 4), (32,), (8, 4), (8, 2, 2))
 # Steps on contexts longer than the task's, which follow all others, by their length.
-LONGER = {256: (), 1024: ((1024, 100),), 4096: ((1024, 100), (4096, 60))}
+LONGER = {256: (), 1024: ((1024, 200),), 4096: ((1024, 200), (4096, 400))}
 
 
 def recall_claim(args: Namespace) -> Iterator[str]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tests.benchmarks.recall_claim.arms import DENSE, WAYS, Way, dense_arm, gist_arm, states
+from tests.benchmarks.recall_claim.arms import DENSE, WAYS, GistArm, Way, dense_arm, gist_arm, states
 from tests.benchmarks.recall_claim.task import LookupTask
 from unfold.model.config import GistConfig, ModelConfig
 from unfold.model.layers import BuildContext
@@ -148,12 +148,18 @@ def train_stage(
 
 def loss_of(model: Transformer, way: Way | None, gist: GistConfig | None, batch: MicroBatch, draw: torch.Generator) -> Tensor:
     """Mean cross-entropy of the answers and the mean routing loss, scalar."""
-    attend = dense_arm(batch) if way is None else gist_arm(way, gist, batch, model.config.heads, model.config.kv_heads, draw)
+    heads = model.config.heads
+    routing = batch.recall and batch.recall.routing
+    if routing:
+        terms = routing.routed.tree.queries * heads * (model.config.layers - gist.recall_from)
+        batch = dataclasses.replace(batch, recall=batch.recall.weighing(gist.route_loss / terms))
+    attend = dense_arm(batch) if way is None else gist_arm(way, gist, batch, heads, model.config.kv_heads, draw)
     losses = token_loss_sum(states(model, attend, batch), Targets.of(batch.labels), model.head_weight, model.build)
     loss = losses / (batch.labels != IGNORED).sum()
-    if way is not None and attend.routed:
-        queries = batch.recall.routing.routed.tree.queries
-        loss = loss + gist.route_loss * sum(attend.routed) / (queries * model.config.heads * len(attend.routed))
+    if routing and isinstance(attend, GistArm):
+        loss = loss + batch.recall.routing.scale * sum(attend.routed)
+    elif routing:  # in the gradient already
+        loss = loss + batch.recall.routing.scale * sum(batch.recall.routing.losses.values()).detach()
     return loss
 
 
