@@ -74,7 +74,7 @@ VARIANTS = {
     "cpu": ("--gpus-per-node", 0, "--ranks-per-node", 2, "--gpu-request", "none"),
     "pyxis": ("--container-image", "nvcr.io#nvidia/pytorch:25.06-py3", "--container-mounts", "/data:/data,/my dir:/x"),
     "apptainer": ("--container-image", "/images/my image.sif", "--container-runtime", "apptainer"),
-    "quotes": ("--set", "data.cache=/tmp/it's $HOME `x` \"y\"", "--job-name", "a 'b' \"c\" %j", "--python", "/my python/python"),
+    "quotes": ("--set", 'data.cache=/tmp/it\'s $HOME `x` "y"', "--job-name", "a 'b' \"c\" %j", "--python", "/my python/python"),
 }
 
 
@@ -120,7 +120,7 @@ def test_every_setting_reaches_the_script(slurm, profile):
     assert "export OMP_NUM_THREADS=8\n" in script and "--cpu-bind=cores" in script
     values = dict(re.findall(r"^export (\w+)=(.*)$", script, re.MULTILINE))
     assert shlex.split(values["NOTE"]) == ["it's $HOME"] and values["NCCL_SOCKET_IFNAME"] == "ib0"
-    assert "source \"$venv/bin/activate\"" in script and "\npython=python\n" in script
+    assert 'source "$venv/bin/activate"' in script and "\npython=python\n" in script
 
 
 def test_what_the_shell_makes_of_the_words(slurm, tmp_path):
@@ -129,7 +129,7 @@ def test_what_the_shell_makes_of_the_words(slurm, tmp_path):
     words = script[script.rindex("-m unfold.pretrain train") :].splitlines()[0]
     line = ["bash", "-c", f"printf '%s\\n' {words}"]
     shown = subprocess.run(line, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert shown[-1] == "data.cache=/tmp/it's $HOME `x` \"y\"" and shown[shown.index("--run-dir") + 1] == str(tmp_path / "my run")
+    assert shown[-1] == 'data.cache=/tmp/it\'s $HOME `x` "y"' and shown[shown.index("--run-dir") + 1] == str(tmp_path / "my run")
     assert "--job-name=a 'b' \"c\" %j" in options_of(script)
 
 
@@ -256,6 +256,9 @@ def test_local(launch, config, tmp_path):
 def test_array_needs_an_output(launch):
     assert "with --output PREFIX among them" in launch("array", "--parts", 2, "--", "--input", "x")[2]
     assert "--part: is given by" in launch("array", "--parts", 2, "--", "--output", "x", "--part", "1/2")[2]
-    assert "expected what follows `python -m`" in launch(
-        "chain", "--config", "launch/configs/tiny.yaml", "--run-dir", "/tmp/x", "--nodes", 1, "--prepare", "rm -rf x"
-    )[2]
+    assert (
+        "expected what follows `python -m`"
+        in launch("chain", "--config", "launch/configs/tiny.yaml", "--run-dir", "/tmp/x", "--nodes", 1, "--prepare", "rm -rf x")[
+            2
+        ]
+    )
