@@ -191,7 +191,7 @@ def test_checkpoints_command(source, tmp_path):
     assert "left alone, damaged" in tool("--prune").stdout and (run_dir / "checkpoints/step-00000003").is_dir()
     assert "exists; name a new file" in tool("--convert", tmp_path / "one.safetensors", check=False).stderr
     under_file = tool("--convert", tmp_path / "one.safetensors" / "x", check=False).stderr
-    assert under_file.startswith("error: --convert") and "cannot be written (Not a directory)" in under_file
+    assert under_file.startswith("error: --convert") and "cannot be written (" in under_file
     assert "--keep: says nothing without --prune" in tool("--keep", 2, check=False).stderr
     assert "--optimizer: says nothing without --convert" in tool("--optimizer", check=False).stderr
     assert "--step 3: --prune goes by --keep" in tool("--prune", "--step", 3, check=False).stderr
