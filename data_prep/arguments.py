@@ -165,9 +165,7 @@ def add_train_tokenizer(commands) -> None:
     p.add_argument("--split-digits", action="store_true", help="make every digit a piece of its own")
     coverage_help = "share of the corpus' characters that become pieces, others are spelled in bytes (default: 0.9995)"
     p.add_argument("--character-coverage", type=coverage, default=0.9995, metavar="X", help=coverage_help)
-    p.add_argument(
-        "--max-lines", type=count, default=0, metavar="N", help="train on a sample of N lines (default: all)"
-    )
+    p.add_argument("--max-lines", type=count, default=0, metavar="N", help="train on a sample of N lines (default: all)")
     p.add_argument("--overwrite", action="store_true", help="replace an existing tokenizer directory")
 
 
@@ -306,9 +304,7 @@ def add_shard_commands(commands) -> None:
     p.add_argument("--json", action="store_true", help="as JSON")
     p.add_argument("--plot", metavar="F.png", help="draw the lengths")
 
-    p = commands.add_parser(
-        "merge", help="several shards into one", description="Concatenate shards of the same tokenizer."
-    )
+    p = commands.add_parser("merge", help="several shards into one", description="Concatenate shards of the same tokenizer.")
     p.add_argument("--input", nargs="+", action="extend", required=True, metavar="PREFIX")
     p.add_argument("--output", required=True, metavar="PREFIX")
     p.add_argument("--overwrite", action="store_true", help="replace an existing shard")

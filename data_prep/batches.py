@@ -210,4 +210,3 @@ def _part(ids: np.ndarray, lengths: np.ndarray, mask: np.ndarray) -> Part:
     if mask[lengths > 0].all():
         return Part(ids, lengths[mask])
     return Part(ids[np.repeat(mask, lengths)], lengths[mask])
-

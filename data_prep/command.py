@@ -124,6 +124,8 @@ def run_tokenize(args: argparse.Namespace) -> int:
     """Make shards."""
     from unfold.data_prep.format.templates import find_template
 
+    if 0 < args.max_tokens < args.min_tokens:
+        raise DataError(f"--min-tokens {args.min_tokens}: is above --max-tokens {args.max_tokens}, and no document is left")
     template = find_template(args.template, args.tokenizer)
     return make_shards(args, min_tokens=args.min_tokens, template=template)
 

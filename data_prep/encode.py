@@ -177,9 +177,7 @@ class _Run:
         self._take_up(overwrite)
         total = sum(s.size for s in sources)
         done = sum(s.size for s in sources[: self.position.source])
-        self._bar = stack.enter_context(
-            tqdm(total=total, initial=done, unit="B", unit_scale=True, desc="tokenize", disable=None)
-        )
+        self._bar = stack.enter_context(tqdm(total=total, initial=done, unit="B", unit_scale=True, desc="tokenize", disable=None))
         self._named = False  # whether the outputs have their names
         stack.callback(self._leave)
 

@@ -206,9 +206,7 @@ def _part(documents: list[TokenDocument]) -> Part:
     return Part(np.array(ids, dtype=np.int32), np.array([len(d.ids) for d in documents], dtype=np.int64), spans)
 
 
-def read_row(
-    row: dict, how: SupervisedJob, template: DocumentTemplate
-) -> tuple[str | None, list[dict], int | None]:
+def read_row(row: dict, how: SupervisedJob, template: DocumentTemplate) -> tuple[str | None, list[dict], int | None]:
     """(context, messages, first) of a row's fields. template: of documents that are objects.
 
     Where the row gives no context, messages before the number `first` are it; None: there is none.

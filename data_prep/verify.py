@@ -36,9 +36,7 @@ def verify_shard(prefix: str, tokenizer: TokenizerInfo | None = None) -> tuple[S
     for kind in info.files:
         path = shard_path(prefix, f".{kind}")
         if (found := file_hash(path)) != info.files[kind]["sha256"]:
-            defects.append(
-                f"{path}: sha256 {found[:12]}.. is not {info.files[kind]['sha256'][:12]}.. as in the sidecar; altered"
-            )
+            defects.append(f"{path}: sha256 {found[:12]}.. is not {info.files[kind]['sha256'][:12]}.. as in the sidecar; altered")
     return info, defects + _check_tokens(shard, tokenizer if not defects else None)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from unfold.launch.checks import gpu_findings, limits, machine_findings, network, versions
 from unfold.launch.findings import Finding, lines, merged, note, ok, problem
-from unfold.launch.fit import check_ranks, missing_data
+from unfold.launch.fit import check_ranks, heads_between_nodes, missing_data
 from unfold.launch.machine import query
 from unfold.launch.training import installed_torch_has_cuda, visible_gpus
 from unfold.pretrain.config import load_config
@@ -42,6 +42,8 @@ def configuration_findings(args: argparse.Namespace, nodes: int) -> list[Finding
         check_ranks(config, ranks, given)
     except UserError as error:
         out.append(problem(str(error), "change parallel.*, train.global_batch or the number of nodes"))
+    if slow := heads_between_nodes(config, nodes, -(-ranks // nodes)):
+        out.append(note(slow, "see docs/parallel.md, heads within a node"))
     if config.precision == "bf16" and not here:
         out.append(note("precision: bf16 without a GPU is slow", "set precision: fp32 for runs on CPUs"))
     return out or [ok(f"{args.config}: data and tokenizer are there, {ranks} rank(s) fit the layout")]

@@ -27,6 +27,27 @@ def check_ranks(config: RunConfig, ranks: int, given: str) -> None:
         raise UserError(f"{given} = {ranks} rank(s): {error}") from None
 
 
+def heads_between_nodes(config: RunConfig, nodes: int, ranks: int) -> str:
+    """What to say where context ranks that trade heads for sequence do not lie in one node; '' where they do, or there are none.
+
+    ranks: of a node. Such a group is every tensor-th of tensor x heads ranks that follow one another.
+    """
+    parallel = config.parallel
+    heads, tensor = parallel.heads_ranks, parallel.tensor
+    if nodes == 1 or heads == 1 or ranks % (tensor * heads) == 0:
+        return ""
+    fitting = max(n for n in range(1, heads + 1) if heads % n == 0 and (n == 1 or ranks % (tensor * n) == 0))
+    if config.model.attention == "dense":  # has no gists to exchange
+        would_do = f"parallel.context: {fitting}"
+    else:
+        would_do = f"parallel.context_heads: {fitting}"
+        would_do += " with context_method: gists" if parallel.context_method == "ulysses" else ""
+    return (
+        f"the {heads} context ranks that trade heads for sequence, with {tensor} tensor-parallel rank(s) each, do not lie in one "
+        f"node of {ranks} rank(s), and what they trade goes over the network; {would_do} would keep it in a node"
+    )
+
+
 def missing_data(config: RunConfig) -> list[str]:
     """What the configuration reads and is not there, one line each; URLs and globs that match something are taken as there."""
     missing = []

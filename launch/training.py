@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from unfold.launch.fit import check_data, check_ranks, check_resume
+from unfold.launch.fit import check_data, check_ranks, check_resume, heads_between_nodes
 from unfold.launch.forward import run_torchrun
 from unfold.launch.profile import Profile, read_profile
 from unfold.launch.scripts import python_of, safe_name, training_script
@@ -29,6 +29,8 @@ def checked_config(args: argparse.Namespace, profile: Profile) -> RunConfig:
     check_ranks(config, args.nodes * profile.ranks, f"--nodes {args.nodes} x {how} {profile.ranks}")
     check_run_dir(args.run_dir)
     check_resume(config, args.run_dir)
+    if slow := heads_between_nodes(config, args.nodes, profile.ranks):
+        print(f"note: {slow}", file=sys.stderr)
     return config
 
 

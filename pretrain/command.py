@@ -104,8 +104,8 @@ def add_checkpoints_arguments(parser: argparse.ArgumentParser) -> None:
     action.add_argument("--show", action="store_true", help="print what a checkpoint holds")
     action.add_argument("--prune", action="store_true", help="remove checkpoints beyond --keep and --keep-every")
     action.add_argument("--convert", type=Path, metavar="FILE", help="write a checkpoint as one safetensors file")
-    parser.add_argument("--keep", type=int, default=1, metavar="N", help="--prune: newest whole ones that stay (default 1)")
-    parser.add_argument("--keep-every", type=int, default=0, metavar="M", help="--prune: multiples of M stay")
+    parser.add_argument("--keep", type=int, metavar="N", help="--prune: newest whole ones that stay (default 1)")
+    parser.add_argument("--keep-every", type=int, metavar="M", help="--prune: multiples of M stay")
     parser.add_argument("--optimizer", action="store_true", help="--convert: the optimizer's moments too, not only weights")
 
 

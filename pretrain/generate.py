@@ -74,7 +74,8 @@ def generate(args: Namespace) -> Iterator[str]:
     if args.chat:
         prompts = [f"{prompt}\n\n" for prompt in prompts]  # an answer is no continuation
     if len(prompts) == 1:
-        yield prompts[0]
+        _, first = next(pieces, (0, ""))  # what is wrong is told before anything is printed
+        yield prompts[0] + first
         yield from (piece for _, piece in pieces)
         return
     texts = list(prompts)

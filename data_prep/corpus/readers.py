@@ -52,6 +52,7 @@ def _read_txt(source: Source, at: Position) -> Iterator[Document]:
     with open_stream(source.path, source.compression, at.offset) as stream:
         offset, line = at.offset, at.line
         mark = (source.separator or "").encode("utf-8")
+        windows = mark.replace(b"\n", b"\r\n") if b"\r" not in mark else mark  # the same with Windows' line ends
         for raw, size, line_ends in _pieces(stream, mark, source.limit):
             text = raw.removeprefix(BOM) if offset == 0 else raw
             first = line
@@ -59,6 +60,11 @@ def _read_txt(source: Source, at: Position) -> Iterator[Document]:
             problem, decoded = "", ""
             if size > source.limit:
                 problem = too_long(size, source.limit)
+            elif windows != mark and windows in text + mark:
+                problem = (
+                    f"has line ends of Windows, among which --document-separator {source.separator!r} means nothing; convert the "
+                    f"file (dos2unix), or give {windows.decode()!r}"
+                )
             else:
                 try:
                     decoded = text.decode("utf-8")

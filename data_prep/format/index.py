@@ -61,9 +61,7 @@ class ShardInfo:
         missing = [f.name for f in fields(cls) if f.name not in values]
         if missing:
             raise DataError(f"{path}: misses {', '.join(missing)}")
-        wrong = [
-            f.name for f in fields(cls) if not isinstance(values[f.name], (int, float) if f.type is float else f.type)
-        ]
+        wrong = [f.name for f in fields(cls) if not isinstance(values[f.name], (int, float) if f.type is float else f.type)]
         files = values["files"] if "files" not in wrong else {}
         if wrong or not all(_is_file_entry(files.get(kind)) for kind in {"bin", "idx", *files}):
             raise DataError(f"{path}: has a wrong value for {', '.join(wrong) or 'files'}")

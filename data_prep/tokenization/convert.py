@@ -68,11 +68,7 @@ def to_huggingface(model, name: str) -> Tokenizer:
     tokenizer.normalizer = normalizers.Sequence(steps)
     tokenizer.decoder = decoders.Sequence(back)
     tokenizer.add_special_tokens(
-        [
-            AddedToken(p.piece, normalized=False, special=True)
-            for p in pieces
-            if p.type in (kinds.CONTROL, kinds.UNKNOWN)
-        ]
+        [AddedToken(p.piece, normalized=False, special=True) for p in pieces if p.type in (kinds.CONTROL, kinds.UNKNOWN)]
     )
     # A user's symbol that has the space mark in it can only be found after spaces have become marks.
     tokenizer.add_tokens(
@@ -135,12 +131,9 @@ def _compare(model, tokenizer: Tokenizer, name: str) -> None:
     own = [f"x{p.piece.replace(SPACE_MARK, ' ')}y" for p in model.pieces if p.type == kinds.USER_DEFINED]
     tokenizer.encode_special_tokens = True
     texts = [*AWKWARD, *shuffled, *own]
-    for text, theirs, ours in zip(
-        texts, processor.encode(texts, num_threads=1), tokenizer.encode_batch(texts), strict=True
-    ):
+    for text, theirs, ours in zip(texts, processor.encode(texts, num_threads=1), tokenizer.encode_batch(texts), strict=True):
         if theirs != ours.ids:
             raise DataError(
-                f"{name}: its conversion to tokenizer.json disagrees with it on {text!r}; "
-                "import its own tokenizer.json instead"
+                f"{name}: its conversion to tokenizer.json disagrees with it on {text!r}; import its own tokenizer.json instead"
             )
     tokenizer.encode_special_tokens = False

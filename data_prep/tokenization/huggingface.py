@@ -54,9 +54,7 @@ class HuggingFaceTokenizer:
                     f"{name}: {role} {token!r} is not in its vocabulary; correct {CONFIG_FILE} beside it, "
                     f"or name the token by --{role.replace('_', '-')}"
                 )
-        named = {
-            role: roles.get(role, next((n for n in names if n in special), None)) for role, names in USUAL_NAMES.items()
-        }
+        named = {role: roles.get(role, next((n for n in names if n in special), None)) for role, names in USUAL_NAMES.items()}
         self.roles = {role: token for role, token in named.items() if token is not None}
         control = special | {token: vocab[token] for token in self.roles.values()}
         strips = {t["content"]: (t.get("lstrip", False), t.get("rstrip", False)) for t in added}

@@ -119,9 +119,7 @@ def _check_symbols(user_symbols: tuple[str, ...], reserved: list[str]) -> None:
     taken = {*reserved, "<unk>", "<s>", "</s>", "<pad>"}
     for symbol in user_symbols:
         if not symbol or any(c.isspace() for c in symbol) or symbol in taken:
-            raise DataError(
-                f"--user-symbols {symbol!r}: must not be empty, hold whitespace, or be one of {sorted(taken)}"
-            )
+            raise DataError(f"--user-symbols {symbol!r}: must not be empty, hold whitespace, or be one of {sorted(taken)}")
     if len(set(user_symbols)) < len(user_symbols):
         raise DataError(f"--user-symbols {' '.join(user_symbols)}: one is named twice")
 

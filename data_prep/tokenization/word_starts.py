@@ -30,17 +30,7 @@ def bytes_start_word(raw: bytes) -> bool:
     if not raw:
         return False
     lead = raw[0]
-    length = (
-        1
-        if lead < 0x80
-        else 2
-        if 0xC2 <= lead < 0xE0
-        else 3
-        if 0xE0 <= lead < 0xF0
-        else 4
-        if 0xF0 <= lead < 0xF5
-        else 0
-    )
+    length = 1 if lead < 0x80 else 2 if 0xC2 <= lead < 0xE0 else 3 if 0xE0 <= lead < 0xF0 else 4 if 0xF0 <= lead < 0xF5 else 0
     try:
         first = raw[:length].decode("utf-8")
     except UnicodeDecodeError:

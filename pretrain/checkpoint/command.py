@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -29,12 +30,21 @@ def run_command(args: argparse.Namespace) -> Iterator[str]:
     """Lines of output. Raises UserError, after the lines, when --verify finds damage."""
     if not (args.run_dir / "checkpoints").is_dir():
         raise UserError(f"{args.run_dir}: is not a run directory (it has no checkpoints/)")
+    for flag, given, needs in (
+        ("--keep", args.keep is not None, "--prune"),
+        ("--keep-every", args.keep_every is not None, "--prune"),
+        ("--optimizer", args.optimizer, "--convert"),
+    ):
+        if given and not getattr(args, needs.removeprefix("--")):
+            raise UserError(f"{flag}: says nothing without {needs}; give {needs}, too, or leave it out")
+    if args.prune and args.step is not None:
+        raise UserError(f"--step {args.step}: --prune goes by --keep and --keep-every alone; leave it out")
     if args.verify:
         yield from _verify(args.run_dir, args.step)
     elif args.show:
         yield from _show(*_find(args.run_dir, args.step))
     elif args.prune:
-        yield from _prune(args.run_dir, args.keep, args.keep_every)
+        yield from _prune(args.run_dir, 1 if args.keep is None else args.keep, args.keep_every or 0)
     elif args.convert:
         yield _convert(*_find(args.run_dir, args.step), args.convert, args.optimizer)
     else:
@@ -124,6 +134,7 @@ def _convert(directory: Path, manifest: Manifest, output: Path, optimizer: bool)
         write_atomically(output.with_name(f"{output.name}.json"), json.dumps({"step": manifest.step, **written}, indent=1))
         os.replace(partial, output)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise UserError(f"--convert {output}: cannot be written ({error.strerror})") from None
     return f"{output}: {len(names)} tensors of step {manifest.step}, {written['bytes']:,} bytes"

@@ -9,6 +9,7 @@ Nothing in it is pickled: tensors are safetensors, everything else is JSON.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -96,7 +97,7 @@ def peek_manifest(directory: Path) -> Manifest:
         manifest = Manifest(**tree) if written == FORMAT else None
         if manifest and (wrong := [name for name, kind in _KINDS.items() if not isinstance(getattr(manifest, name), kind)]):
             raise ValueError(f"{', '.join(wrong)} of another type")
-        sizes = {name: expected["bytes"] for name, expected in tree["files"].items()}
+        sizes = {name: expected["bytes"] for name, expected in tree["files"].items() if expected["sha256"]}
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{directory}: has no {MANIFEST}, it was not finished") from None
     except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
@@ -217,11 +218,16 @@ def superfluous(directories: list[Path], keep: int, keep_every: int) -> list[Pat
 
 
 def remove_checkpoint(directory: Path) -> None:
-    """Remove a checkpoint; a kill in the middle leaves nothing that looks like one."""
+    """Remove a checkpoint; a kill in the middle leaves nothing that looks like one.
+
+    It may have been removed by another process, or be read by one, on whose account a network file system keeps files: what is
+    left of it is hidden, and removed when the run starts next.
+    """
     hidden = directory.with_name(f".{directory.name}.removed")
     shutil.rmtree(hidden, ignore_errors=True)
-    os.rename(directory, hidden)
-    shutil.rmtree(hidden)
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(directory, hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
 
 
 def remove_leftovers(run_dir: Path) -> None:

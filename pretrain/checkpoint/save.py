@@ -38,6 +38,7 @@ from unfold.pretrain.config import CheckpointConfig
 from unfold.pretrain.parallel import Parallel
 
 POLL_SECONDS = 0.05
+GRACE_SECONDS = 5.0  # beyond its deadline, until a save is given up that hangs in a write of the main rank's own
 LEAST_FILES = 3  # of a rank: a run of a matrix's elements is up to three rectangles
 
 
@@ -77,7 +78,7 @@ class _Staging:
         begin = 0
         for fragment in self._fragments:
             end = begin + fragment.values.numel()
-            self._buffer[begin:end].copy_(fragment.read(), non_blocking=True)
+            fragment.copy_to(self._buffer[begin:end])
             begin = end
         small = random_states(self._parallel)
         if self._parallel.is_main:
@@ -138,9 +139,11 @@ class Saver:
         self._staging = _Staging(engine, parallel, average)
         self._store = dist.distributed_c10d._get_default_store()
         self._thread: threading.Thread | None = None
-        self._save: tuple[Manifest, float, float] | None = None
+        self._save: tuple[Manifest, float, float] | None = None  # that was copied last
+        self._writing: tuple[Manifest, float, float] | None = None  # that the thread writes
         self._results: list[SaveResult] = []
         self._number = 0  # of the save within this process: names its keys and its directory
+        self._given_up = False  # whether the main rank's own save was reported as failed while it still hangs
 
     def copy(self, manifest: Manifest) -> float:
         """Copy the state aside, after the save before is done; returns the seconds that training waited."""
@@ -157,8 +160,12 @@ class Saver:
         """Write what was copied: in the background if so configured."""
         number, (manifest, began, pause) = self._number, self._save
         if self._thread is not None:
-            self._report(number, {"error": "the save before hangs in a write"})
+            error = "the save before hangs in a write"
+            self._report(number, {"error": error})
+            if self._parallel.is_main:  # there is no thread to hear of it
+                self._results.append(SaveResult(manifest.step, time.monotonic() - began, pause, error))
             return
+        self._writing, self._given_up = self._save, False
         work = lambda: self._write(number, manifest, began, pause)
         self._thread = threading.Thread(target=work, daemon=True, name="save")
         self._thread.start()
@@ -176,10 +183,15 @@ class Saver:
         """Wait until the save under way has ended, at most a little over its deadline."""
         if self._thread is None:
             return
-        _, began, _ = self._save
-        self._thread.join(max(0.0, began + 60 * self._config.deadline_minutes - time.monotonic()) + 5.0)
+        manifest, began, pause = self._writing
+        limit = 60 * self._config.deadline_minutes
+        self._thread.join(max(0.0, began + limit - time.monotonic()) + GRACE_SECONDS)
         if not self._thread.is_alive():
             self._thread = None
+        elif self._parallel.is_main and not self._given_up:
+            self._given_up = True
+            error = f"rank 0 hangs in a write after checkpoint.deadline_minutes = {self._config.deadline_minutes:g}"
+            self._results.append(SaveResult(manifest.step, time.monotonic() - began, pause, error))
 
     def _write(self, number: int, manifest: Manifest, began: float, pause: float) -> None:
         """The thread: this rank's files; on the main rank also the checkpoint as a whole."""

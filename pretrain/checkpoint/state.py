@@ -25,7 +25,7 @@ from unfold.model.lora import A, B
 from unfold.model.rows import ROWS
 from unfold.pretrain.checkpoint.tensors import TensorDirectory
 from unfold.pretrain.parallel import Parallel
-from unfold.pretrain.train.compact import CompactAdamW, PackedMoment
+from unfold.pretrain.train.compact import CompactAdamW, PackedMoment, in_pieces
 
 KINDS = ("model", "exp_avg", "exp_avg_sq")
 MUON_KINDS = ("model", "momentum_buffer")
@@ -54,10 +54,14 @@ class Fragment:
     values: Tensor
     packed: PackedMoment | None = None
 
-    def read(self) -> Tensor:
-        """Its elements, flat: ``values`` themselves, or what their codes mean."""
-        begin = self.values.storage_offset()
-        return self.packed.read(begin, begin + len(self.values)) if self.packed else self.values
+    def copy_to(self, target: Tensor) -> None:
+        """Copy its elements, ``values`` or what their codes mean; a GPU is not waited for. target: fp32, flat."""
+        if self.packed is None:
+            target.copy_(self.values, non_blocking=True)
+            return
+        first = self.values.storage_offset()
+        for begin, end in in_pieces(self.values):  # at once they would need more memory than 8 bits save
+            target[begin:end].copy_(self.packed.read(first + begin, first + end), non_blocking=True)
 
     def write(self, values: Tensor) -> None:
         """Set its elements; those in codes when the optimizer's ``finish`` is called. values: flat."""

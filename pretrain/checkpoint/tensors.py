@@ -213,7 +213,8 @@ class TensorDirectory:
     def expect(self, name: str, shape: Sequence[int]) -> None:
         """Raises UserError unless there is a tensor of this name and whole shape."""
         if name not in self.shapes:
-            raise UserError(f"{self._directory}: holds no tensor {name}; it is of another model")
+            other = "another model" if name.startswith("model.") else "a run with another optimizer.kind, or that trains less"
+            raise UserError(f"{self._directory}: holds no tensor {name}; it is of {other}")
         if self.shapes[name] != tuple(shape):
             raise UserError(f"{self._directory}: {name} is {list(self.shapes[name])}, this model needs {list(shape)}")
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
+from unfold.data_prep.format.text import encodable
 from unfold.model.settings import SettingsError, choice_text
 from unfold.pretrain.config.numbers import listed, section_of, setting_errors
 from unfold.pretrain.config.schema import RunConfig
@@ -46,7 +48,8 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:
     """
     tree = read_yaml(path, "--config")
     if not isinstance(tree, dict):
-        raise UserError(f"--config {path}: holds {type(tree).__name__}, expected sections such as `model:` and `data:`")
+        holds = "is empty" if tree is None else f"holds {type(tree).__name__}"
+        raise UserError(f"--config {path}: {holds}, expected sections such as `model:` and `data:`")
     for item in overrides:
         _override(tree, item)
     return parse_config(tree, str(path))
@@ -82,7 +85,8 @@ def read_settings(kind: type[Kind], tree: dict, source: str) -> Kind:
     """Plain dicts -> a configuration dataclass. Raises UserError with every error. source: where the dicts come from."""
     from pydantic import TypeAdapter, ValidationError  # late: commands that read no configuration start without it
 
-    errors: list[str] = []
+    if errors := [f"{key}: {problem}" for key, text in _texts_in(tree) if (problem := encodable(text))]:
+        raise UserError(f"{source}: " + "; ".join(errors))  # pydantic takes no such text
     known = _known(tree, kind, "", errors)
     errors += setting_errors(known, kind)
     try:
@@ -92,6 +96,17 @@ def read_settings(kind: type[Kind], tree: dict, source: str) -> Kind:
     if errors:
         raise UserError(f"{source}: " + "; ".join(dict.fromkeys(errors)))
     return settings
+
+
+def _texts_in(value: object, key: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, text) of every text that stands in plain dicts and lists, keys too."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, dict | list | tuple):
+        for name, part in value.items() if isinstance(value, dict) else enumerate(value):
+            place = f"{key}.{name}" if key else str(name)
+            yield ascii(place), place
+            yield from _texts_in(part, place)
 
 
 def known_settings(tree: dict) -> dict:
@@ -134,6 +149,9 @@ def _texts(error: dict) -> list[str]:
     given = error["input"]
     if error["type"] == "literal_error" and not isinstance(given, (dict, list)):
         return [f"{place}: {choice_text(given, [context['expected'].replace(' or ', ', ').replace(chr(39), '')])}"]
+    if error["type"] == "dataclass_type":
+        what = "is empty; leave it out, or set something in it" if given is None else f"{given!r} is no section of settings"
+        return [f"{place}: {what}"]
     told = "" if error["type"] == "missing" else f" (given: {given!r})"
     return [f"{place}: {error['msg'][0].lower()}{error['msg'][1:]}{told}"]
 

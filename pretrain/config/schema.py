@@ -138,7 +138,7 @@ class TrainConfig(Settings):
             errors.append("offload_activations: true needs activation_checkpointing: full or selective (it is none)")
         errors += [f"trainable: {text}" for text in pattern_errors(self.trainable)]
         for name in self.allow_changes:
-            if not name.startswith(CHANGEABLE_ON_RESUME):
+            if not any(name == part or name.startswith(f"{part}.") for part in CHANGEABLE_ON_RESUME):
                 errors.append(f"allow_changes: {name!r} is not one of {', '.join(CHANGEABLE_ON_RESUME)} or a setting in them")
         return errors
 

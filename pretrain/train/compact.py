@@ -107,13 +107,13 @@ class PackedMoment:
     def write(self, begin: int, values: Tensor) -> None:
         """Elements from ``begin`` on are to be these; nothing is stored before :meth:`finish`, since blocks are stored whole."""
         if self._written is None:
-            self._written = self.read(0, len(self.codes)).cpu()
+            self._written = torch.cat([self.read(begin, end).cpu() for begin, end in in_pieces(self.codes)])
         self._written[begin : begin + len(values)].copy_(values)
 
     def finish(self) -> None:
         """Store what was written."""
         if self._written is not None:
-            for begin, end in _pieces(self.codes):
+            for begin, end in in_pieces(self.codes):
                 self.store(begin, self._written[begin:end].to(self.codes.device))
         self._written = None
 
@@ -159,7 +159,7 @@ class CompactAdamW(torch.optim.Optimizer):
                 if flat.grad is None:
                     continue
                 held = self.state[flat]
-                for begin, end in _pieces(flat):
+                for begin, end in in_pieces(flat):
                     moments = [self._read(held[name], begin, end) for name in MOMENTS]
                     adamw(
                         [flat[begin:end]],
@@ -191,6 +191,7 @@ class CompactAdamW(torch.optim.Optimizer):
             moment[begin : begin + len(values)].copy_(values)
 
 
-def _pieces(flat: Tensor) -> Iterator[tuple[int, int]]:
+def in_pieces(flat: Tensor) -> Iterator[tuple[int, int]]:
+    """(begin, end) of the parts of a flat tensor that are worked on at once: reading needs several times their memory."""
     size = PIECE[flat.device.type]
     return ((begin, min(begin + size, len(flat))) for begin in range(0, len(flat), size))

@@ -117,6 +117,8 @@ class Trainer:
         done = self.history.resume(self.engine, say)
         if done is not None:
             say(f"resumed at step {done}")
+            if done >= self.config.train.steps:
+                say(f"train.steps: all {self.config.train.steps} are done; to go on, raise it and name it in train.allow_changes")
             return done
         if self.config.train.init_from:
             path, model = Path(self.config.train.init_from), self.config.at(1).model

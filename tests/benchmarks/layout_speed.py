@@ -1,6 +1,6 @@
 """Speed of gist insertion and layout, one thread: raw tokens per second (median of many runs).
 
-    python -m tests.benchmarks.layout_speed [--raw 2048 8192 32768]
+python -m tests.benchmarks.layout_speed [--raw 2048 8192 32768]
 """
 
 from __future__ import annotations

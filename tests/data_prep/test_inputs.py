@@ -19,7 +19,7 @@ from unfold.data_prep.corpus.sources import find_sources, split_sources
 from unfold.data_prep.errors import DataError
 from unfold.data_prep.format.shards import open_shard
 
-ROWS = ["plain", "tab\tand\nnewline \U0001f600", "a,b \"quoted\"", "\u2028 is no line end", " ", "x" * 700] * 50
+ROWS = ["plain", "tab\tand\nnewline \U0001f600", 'a,b "quoted"', "\u2028 is no line end", " ", "x" * 700] * 50
 
 
 def write_zst(path, raw: bytes) -> None:

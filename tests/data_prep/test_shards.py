@@ -226,9 +226,7 @@ def test_merge(shard, tmp_path, run, fails):
     write_shard(tmp_path / "b", [[3], [4, 5]], vocab_size=100, tokenizer_hash="abc", sources=["x.txt", "y.txt"])
     status, out, _ = run("merge", "--input", shard, tmp_path / "b.bin", "--output", tmp_path / "m")
     assert status == 0 and "6 documents, 49 tokens" in out
-    write_shard(
-        tmp_path / "whole", [*DOCUMENTS, [3], [4, 5]], vocab_size=100, tokenizer_hash="abc", sources=["x.txt", "y.txt"]
-    )
+    write_shard(tmp_path / "whole", [*DOCUMENTS, [3], [4, 5]], vocab_size=100, tokenizer_hash="abc", sources=["x.txt", "y.txt"])
     for suffix in (".bin", ".idx", ".json"):
         assert (tmp_path / f"m{suffix}").read_bytes() == (tmp_path / f"whole{suffix}").read_bytes()
     fails("merge", "--input", shard, "--output", tmp_path / "m", words=("exists already",))

@@ -10,6 +10,8 @@ import yaml
 from tokenizers import AddedToken, Tokenizer, models
 
 from tests.data_prep.texts import contents
+from unfold.data_prep.corpus.readers import read_items
+from unfold.data_prep.corpus.sources import find_sources
 from unfold.data_prep.format.text import encodable, no_file, read_text
 from unfold.pretrain.config import load_config
 
@@ -92,3 +94,23 @@ def test_what_is_no_file_is_called_what_it_is(bpe, tmp_path, fails):
     fails(*command, tmp_path / "link.txt", words=("link.txt: a link to nowhere.txt, which does not exist",))
     fails(*command, "/dev/null", words=("/dev/null: a device",))
     assert no_file(tmp_path) == "a directory, not a file"
+
+
+@pytest.mark.parametrize("separator,windows", [("\n\n", "\r\n\r\n"), ("\n", "\r\n"), ("\n==\n", "\r\n==\r\n")])
+def test_a_separator_among_line_ends_of_windows_is_refused(tmp_path, separator, windows):
+    """It would never be found, and all of the file be one document, or every document end in half a line end."""
+    path = tmp_path / "a.txt"
+    path.write_bytes(f"one{windows}two{windows}".encode())
+    items = list(read_items(find_sources([str(path)], separator=separator)))
+    assert f"--document-separator {separator!r} means nothing" in items[0].problem and f"or give {windows!r}" in items[0].problem
+    of = lambda separator: [(item.text, item.problem) for item in read_items(find_sources([str(path)], separator=separator))]
+    assert of(windows) == [("one", ""), ("two", "")]
+    path.write_bytes(f"one\r\nmore{separator}two\r{separator}".encode())
+    if separator != "\n":  # a line end of Windows elsewhere is text
+        assert of(separator)[0] == ("one\r\nmore", "")
+
+
+def test_bounds_that_leave_nothing_are_refused_before_anything_is_read(bpe, tmp_path, run):
+    bounds = ("--min-tokens", 9, "--max-tokens", 3)
+    code, _, told = run("tokenize", "--input", tmp_path / "none.txt", "--tokenizer", bpe, "--output", tmp_path / "x", *bounds)
+    assert code == 1 and "--min-tokens 9: is above --max-tokens 3" in told

@@ -248,9 +248,7 @@ def altered(bpe, path, change) -> None:
 )
 def test_models_that_cannot_be_converted_are_refused(bpe, tmp_path, fails, change, word):
     altered(bpe, tmp_path / "odd.model", change)
-    fails(
-        "import-tokenizer", "--input", tmp_path / "odd.model", "--output", tmp_path / "out", words=("odd.model", word)
-    )
+    fails("import-tokenizer", "--input", tmp_path / "odd.model", "--output", tmp_path / "out", words=("odd.model", word))
     assert not (tmp_path / "out").exists()
 
 

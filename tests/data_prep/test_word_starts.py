@@ -8,9 +8,7 @@ from unfold.data_prep.tokenization.adopt import import_tokenizer
 from unfold.data_prep.tokenization.word_starts import byte_alphabet, bytes_start_word, huggingface_word_starts, text_starts_word
 
 
-@pytest.mark.parametrize(
-    "text", ["▁the", "▁", " the", "\n", "\t", "\u00a0x", "\u3000", ",", "(a", "“", "。", "$", "+1"]
-)
+@pytest.mark.parametrize("text", ["▁the", "▁", " the", "\n", "\t", "\u00a0x", "\u3000", ",", "(a", "“", "。", "$", "+1"])
 def test_texts_that_start_words(text):
     assert text_starts_word(text) and bytes_start_word(text.encode())
 

@@ -1,6 +1,6 @@
 """``python -m pretrain`` in which chosen samples make the loss bad, as broken data or broken hardware would.
 
-    python -m tests.integration.faulty nan=3,4 spike=9 train --config ..
+python -m tests.integration.faulty nan=3,4 spike=9 train --config ..
 """
 
 import math

@@ -301,15 +301,17 @@ def test_questions_on_a_context(run_dir, tmp_path):
         (["generate", "--model", "{hf}", "--prompt", "a", "--recall", "all"], "--recall: needs --run-dir"),
         (["generate", "--model", "{hf}", "--prompt", "a", "--eager"], "--eager: needs --run-dir"),
         (["generate", "--model", "{new}", "--prompt", "a"], "is not an exported model"),
+        (["generate", "--run-dir", "{new}", "--prompt", "a"], "is not a run directory"),
         (["generate", "--run-dir", "{run}", "--prompt", "a", "--top-p", "0"], "--top-p 0.0: is not in (0, 1]"),
     ],
 )
 def test_bad_calls_end_in_one_line(exported, run_dir, tmp_path, arguments, message, capsys):
     places = {"run": run_dir, "hf": exported, "new": tmp_path / "new"}
     code = main([a.format(**places) for a in arguments])
-    said = capsys.readouterr().err.strip().splitlines()[-1]
+    printed, told = capsys.readouterr()
+    said = told.strip().splitlines()[-1]
     assert code == 1 and said.startswith("error: ") and message in said
-    assert not (tmp_path / "new").exists()
+    assert not printed and not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,11 @@ def test_allowed_changes(config, source, tmp_path):
     done = run_to_end(config, run_dir, 1, *change, "train.allow_changes=[optimizer.lr, train.steps]")
     assert "changed by train.allow_changes: optimizer.lr: 0.001 in the run, 0.0001 given" in done.stderr
     assert read_metrics(run_dir / "metrics.jsonl")[-1]["step"] == 8
+    change = ("train.steps=7", "train.allow_changes=[optimizer.lr, train.steps]")
+    assert "train.steps: all 7 are done; to go on, raise it" in run_to_end(config, run_dir, 1, *change).stderr
+    other = (*change[:1], "optimizer.kind=muon", "precision=bf16", "train.allow_changes=[optimizer, train.steps, precision]")
+    told = run_to_end(config, run_dir, 1, *other, check=False).stderr
+    assert "no tensor momentum_buffer.layers.0.attention.qkv.weight; it is of a run with another optimizer.kind" in told
 
 
 def test_checkpoints_command(source, tmp_path):
@@ -185,3 +190,8 @@ def test_checkpoints_command(source, tmp_path):
     assert "error: 1 of 2 checkpoints are damaged" in verified.stderr
     assert "left alone, damaged" in tool("--prune").stdout and (run_dir / "checkpoints/step-00000003").is_dir()
     assert "exists; name a new file" in tool("--convert", tmp_path / "one.safetensors", check=False).stderr
+    under_file = tool("--convert", tmp_path / "one.safetensors" / "x", check=False).stderr
+    assert under_file.startswith("error: --convert") and "cannot be written (" in under_file
+    assert "--keep: says nothing without --prune" in tool("--keep", 2, check=False).stderr
+    assert "--optimizer: says nothing without --convert" in tool("--optimizer", check=False).stderr
+    assert "--step 3: --prune goes by --keep" in tool("--prune", "--step", 3, check=False).stderr

@@ -57,8 +57,14 @@ COMMANDS = {
     "export": ["export", "--run-dir", "run [f]", "--output", "hf [g]"],
     "import": ["import", "--input", "hf [g]", "--output", "again [h]"],
     "generate": ["generate", "--run-dir", "run [f]", "--prompt-file", "prompt [i].txt", "--max-new-tokens", "2"],
-    "perplexity": [*"evaluate perplexity --mode dense --length 32 --data".split(), "shard [b] %s", "--run-dir", "run [f]",
-                   "--output", "out [j]"],  # fmt: skip
+    "perplexity": [
+        *"evaluate perplexity --mode dense --length 32 --data".split(),
+        "shard [b] %s",
+        "--run-dir",
+        "run [f]",
+        "--output",
+        "out [j]",
+    ],  # fmt: skip
     "checkpoints": ["checkpoints", "run [f]", "--verify"],
     "report": ["report", "run [f]"],
     "status": ["status", "run [f]"],

@@ -74,7 +74,7 @@ VARIANTS = {
     "cpu": ("--gpus-per-node", 0, "--ranks-per-node", 2, "--gpu-request", "none"),
     "pyxis": ("--container-image", "nvcr.io#nvidia/pytorch:25.06-py3", "--container-mounts", "/data:/data,/my dir:/x"),
     "apptainer": ("--container-image", "/images/my image.sif", "--container-runtime", "apptainer"),
-    "quotes": ("--set", "data.cache=/tmp/it's $HOME `x` \"y\"", "--job-name", "a 'b' \"c\" %j", "--python", "/my python/python"),
+    "quotes": ("--set", 'data.cache=/tmp/it\'s $HOME `x` "y"', "--job-name", "a 'b' \"c\" %j", "--python", "/my python/python"),
 }
 
 
@@ -120,7 +120,7 @@ def test_every_setting_reaches_the_script(slurm, profile):
     assert "export OMP_NUM_THREADS=8\n" in script and "--cpu-bind=cores" in script
     values = dict(re.findall(r"^export (\w+)=(.*)$", script, re.MULTILINE))
     assert shlex.split(values["NOTE"]) == ["it's $HOME"] and values["NCCL_SOCKET_IFNAME"] == "ib0"
-    assert "source \"$venv/bin/activate\"" in script and "\npython=python\n" in script
+    assert 'source "$venv/bin/activate"' in script and "\npython=python\n" in script
 
 
 def test_what_the_shell_makes_of_the_words(slurm, tmp_path):
@@ -129,7 +129,7 @@ def test_what_the_shell_makes_of_the_words(slurm, tmp_path):
     words = script[script.rindex("-m unfold.pretrain train") :].splitlines()[0]
     line = ["bash", "-c", f"printf '%s\\n' {words}"]
     shown = subprocess.run(line, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert shown[-1] == "data.cache=/tmp/it's $HOME `x` \"y\"" and shown[shown.index("--run-dir") + 1] == str(tmp_path / "my run")
+    assert shown[-1] == 'data.cache=/tmp/it\'s $HOME `x` "y"' and shown[shown.index("--run-dir") + 1] == str(tmp_path / "my run")
     assert "--job-name=a 'b' \"c\" %j" in options_of(script)
 
 
@@ -217,6 +217,33 @@ def test_nothing_is_overwritten(tmp_path):
     assert [path.read_text() for path in written] == ["a", "b"]
 
 
+@pytest.mark.parametrize(
+    "nodes,ranks,tensor,context,method,heads,would_do",
+    [
+        (2, 8, 1, 16, "gists", 8, ""),
+        (4, 4, 1, 16, "gists", 8, "parallel.context_heads: 4 would"),
+        (2, 8, 2, 8, "gists", 4, ""),
+        (2, 8, 4, 4, "gists", 2, ""),
+        (4, 8, 4, 8, "gists", 4, "parallel.context_heads: 2 would"),
+        (4, 3, 1, 4, "gists", 2, "parallel.context_heads: 1 would"),
+        (2, 4, 1, 8, "ulysses", 1, "parallel.context_heads: 4 with context_method: gists would"),
+        (1, 8, 1, 8, "ulysses", 1, ""),
+        (2, 4, 1, 8, "gists", 1, ""),
+    ],
+)
+def test_heads_traded_between_nodes_are_told(slurm, nodes, ranks, tensor, context, method, heads, would_do):
+    settings = (f"parallel.tensor={tensor}", f"parallel.context={context}", f"parallel.context_method={method}")
+    settings += (f"parallel.context_heads={heads}", "model.heads=32", "model.kv_heads=16", "train.global_batch=48")
+    code, _, told = slurm("--nodes", nodes, "--gpus-per-node", ranks, *(x for s in settings for x in ("--set", s)))
+    trading = context if method == "ulysses" else heads
+    firsts = [rank for rank in range(nodes * ranks) if rank % (tensor * trading) < tensor]
+    groups = [[first + k * tensor for k in range(trading)] for first in firsts]
+    assert code == 0, told
+    assert bool(would_do) == any(group[0] // ranks != group[-1] // ranks for group in groups)
+    lines = [line for line in told.splitlines() if "trade heads" in line]
+    assert len(lines) == bool(would_do) and all(would_do in line for line in lines)
+
+
 def test_local(launch, config, tmp_path):
     where = ("--config", config, "--run-dir", tmp_path / "my run")
     code, out, _ = launch("local", *where, "--ranks", 2, "--dry-run")
@@ -229,6 +256,9 @@ def test_local(launch, config, tmp_path):
 def test_array_needs_an_output(launch):
     assert "with --output PREFIX among them" in launch("array", "--parts", 2, "--", "--input", "x")[2]
     assert "--part: is given by" in launch("array", "--parts", 2, "--", "--output", "x", "--part", "1/2")[2]
-    assert "expected what follows `python -m`" in launch(
-        "chain", "--config", "launch/configs/tiny.yaml", "--run-dir", "/tmp/x", "--nodes", 1, "--prepare", "rm -rf x"
-    )[2]
+    assert (
+        "expected what follows `python -m`"
+        in launch("chain", "--config", "launch/configs/tiny.yaml", "--run-dir", "/tmp/x", "--nodes", 1, "--prepare", "rm -rf x")[
+            2
+        ]
+    )

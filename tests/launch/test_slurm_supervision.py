@@ -40,7 +40,7 @@ fi
 source "$here/ranks"
 """
 TRAINED = 'touch "$run_dir/metrics.jsonl"\n'
-ONE_STEP = TRAINED + 'checkpoint $((${SLURM_RESTART_COUNT:-0} + 1))\n'
+ONE_STEP = TRAINED + "checkpoint $((${SLURM_RESTART_COUNT:-0} + 1))\n"
 BEHAVIOUR = {
     "mistake": 'echo "error: data.train: nothing there" >&2; exit 1',
     "stuck": TRAINED + "exit 1",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from unfold.pretrain.checkpoint.state import Fragment
 from unfold.pretrain.config import parse_config
 from unfold.pretrain.errors import UserError
 from unfold.pretrain.train.compact import BLOCK, PIECE, CodeBook, CompactAdamW, PackedMoment, bytes_per_element
@@ -47,6 +48,24 @@ def test_what_was_read_and_is_stored_again_is_the_same(root):
     first = packed_of(moment(5000, root), root)
     again = packed_of(first.read(0, 5000), root)
     assert torch.equal(first.codes, again.codes) and torch.equal(first.scales, again.scales)
+
+
+def test_moments_are_saved_and_loaded_a_piece_at_a_time(monkeypatch):
+    """At once it would need more memory than 8 bits save, and a run that fits could not be resumed."""
+    monkeypatch.setitem(PIECE, "cpu", 2 * BLOCK)
+    sizes, read = [], PackedMoment.read
+    monkeypatch.setattr(PackedMoment, "read", lambda self, a, b: sizes.append(b - a) or read(self, a, b))
+    values = moment(5000, False)
+    packed = packed_of(values, False)
+    fragment = Fragment("exp_avg.x", (0,), (4000,), (4000,), True, packed.codes[700:4700], packed)
+    saved = torch.empty(4000)
+    fragment.copy_to(saved)
+    assert max(sizes) == 2 * BLOCK
+    whole = read(packed, 0, 5000)
+    assert torch.equal(saved, whole[700:4700]) and torch.allclose(whole, values, atol=0.05 * float(values.abs().max()))
+    plain = Fragment("model.x", (0,), (5,), (5,), True, values[3:8])
+    plain.copy_to(saved[:5])
+    assert torch.equal(saved[:5], values[3:8])
 
 
 def test_codes():

@@ -190,3 +190,24 @@ def test_checkpointing_of_earlier_versions_keeps_its_meaning():
 def test_what_activations_cannot_do_is_refused_in_one_line(train, message):
     text = errors_of({**MINIMAL, "train": train})
     assert message in text and "\n" not in text
+
+
+def test_a_section_with_nothing_in_it_and_an_empty_file_are_told(tmp_path):
+    told = errors_of(MINIMAL | {"train": None, "model": 3})
+    assert "train: is empty; leave it out, or set something in it" in told and "model: 3 is no section of settings" in told
+    (tmp_path / "c.yaml").write_text("# nothing yet\n")
+    with pytest.raises(UserError, match="c.yaml: is empty, expected sections such as `model:`"):
+        load_config(tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize("name", ["optimizers", "precision2", "train.steps_per_day", "model"])
+def test_what_is_no_setting_cannot_be_allowed_to_change(name):
+    assert f"allow_changes: {name!r} is not one of optimizer" in errors_of(MINIMAL | {"train": {"allow_changes": [name]}})
+
+
+def test_a_text_that_is_no_unicode_is_told():
+    """Such as a path whose bytes are no UTF-8, as Python takes it from the command line."""
+    told = errors_of(MINIMAL | {"train": {"init_from": "/caf\udce9"}, "monitor": {"name": "\ud800"}})
+    assert "train.init_from: holds the byte 0xe9, which is no UTF-8" in told and "monitor.name: holds half of a surrogate" in told
+    assert "'train.\\udce9': holds the byte 0xe9" in errors_of(MINIMAL | {"train": {"\udce9": 1}})
+    assert "data.train.0: holds the byte" in errors_of({"data": {"train": ["\udce9"], "tokenizer": "t"}})

@@ -1,6 +1,7 @@
 """The saver on its own: late and failing ranks, keeping, what a failed save leaves behind."""
 
 import json
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -96,6 +97,57 @@ def test_a_failing_rank_is_named(make, tmp_path):
     assert save(saver, 1).error == "rank 1: No space left on device" and steps(tmp_path) == []
     store.set("unfold/save/2/1", json.dumps({"files": {}, "index": {}}))
     assert not save(saver, 2).error and steps(tmp_path) == [2], "the next save is not disturbed"
+
+
+def test_a_write_of_the_main_rank_that_hangs_is_told_and_so_is_every_save_after_it(make, tmp_path, monkeypatch):
+    """Not silently: the run would end well without its last checkpoints."""
+    going = threading.Event()
+    monkeypatch.setattr(saves, "GRACE_SECONDS", 0.05)
+    files = FakeStaging.files
+    monkeypatch.setattr(FakeStaging, "files", lambda self: going.wait(20) and files(self))
+    saver, _ = make(deadline_minutes=1e-4)
+    told = []
+    for step in (1, 2, 3):
+        saver.copy(manifest(step))
+        saver.start()
+        told += saver.poll()
+    saver.wait()
+    told += saver.poll()
+    assert [(r.step, r.error) for r in told] == [
+        (1, "rank 0 hangs in a write after checkpoint.deadline_minutes = 0.0001"),
+        (2, "the save before hangs in a write"),
+        (3, "the save before hangs in a write"),
+    ]
+    going.set()
+    while saver._thread is not None:
+        saver.wait()
+    assert [r.step for r in saver.poll()] == [1]  # how it ended in the end
+    monkeypatch.setattr(saves, "GRACE_SECONDS", 20)
+    assert not save(saver, 4).error and steps(tmp_path)[0] == 4
+
+
+def test_what_cannot_be_removed_does_not_fail_a_save(make, tmp_path, monkeypatch):
+    """An evaluation may still read an older checkpoint (on NFS its files stay), or a user have removed it."""
+    saver, _ = make(keep=1)
+    save(saver, 1)
+
+    def busy(path, ignore_errors=False):
+        if not ignore_errors:
+            raise OSError(39, "Directory not empty", str(path))
+
+    monkeypatch.setattr("shutil.rmtree", busy)
+    assert not save(saver, 2).error and steps(tmp_path) == [2]
+    listed, gone = saves.checkpoint_directories, tmp_path / "checkpoints/step-00000001"
+    monkeypatch.setattr(saves, "checkpoint_directories", lambda run_dir: [*listed(run_dir), gone])
+    assert not save(saver, 3).error and steps(tmp_path) == [3]
+
+
+def test_a_manifest_without_hashes_is_damaged(make, tmp_path):
+    save(make()[0], 1)
+    path = tmp_path / "checkpoints/step-00000001/manifest.json"
+    path.write_text(path.read_text().replace('"sha256"', '"sha257"'))
+    said = []
+    assert newest_whole(tmp_path, said.append) is None and "manifest.json: is damaged ('sha256')" in said[0]
 
 
 def test_an_unwritable_directory_and_metrics_that_lag_fail_the_save(make, tmp_path):

@@ -58,7 +58,7 @@ def test_stages_may_stand_on_the_command_line(tiny, tmp_path):
         ([{"until": 4, "forget_share": 0.8}], "train.stages.0.unfold_share: 0.5 and forget_share"),
         ([{"until": 4, "route_loss": float("inf")}], "train.stages.0.route_loss: inf is not a finite number"),
         ([{"until": True}], "train.stages.0.until: true is no number"),
-        ([3], "train.stages.0: input should be a dictionary"),
+        ([3], "train.stages.0: 3 is no section of settings"),
     ],
 )
 def test_stages_that_cannot_be(tiny, tmp_path, stages, said):
