@@ -22,6 +22,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import AttentionInterface
 
 # transformers 4.57 copies the files that this one imports, and not those that they import.
+from unfold.model.gist.growable import Growable  # noqa: F401
 from unfold.model.gist.growing import Sight
 from unfold.model.gist.joining import JoinedOutline
 from unfold.model.gist.parts import Identity, Part

@@ -97,7 +97,8 @@ def peek_manifest(directory: Path) -> Manifest:
         manifest = Manifest(**tree) if written == FORMAT else None
         if manifest and (wrong := [name for name, kind in _KINDS.items() if not isinstance(getattr(manifest, name), kind)]):
             raise ValueError(f"{', '.join(wrong)} of another type")
-        sizes = {name: expected["bytes"] for name, expected in tree["files"].items() if expected["sha256"]}
+        files = {name: (expected["bytes"], expected["sha256"]) for name, expected in tree["files"].items()}  # both are there
+        sizes = {name: size for name, (size, _) in files.items()}
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{directory}: has no {MANIFEST}, it was not finished") from None
     except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
