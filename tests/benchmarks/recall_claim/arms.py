@@ -73,6 +73,7 @@ WAYS = {
     "recall": Way("recall, the paper's way"),
     "taught": RECIPE,
     "mixed": less(RECIPE, label="taught, every fourth step gists only", forget_every=4),
+    "half": less(RECIPE, label="taught, every second step gists only", forget_every=2),
     "random": Way("random chunks", selects="random"),
     "recent": Way("the most recent chunks", selects="recent"),
     "no-loss": less(RECIPE, label="taught, without the loss", route=0.0),
