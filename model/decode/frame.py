@@ -130,8 +130,8 @@ class Frame:
             view = {"segment": state.items[:, 0], "number": state.items[:, 1]}.get(name)
             (getattr(state, name) if view is None else view)[at] = values
         state.span[at], state.moves[at], state.draw[0] = step.span, 1, draw
-        ends = torch.tensor(count).cumsum(0) - 1
-        state.last[[n for n, _, _ in new]] = torch.tensor(at)[ends]
+        last = torch.tensor(count).cumsum(0) - torch.tensor([len(ids) - tokens.last_raw for _, tokens, ids in new])
+        state.last[[n for n, _, _ in new]] = torch.tensor(at)[last]
         tables = self._tables(step)
         for ints, table in zip(state.ints, tables):
             ints[at] = table.ints

@@ -156,6 +156,7 @@ def _training_table(config: RunConfig, manifest) -> list[str]:
     if config.model.attention == "gist":
         rows["Gists"] = (
             f"chunk sizes {_told_sizes(gist)} ({gist.ratio}x compression), sink {gist.sink}, n_prev {gist.n_prev}, "
+            f"{'' if gist.word_aware else 'no chunk grows to where a word starts, '}"
             f"{'own group only, ' if gist.own_group else ''}recall {gist.recall}"
             f"{f' from layer {gist.recall_from} on' if gist.recall_from > 1 else ''}"
         )

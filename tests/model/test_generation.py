@@ -95,6 +95,8 @@ EDGES = {
     "no sink, no neighbours": ((4, 2), 30, 3, dict(sink=0, n_prev=0)),
     "wide windows": ((2, 2), 40, 3, dict(sink=9, n_prev=3)),
     "own group": ((4, 2), 45, 9, dict(own_group=True, n_prev=2, recall_from=2)),
+    "chunks of one length": ((4, 2), 45, 9, dict(word_aware=False)),
+    "chunks of one token": ((1, 3), 20, 3, dict(word_aware=False)),
 }
 
 
@@ -125,6 +127,28 @@ def test_text_that_goes_on_has_its_gists_where_training_puts_them(build, recall,
     assert sequence.ids[:same] == whole.ids[:same].tolist() and sequence.level[:same] == whole.level[:same].tolist()
     assert [i for i, l in zip(sequence.ids, sequence.level) if l < 0] == raw.tolist()
     assert max(sequence.level) == 1
+
+
+@pytest.mark.parametrize("recall", ["none", "all", "suffix"])
+def test_chunks_of_one_length_are_folded_at_once_and_nothing_is_read_twice(build, recall, monkeypatch):
+    """Two sequences in step, prefilled in runs; the model is given every token of the training layout once, and no other."""
+    config = GistConfig((5, 3), recall=recall, topk=2, word_aware=False)
+    decoder = make_decoder(build, config, grow=True, starts=None)
+    monkeypatch.setattr(generation, "PREFILL", 7)
+    given, run = [], decoder._run
+    monkeypatch.setattr(decoder, "_run", lambda ids, *rest: given.extend(ids) or run(ids, *rest))
+    sequences, prompts = [decoder.start(), decoder.start()], [text(23), text(9, 1)]
+    for sequence, prompt in zip(sequences, prompts):
+        decoder.read_context(sequence, prompt, close=False)
+    new = continue_checked(decoder, sequences, 40, temperature=1.5)
+    decoder.step(sequences)
+    for sequence, prompt, tokens in zip(sequences, prompts, new):
+        raw = np.array(prompt + tokens)
+        whole = interleave(raw, [len(raw)], None, config, GISTS[:2])
+        assert sequence.ids == whole.ids.tolist() and sequence.level == whole.level.tolist()
+    assert sorted(given) == sorted(sequences[0].ids + sequences[1].ids)
+    with pytest.raises(ValueError, match=f"tokens: id {VOCAB} is outside the vocabulary of {VOCAB} pieces"):
+        decoder.read_suffix(sequences[0], [VOCAB])
 
 
 @pytest.mark.parametrize("grow", [False, True])

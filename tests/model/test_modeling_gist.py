@@ -27,6 +27,7 @@ RULES = {
     "wide": {"recall": "suffix", "topk": 10**6, "sink": 9, "n_prev": 3},
     "narrow": {"recall": "suffix", "topk": 1, "sink": 0, "n_prev": 0},
     "own group": {"recall": "suffix", "own_group": True, "n_prev": 2},
+    "chunks of one length": {"recall": "suffix", "word_aware": False},
     "unfold all": {"recall": "suffix", "topk": 1, "unfold_all": True},
 }
 
@@ -102,6 +103,22 @@ def test_text_that_grows_token_by_token(starts, grow):
         same = len(reading.ids) - 5 - 5 // 2 - 2
         assert reading.ids[:same] == whole.ids[:same].tolist() and reading.level[:same] == whole.level[:same].tolist()
     assert [i for i, l in zip(reading.ids, reading.level) if l < 0] == tokens
+
+
+@pytest.mark.parametrize("grow", [None, True])
+def test_chunks_of_one_length_are_folded_at_once(grow):
+    """By an export without a bitmap: after every token the gists are those of training, and nothing is read twice."""
+    gist = GistConfig((5, 3), recall="suffix", topk=2, word_aware=False)
+    reading = Reading(gist, starts=None)
+    tokens, fed = text(70, 4), 0
+    for first, last in ((0, 23), *((i, i + 1) for i in range(23, 70))):
+        theirs, ours = reading.read(tokens[first:last], None if grow is None else 12, grow)
+        assert (theirs - ours).abs().max() < 1e-10
+        fed += theirs.shape[1]
+        if grow is None:
+            whole = interleave(np.array(tokens[:last]), [last], None, gist, GISTS[:2])
+            assert reading.ids == whole.ids.tolist() and reading.level == whole.level.tolist()
+    assert fed == len(reading.ids) and reading.level.count(0) > 10
 
 
 @pytest.mark.parametrize("length", [0, 1, 2, 3, 11, 12, 40])
@@ -238,6 +255,12 @@ def test_settings_that_an_older_export_does_not_have_are_the_defaults():
     old = {name: value for name, value in entry.items() if name not in ("own_group", "recall_from", "unfold_all")}
     settings_from = lambda entry: GistSettings.of(type("Config", (), {"gist": entry}))
     assert len(old) == len(entry) - 3 and settings_from(old) == settings_from(entry)
+    assert "word_aware" not in entry and settings_from(entry).word_aware, "what an older export does not say, no export says"
+    exact = GistConfig((4, 2), word_aware=False)
+    entry = config_entries("LlamaForCausalLM", exact, GISTS[:2], GISTS, None)["gist"]
+    assert "word_starts" not in entry and not settings_from(entry).word_aware
+    with pytest.raises(ValueError, match=r"config.gist: lacks \['word_starts'\]"):
+        settings_from(entry | {"word_aware": True})
 
 
 def test_unusable_settings_are_named():

@@ -128,6 +128,15 @@ def test_what_may_change_on_resume():
     }
 
 
+def test_runs_from_before_a_setting_have_its_default(tmp_path):
+    """A checkpoint that does not say whether chunks are word-aware was trained with those that are."""
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(MINIMAL))
+    old, _ = saved_settings(tmp_path)
+    assert not changes_on_resume(old, parse_config(MINIMAL | {"gist": {"word_aware": True}}).to_dict())
+    changes = changes_on_resume(old, parse_config(MINIMAL | {"gist": {"word_aware": False}}).to_dict())
+    assert changes == {"gist.word_aware": "gist.word_aware: True in the run, False given"}
+
+
 def test_errors_are_not_taken_apart_at_semicolons():
     gist = errors_of({**MINIMAL, "model": {"hidden_size": 258}, "gist": {"topk": 1, "top_p": 0.5, "sink": -1}})
     assert gist.removeprefix("configuration: ").split("; ") == [
