@@ -4,8 +4,9 @@ import argparse
 import re
 
 import pytest
+import yaml
 
-from unfold.pretrain.config import add_overrides, changes_on_resume, load_config, parse_config, parse_saved
+from unfold.pretrain.config import add_overrides, changes_on_resume, load_config, parse_config, parse_saved, saved_settings
 from unfold.pretrain.errors import UserError
 
 MINIMAL = {"data": {"train": ["x"], "tokenizer": "t"}}

@@ -38,7 +38,11 @@ def test_what_no_kernel_serves_is_named(changes, message):
     refuse_unserved(run_config(**changes), torch.device("cpu"))
 
 
-SERVED = [dict(head_dim=72, attention="dense"), dict(chunk_sizes=(100,), recall="none"), dict(chunk_sizes=(127,), word_aware=False)]
+SERVED = [
+    dict(head_dim=72, attention="dense"),
+    dict(chunk_sizes=(100,), recall="none"),
+    dict(chunk_sizes=(127,), word_aware=False),
+]
 
 
 @pytest.mark.parametrize("changes", [{}, *SERVED])
