@@ -140,7 +140,7 @@ def test_chunks_of_one_length_are_folded_at_once_and_nothing_is_read_twice(build
     sequences, prompts = [decoder.start(), decoder.start()], [text(23), text(9, 1)]
     for sequence, prompt in zip(sequences, prompts):
         decoder.read_context(sequence, prompt, close=False)
-    new = continue_checked(decoder, sequences, 40, temperature=1.5)
+    new = continue_checked(decoder, sequences, 22, temperature=1.5)
     decoder.step(sequences)
     for sequence, prompt, tokens in zip(sequences, prompts, new):
         raw = np.array(prompt + tokens)
