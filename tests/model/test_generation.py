@@ -151,9 +151,9 @@ def test_chunks_of_one_length_are_folded_at_once_and_nothing_is_read_twice(build
         decoder.read_suffix(sequences[0], [VOCAB])
 
 
-@pytest.mark.parametrize("grow", [False, True])
-def test_several_turns(build, grow):
-    decoder = make_decoder(build, GistConfig((4, 2), recall="suffix", topk=2), grow)
+@pytest.mark.parametrize("grow,word_aware", [(False, True), (True, True), (False, False)])
+def test_several_turns(build, grow, word_aware):
+    decoder = make_decoder(build, GistConfig((4, 2), recall="suffix", topk=2, word_aware=word_aware), grow)
     sequence = read(decoder, 40, 6)
     first = continue_checked(decoder, [sequence], 9, temperature=1.0)[0]
     decoder.read_suffix(sequence, text(5, 7))  # another question
