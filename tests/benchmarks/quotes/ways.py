@@ -23,6 +23,11 @@ class Way:
     stages: tuple[tuple[float, dict], ...] = ()
     longer: float = 1.0
 
+    @property
+    def dense(self) -> bool:
+        """Whether it has no gists."""
+        return self.settings.get("model.attention") == "dense"
+
     def tree(self, steps: int, chunk_sizes: tuple[int, ...]) -> dict:
         """Its part of a configuration; sections are dicts. steps: of all of the run."""
         levels = len(chunk_sizes)
