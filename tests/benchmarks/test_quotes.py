@@ -64,6 +64,7 @@ def test_ways_are_settings_of_training(tmp_path, chunk_sizes):
     assert [at("recipe", step).unfold_all for step in range(1, 7)] == [True] * 2 + [False] * 4
     assert [at("shrink", step).budget_ratio for step in range(3, 7)] == [2, 4, 8, None]
     assert at("share", 6).unfold_share == 0.25 and at("twice", 6).budget_ratio == 8 and configs["longer"].train.steps == 12
+    assert at("half-longer", 10).unfold_share == 0.5 and at("half-longer", 10).budget_ratio == 8
     levels = len(chunk_sizes)
     assert (at("recipe", 6).recall_from, at("recipe", 6).own_group) == (levels, levels > 1) and not at("paper", 6).own_group
     data, seeds = {c.data for c in configs.values()}, {c.train.seed for c in configs.values()}
