@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from unfold.model.config import GistConfig
     from unfold.model.decode.cost import Recorder
 
+# What a model's generation_config.json may ask for, and the command line does not: tokens are chosen as from a run.
+AS_ASKED = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+
 
 def add_arguments(parser: ArgumentParser) -> None:
     """The command's flags."""
@@ -256,14 +259,15 @@ def _from_export(args: Namespace, prompts: list[str]) -> Iterator[tuple[int, str
     model = reload_model(directory)
     _note_length(args, max(map(len, put)), model.config.max_position_embeddings)
     torch.manual_seed(sampling.seed)
-    how = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p} if sampling.temperature else {}
-    how = {"max_new_tokens": sampling.max_new_tokens, **(how or {"do_sample": False})}
+    how = {"max_new_tokens": sampling.max_new_tokens, "do_sample": sampling.temperature > 0, **AS_ASKED}
+    if sampling.temperature:  # transformers would choose among the 50 likeliest
+        how |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
     if args.stop:
         how |= {"stop_strings": args.stop, "tokenizer": tokenizer}
     recorder = Recorder(model.device)
     for number, ids in enumerate(put):
         recorder.begin()
-        inputs = torch.tensor([ids])
+        inputs = torch.tensor([ids], device=model.device)
         out = model.generate(input_ids=inputs, attention_mask=torch.ones_like(inputs), **how, streamer=_Ticks(recorder))
         text = tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
         ends = [at for at in (text.find(stop) for stop in args.stop) if at >= 0]

@@ -104,6 +104,7 @@ def draw(path: Path, name: str, results: list[dict]) -> None:
         by_distance.plot(ends, [d["coverage"] for d in result["distances"]], "-", color=colour, marker="o", markersize=4,
                          label=result["name"])  # fmt: skip
     by_layer.set(title=f"{name}: coverage by layer", xlabel="layer", ylabel="mass selected / mass of the best", ylim=(0, 1.02))
+    by_layer.xaxis.get_major_locator().set_params(integer=True)  # there is no layer 1.5
     by_distance.set(title="coverage by distance", xlabel="raw tokens between chunk and query (end of bucket)")
     by_distance.set_ylim(0, max(1.02, by_distance.get_ylim()[1]))  # far from the best choice a bucket may hold more than 1
     by_distance.set_xscale("log", base=2)

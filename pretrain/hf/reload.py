@@ -27,12 +27,15 @@ def reload_tokenizer(directory: Path):
 
 
 def reload_model(directory: Path):
-    """The stock model of a directory, in fp32 or what its config.json says, on the CPU; every weight is that of its files.
+    """The stock model of a directory, in the type that its config.json says, on this machine's best device.
+
+    Every weight is that of its files.
 
     Raises:
         UserError: transformers cannot load it, or some weights are missing or of other shapes.
     """
     read_keys(directory)
+    import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -45,7 +48,7 @@ def reload_model(directory: Path):
             f"--model {directory}: its files hold no {lacking[0]} as config.json describes it"
             f"{f', nor {len(lacking) - 1} other weights' if lacking[1:] else ''}; export or copy it again"
         )
-    return model
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _told(directory: Path, what: str, load: Callable):

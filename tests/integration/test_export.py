@@ -289,6 +289,24 @@ def test_a_text_beyond_the_longest_is_noted(exported, run_dir, capsys):
         assert "tokens and up to 1000000 new ones, but the model is meant for" in capsys.readouterr().err
 
 
+def test_an_export_is_sampled_as_a_run_is(exported, tmp_path, monkeypatch):
+    """Of what transformers and a model's own settings would add, nothing: of all tokens, without penalties."""
+    from transformers.generation.utils import GenerationMixin
+
+    hf, seen = shutil.copytree(exported, tmp_path / "hf"), []
+    settings = json.loads((hf / "generation_config.json").read_text())
+    changed = settings | {"repetition_penalty": 1.7, "top_k": 20, "no_repeat_ngram_size": 2, "do_sample": True}
+    (hf / "generation_config.json").write_text(json.dumps(changed))
+    choose = GenerationMixin._get_logits_processor
+    look = lambda *args, **kwargs: seen.append([type(p).__name__ for p in choose(*args, **kwargs)]) or choose(*args, **kwargs)
+    monkeypatch.setattr(GenerationMixin, "_get_logits_processor", look)
+    flags = "--prompt", PROMPT, "--max-new-tokens", 12
+    assert generated("--model", hf, *flags) == generated("--model", exported, *flags)
+    generated("--model", hf, *flags, "--temperature", 0.7, "--top-p", 0.9)
+    suppress = "SuppressTokensLogitsProcessor"
+    assert seen == [[suppress], [suppress], [suppress, "TemperatureLogitsWarper", "TopPLogitsWarper"]]
+
+
 def test_control_tokens_of_a_prompt_are_text(exported, run_dir, capsys):
     """As they are in shards; what a prompt may have meant by them is told."""
     for source in ("--run-dir", run_dir), ("--model", exported):
