@@ -195,7 +195,9 @@ def test_a_model_card_names_the_optimizer(run_dir, tmp_path):
     found = find_run(run_dir, None)
     for kind, said in (("adamw", "| AdamW, learning rate"), ("muon", "| Muon for the layers' matrices, learning rate 0.02; for")):
         optimizer = dataclasses.replace(found.config.optimizer, kind=kind)
-        write_model_card(dataclasses.replace(found, config=dataclasses.replace(found.config, optimizer=optimizer)), tmp_path)
+        parallel = type(found.config.parallel)()  # Muon needs whole matrices
+        config = dataclasses.replace(found.config, optimizer=optimizer, parallel=parallel, precision="bf16")
+        write_model_card(dataclasses.replace(found, config=config), tmp_path)
         assert said in (tmp_path / "README.md").read_text()
 
 
