@@ -13,6 +13,8 @@ from unfold.pretrain.hf.directory import read_keys
 # What transformers and its parts raise for files that are missing, cut, or of something else.
 WRONG = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError)
 
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")  # one of them is there, whatever the tokenizer
+
 
 def reload_tokenizer(directory: Path):
     """The tokenizer of a directory.
@@ -21,6 +23,8 @@ def reload_tokenizer(directory: Path):
         UserError: the directory was not written to its end, or transformers finds no tokenizer in it.
     """
     read_keys(directory)
+    if not any((directory / name).exists() for name in VOCABULARIES):
+        raise UserError(f"--model {directory}: holds no {VOCABULARIES[0]}, nor another tokenizer; export or copy it again")
     from transformers import AutoTokenizer
 
     return _told(directory, "tokenizer", lambda: AutoTokenizer.from_pretrained(directory, local_files_only=True))

@@ -323,7 +323,8 @@ def test_control_tokens_of_a_prompt_are_text(exported, run_dir, capsys):
         ("unfinished", "was not written to its end"),
         ("config", "config.json: cannot be read"),
         ("kind", "transformers cannot load its model .*nonsense"),
-        ("tokenizer", "transformers cannot load its tokenizer"),
+        ("tokenizer", "holds no tokenizer.json, nor another tokenizer"),
+        ("words", "transformers cannot load its tokenizer"),
         ("weights", "transformers cannot load its model .*no file named"),
         ("cut", "transformers cannot load its model .*incomplete"),
         ("lacking", "its files hold no model.norm.weight as config.json describes it"),
@@ -344,6 +345,8 @@ def test_a_damaged_export_is_told_in_one_line(exported, tmp_path, damage, messag
         case "tokenizer":
             for name in ("tokenizer.json", "tokenizer.model"):
                 (hf / name).unlink(missing_ok=True)
+        case "words":
+            (hf / "tokenizer.json").write_text("{")
         case "weights":
             weights.unlink()
         case "cut":
