@@ -249,6 +249,15 @@ def test_bad_input_is_named(build):
         decoder.read_suffix(decoder.start(), [3, VOCAB])
     with pytest.raises(ValueError, match="gist_ids: 1 ids for 2 gist levels"):
         generation.Decoder(decoder.model, GistConfig((4, 2)), [50], STARTS).start()
+    for wrong, message in (
+        (dict(max_new_tokens=-1), "max_new_tokens: -1 is below 0"),
+        (dict(temperature=-0.5), "temperature: -0.5 is not a number from 0 on"),
+        (dict(temperature=math.nan), "temperature: nan is not"),
+        (dict(top_p=0.0), r"top_p: 0.0 is not in \(0, 1\]"),
+        (dict(top_p=1.5), r"top_p: 1.5 is not in \(0, 1\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Sampling(**wrong)
 
 
 def test_sampling():

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.model.gist_exports import GISTS, LLAMA, STARTS, VOCAB, load, make_model, text, write_export
+from tests.model.gist_exports import GISTS, LLAMA, PAD, STARTS, VOCAB, load, make_model, text, write_export
 from unfold.kernels.unfold import recall_attention
 from unfold.model.config import GistConfig
 from unfold.model.gist import build_layout, build_recall, interleave, select_rule
@@ -237,6 +237,10 @@ def test_bad_input_is_named(model):
         (dict(input_ids=ids, attention_mask=torch.ones(1, 1, 20, 20)), r"attention_mask: \(1, 1, 20, 20\)"),
         (dict(input_ids=ids, attention_mask=torch.zeros(1, 20)), "hides all of them"),
         (dict(input_ids=ids, gist_query_start=-1), r"gist_query_start: \[-1\] for 1 sequences"),
+        (dict(input_ids=ids, gist_query_start=3.5), r"gist_query_start: \[3.5\] for 1 sequences; give one whole number"),
+        (dict(input_ids=ids, gist_query_start="3"), r"gist_query_start: \['3'\] for 1 sequences; give one whole number"),
+        (dict(input_ids=ids, gist_chunk_sizes=8), "gist_chunk_sizes: 8; expected a list of one size per level"),
+        (dict(input_ids=ids, gist_chunk_sizes="8,4"), "gist_chunk_sizes: '8,4'; expected a list"),
         (dict(input_ids=ids, gist_query_start=5, past_key_values=cache), "gist_query_start: 5, but 20 tokens were read"),
         (dict(input_ids=ids + VOCAB), "outside the vocabulary of 128"),
         (dict(input_ids=ids, past_key_values=static), "past_key_values: a StaticCache"),
@@ -301,6 +305,20 @@ def test_packed_documents_are_those_of_a_batch(model):
         model(ids, position_ids=positions, gist_query_start=3)
     with pytest.raises(ValueError, match="position_ids: must count up from 0"):
         model(ids, position_ids=positions + 1)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_padded_batch_goes_on_as_its_texts_alone(model, side):
+    """generate() looks at the last column, which on the right of a shorter text is padding."""
+    texts, width = [text(21, 1), text(9, 2), text(30, 3)], 30
+    how = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": PAD}
+    ids, mask = torch.full((3, width), PAD), torch.zeros(3, width, dtype=torch.int64)
+    for row, tokens in enumerate(texts):
+        place = slice(len(tokens)) if side == "right" else slice(width - len(tokens), None)
+        ids[row, place], mask[row, place] = torch.tensor(tokens), 1
+    batch = model.generate(ids, attention_mask=mask, **how)
+    alone = [model.generate(torch.tensor([tokens]), **how)[0, len(tokens) :].tolist() for tokens in texts]
+    assert batch[:, width:].tolist() == alone and len({tuple(a) for a in alone}) == 3
 
 
 def test_hidden_states_and_kept_logits_are_those_of_raw_tokens(model):
