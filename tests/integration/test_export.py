@@ -317,49 +317,6 @@ def test_control_tokens_of_a_prompt_are_text(exported, run_dir, capsys):
         assert "note: --prompt: <gist0> is read as text; --chat" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "damage,message",
-    [
-        ("unfinished", "was not written to its end"),
-        ("config", "config.json: cannot be read"),
-        ("kind", "transformers cannot load its model .*nonsense"),
-        ("tokenizer", "holds no tokenizer.json, nor another tokenizer"),
-        ("words", "transformers cannot load its tokenizer"),
-        ("weights", "transformers cannot load its model .*no file named"),
-        ("cut", "transformers cannot load its model .*incomplete"),
-        ("lacking", "its files hold no model.norm.weight as config.json describes it"),
-    ],
-)
-def test_a_damaged_export_is_told_in_one_line(exported, tmp_path, damage, message):
-    from unfold.pretrain.errors import UserError
-
-    hf = shutil.copytree(exported, tmp_path / "hf")
-    weights, config = hf / "model.safetensors", hf / "config.json"
-    match damage:
-        case "unfinished":
-            (hf / UNFINISHED).touch()
-        case "config":
-            config.write_text("{")
-        case "kind":
-            config.write_text(config.read_text().replace('"llama"', '"nonsense"'))
-        case "tokenizer":
-            for name in ("tokenizer.json", "tokenizer.model"):
-                (hf / name).unlink(missing_ok=True)
-        case "words":
-            (hf / "tokenizer.json").write_text("{")
-        case "weights":
-            weights.unlink()
-        case "cut":
-            weights.write_bytes(weights.read_bytes()[:10000])
-        case "lacking":
-            tensors = load_file(weights)
-            del tensors["model.norm.weight"]
-            save_file(tensors, weights, {"format": "pt"})
-    with pytest.raises(UserError, match=message) as told:
-        generated("--model", hf, "--prompt", "a", "--max-new-tokens", 2)
-    assert str(hf) in str(told.value) and "\n" not in str(told.value)
-
-
 def test_eager_generation_captures_no_graphs(run_dir, monkeypatch):
     """The text is the same; on a CPU nothing is captured anyway."""
     from unfold.model.decode import generation
