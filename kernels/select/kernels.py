@@ -317,9 +317,9 @@ def take_kernel(
 def mark_kernel(
     p_first, p_count, p_row, p_blocks, p_starts, p_marks, lists, groups, HKV: tl.constexpr, L: tl.constexpr, BN: tl.constexpr
 ):
-    """1 for every level-0 gist that stands in a list: p_marks [B, groups] int32, zeros. p_starts [B, L + 3]: first rows of segments.
+    """1 for every level-0 gist that stands in a list: p_marks [B, groups] int32, zeros.
 
-    Grid: (lists,).
+    p_starts [B, L + 3]: first rows of segments. Grid: (lists,).
     """
     i_list = tl.program_id(0)
     i_sample = tl.load(p_blocks + i_list // HKV * 3 + 2)

@@ -73,7 +73,7 @@ def make_recall(name: str) -> tuple[Layout, GistConfig, GistTree]:
 
 
 def set_apart(tree: GistTree) -> tuple[GistTree, torch.Tensor]:
-    """The tree with every chunk apart that lies in no query's window, the last one first; the tokens, [F] as ``b * T + token``."""
+    """The tree with every chunk apart that lies in no query's window, the last one first; their tokens, [F] ``b * T + token``."""
     others, levels = tree.others, tree.levels
     child_lo, child_hi, apart = tree.child_lo.clone(), tree.child_hi.clone(), []
     for b in reversed(range(others.batch)):
