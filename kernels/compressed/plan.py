@@ -192,7 +192,10 @@ class TokenSearch:
 def key_items(
     intervals: Intervals, search: TokenSearch, segments: range, tile_keys: int, chunk: int, *, direct: bool
 ) -> KeyItems:
-    """Items of the blocks of some segments; ``direct``: a block of one item needs no partial sum."""
+    """Items of the blocks of some segments; ``direct``: a block of one item needs no partial sum.
+
+    There may be more segments than ranges: segment ``i`` is then seen by the ranges of segment ``i % S``, which its items name.
+    """
     bounds = intervals.segment_start[:, segments.start : segments.stop + 1].long()  # [B, segments + 1]
     blocks = -(-bounds.diff(dim=1).flatten() // tile_keys)  # of each (sample, segment)
     pair, number = expand(blocks)
@@ -200,7 +203,7 @@ def key_items(
     segment = pair - sample * len(segments)
     first = bounds[sample, segment] + number * tile_keys
     last = torch.minimum(first + tile_keys, bounds[sample, segment + 1])
-    segment = segment + segments.start
+    segment = (segment + segments.start) % intervals.segments
     begin, full, end = search(sample * intervals.segments + segment, first, last)
 
     parts = (-(-(end - begin) // chunk)).clamp(min=1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from unfold.kernels.compressed.plan import SHORTEST_SPLIT, SPLITS, KeyItems, TokenSearch, expand, key_items
@@ -37,8 +38,8 @@ def near_items(tree: GistTree, tile_keys: int) -> tuple[Tensor, Tensor, KeyItems
     """What windows and sinks mean for d_k and d_v, as attention of one sample of N tokens over the B * R rows of all samples.
 
     Returns:
-        lo, hi [S, N] int32 with S = 3 * B segments (gists, which nobody sees by range; raw tokens; sinks; of sample 0, ..), and
-        the items of all rows, so that the rows of gists are written too (as zero). Memoised.
+        lo, hi [3, N] int32: what each query sees of its own sample's gists (which nobody sees by range), raw tokens and sinks;
+        and the items of all rows, so that the rows of gists are written too (as zero). Linear in N. Memoised.
     """
     return tree.planned(("near items", tile_keys), lambda whole: _near_items(whole, tile_keys))
 
@@ -46,20 +47,15 @@ def near_items(tree: GistTree, tile_keys: int) -> tuple[Tensor, Tensor, KeyItems
 def _near_items(tree: GistTree, tile_keys: int) -> tuple[Tensor, Tensor, KeyItems]:
     others, level = tree.others, tree.levels
     batch, rows, queries = others.batch, others.rows.shape[1], tree.queries
-    sample = tree.tokens // others.tokens
-    offset = torch.arange(batch, device=sample.device) * rows
-    lo, hi = torch.zeros(2, batch, 3, queries, dtype=torch.int32, device=sample.device)
-    index = torch.arange(queries, device=sample.device)
-    for x, ranges in ((lo, tree.lo), (hi, tree.hi)):
-        x[sample, 1, index] = ranges[level] + offset[sample].int()
-        x[sample, 2, index] = ranges[level + 1] + offset[sample].int()
+    offset = torch.arange(batch, device=tree.device) * rows
+    of_query = offset[tree.tokens // others.tokens].int()
+    lo, hi = (F.pad(ranges[level : level + 2] + of_query, (0, 0, 1, 0)) for ranges in (tree.lo, tree.hi))
     starts = others.segment_start[:, [level, level + 1]] + offset[:, None]
     bounds = torch.cat([torch.cat([offset[:, None], starts], 1).flatten(), offset.new_full((1,), batch * rows)])
-    every = torch.arange(batch * rows, device=sample.device)[None]
-    flat = Intervals(every, every, lo.flatten(0, 1)[None], hi.flatten(0, 1)[None], bounds[None].int())
+    every = torch.arange(batch * rows, device=tree.device)[None]
+    flat = Intervals(every, every, lo[None], hi[None], bounds[None].int())
     chunk = max(SHORTEST_SPLIT, -(-queries // SPLITS))
-    items = key_items(flat, TokenSearch(flat), range(3 * batch), tile_keys, chunk, direct=True)
-    return flat.lo[0], flat.hi[0], items
+    return lo, hi, key_items(flat, TokenSearch(flat), range(3 * batch), tile_keys, chunk, direct=True)
 
 
 @dataclass(frozen=True)
@@ -133,7 +129,7 @@ def _first_and_last(first: Tensor, last: Tensor, number: Tensor, places: int) ->
         most.scatter_reduce_(0, at, number[i].repeat(2) + 1, "amax")
         if k:
             half = (1 << k) // 2
-            behind = lambda x, empty, half=half: torch.nn.functional.pad(x, (half, 0), value=empty)[: len(x)]
+            behind = lambda x, empty, half=half: F.pad(x, (half, 0), value=empty)[: len(x)]
             least, most = torch.minimum(least, behind(least, nothing)), torch.maximum(most, behind(most, 0))
     return least.minimum(most), most
 

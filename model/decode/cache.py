@@ -185,12 +185,16 @@ class SequenceCache:
             if len(which):
                 rows.append(k[which], v[which])
 
+    def begins(self, kind: str, position: Tensor) -> Tensor:
+        """In layers of a kind with a window, the first row that raw tokens at these rotary positions see behind the sinks."""
+        return self.outline.first_within(position, window_of(kind)) - self.forgotten[kind][-1]
+
     def settle(self, ahead: int) -> None:
         """Take the tokens that the outline holds for kept: kernels write them. With room for ``ahead`` raw ones more."""
-        for layer in self.layers:
-            for rows, count in zip(layer, self.outline.counts):
-                rows.buffer.reserve(count + (ahead if rows is layer[-1] else 0))
-                rows.buffer.length = count
+        for layer, kind in zip(self.layers, self.kinds):
+            for rows, count, gone in zip(layer, self.outline.counts, self.forgotten[kind]):
+                rows.buffer.reserve(count - gone + (ahead if rows is layer[-1] else 0))
+                rows.buffer.length = count - gone
 
     def append_raw(self) -> None:
         """Enter a raw token that kernels have written, within the room that :meth:`settle` made."""

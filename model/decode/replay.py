@@ -35,8 +35,9 @@ class Replays:
     """Runs steps: on a GPU from CUDA graphs, captured when they are first run; else, or without ``capture``, as they are.
 
     All graphs share the memory of intermediate results (one pool), whatever the order in which they are replayed. A graph is
-    compared with the step itself when it is first replayed. Where that, or capturing, goes wrong, one line of the log says so,
-    and from then on every step runs as it is.
+    compared with the step itself when it is first replayed, and again at its 4th, 16th, 64th .. replay: what was captured as
+    a constant may be right at first. Where that, or capturing, goes wrong, one line of the log says so, and from then on every
+    step runs as it is.
 
     Args:
         device: of the steps.
@@ -97,15 +98,18 @@ class Replay:
 
     def __init__(self, replays: Replays, step: Replayable, graph: torch.cuda.CUDAGraph | None):
         self.replays, self.step, self.graph = replays, step, graph
-        self.checked = False
+        self.runs, self.next_check = 0, 1
 
     def __call__(self) -> None:
         if self.graph is None or not self.replays.capture:
             self.step.step()
-        elif self.checked:
-            self.graph.replay()
-        else:
+            return
+        self.runs += 1
+        if self.runs == self.next_check:
+            self.next_check *= 4
             self._check()
+        else:
+            self.graph.replay()
 
     def _check(self) -> None:
         """The step and its graph from the same state. What is left behind is right, whatever the graph did."""
@@ -117,10 +121,9 @@ class Replay:
         self.step.spoil()
         try:
             self.graph.replay()
-            wrong = None if all(map(_same, kept, want)) else "the first replay of one differed from the step itself"
+            wrong = None if all(map(_same, kept, want)) else f"replay {self.runs} of one differed from the step itself"
         except RuntimeError as error:
             wrong = f"one could not be replayed ({_first_line(error)})"
-        self.checked = True
         if wrong is not None:
             self.replays.distrust(wrong)
             self._restore(before)

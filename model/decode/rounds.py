@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 
 from unfold.kernels.select import SelectRule
-from unfold.model.decode.frame import AHEAD, Frame
+from unfold.model.decode.frame import Frame
 from unfold.model.decode.live import LiveSequence
 from unfold.model.decode.replay import Replays
 from unfold.model.decode.sampling import BLOCK, Draws, Sampling, choose
 from unfold.model.decode.step import NewTokens
 from unfold.model.gist import GistConfig
 from unfold.model.gist.growing import Feed
-from unfold.model.kinds import kind_of
 from unfold.model.transformer import Transformer
 
 
@@ -36,7 +35,6 @@ class Decoder(Protocol):
     never: Tensor
     device: torch.device
     dtype: torch.dtype
-    raw_on_host: bool
     frames: Frames | None
 
     def step(self, sequences: Sequence[LiveSequence]) -> None: ...
@@ -103,15 +101,11 @@ class Frames:
 def frames_of(decoder: Decoder, capture: bool) -> Frames | None:
     """A decoder's frames; None where it reads step by step.
 
-    That is without ``capture``, on a CPU, where raw rows lie on the host, where layers are of several kinds or of a window, and
-    where the kernels do not serve the model.
+    That is without ``capture``, on a CPU, and where the kernels do not serve the model.
     """
-    if not capture or decoder.device.type != "cuda" or decoder.raw_on_host:
+    if not capture or decoder.device.type != "cuda":
         return None
     config = decoder.model.config
-    kinds, own = config.kinds_with(decoder.gist is not None), "gist" if decoder.gist else "dense"
-    if any(kind_of(kinds, n) != own for n in range(config.layers)):
-        return None
     from unfold.kernels.decode.triton import why_not_shape
 
     refused = why_not_shape(decoder.dtype, config.head_dim, config.heads // config.kv_heads, decoder.rule)
@@ -211,7 +205,6 @@ class FrameRounds(Rounds):
             feed = self.decoder.feed_pending(sequence)
             sequence.take(feed)
             sight = sequence.cache.outline.append(feed.level, feed.recalls)
-            sequence.cache.settle(AHEAD)
             new.append((n, NewTokens(sequence.cache, sight), feed.ids))
         count = [len(ids) for _, _, ids in new]
         self.frame = self.decoder.frames.frame(sum(count), len(self.all), max(count) == 1)

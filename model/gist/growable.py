@@ -60,6 +60,8 @@ class Growable:
         """To new memory with room for so many rows."""
         shape = [*self.memory.shape[: self.dim], room, *self.memory.shape[self.dim + 1 :]]
         memory = torch.empty(shape, dtype=self.memory.dtype, device=self.memory.device, pin_memory=self.pinned)
+        if self.pinned:  # kernels read and write it where it lies, which its allocator knows nothing of
+            torch.cuda.synchronize()
         memory.narrow(self.dim, 0, self.length).copy_(self.rows)
         self.memory = memory
 

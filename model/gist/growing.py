@@ -296,7 +296,7 @@ class Outline:
         segments = torch.arange(self.levels + 1, device=self.device)[:, None]
         lo = sight.hi - (sight.segment == segments).long()  # of the gists themselves alone
         window = window_of(kind)
-        lo[-1] = 0 if window is None else self._first_within(sight.position, window)
+        lo[-1] = 0 if window is None else self.first_within(sight.position, window)
         sinks = torch.zeros_like(sight.sinks) if window is None else lo[-1].clamp(max=self.sink)
         return replace(sight, lo=lo, sinks=sinks, recalls=torch.zeros_like(sight.recalls))
 
@@ -306,7 +306,7 @@ class Outline:
             items = min(items, int(self.ends[-1].rows[-1:].sum()))
         return max(0, items - window - self.sink)  # a gist that comes next looks from where the last raw token does
 
-    def _first_within(self, position: Tensor, window: int) -> Tensor:
+    def first_within(self, position: Tensor, window: int) -> Tensor:
         """The first raw item within the window of tokens at these positions."""
         return (position - window + 1).clamp(min=0)
 

@@ -109,7 +109,7 @@ class JoinedOutline(Outline):
         there = [at + self.offsets[i] for at, (i, _) in zip(positions, order)]
         return order, torch.cat([none, *positions]), torch.cat([none, *there])
 
-    def _first_within(self, position: Tensor, window: int) -> Tensor:
+    def first_within(self, position: Tensor, window: int) -> Tensor:
         """Of links and suffix, which see all sinks, the first item behind these; a prefix sees itself whole."""
         first = position - window + 1
         behind = self.sink + torch.searchsorted(self.rest, first)
@@ -118,7 +118,7 @@ class JoinedOutline(Outline):
     def unseen(self, window: int, items: int) -> int:
         """As of any text; here none is taken off."""
         following = torch.tensor([items], device=self.device)
-        return max(0, int(self._first_within(following, window)) - self.sink)
+        return max(0, int(self.first_within(following, window)) - self.sink)
 
     def prefix_sight(self, begin: int, end: int) -> Sight:
         """What tokens ``[begin, end)`` of the prefix see: those before them, and themselves."""

@@ -162,6 +162,23 @@ def test_long_samples_attend_as_in_training(build, monkeypatch, way):
         torch.testing.assert_close(trained, by_masks, rtol=1e-9, atol=1e-9)
 
 
+def test_a_sparse_teacher_that_reads_every_chunk_is_the_whole_one(queries, monkeypatch):
+    """Loss and gradient; with a few chunks the loss is another."""
+    config, _, q, k, v = queries
+    losses = {}
+    for others in (None, 10**6, 4):
+        monkeypatch.setitem(WAYS, "sparse", dataclasses.replace(WAYS["sparse"], others=others))
+        batch = TASK.batch(np.random.default_rng(1), 2, config)
+        keys = k.clone().requires_grad_()
+        arm = attend("sparse", config, batch)
+        arm(2, q, keys, v)
+        losses[others] = (sum(arm.routed).detach(), torch.autograd.grad(sum(arm.routed), keys)[0])
+    assert losses[None][0] > 0 and losses[None][1].abs().max() > 0
+    for whole, all_drawn in zip(losses[None], losses[10**6]):
+        torch.testing.assert_close(all_drawn, whole, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(losses[4][0], losses[None][0], rtol=1e-4)
+
+
 def test_every_so_many_steps_only_forget(build, monkeypatch):
     seen = []
     batch = LookupTask.batch

@@ -26,20 +26,20 @@ GISTS = {
 @pytest.fixture(autouse=True)
 def short_and_faithful(monkeypatch):
     """States that hold for three tokens, so that they are filled anew under way."""
-    for module in (frame, rounds):
-        monkeypatch.setattr(module, "AHEAD", 3)
+    monkeypatch.setattr(frame, "AHEAD", 3)
     if INTERPRETED:
         compute_like_a_gpu(monkeypatch)
 
 
-def make_decoder(build, gist, device, grow=False):
+def make_decoder(build, gist, device, grow=False, kinds=(), raw_cache="device"):
     """In fp32, of the smallest shape that the kernels serve."""
     kind = "gist" if gist else "dense"
     config = ModelConfig(
-        VOCAB, hidden_size=32, layers=2, heads=2, kv_heads=1, head_dim=64, ffn_size=48, init_std=0.2, attention=kind
-    )
+        VOCAB, hidden_size=32, layers=2, heads=2, kv_heads=1, head_dim=64, ffn_size=48, init_std=0.2, attention=kind,
+        layer_attention=kinds,
+    )  # fmt: skip
     model = Transformer(config, build).float().eval().to(device)
-    return Decoder(model, gist, range(WORDS, VOCAB), np.arange(VOCAB) % 2 == 0, grow)
+    return Decoder(model, gist, range(WORDS, VOCAB), np.arange(VOCAB) % 2 == 0, grow, raw_cache=raw_cache)
 
 
 def continued(decoder, tokens):
@@ -53,11 +53,23 @@ def continued(decoder, tokens):
     return [(n, token, sequences[n].logits.cpu().clone()) for n, token in stream]
 
 
+CASES = {
+    "dense": {},
+    "forgetting": {},
+    "recall": {"grow": True},
+    "recall, one level": {},
+    "recall, raw rows on the host": {"raw_cache": "host"},
+    "recall, a window": {"kinds": ("window:6", "gist")},
+    "forgetting, a dense layer": {"kinds": ("dense", "gist"), "grow": True},
+}
+
+
 @needs_runs
-@pytest.mark.parametrize("kind,grow", [("dense", False), ("forgetting", False), ("recall", True), ("recall, one level", False)])
-def test_tokens_and_logits_of_the_cpu(build, kind, grow):
-    plain = make_decoder(build, GISTS[kind], "cpu", grow)
-    framed = copy.copy(plain) if DEVICE == "cpu" else make_decoder(build, GISTS[kind], DEVICE, grow)
+@pytest.mark.parametrize("case", CASES)
+def test_tokens_and_logits_of_the_cpu(build, case):
+    gist = GISTS[case] if case in GISTS else GISTS[case.split(",")[0]]
+    plain = make_decoder(build, gist, "cpu", **CASES[case])
+    framed = copy.copy(plain) if DEVICE == "cpu" else make_decoder(build, gist, DEVICE, **CASES[case])
     framed.frames = rounds.Frames(framed)
     if DEVICE == "cpu":
         capturing(framed.frames.replays)  # fake graphs

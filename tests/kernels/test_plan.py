@@ -5,10 +5,13 @@ import pytest
 import torch
 
 from tests.kernels.cases import CASES, make_layout
+from tests.kernels.recall_cases import SUFFIX_CASES, make_recall
 from tests.kernels.uniform import uniform_intervals, uniform_tree
 from unfold.kernels.compressed import plan as plans
 from unfold.kernels.compressed.plan import key_plan, row_plan
 from unfold.kernels.compressed.tiles import TABLE
+from unfold.kernels.unfold import plan as unfold_plans
+from unfold.kernels.unfold.plan import near_items
 from unfold.model.gist import GistConfig, build_layout, build_recall, interleave
 from unfold.model.gist.linked import Bundle
 
@@ -175,3 +178,34 @@ def test_ten_parts_of_a_linked_context_multiply_with_few_keys_in_vain(monkeypatc
     assert round(multiplied()) == 503
     monkeypatch.setattr(plans.TokenSearch, "gaps", property(lambda _: False, lambda *_: None), raising=False)
     assert round(multiplied()) == 1467
+
+
+@pytest.mark.parametrize("chunk", [8, 512])
+@pytest.mark.parametrize("name", [*CASES, *SUFFIX_CASES])
+def test_windows_and_sinks_of_recalling_queries_meet_every_pair_once(name, chunk, monkeypatch):
+    monkeypatch.setattr(plans, "SHORTEST_SPLIT", chunk)
+    monkeypatch.setattr(unfold_plans, "SHORTEST_SPLIT", chunk)
+    _, _, tree = make_recall(name)
+    lo, hi, items = near_items(tree, 4)
+    rows = tree.others.rows.shape[1]
+    row, base = torch.arange(tree.others.batch * rows), (tree.tokens // tree.others.tokens * rows)[:, None]
+    want = torch.zeros(tree.queries, len(row), dtype=torch.bool)
+    for level in (tree.levels, tree.levels + 1):
+        want |= (row >= tree.lo[level][:, None] + base) & (row < tree.hi[level][:, None] + base)
+    met = torch.zeros_like(want, dtype=torch.int64)
+    for _, segment, key, key_end, query, full, query_end, _ in items.items.tolist():
+        here = (row >= lo[segment][:, None]) & (row < hi[segment][:, None])
+        met[query:query_end, key:key_end] += here[query:query_end, key:key_end]
+        assert here[full:query_end, key:key_end].all()
+    assert torch.equal(met, want.long())
+    assert sorted(r for _, _, key, end, *_, slot in items.items.tolist() if slot < 0 for r in range(key, end)) == sorted(
+        set(range(len(row))) - {r for _, key, end, *_ in items.sums.tolist() for r in range(key, end)}
+    )
+
+
+def test_windows_and_sinks_of_many_samples_take_linear_room():
+    """Their ranges are three numbers a query, however many samples share a micro-batch."""
+    _, _, tree = make_recall("short suffixes of two samples")
+    assert tree.others.batch == 2
+    lo, hi, _ = near_items(tree, 4)
+    assert lo.shape == hi.shape == (3, tree.queries)

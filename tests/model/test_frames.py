@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_iter, tree_map
 
 from tests.model import by_tables
 from tests.model.decoding import GISTS, STARTS, VOCAB, make_decoder, text
+from tests.model.test_cache_per_kind import MODELS
 from tests.model.test_parts import DOCUMENTS, documents
 from tests.model.test_parts import make as make_joining
 from tests.waits import Waits
@@ -21,8 +22,10 @@ from unfold.model.config import GistConfig, ModelConfig
 from unfold.model.decode import frame as frames
 from unfold.model.decode import rounds
 from unfold.model.decode.generation import Decoder, Sampling
+from unfold.model.kinds import window_of
 
 LENGTHS = [(52, 7), (21, 1)]
+SUFFIX = GistConfig((4, 2), recall="suffix")
 
 
 def read(decoder, context, question, seed=0):
@@ -51,9 +54,14 @@ def check_same(got, want, others, sequences):
     for a, b in zip(sequences, others):
         assert (a.ids, a.level, a.recalls, a.pending) == (b.ids, b.level, b.recalls, b.pending)
         assert a.cache.outline.counts == b.cache.outline.counts
-        for layer, other in zip(a.cache.layers, b.cache.layers):
+        for layer, other, kind in zip(a.cache.layers, b.cache.layers, a.cache.kinds):
             for rows, others in zip(layer, other):
-                torch.testing.assert_close(others.buffer.rows, rows.buffer.rows, atol=1e-10, rtol=0)
+                kept = rows.buffer.rows, others.buffer.rows
+                if window_of(kind) is not None:  # each forgets when it looks; both keep the sinks and the last rows
+                    first = a.cache.outline.sink
+                    last = max(0, min(x.shape[2] for x in kept) - first)
+                    kept = [torch.cat([x[:, :, :first], x[:, :, x.shape[2] - last :]], 2) for x in kept]
+                torch.testing.assert_close(*kept, atol=1e-10, rtol=0)
 
 
 def same(decoder, start, sampling, **how):
@@ -76,8 +84,7 @@ def by_plain_loops(monkeypatch):
 @pytest.fixture
 def short_ahead(monkeypatch):
     """States that hold for three tokens, so that buckets and memories change under way."""
-    for module in (frames, rounds):
-        monkeypatch.setattr(module, "AHEAD", 3)
+    monkeypatch.setattr(frames, "AHEAD", 3)
 
 
 @pytest.mark.parametrize("grow", [False, True])
@@ -91,6 +98,58 @@ def test_equals_step_by_step(build, sizes, recall, grow):
 @pytest.mark.parametrize("top_p", [1.0, 0.7])
 def test_dense(build, top_p):
     same(make_decoder(build, None), both, Sampling(8, temperature=1.0, top_p=top_p))
+
+
+@pytest.mark.parametrize("ahead", [3, 128])
+@pytest.mark.parametrize("name", MODELS)
+def test_layers_of_several_kinds(build, name, ahead, monkeypatch):
+    """Windows move on with every token; their rows move up when half of them are seen no more."""
+    monkeypatch.setattr(frames, "AHEAD", ahead)
+    gist, kinds = MODELS[name]
+    for grow in (False, True):
+        other, _ = same(make_decoder(build, gist, grow, layer_attention=kinds), both, Sampling(20, temperature=1.0))
+        assert other.frames.made
+
+
+@pytest.mark.parametrize("name", ["windows beside gists", "one gist layer"])
+def test_several_turns_over_layers_of_several_kinds(build, name, short_ahead):
+    """Chunks are folded later and read again, behind what windows have forgotten; sequences branch and take turns."""
+    gist, kinds = MODELS[name]
+    decoder, results = make_decoder(build, gist, layer_attention=kinds), []
+    for d in (decoder, framed(decoder)):
+        sequences = both(d)
+        got = continued(d, sequences, Sampling(5))
+        d.read_context(sequences[0], text(23, 8))
+        branch = copy.deepcopy(sequences[1])
+        got += continued(d, [branch, sequences[0]], Sampling(7, temperature=1.0))
+        d.read_suffix(sequences[1], text(4, 9))
+        got += continued(d, sequences, Sampling(6))
+        results += [got, [*sequences, branch]]
+    check_same(results[2], results[0], results[3], results[1])
+
+
+@pytest.mark.parametrize("name", ["gists", "windows beside gists"])
+def test_raw_rows_on_the_host(build, name, short_ahead):
+    """Steps read and write them where they lie; their memory changes under way."""
+    gist, kinds = MODELS[name] if name in MODELS else (GistConfig((4, 2), recall="suffix", topk=2), ())
+    model = make_decoder(build, gist, layer_attention=kinds).model
+    decoder = Decoder(model, gist, GISTS, STARTS, raw_cache="host")
+    _, sequences = same(decoder, both, Sampling(20, temperature=1.0))
+    assert any(rows.on_host for layer in sequences[0].cache.layers for rows in layer)
+
+
+@pytest.mark.parametrize("kinds", [("gist", "dense", "window:7"), ("window:3", "gist")], ids=str)
+def test_joined_parts_in_layers_of_several_kinds(build, kinds):
+    """Windows of the text that goes on reach into parts, skip them, and leave them behind."""
+    decoder = make_joining(build, GistConfig((4, 2), recall="suffix", topk=2), layer_attention=kinds)
+    parts = [decoder.read_part(tokens) for tokens in documents(DOCUMENTS["several"])]
+
+    def start(decoder):
+        joined = decoder.join(parts, text(4))
+        decoder.read_suffix(joined, text(2, 20))
+        return [joined, read(decoder, 40, 3)]
+
+    same(decoder, start, Sampling(15))
 
 
 RULES = {
@@ -225,11 +284,11 @@ class Record(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("kind", ["dense", "forget", "recall"])
+@pytest.mark.parametrize("kind", ["dense", "forget", "recall", "kinds"])
 def test_a_step_reads_nothing_on_the_host_and_is_always_the_same(build, kind, monkeypatch):
     """What replaying needs: every operation and launch once more, at the same addresses, with the same shapes; nothing waits."""
-    gist = {"dense": None, "forget": GistConfig((4, 2)), "recall": GistConfig((4, 2), recall="suffix")}[kind]
-    decoder = framed(make_decoder(build, gist))
+    gist = {"dense": None, "forget": GistConfig((4, 2)), "recall": SUFFIX, "kinds": SUFFIX}[kind]
+    decoder = framed(make_decoder(build, gist, layer_attention=("window:6", "gist", "dense") if kind == "kinds" else ()))
     sequences = both(decoder)
     decoder.frames.replays.prepare = lambda key, frame: frame.step
     stream = decoder.stream(sequences, Sampling(20, temperature=1.0, top_p=0.9))
@@ -267,7 +326,7 @@ def test_a_step_reads_nothing_on_the_host_and_is_always_the_same(build, kind, mo
 
 
 def test_which_decoders_have_frames(build, monkeypatch):
-    """None on a CPU; on a GPU those whose shape the kernels serve, whose layers are of one kind, with all rows on the device."""
+    """None on a CPU; on a GPU those whose shape the kernels serve, whatever the kinds of layers and wherever their rows lie."""
     decoder = make_decoder(build, None)
     assert Decoder(decoder.model, None, GISTS, STARTS).frames is None
     gist, shape = GistConfig((4, 2)), dict(layers=3, heads=4, kv_heads=2, head_dim=64)
@@ -278,14 +337,12 @@ def test_which_decoders_have_frames(build, monkeypatch):
         return rounds.frames_of(SimpleNamespace(**on_a_gpu | other, model=SimpleNamespace(config=config)), capture)
 
     monkeypatch.setattr(rounds, "Frames", lambda decoder: "frames")
-    assert made() == made("dense", gist=None) == "frames"
+    assert made() == made("dense", gist=None) == made(raw_on_host=True) == "frames"
+    assert made(layer_attention=("gist", "window:8")) == made("dense", ("dense", "window:8"), gist=None) == "frames"
     refused = [
         dict(capture=False),
-        dict(raw_on_host=True),
         dict(dtype=torch.float64),
         dict(rule=SelectRule(2, 4, top_p=0.5)),
         dict(device=decoder.device),
     ]
-    refused += [dict(layer_attention=kinds) for kinds in (("gist", "window:8"), ("gist", "dense"))]
-    refused += [dict(kind="dense", layer_attention=("dense", "window:8"), gist=None)]
-    assert [made(**other) for other in refused] == [None] * 8
+    assert [made(**other) for other in refused] == [None] * 4

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.benchmarks.recall_claim.sparse import sparse_routing_loss
 from unfold.kernels.route import Routed, chunk_mass, routing_loss
 from unfold.kernels.select import select_gists
 from unfold.kernels.select.selection import Selection
@@ -38,6 +39,8 @@ class Way:
         own_group: gists see their own group alone, where there are several levels.
         late: recall begins at the layer that is the number of levels, or at the last one.
         forget_every: every so many steps nothing recalls; 0: none.
+        others: the routing loss's teacher reads the selected chunks alone and so many random ones, where not everything is
+            unfolded; None: all.
     """
 
     label: str
@@ -50,6 +53,7 @@ class Way:
     own_group: bool = False
     late: bool = False
     forget_every: int = 0
+    others: int | None = None
 
     def gist(self, chunk_sizes: tuple[int, ...], layers: int) -> GistConfig:
         """Its settings for these chunk sizes, in a model of so many layers."""
@@ -73,6 +77,7 @@ WAYS = {
     "recall": Way("recall, the paper's way"),
     "taught": RECIPE,
     "mixed": less(RECIPE, label="taught, every fourth step gists only", forget_every=4),
+    "half": less(RECIPE, label="taught, every second step gists only", forget_every=2),
     "random": Way("random chunks", selects="random"),
     "recent": Way("the most recent chunks", selects="recent"),
     "no-loss": less(RECIPE, label="taught, without the loss", route=0.0),
@@ -80,11 +85,12 @@ WAYS = {
     "no-wide": less(RECIPE, label="taught, nothing unfolded whole", wide=False),
     "no-own-group": less(RECIPE, label="taught, without own_group", own_group=False),
     "no-late": less(RECIPE, label="taught, recall from layer 1", late=False),
+    "sparse": less(RECIPE, label="taught by the selected chunks and 8 random ones", others=8),
     "mass": less(RECIPE, label="chosen by dense attention (bound)", selects="mass", route=0.0),
     "everything": less(RECIPE, label="everything unfolded (bound)", always_wide=True, route=0.0),
 }
 MAIN = ("gists", "recall", "taught", "mixed", "random", "recent")
-PARTS = ("no-loss", "no-start", "no-wide", "no-own-group", "no-late", "mass", "everything")
+PARTS = ("no-loss", "no-start", "no-wide", "no-own-group", "no-late", "sparse", "mass", "everything")
 
 
 MASKED = 768  # tokens of a sample, gists included, up to which masks cost no more than the kernels' plans on a CPU
@@ -102,6 +108,7 @@ class GistArm:
         batch: what it attends in.
         scored: queries [N, H, W] and keys [B, T, Hkv, W] whose products are the scores of the selection, in all layers;
             None: the layer's own. Budget, levels and what a chunk costs stay those of recall.
+        draw: what a sparse teacher's chunks are drawn by.
         made: masks and selections that all layers share.
         routed: sums of the layers' routing losses, over queries and heads.
     """
@@ -110,6 +117,7 @@ class GistArm:
     gist: GistConfig
     batch: MicroBatch
     scored: tuple[Tensor, Tensor] | None = None
+    draw: torch.Generator | None = None
     made: dict[str, Any] = field(default_factory=dict, repr=False)
     routed: list[Tensor] = field(default_factory=list, repr=False)
 
@@ -118,7 +126,8 @@ class GistArm:
         if recall is None or not recalls_in(index, self.gist.recall_from):
             return self._masked("forgetting", self.batch.layout.intervals, q, k, v)
         routing = recall.routing
-        if routing is not None and torch.is_grad_enabled():
+        whole = self.way.others is None or not recall.tree.queries
+        if whole and routing is not None and torch.is_grad_enabled():
             asking = q.detach().flatten(0, 1)[routing.routed.tree.tokens]
             self.routed.append(routing_loss(asking, k, routing.routed, far=routing.far))
         if not recall.tree.queries:  # all questions unfold everything
@@ -126,6 +135,9 @@ class GistArm:
         asked = q.shape[1] - recall.tree.queries // len(q)
         recalling = q[:, asked:].flatten(0, 1)
         selection = self._select(recalling, k)
+        if not whole and routing is not None and torch.is_grad_enabled():
+            given = recalling.detach(), k, self._routed(), selection, self.way.others, self.draw
+            self.routed.append(sparse_routing_loss(*given))
         recall.note(index, recall_stats(recall.tree, selection))
         unfolds = unfolded_mask(recall.tree, selection)  # [N, Hkv, T]
         unfolds = unfolds.unflatten(0, (len(q), -1)).transpose(1, 2).repeat_interleave(q.shape[2] // k.shape[2], 1)
@@ -207,10 +219,10 @@ def gist_arm(
     Random: each query draws a score for every gist, once for all heads and layers, so that the chunks that it reads are as few
     as its budget says; recent: later gists score higher.
     """
-    if way.selects == "own" and batch.ids.shape[1] > MASKED:
+    if way.selects == "own" and way.others is None and batch.ids.shape[1] > MASKED:
         return MicroBatchAttention("gist", batch.layout, batch.recall)
     if way.selects not in ("random", "recent") or batch.recall is None:
-        return GistArm(way, gist, batch)
+        return GistArm(way, gist, batch, draw=draw)
     samples, tokens = batch.ids.shape
     queries = batch.recall.tree.queries
     if way.selects == "random":
