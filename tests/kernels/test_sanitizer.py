@@ -372,7 +372,7 @@ CASES = {
     "recall, summed scores": (recall("suffix", 4, 1, BF16, "everything", "group"), RECALL),
     "recall, chunks apart": (
         fetched("suffix", 2, 1, FP32, "adaptive"),
-        SELECT | UNFOLD | {"mark_kernel", "d_key_kernel", "sum_parts_kernel"},
+        SELECT | UNFOLD - {"add_upper_kernel"} | {"mark_kernel", "d_key_kernel"},
     ),
     "decode": (decode("two levels", "adaptive"), DECODE),
     "decode, summed scores, many splits": (decode("two levels", "adaptive", "group", splits="a tile each"), DECODE),
