@@ -28,7 +28,9 @@ class GistTree(Planned):
     Attributes:
         others: what the tokens that do not recall see; a recalling token sees nothing there.
         child_lo, child_hi: [B, T] int32, the rows ``[lo, hi)`` behind the gist in each row; empty in raw rows. Sinks are
-            nobody's children: every query sees them anyway, and a key counts once.
+            nobody's children: every query sees them anyway, and a key counts once. The raw tokens behind a gist may stand
+            *apart*, behind the R rows of each of the B samples: apart row i is row ``(B - b) * R + i`` of sample b. No window
+            holds them. Plans ask how many there are behind a gist, never where: a layer may say that for itself.
         parent: [B, T] int32, the row of the gist that closed the item in each row; -1 if nothing in its document did.
         tokens: [N] int64, the recalling queries as ``sample * T + token``, ascending.
         splits: B + 1 numbers; the queries of sample b are ``splits[b] .. splits[b + 1]``.

@@ -42,6 +42,27 @@ def to_device(x: Tensor, device: torch.device | str) -> Tensor:
     return x.to(device, non_blocking=True)
 
 
+class Numbers:
+    """Whole numbers on their way from a GPU to the host: only who reads them waits, and not for what was launched since.
+
+    x: int64, any shape.
+    """
+
+    def __init__(self, x: Tensor):
+        self._host, self._arrived = x, None
+        if x.is_cuda:
+            self._host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+            self._host.copy_(x, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def read(self) -> list:
+        """Waits for what stood in the GPU's queue before them, and for nothing after it."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._host.tolist()
+
+
 def moved(value: Any, device: torch.device | str) -> Any:
     """A plan on a device: records, tuples, lists and dicts with all that is in them."""
     if isinstance(value, Tensor):

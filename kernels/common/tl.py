@@ -23,7 +23,7 @@ CHANGING = (
 _TABLES = (
     "lo hi plan items rows copy_of sums parts blocks first start row bits takers words place places key seen unfolded begin "
     "child_lo child_hi budget bound count spans next_spans next_lo next_hi end query ends ints new_places new_words new_key "
-    "tokens token_rows tally total spread starts"
+    "tokens token_rows tally total spread starts marks"
 )
 TABLES = [f"p_{name}" for name in _TABLES.split()]
 kernel = functools.partial(triton.jit, do_not_specialize=CHANGING, do_not_specialize_on_alignment=TABLES)

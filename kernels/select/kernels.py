@@ -311,3 +311,23 @@ def take_kernel(
             b_child = tl.maximum(tl.load(p_child_lo + o_key, mask=m_any, other=0), i_open)
             b_width = tl.load(p_child_hi + o_key, mask=m_any, other=0) - b_child
             _add_children(p_new_words + places * WORDS, b_child - i_open, b_width, b_taken, o_row, WORDS)
+
+
+@kernel
+def mark_kernel(
+    p_first, p_count, p_row, p_blocks, p_starts, p_marks, lists, groups, HKV: tl.constexpr, L: tl.constexpr, BN: tl.constexpr
+):
+    """1 for every level-0 gist that stands in a list: p_marks [B, groups] int32, zeros.
+
+    p_starts [B, L + 3]: first rows of segments. Grid: (lists,).
+    """
+    i_list = tl.program_id(0)
+    i_sample = tl.load(p_blocks + i_list // HKV * 3 + 2)
+    p_row += tl.load(p_first + (L - 1) * lists + i_list)
+    items = tl.load(p_count + (L - 1) * lists + i_list)
+    i_shift = i_sample * groups - tl.load(p_starts + i_sample * (L + 3) + L - 1)
+    for i in range(0, items, BN):
+        o_item = i + tl.arange(0, BN)
+        m_item = o_item < items
+        o_mark = tl.load(p_row + o_item, mask=m_item, other=0) + i_shift
+        tl.atomic_max(p_marks + o_mark, m_item.to(tl.int32), mask=m_item)

@@ -135,8 +135,7 @@ def _longest_families(tree: GistTree) -> list[int]:
 
 
 def _raw_behind(tree: GistTree, blocks: QueryBlocks, first: Tensor, last: Tensor) -> Tensor:
-    """[blocks], raw tokens behind the level-0 gists of rows [first, last) of each block's sample."""
+    """[blocks], raw tokens behind the level-0 gists of rows [first, last) of each block's sample, wherever those stand."""
     offset = blocks.table[:, 2].long() * tree.others.tokens
-    begin = tree.child_lo.flatten()[offset + first]
-    end = tree.child_hi.flatten()[offset + (last - 1).clamp(min=0)]
-    return torch.where(last > first, end - begin, 0).long()
+    before = F.pad((tree.child_hi - tree.child_lo).flatten().cumsum(0), (1, 0))
+    return before[offset + last] - before[offset + first]

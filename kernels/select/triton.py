@@ -170,3 +170,15 @@ def select_sorted(
                 num_warps=LIST_WARPS,
             )  # fmt: skip
     return BlockLists(blocks, room.first, count, row, bits, room.start, room.slices, room.entries, kv_heads)
+
+
+def mark_lists(tree: GistTree, lists: BlockLists, gists: int) -> Tensor:
+    """As :func:`kernels.select.chosen.chosen_gists`."""
+    marks = torch.zeros(tree.others.batch, gists, dtype=torch.int32, device=lists.row.device)
+    every = lists.first.shape[1]
+    with on_device(marks):
+        kernels.mark_kernel[(every,)](
+            lists.first, lists.count, lists.row, lists.blocks.table, tree.others.segment_start, marks, every, gists,
+            HKV=lists.kv_heads, L=tree.levels, BN=LIST_KEYS, num_warps=LIST_WARPS,
+        )  # fmt: skip
+    return marks.to(torch.uint8)

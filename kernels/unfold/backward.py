@@ -165,6 +165,7 @@ def chunk_d_key_kernel(
         o_slot = tl.arange(0, BN)
         o_key, m_key = _chunk_keys(p_child_lo, p_child_hi, i_sample, i_row, o_slot, tokens)
         o_k = (i_sample.to(tl.int64) * keys + o_key) * (HKV * D) + i_head * D
+        o_near = tl.where(o_key < tokens, o_key, -1)  # no window holds what stands apart
         b_k = load_tile(p_k, o_k, m_key, D, BD)
         b_v = load_tile(p_v, o_k, m_key, D, BD)
         b_dk = tl.zeros([BN, BD], tl.float32)
@@ -178,7 +179,7 @@ def chunk_d_key_kernel(
             o_q = tl.load(p_tokens + o_query, mask=m_row, other=0) * (H * D) + (i_head * G + o_row % G) * D
             o_stat = (i_head.to(tl.int64) * queries + o_query) * G + o_row % G
             b_lo = tl.load(p_lo + L * queries + o_query, mask=m_row, other=0)  # what lies in the window counts there
-            m_seen = m_key[:, None] & m_row[None, :] & (o_key[:, None] < b_lo[None, :])
+            m_seen = m_key[:, None] & m_row[None, :] & (o_near[:, None] < b_lo[None, :])
             b_dk, b_dv = _add_rows(
                 b_dk, b_dv, b_k, b_v, p_q, p_do, p_shift, p_factor, p_mean, o_q, o_stat, m_row, m_seen, scale, D, BD, EXACT,
                 UPCAST,

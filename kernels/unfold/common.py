@@ -85,8 +85,9 @@ def place_kernel(
 ):  # fmt: skip
     """Key and bits of every place of the chunks: p_key, p_seen [places] int32; per list how many raw tokens its queries unfold.
 
-    The raw tokens of a chunk that lies in a query's window count there: they lose that query's bit (a chunk lies in a window
-    entirely or not at all). p_first, p_count, p_start: of kernels.select.blocks.BlockLists; p_lo: where the windows begin.
+    The raw tokens of a chunk that lies in a query's window count there: they lose that query's bit. A chunk lies in a window
+    entirely or not at all, and in none if it stands apart, behind all rows of the samples. p_first, p_count, p_start: of
+    kernels.select.blocks.BlockLists; p_lo: where the windows begin.
     Grid: (lists of the blocks from i_from on,).
     """
     i_base = i_from * HKV
@@ -120,8 +121,9 @@ def place_kernel(
         o_place = places + tl.cumsum(b_taken, 0) - b_taken
         tl.store(p_key + o_place, o_gist, mask=m_item)
         tl.store(p_seen + o_place, b_bits, mask=m_item)
-        if tl.max(b_child + b_width, 0) > i_window:  # few lists reach into a window
-            m_within = (b_child[:, None] >= b_window[None, :]) & (o_bit < SIZE)[None, :]  # [BN, BQ]
+        b_near = tl.where(b_child < tokens, b_child, -1)
+        if tl.max(b_near, 0) >= i_window:  # few lists reach into a window
+            m_within = (b_near[:, None] >= b_window[None, :]) & (o_bit < SIZE)[None, :]  # [BN, BQ]
             b_bits &= ~tl.reduce(m_within.to(tl.int32) << o_bit[None, :], 1, any_bit)
         unfolded += count_bits(b_bits) * b_width
         for j in range(0, tl.max(b_width, 0)):

@@ -13,7 +13,7 @@ from torch import Tensor
 from unfold.kernels.common.saved import with_tensors, without_tensors
 from unfold.kernels.select.selection import Selection
 from unfold.kernels.tree import GistTree
-from unfold.kernels.unfold.pattern import Entries, Pattern, local_keys, sort_keys, unsort_keys
+from unfold.kernels.unfold.pattern import Entries, Pattern, apart_keys, local_keys, sort_keys, unsort_keys
 
 # Queries per local piece.
 BLOCK = 64
@@ -24,13 +24,21 @@ CHUNKS = 2**18
 LOCAL = 2**26
 
 
-def unfold_attention_cpu(q: Tensor, k: Tensor, v: Tensor, tree: GistTree, selection: Selection, scale: float) -> Tensor:
+def unfold_attention_cpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tree: GistTree,
+    selection: Selection,
+    scale: float,
+    apart: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """As :func:`kernels.unfold.reference.unfold_attention_reference`, vectorised."""
-    return _UnfoldAttention.apply(q, k, v, tree, selection, scale)
+    return _UnfoldAttention.apply(q, k, v, *(apart or (None, None)), tree, selection, scale)
 
 
-def _patterns(tree: GistTree, selection: Selection, group: int) -> Iterator[Pattern]:
-    """The recalling queries in patterns of about equal and bounded size, each of whole blocks."""
+def _patterns(tree: GistTree, selection: Selection, group: int, rows: int) -> Iterator[Pattern]:
+    """The recalling queries in patterns of about equal and bounded size, each of whole blocks; rows: as of :class:`Pattern`."""
     blocks = [(sample, block) for sample, blocks in enumerate(tree.plan(BLOCK)) for block in blocks]
     if not blocks:
         return
@@ -42,10 +50,10 @@ def _patterns(tree: GistTree, selection: Selection, group: int) -> Iterator[Patt
         batch.append(block)
         local += local_keys(tree, block[1]) * (block[1].stop - block[1].start) * group * selection.kv_heads
         if upto - filled >= share or local >= LOCAL:
-            yield Pattern(tree, selection, batch, group)
+            yield Pattern(tree, selection, batch, group, rows)
             batch, filled, local = [], upto, 0
     if batch:
-        yield Pattern(tree, selection, batch, group)
+        yield Pattern(tree, selection, batch, group, rows)
 
 
 def _scores(pattern: Pattern, by_row: Tensor, keys: Tensor, scale: float) -> Entries:
@@ -63,11 +71,11 @@ def _weights(pattern: Pattern, scores: Entries, row_max: Tensor) -> Entries:
 
 class _UnfoldAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, tree: GistTree, selection: Selection, scale: float) -> Tensor:
+    def forward(ctx, q, k, v, k_apart, v_apart, tree: GistTree, selection: Selection, scale: float) -> Tensor:
         out = torch.empty_like(q)
         stats = []
-        keys, values = sort_keys(k, tree), sort_keys(v, tree)
-        for pattern in _patterns(tree, selection, q.shape[1] // k.shape[2]):
+        keys, values = sort_keys(k, k_apart, tree), sort_keys(v, v_apart, tree)
+        for pattern in _patterns(tree, selection, q.shape[1] // k.shape[2], keys.shape[1]):
             scores = _scores(pattern, pattern.by_row(q), keys, scale)
             row_max = pattern.maximum(scores)
             weights = _weights(pattern, scores, row_max)
@@ -76,19 +84,19 @@ class _UnfoldAttention(torch.autograd.Function):
             stats.append((row_max, row_sum))
         ctx.selection, chosen = without_tensors(selection)
         # A checkpoint lets go of what is saved like this, and makes it again.
-        ctx.save_for_backward(q, k, v, *chosen, *(x for pair in stats for x in pair))
+        ctx.save_for_backward(q, k, v, k_apart, v_apart, *chosen, *(x for pair in stats for x in pair))
         ctx.tree, ctx.scale, ctx.chosen = tree, scale, len(chosen)
         return out
 
     @staticmethod
     def backward(ctx, d_out: Tensor):
-        q, k, v, *saved = ctx.saved_tensors
+        q, k, v, k_apart, v_apart, *saved = ctx.saved_tensors
         tree, scale = ctx.tree, ctx.scale
         selection, stats = with_tensors(ctx.selection, saved[: ctx.chosen]), saved[ctx.chosen :]
         d_q = torch.empty_like(q)
-        keys, values = sort_keys(k, tree), sort_keys(v, tree)
+        keys, values = sort_keys(k, k_apart, tree), sort_keys(v, v_apart, tree)
         d_keys, d_values = torch.zeros_like(keys), torch.zeros_like(values)
-        patterns = _patterns(tree, selection, q.shape[1] // k.shape[2])
+        patterns = _patterns(tree, selection, q.shape[1] // k.shape[2], keys.shape[1])
         for pattern, row_max, row_sum in zip(patterns, stats[::2], stats[1::2]):
             queries = pattern.by_row(q)
             weights = _weights(pattern, _scores(pattern, queries, keys, scale), row_max)
@@ -103,4 +111,5 @@ class _UnfoldAttention(torch.autograd.Function):
             pattern.spread_(d_scores, queries, d_keys)
             pattern.spread_(weights, d_rows, d_values)
         d_k, d_v = (unsort_keys(x, tree).to(k.dtype) for x in (d_keys, d_values))
-        return d_q, d_k, d_v, None, None, None
+        d_apart = (None if k_apart is None else apart_keys(x, tree).to(k.dtype) for x in (d_keys, d_values))
+        return d_q, d_k, d_v, *d_apart, None, None, None

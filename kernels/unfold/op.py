@@ -21,11 +21,11 @@ from unfold.kernels.unfold.pattern import chunks_of
 from unfold.kernels.unfold.reference import unfold_attention_reference
 
 
-def _unfold_triton(*arguments) -> Tensor:
+def _unfold_triton(*arguments, **options) -> Tensor:
     """Triton is imported only where it is used: a CPU run does not need it."""
     from unfold.kernels.unfold.triton import unfold_attention_triton
 
-    return unfold_attention_triton(*arguments)
+    return unfold_attention_triton(*arguments, **options)
 
 
 BACKENDS = {"reference": unfold_attention_reference, "cpu": unfold_attention_cpu, "triton": _unfold_triton}
@@ -44,6 +44,10 @@ class RecallStats:
     unfolded: Tensor
     selected: Tensor
 
+    def weighted(self, weight: float) -> RecallStats:
+        """The same, counting so much in a mean over ranks."""
+        return RecallStats(self.unfolded * weight, self.selected * weight)
+
 
 @dataclass(frozen=True)
 class ListStats:
@@ -55,7 +59,11 @@ class ListStats:
     """
 
     count: Tensor
-    owners: int
+    owners: float
+
+    def weighted(self, weight: float) -> ListStats:
+        """The same, counting so much in a mean over ranks."""
+        return ListStats(self.count, self.owners / weight)
 
     @property
     def unfolded(self) -> Tensor:
@@ -78,8 +86,9 @@ def unfold_attention(
     k: Tensor,
     v: Tensor,
     tree: GistTree,
-    selection: Selection,
+    selection: Selection | BlockLists,
     *,
+    apart: tuple[Tensor, Tensor] | None = None,
     scale: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -91,7 +100,9 @@ def unfold_attention(
         q: [N, H, D], the recalling queries in the order of ``tree.tokens``.
         k, v: [B, T, Hkv, D] in interleaved order, same dtype and device; H a multiple of Hkv.
         tree: the hierarchy of the same B samples and T tokens, and its N queries.
-        selection: from :func:`kernels.select.select_gists` on the same tree and number of KV heads.
+        selection: from :func:`kernels.select.select_gists` or :func:`select_to_unfold` on the same tree and number of KV heads.
+        apart: keys and values [F, Hkv, D] of the raw tokens that stand apart (:class:`kernels.tree.GistTree`); None: there
+            are none.
         scale: factor on the scores; 1 / sqrt(D) when None.
         backend: 'reference' | 'cpu' | 'triton', or None: 'cpu' on the CPU, 'triton' on a GPU.
 
@@ -104,16 +115,22 @@ def unfold_attention(
     check_queries(q, k, tree)
     if v.shape != k.shape or v.dtype != k.dtype or v.device != k.device:
         raise ValueError(f"v: {v.dtype} {tuple(v.shape)} on {v.device}, expected the like of k: {k.dtype} {tuple(k.shape)}")
-    if selection.kv_heads != k.shape[2] or len(selection.start[0]) != tree.queries * k.shape[2] + 1:
+    of_blocks = isinstance(selection, BlockLists)
+    lists, owners = (
+        (selection.first.shape[1], len(selection.blocks.table)) if of_blocks else (len(selection.start[0]) - 1, tree.queries)
+    )
+    if selection.kv_heads != k.shape[2] or lists != owners * k.shape[2]:
         raise ValueError(
-            f"selection: {len(selection.start[0]) - 1} lists for {selection.kv_heads} KV heads, expected one for each of "
-            f"{tree.queries} queries and {k.shape[2]} KV heads; select with the same tree and keys"
+            f"selection: {lists} lists for {selection.kv_heads} KV heads, expected one for each of {owners} "
+            f"{'blocks of ' if of_blocks else ''}queries and {k.shape[2]} KV heads; select with the same tree and keys"
         )
     if backend is None:
         backend = default_backend("unfold", q.device.type) if tree.queries else "reference"
     check_backend(backend, BACKENDS)
+    if of_blocks and backend != "triton":
+        raise ValueError(f"backend: {backend!r} takes the selections of queries, these are lists of blocks; use backend='triton'")
     run = BACKENDS[backend if tree.queries else "reference"]  # without a query there is nothing to launch
-    return run(q, k, v, tree, selection, 1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    return run(q, k, v, tree, selection, 1 / math.sqrt(q.shape[-1]) if scale is None else scale, apart=apart)
 
 
 def recall_attention(
@@ -147,7 +164,7 @@ def recall_attention(
         from unfold.kernels.unfold.triton import recall_layer_triton
 
         out, lists = recall_layer_triton(q, k, v, tree, rule, 1 / math.sqrt(q.shape[-1]) if scale is None else scale)
-        return out, list_stats(tree, lists)
+        return out, recall_stats(tree, lists)
     out = compressed_attention(q, k, v, tree.others, scale=scale, backend=backend)
     if tree.queries == 0:
         return out, RecallStats(torch.zeros((), device=q.device), torch.zeros(tree.levels, device=q.device))
@@ -178,37 +195,44 @@ def recall_queries(
 ) -> tuple[Tensor, RecallStats | ListStats]:
     """The two steps of recall for the recalling queries alone, at least one: arguments as for :func:`select_gists`.
 
-    Where both run in Triton, the second takes the lists of the first as they are, and no entry is ever sorted.
-
     Returns:
         [N, H, D] in q's dtype, and what was read.
     """
-    check_queries(q, k, tree)
     backend = backend or default_backend("recall", q.device.type)
-    if backend == "triton":
-        from unfold.kernels.unfold.triton import recall_queries_triton
-
-        out, lists = recall_queries_triton(q, k, v, tree, rule, 1 / math.sqrt(q.shape[-1]) if scale is None else scale)
-        return out, list_stats(tree, lists)
-    selection = select_gists(q, k, tree, rule, scale=scale, backend=backend)
+    selection = select_to_unfold(q, k, tree, rule, scale=scale, backend=backend)
     return unfold_attention(q, k, v, tree, selection, scale=scale, backend=backend), recall_stats(tree, selection)
 
 
-def recall_stats(tree: GistTree, selection: Selection) -> RecallStats:
-    """Count what a selection reads; at least one query."""
+@torch.no_grad()
+def select_to_unfold(
+    q: Tensor, k: Tensor, tree: GistTree, rule: SelectRule, *, scale: float | None = None, backend: str | None = None
+) -> Selection | BlockLists:
+    """As :func:`kernels.select.select_gists`, in the form that the same backend of :func:`unfold_attention` works through.
+
+    Lists of Triton's kernels are handed on as they are: no entry is ever sorted, and the host reads nothing.
+    """
+    check_queries(q, k, tree)
+    backend = backend or default_backend("recall", q.device.type)
+    if backend != "triton" or not tree.queries:
+        return select_gists(q, k, tree, rule, scale=scale, backend=backend)
+    from unfold.kernels.unfold.triton import lists_to_unfold
+
+    return lists_to_unfold(q, k, tree, rule)
+
+
+def recall_stats(tree: GistTree, selection: Selection | BlockLists) -> RecallStats | ListStats:
+    """Count what a selection reads, if it is one of lists of blocks, after it was unfolded; at least one query."""
     lists = tree.queries * selection.kv_heads
+    if isinstance(selection, BlockLists):
+        return ListStats(selection.count, lists)
     device = tree.tokens.device
     gists = selection.rows[-1].long()
     counts = selection.start[-1].diff()
     query = torch.repeat_interleave(torch.arange(lists, device=device), counts) // selection.kv_heads
     at = tree.tokens[query] // tree.others.tokens * tree.others.tokens + gists
     first, last = tree.child_lo.flatten()[at], tree.child_hi.flatten()[at]
-    # A chunk lies in the window entirely or not at all: the window begins where a chunk does.
-    unfolded = ((last - first) * (last <= tree.lo[tree.levels, query])).sum() / lists
+    # A chunk lies in the window entirely or not at all: the window begins where a chunk does. What stands apart is in none.
+    beyond = (last <= tree.lo[tree.levels, query]) | (first >= tree.others.tokens)
+    unfolded = ((last - first) * beyond).sum() / lists
     selected = torch.tensor([len(rows) / lists for rows in reversed(selection.rows)], device=device)
     return RecallStats(unfolded.float(), selected)
-
-
-def list_stats(tree: GistTree, lists: BlockLists) -> ListStats:
-    """The same from lists of blocks that were unfolded."""
-    return ListStats(lists.count, tree.queries * lists.kv_heads)

@@ -33,16 +33,31 @@ class Chunks:
     """The key groups of a micro-batch: a level-0 gist, then the raw tokens behind it, padded to the longest.
 
     Attributes:
-        index: [G, C] int64, rows of the level-sorted buffers of all samples, back to back; padding repeats the gist.
+        gist: [G] int64, rows of the level-sorted buffers of all samples, back to back.
+        at: [G] int64, where the tree has that gist's children.
+        origin: [G] int64, the first row of its sample.
         empty: [G, C] bool, the padding.
-        end: [G] int32, row (of its sample) after the group's last raw token.
         shift: [B] int64; the gist in row i of sample b has the group i + shift[b].
     """
 
-    index: Tensor
+    gist: Tensor
+    at: Tensor
+    origin: Tensor
     empty: Tensor
-    end: Tensor
     shift: Tensor
+
+    def keys(self, groups: Tensor, tree: GistTree) -> Tensor:
+        """[n, C] int64, where the keys of some groups stand; padding repeats the gist."""
+        gist = self.gist[groups][:, None]
+        raw = (tree.child_lo.flatten()[self.at[groups]] + self.origin[groups])[:, None] + torch.arange(self.empty.shape[1]) - 1
+        keys = raw.where(~self.empty[groups], gist)
+        keys[:, :1] = gist
+        return keys
+
+    def ends(self, groups: Tensor, tree: GistTree) -> Tensor:
+        """[n] int32, the row of its sample after each group's last raw token; 0 for one that stands apart, in no window."""
+        end = tree.child_hi.flatten()[self.at[groups]]
+        return torch.where(end > tree.others.tokens, 0, end)
 
 
 def chunks_of(tree: GistTree) -> Chunks:
@@ -56,26 +71,30 @@ def _chunks_of(tree: GistTree) -> Chunks:
     before = count.cumsum(0) - count
     sample = torch.arange(len(count)).repeat_interleave(count)
     gist = torch.arange(len(sample)) + (first - before)[sample]
-    lo, hi = (x[sample, gist].long()[:, None] for x in (tree.child_lo, tree.child_hi))  # [G, 1]
-    longest = int((hi - lo).max()) if len(gist) else 0
-    raw = lo + torch.arange(longest)  # [G, C - 1]
-    empty = torch.nn.functional.pad(raw >= hi, (1, 0))
-    index = torch.cat([gist[:, None], raw.where(raw < hi, gist[:, None])], 1)
-    return Chunks(index + (sample * tree.others.rows.shape[1])[:, None], empty, tree.child_hi[sample, gist], before - first)
+    width = (tree.child_hi - tree.child_lo)[sample, gist][:, None]  # [G, 1]
+    longest = int(width.max()) if len(gist) else 0
+    empty = torch.nn.functional.pad(torch.arange(longest) >= width, (1, 0))
+    origin = sample * tree.others.rows.shape[1]
+    return Chunks(gist + origin, gist + sample * tree.others.tokens, origin, empty, before - first)
 
 
-def sort_keys(x: Tensor, tree: GistTree) -> Tensor:
-    """[B, T, Hkv, D] -> [Hkv, B * R, D] in at least fp32, the samples' level-sorted buffers back to back."""
+def sort_keys(x: Tensor, apart: Tensor | None, tree: GistTree) -> Tensor:
+    """[B, T, Hkv, D] and [F, Hkv, D] -> [Hkv, B * R + F, D] in at least fp32: level-sorted samples back to back, then those."""
     rows = tree.others.rows + torch.arange(len(x))[:, None] * x.shape[1]
-    x = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(0, 1)
-    return x.index_select(0, rows.flatten()).transpose(0, 1).contiguous()
+    x = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(0, 1).index_select(0, rows.flatten())
+    return (x if apart is None else torch.cat([x, apart.to(x.dtype)])).transpose(0, 1).contiguous()
+
+
+def apart_keys(x: Tensor, tree: GistTree) -> Tensor:
+    """The part of :func:`sort_keys` that stands apart, [F, Hkv, D]."""
+    return x[:, tree.others.rows.numel() :].transpose(0, 1)
 
 
 def unsort_keys(x: Tensor, tree: GistTree) -> Tensor:
-    """The transpose of :func:`sort_keys`: [Hkv, B * R, D] -> [B, T, Hkv, D]; sink copies are added to their tokens."""
+    """The transpose of :func:`sort_keys` for the rest: [B, T, Hkv, D]; sink copies are added to their tokens."""
     intervals = tree.others
     batch, tokens = intervals.batch, intervals.tokens
-    by_row = x.transpose(0, 1)
+    by_row = x[:, : intervals.rows.numel()].transpose(0, 1)
     sample = torch.arange(batch)[:, None]
     row_of = intervals.row_of + sample * intervals.rows.shape[1]
     out = by_row.index_select(0, row_of.flatten())
@@ -111,7 +130,7 @@ class Local:
         return by_row[:, self.start : self.stop].flatten(1, 2)
 
     def keys(self, rows: Tensor) -> Tensor:
-        """[Hkv, B * R, D] -> [Hkv, keys, D]"""
+        """[Hkv, rows, D] -> [Hkv, keys, D]"""
         return torch.cat([rows[:, first:last] for first, last in self.spans], 1)
 
 
@@ -122,23 +141,24 @@ class Pattern:
         tree, selection: as for unfolding.
         blocks: samples and their blocks of queries, consecutive; each is a local piece.
         group: query heads per KV head, ``r``.
+        rows: of the buffers of keys that it is used with, per KV head.
     """
 
-    def __init__(self, tree: GistTree, selection: Selection, blocks: list[tuple[int, QueryBlock]], group: int):
+    def __init__(self, tree: GistTree, selection: Selection, blocks: list[tuple[int, QueryBlock]], group: int, rows: int):
         self.at = slice(blocks[0][1].start, blocks[-1][1].stop)  # in [N, H, D]
         self.queries = self.at.stop - self.at.start
         self.kv_heads, self.group = selection.kv_heads, group
         self.local = [_local(tree, selection, *block, self.at.start) for block in blocks]
-        self._make_tiles(tree, selection, chunks_of(tree))
+        self._make_tiles(tree, selection, chunks_of(tree), rows)
 
-    def _make_tiles(self, tree: GistTree, selection: Selection, chunks: Chunks) -> None:
+    def _make_tiles(self, tree: GistTree, selection: Selection, chunks: Chunks, rows: int) -> None:
         """Fill the tiles.
 
         tile_keys: [tiles, C] int64, the keys, counted over the level-sorted rows of all heads.
         slot_row: [tiles * TILE] int64, the row in each slot, or one past the last in an empty slot.
         hidden: [tiles, TILE, C] bool, what a row does not attend to.
         """
-        groups = len(chunks.end)
+        groups = len(chunks.gist)
         gist, query, head = _selected(selection, tree.levels - 1, self.at)
         row = head * self.queries + query
         sample = tree.tokens[self.at] // tree.others.tokens  # [n]
@@ -152,13 +172,13 @@ class Pattern:
         tile_chunk = torch.arange(len(tiles)).repeat_interleave(tiles)
         tile_head = tile_chunk // max(groups, 1)
         tile_group = tile_chunk - tile_head * groups
-        self.tile_keys = chunks.index.index_select(0, tile_group) + (tile_head * tree.others.rows.numel())[:, None]
+        self.tile_keys = chunks.keys(tile_group, tree) + (tile_head * rows)[:, None]
         self.slot_row = torch.full((len(tile_chunk) * TILE,), self.kv_heads * self.queries)
         self.slot_row[torch.arange(len(chunk)) + shift[chunk]] = row
         # Of a chunk that lies in a query's window only the gist is new: the window begins where a chunk does.
         window = torch.nn.functional.pad(tree.lo[tree.levels, self.at].repeat(self.kv_heads), (0, 1))
-        near = chunks.end[tile_group][:, None] > window[self.slot_row].view(-1, TILE)
-        raw = torch.arange(chunks.index.shape[1]) > 0
+        near = chunks.ends(tile_group, tree)[:, None] > window[self.slot_row].view(-1, TILE)
+        raw = torch.arange(chunks.empty.shape[1]) > 0
         self.hidden = chunks.empty[tile_group][:, None] | (near[..., None] & raw)  # [tiles, TILE, C]
 
     def by_row(self, x: Tensor) -> Tensor:
@@ -171,7 +191,7 @@ class Pattern:
         return by_row.transpose(0, 1).flatten(1, 2)
 
     def against(self, by_row: Tensor, keys: Tensor) -> Entries:
-        """Products of rows [Hkv, n, r, D] and keys [Hkv, B * R, D] at the entries; hidden entries too."""
+        """Products of rows [Hkv, n, r, D] and keys [Hkv, rows, D] at the entries; hidden entries too."""
         local = [torch.bmm(p.rows(by_row), p.keys(keys).transpose(1, 2)) for p in self.local]
         rows = self._padded(by_row.flatten(2))
         chunks = by_row.new_empty(len(self.tile_keys), TILE * self.group, self.tile_keys.shape[1])
@@ -207,7 +227,7 @@ class Pattern:
         entries.chunks.sub_(self._padded(per_row, padding).index_select(0, self.slot_row).view(-1, TILE * self.group, 1))
 
     def mix(self, entries: Entries, keys: Tensor) -> Tensor:
-        """Entries x keys [Hkv, B * R, D]: [Hkv, n, r, D]."""
+        """Entries x keys [Hkv, rows, D]: [Hkv, n, r, D]."""
         parts = [self._of_piece(torch.bmm(x, p.keys(keys)), p) for x, p in zip(entries.local, self.local)]
         by_row = torch.cat(parts, 1)
         rows = self._padded(by_row.flatten(2))
@@ -217,7 +237,7 @@ class Pattern:
         return rows[:-1].view(by_row.shape)
 
     def spread_(self, entries: Entries, by_row: Tensor, keys: Tensor) -> None:
-        """Add entries transposed x rows [Hkv, n, r, D] to ``keys`` [Hkv, B * R, D], contiguous."""
+        """Add entries transposed x rows [Hkv, n, r, D] to ``keys`` [Hkv, rows, D], contiguous."""
         for x, p in zip(entries.local, self.local):
             part = torch.bmm(x.transpose(1, 2), p.rows(by_row))  # [Hkv, keys, D]
             at = 0
@@ -243,7 +263,7 @@ class Pattern:
         return slice(tiles.start * TILE, tiles.stop * TILE)
 
     def _keys_of(self, tiles: slice, keys: Tensor) -> Tensor:
-        """[Hkv, B * R, D] -> [tiles, C, D]"""
+        """[Hkv, rows, D] -> [tiles, C, D]"""
         index = self.tile_keys[tiles]
         return keys.flatten(0, 1).index_select(0, index.flatten()).view(*index.shape, -1)
 

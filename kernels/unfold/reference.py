@@ -9,7 +9,15 @@ from unfold.kernels.select.selection import Selection
 from unfold.kernels.tree import GistTree
 
 
-def unfold_attention_reference(q: Tensor, k: Tensor, v: Tensor, tree: GistTree, selection: Selection, scale: float) -> Tensor:
+def unfold_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tree: GistTree,
+    selection: Selection,
+    scale: float,
+    apart: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """Softmax attention of every recalling query over its set of keys.
 
     Args:
@@ -17,6 +25,7 @@ def unfold_attention_reference(q: Tensor, k: Tensor, v: Tensor, tree: GistTree, 
         tree: hierarchy and queries.
         selection: the gists that each query and KV head selected.
         scale: factor on the scores.
+        apart: keys and values [F, Hkv, D] of the raw tokens that stand apart; None: there are none.
 
     Returns:
         [N, H, D] in q's dtype.
@@ -24,13 +33,14 @@ def unfold_attention_reference(q: Tensor, k: Tensor, v: Tensor, tree: GistTree, 
     tokens, kv_heads = k.shape[1:3]
     group = q.shape[1] // kv_heads
     wide = torch.promote_types(q.dtype, torch.float32)
+    apart = apart or (k.new_empty(0, *k.shape[2:]),) * 2
     rows = []
     for n in range(tree.queries):
         sample = int(tree.tokens[n]) // tokens
         heads = []
         for h in range(kv_heads):
-            seen = sorted(visible_tokens(tree, selection, n, h))
-            keys, values = k[sample, seen, h].to(wide), v[sample, seen, h].to(wide)  # [keys, D]
+            seen, beyond = sorted(visible_tokens(tree, selection, n, h)), _visible_apart(tree, selection, n, h)
+            keys, values = (torch.cat([x[sample, seen, h], y[beyond, h]]).to(wide) for x, y in zip((k, v), apart))  # [keys, D]
             scores = q[n, h * group : (h + 1) * group].to(wide) @ keys.T * scale  # [r, keys]
             heads.append(scores.softmax(-1) @ values)
         rows.append(torch.cat(heads))
@@ -38,7 +48,19 @@ def unfold_attention_reference(q: Tensor, k: Tensor, v: Tensor, tree: GistTree, 
 
 
 def visible_tokens(tree: GistTree, selection: Selection, query: int, kv_head: int) -> set[int]:
-    """The tokens (of the query's sample) that one recalling query and KV head attends to."""
+    """The tokens (of the query's sample) that one recalling query and KV head attends to, but for those that stand apart."""
+    sample = int(tree.tokens[query]) // tree.others.tokens
+    rows = [row for row in _visible_rows(tree, selection, query, kv_head) if row < tree.others.rows.shape[1]]
+    return set(tree.others.rows[sample, sorted(rows)].tolist())
+
+
+def _visible_apart(tree: GistTree, selection: Selection, query: int, kv_head: int) -> list[int]:
+    """Which of the tokens that stand apart it attends to."""
+    first = tree.others.rows.numel() - int(tree.tokens[query]) // tree.others.tokens * tree.others.rows.shape[1]
+    return sorted(row - first for row in _visible_rows(tree, selection, query, kv_head) if row >= first)
+
+
+def _visible_rows(tree: GistTree, selection: Selection, query: int, kv_head: int) -> set[int]:
     sample = int(tree.tokens[query]) // tree.others.tokens
     ranges = [(int(tree.lo[s, query]), int(tree.hi[s, query])) for s in (tree.levels, tree.levels + 1)]  # window, sinks
     rows = {row for first, last in ranges for row in range(first, last)}
@@ -46,4 +68,4 @@ def visible_tokens(tree: GistTree, selection: Selection, query: int, kv_head: in
         rows |= set(selection.of(s, query, kv_head).tolist())
     for gist in selection.of(tree.levels - 1, query, kv_head).tolist():
         rows |= set(range(int(tree.child_lo[sample, gist]), int(tree.child_hi[sample, gist])))
-    return set(tree.others.rows[sample, sorted(rows)].tolist())
+    return rows

@@ -41,7 +41,14 @@ from unfold.kernels.unfold.turn import ITEMS, ChunkQueries, chunk_queries, sprea
 
 
 def unfold_attention_triton(
-    q: Tensor, k: Tensor, v: Tensor, tree: GistTree, selection: Selection, scale: float, tiles: UnfoldTiles | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tree: GistTree,
+    selection: Selection | BlockLists,
+    scale: float,
+    apart: tuple[Tensor, Tensor] | None = None,
+    tiles: UnfoldTiles | None = None,
 ) -> Tensor:
     """As :func:`kernels.unfold.reference.unfold_attention_reference`, on a GPU.
 
@@ -52,29 +59,20 @@ def unfold_attention_triton(
     if reason:
         raise ValueError(reason)
     tiles = tiles or tiles_for(q)
-    return unfold_lists(q, k, v, tree, block_lists(tree, selection, tiles.block(q.shape[1] // k.shape[2])), scale, tiles)
+    lists = selection
+    if not isinstance(selection, BlockLists):
+        lists = block_lists(tree, selection, tiles.block(q.shape[1] // k.shape[2]))
+    return _UnfoldAttention.apply(q, k, v, *(apart or (None, None)), tree, lists, scale, tiles.of(q, k, longest_chunk(tree)))
 
 
-def unfold_lists(
-    q: Tensor, k: Tensor, v: Tensor, tree: GistTree, lists: BlockLists, scale: float, tiles: UnfoldTiles | None = None
-) -> Tensor:
-    """The same from the lists that selection on a GPU makes, of blocks as ``tiles`` has them."""
-    return _UnfoldAttention.apply(q, k, v, tree, lists, scale, (tiles or tiles_for(q)).of(q, k, longest_chunk(tree)))
-
-
-def recall_queries_triton(
-    q: Tensor, k: Tensor, v: Tensor, tree: GistTree, rule: SelectRule, scale: float
-) -> tuple[Tensor, BlockLists]:
-    """Select, then unfold: [N, H, D], and what was selected.
+def lists_to_unfold(q: Tensor, k: Tensor, tree: GistTree, rule: SelectRule) -> BlockLists:
+    """What is selected, in lists of blocks as unfolding works through them: no entry is ever sorted. q: [N, H, D].
 
     Raises:
         ValueError: what :func:`why_not` says, here or for selection.
     """
     check_recall(q, k, tree, rule)
-    tiles = tiles_for(q)
-    with torch.no_grad():
-        lists = selecting.select_lists(q, k, tree, rule, tiles.block(q.shape[1] // k.shape[2]))
-    return unfold_lists(q, k, v, tree, lists, scale, tiles), lists
+    return selecting.select_lists(q, k, tree, rule, tiles_for(q).block(q.shape[1] // k.shape[2]))
 
 
 def recall_layer_triton(
@@ -133,18 +131,20 @@ def tiles_for(q: Tensor) -> UnfoldTiles:
 
 
 class _UnfoldAttention(torch.autograd.Function):
-    """The queries alone: [N, H, D]."""
+    """The queries alone: [N, H, D]; k_apart, v_apart: [F, Hkv, D], or None."""
 
     @staticmethod
-    def forward(ctx, q, k, v, tree: GistTree, lists: BlockLists, scale: float, tiles: UnfoldTiles) -> Tensor:
-        q, shape = q.contiguous(), k.shape
+    def forward(ctx, q, k, v, k_apart, v_apart, tree: GistTree, lists: BlockLists, scale: float, tiles: UnfoldTiles) -> Tensor:
+        q, shape, stand_apart = q.contiguous(), k.shape, k_apart is not None
         k, v = sort_keys(tree.others, k, v)
+        if stand_apart:
+            k, v = torch.cat([k, k_apart]), torch.cat([v, v_apart])
         out = torch.empty_like(q)
         stats = _attend(q, selecting.every_query(tree), k, v, out, tree, lists, scale, tiles)
         # A checkpoint lets go of what is saved like this, and makes it again; the blocks are those of all layers.
         ctx.lists, chosen = without_tensors(lists)
         ctx.save_for_backward(q, k, v, out, *stats, *chosen)
-        ctx.tree, ctx.scale, ctx.tiles, ctx.shape = tree, scale, tiles, shape
+        ctx.tree, ctx.scale, ctx.tiles, ctx.shape, ctx.stand_apart = tree, scale, tiles, shape, stand_apart
         return out
 
     @staticmethod
@@ -154,8 +154,9 @@ class _UnfoldAttention(torch.autograd.Function):
         tree, d_out, lists = ctx.tree, d_out.contiguous(), with_tensors(ctx.lists, chosen)
         d_q, (d_k, d_v) = torch.empty_like(q), torch.empty(2, *ctx.shape, dtype=k.dtype, device=k.device).unbind()
         at, stats = selecting.every_query(tree), (shift, factor)
-        _add_gradients(q, at, k, v, out, d_out, *stats, tree, lists, ctx.scale, ctx.tiles, d_q, d_k, d_v, add=False)
-        return d_q, d_k, d_v, None, None, None, None
+        d_rows = _add_gradients(q, at, k, v, out, d_out, *stats, tree, lists, ctx.scale, ctx.tiles, d_q, d_k, d_v, add=False)
+        d_apart = (x[tree.others.rows.numel() :].to(k.dtype) if ctx.stand_apart else None for x in d_rows)
+        return d_q, d_k, d_v, *d_apart, None, None, None, None
 
 
 class _RecallAttention(torch.autograd.Function):
@@ -224,14 +225,21 @@ def _sliced(tree: GistTree, lists: BlockLists) -> Iterator[tuple[int, int, tuple
 def _add_gradients(
     q, at, k, v, out, d_out, shift, factor, tree: GistTree, lists: BlockLists, scale: float, tiles: UnfoldTiles,
     d_q: Tensor, d_k: Tensor, d_v: Tensor, *, add: bool,
-) -> None:  # fmt: skip
-    """Fill the rows ``at`` of d_q, and d_k, d_v [B, T, Hkv, D], or ``add`` to these: the gradients of :func:`_attend`."""
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Fill the rows ``at`` of d_q, and d_k, d_v [B, T, Hkv, D], or ``add`` to these: the gradients of :func:`_attend`.
+
+    Returns:
+        Those of k and v, as they are, in fp32.
+    """
     mean, kv_heads, lengths = torch.empty_like(shift), k.shape[1], tree.others.rows.shape[1]
     stats = q, k, v, d_out, shift, factor, mean, at
     near, queries = near_items(tree, tiles.near.keys), chunk_queries(tree, lists, tiles.chunks.keys)
     upper = upper_parts(tree, lists.blocks.size, tiles.upper.keys)
     new = lambda n, keys: torch.empty(2, n, keys, k.shape[2], dtype=torch.float32, device=q.device)
-    d_rows = new(len(k), kv_heads).unbind()
+    d_rows = new(len(k), kv_heads)
+    if len(k) > tree.others.rows.numel():
+        d_rows[:, tree.others.rows.numel() :].zero_()  # windows and sinks are none of what stands apart
+    d_rows = d_rows.unbind()
     slots = (near[2].slots * kv_heads * tiles.near.keys, upper.slots * kv_heads * tiles.upper.keys)
     parts = new(max(*slots, queries.slots * tiles.chunks.keys), 1).unbind()  # of each kind in turn
     with on_device(q):
@@ -250,22 +258,24 @@ def _add_gradients(
             *d_rows, tree.others.row_of, visible_copies(tree), d_k, d_v, tokens, lengths, tree.others.batch,
             HKV=kv_heads, D=dim, BD=block_dim, BN=SUM_ROWS, ADD=add,
         )  # fmt: skip
+    return d_rows
 
 
 def _d_near(stats: tuple, d_rows: tuple, parts: tuple, tree: GistTree, lo, hi, items: KeyItems, scale: float, tile: Tile) -> None:
     """d_k and d_v of windows and sinks, two [B * R, Hkv, D] fp32; every row is written."""
     q, k = stats[:2]
-    every = tree.others.memo("every row", lambda: torch.arange(len(k), device=q.device))
+    rows = tree.others.rows.numel()
+    every = tree.others.memo("every row", lambda: torch.arange(rows, device=q.device))
     sizes = dict(HKV=k.shape[1], D=k.shape[2], BD=triton.next_power_of_2(k.shape[2]), COPIES=False)
     nothing = parts  # sink copies are rows of their own here
     ranges.d_key_kernel[len(items.items), k.shape[1]](
-        *stats, lo, hi, items.items, every, lo, *nothing, *d_rows, *parts, scale * LOG2_E, scale, tree.queries, len(k),
+        *stats, lo, hi, items.items, every, lo, *nothing, *d_rows, *parts, scale * LOG2_E, scale, tree.queries, rows,
         H=q.shape[-2], S=len(lo), APART=True, EXACT=q.dtype == torch.float32,
         UPCAST=INTERPRETED and q.dtype == torch.bfloat16, **sizes, **launch_options(tile),
     )  # fmt: skip
     if len(items.sums):
         ranges.sum_parts_kernel[len(items.sums), k.shape[1], tile.keys // SUM_ROWS](
-            *parts, items.sums, every, lo, *nothing, *d_rows, tree.queries, len(k),
+            *parts, items.sums, every, lo, *nothing, *d_rows, tree.queries, rows,
             BN=tile.keys, BR=SUM_ROWS, SINK=False, **sizes,
         )  # fmt: skip
 

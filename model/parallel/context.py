@@ -22,9 +22,9 @@ from unfold.kernels.tree import GistTree
 from unfold.model.gist import Layout, Recall, recalls_in
 from unfold.model.kinds import Kinds, kind_of
 from unfold.model.parallel.division import Division
-from unfold.model.parallel.recall import RecallPlan, make_recall_plan, prepare_over_ranks, recall_over_ranks
+from unfold.model.parallel.recall import RecallPlan, make_recall_plan, prepare_over_ranks, select_over_ranks
 from unfold.model.parallel.route import RankPlan, rank_plan, routing_loss_over_ranks
-from unfold.model.parallel.rows import Exports, Kept, seen_by, take
+from unfold.model.parallel.rows import Exports, Kept, had, seen_by, take
 from unfold.model.parallel.tensor import Group, gather_sequence
 
 
@@ -198,17 +198,23 @@ class ContextAttention:
         context, recall = self.part.context, self.recall
         plan = self.part.recall_plan(recall.tree)
         pool = context.gather(keys_values, plan.exports)
-        out, read, sent = recall_over_ranks(plan, recall.rule, q, pool, context.gists)
+        selected = select_over_ranks(plan, recall.rule, q, pool, context.gists)
+        loss = self._routing_loss(q, keys_values)  # what it launches the GPU works through while sizes are on their way
+        out, read, sent = selected.unfold()
         recall.note(index, read)
         context.traffic.sent += sent
-        routing = recall.routing
+        return out if loss is None else recall.routing.take(index, loss, out)
+
+    def _routing_loss(self, q: Tensor, keys_values: Tensor) -> Tensor | None:
+        """This rank's share in a layer that recalls; None where none is taken."""
+        routing = self.recall.routing
         if routing is None or not torch.is_grad_enabled():
-            return out
+            return None
         k = keys_values[:, :, : keys_values.shape[2] // 2]
         mine = self._routing_plan(routing.routed, q, k).mine
         asking = q.detach().flatten(0, 1).index_select(0, mine)
-        loss = routing_loss_over_ranks(asking, k, routing.routed, self.part.division, context.gists, far=routing.far)
-        return routing.take(index, loss, out)
+        group = self.part.context.gists
+        return routing_loss_over_ranks(asking, k, routing.routed, self.part.division, group, far=routing.far)
 
 
 @dataclass(frozen=True)
@@ -237,7 +243,7 @@ def make_plan(layout: Layout, division: Division, rank: int) -> ExchangePlan:
     intervals, homes = layout.intervals, division.homes(layout.device)
     seen = torch.stack([seen_by(intervals, homes.tokens_of(r)) for r in range(division.ranks)])
     exports = Exports.of(seen, homes, rank)
-    kept = Kept.of(exports.has[rank], intervals, homes.tokens_of(rank))
+    kept = Kept.of(had(seen, homes)[rank], intervals, homes.tokens_of(rank))
     near = kept.near
     filled = torch.arange(kept.length, device=near.device) < kept.mask.sum(-1, keepdim=True)
     is_own = filled & (homes.rank[near] == rank)

@@ -48,27 +48,34 @@ class Exports:
     Attributes:
         exported: [B, E] int64, tokens of this rank's part that others see; the rest repeats one of them.
         source: [B, T] int64, where a token lies in (own part, then the n ranks' exports); means nothing for one in neither.
-        has: bool [n, B, T], the tokens that each rank sees or holds.
         sent: tokens of this rank's part that others see, of the sample with most.
     """
 
     exported: Tensor
     source: Tensor
-    has: Tensor
     sent: int
 
     @classmethod
     def of(cls, seen: Tensor, homes: Homes, rank: int) -> Exports:
         """seen: bool [n, B, T], what the queries of each rank see; alike on all ranks, so nothing needs to be negotiated."""
-        local = (homes.rank == torch.arange(homes.ranks, device=seen.device)[:, None])[:, None]  # [n, 1, T]
-        exports = (seen & ~local).any(0)  # [B, T], seen by another rank than its own
+        exports = (seen & ~_held(homes)).any(0)  # [B, T], seen by another rank than its own
         by_rank = homes.by_rank(exports)  # [B, n, T / n]
         most = max(1, int(by_rank.sum(-1).max()))
         exported = padded_indices(by_rank[:, rank], most)
         exported = torch.where(by_rank[:, rank].any(-1, keepdim=True), exported, 0)
         number = homes.by_token(by_rank.cumsum(-1) - 1)  # among what its rank exports
         source = torch.where(homes.rank == rank, homes.place, homes.held + homes.rank * most + number)
-        return cls(exported, source, seen | local, int(by_rank[:, rank].sum(-1).max()))
+        return cls(exported, source, int(by_rank[:, rank].sum(-1).max()))
+
+
+def had(seen: Tensor, homes: Homes) -> Tensor:
+    """The tokens that each rank has, once exports are exchanged: bool [n, B, T]. seen: as of :meth:`Exports.of`."""
+    return seen | _held(homes)
+
+
+def _held(homes: Homes) -> Tensor:
+    """bool [n, 1, T], the tokens that each rank holds."""
+    return (homes.rank == torch.arange(homes.ranks, device=homes.rank.device)[:, None])[:, None]
 
 
 @dataclass(frozen=True)

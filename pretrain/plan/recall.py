@@ -196,9 +196,9 @@ def gists_seen(layout: Layout, tree: GistTree) -> int:
     return int(seen.flatten()[tree.tokens].sum())
 
 
-def raw_missing(layout: Layout, plan: RecallPlan) -> int:
+def raw_missing(plan: RecallPlan) -> int:
     """Raw tokens that a rank does not have before it asks for chunks."""
-    return int((layout.text & ~plan.kept.mask).sum())
+    return 0 if plan.lacks is None else len(plan.lacks.arrive)
 
 
 def _chosen(gists: Tensor, tails: Tensor, budget: Tensor, draws: Tensor, children: list[float]) -> tuple[Tensor, Tensor, Tensor]:

@@ -207,7 +207,7 @@ def _with_recall(size: SampleSize, config: RunConfig, layout: Layout, division: 
     found = measure_recall(recall.tree, gist, group, rows, gists_seen(layout, recall.tree))
     if division is not None:
         plan, heads = make_recall_plan(recall.tree, division, _latest(division)), parallel.heads_ranks
-        fetched = raw_missing(layout, plan) * wanted(plan.tree, gist, group, model.heads // parallel.tensor // heads)
+        fetched = raw_missing(plan) * wanted(plan.short, gist, group, model.heads // parallel.tensor // heads)
         here, gists, pairs = _exchanged(size, plan), found.gists / parallel.context, found.pairs
         found = measure_recall(plan.short, gist, group, rows, 0).divided(heads)
         fetched, all_rows = round(fetched / heads), -(-round(here.key_rows + fetched) // heads)
@@ -224,7 +224,7 @@ def _with_recall(size: SampleSize, config: RunConfig, layout: Layout, division: 
 def _exchanged(size: SampleSize, plan: RecallPlan) -> SampleSize:
     """What a rank of a recall plan has and sends before it selects."""
     sent, rows = plan.exports.exported.shape[1], plan.short.others.rows.shape[1]
-    return dataclasses.replace(size, near=plan.kept.length, sent=sent, key_rows=rows)
+    return dataclasses.replace(size, near=plan.short.others.tokens, sent=sent, key_rows=rows)
 
 
 def _larger(size: SampleSize, other: SampleSize) -> SampleSize:

@@ -8,8 +8,10 @@ import torch
 
 from tests import rules
 from tests.kernels.cases import CASES, make_layout, random_qkv
-from unfold.kernels.select import SelectRule
+from unfold.kernels.common.plans import moved as moved_to
+from unfold.kernels.select import SelectRule, select_gists
 from unfold.kernels.tree import GistTree
+from unfold.kernels.unfold import recall_stats, unfold_attention
 from unfold.model.gist import GistConfig, Layout, Role, build_layout, build_recall
 
 # name: (chunk sizes, sink, n_prev, (context, suffix) tokens of each document of each sample)
@@ -70,6 +72,44 @@ def make_recall(name: str) -> tuple[Layout, GistConfig, GistTree]:
     return layout, config, build_recall(layout, config, recalls)
 
 
+def set_apart(tree: GistTree) -> tuple[GistTree, torch.Tensor]:
+    """The tree with every chunk apart that lies in no query's window, the last one first; their tokens, [F] ``b * T + token``."""
+    others, levels = tree.others, tree.levels
+    child_lo, child_hi, apart = tree.child_lo.clone(), tree.child_hi.clone(), []
+    for b in reversed(range(others.batch)):
+        first, last = others.segment_start[b, levels - 1 : levels + 1].tolist()
+        at = slice(*tree.splits[b : b + 2])
+        for gist in reversed(range(first, last)):
+            lo, hi = int(tree.child_lo[b, gist]), int(tree.child_hi[b, gist])
+            if not ((tree.lo[levels, at] < hi) & (tree.hi[levels, at] > lo)).any():
+                child_lo[b, gist] = (others.batch - b) * others.rows.shape[1] + len(apart)
+                child_hi[b, gist] = child_lo[b, gist] + hi - lo
+                apart += (others.rows[b, lo:hi] + b * others.tokens).tolist()
+    return dataclasses.replace(tree, child_lo=child_lo, child_hi=child_hi), torch.tensor(apart, dtype=torch.int64)
+
+
+def check_apart(name: str, backend: str, dim: int, dtype: torch.dtype, tolerance: float, device: str = "cpu") -> None:
+    """A case with chunks that stand apart, whose tokens then hold something else, against the same as it is."""
+    layout, config, tree = make_recall(name)
+    q, k, v, d_out = random_qkv(layout, 4, 2, dim, dtype)
+    q, d_out = recalling(q.detach(), tree), recalling(d_out, tree)
+    selection = select_gists(q, k, tree, make_rule("adaptive, small ratio", config, "head"), backend="cpu")
+    moved, tokens = set_apart(tree)
+    apart = [x.detach().flatten(0, 1)[tokens] for x in (k, v)]
+    others = [x.detach().flatten(0, 1).index_fill(0, tokens, 3.0).view_as(x) for x in (k, v)]
+    tree, moved, selection, tokens, d_out = moved_to((tree, moved, selection, tokens, d_out), device)
+    whole, parts = ([x.detach().to(device).requires_grad_() for x in leaves] for leaves in ((q, k, v), (q, *others, *apart)))
+    want = unfold_attention(*whole, tree, selection, backend=backend)
+    got = unfold_attention(*parts[:3], moved, selection, apart=tuple(parts[3:]), backend=backend)
+    torch.testing.assert_close(got, want, atol=tolerance, rtol=0)
+    grads = torch.autograd.grad(want, whole, d_out), torch.autograd.grad(got, parts, d_out)
+    torch.testing.assert_close(grads[1][0], grads[0][0], atol=tolerance, rtol=0)
+    for x, here, there in zip(grads[0][1:], grads[1][1:3], grads[1][3:]):
+        torch.testing.assert_close(here.flatten(0, 1).index_add(0, tokens, there), x.flatten(0, 1), atol=tolerance, rtol=0)
+    if tree.queries and backend != "triton":
+        assert recall_stats(moved, selection).unfolded == recall_stats(tree, selection).unfolded
+
+
 def make_rule(name: str, config: GistConfig, share: str) -> SelectRule:
     return SelectRule(**(dict(ratio=config.ratio, chunk=config.chunk_sizes[0]) | RULES[name]), share=share)
 
@@ -79,4 +119,14 @@ def recalling(q: torch.Tensor, tree: GistTree) -> torch.Tensor:
     return q.flatten(0, 1)[tree.tokens]
 
 
-__all__ = ["CASES", "RULES", "SUFFIX_CASES", "make_recall", "make_rule", "random_qkv", "recalling", "suffix_layout"]
+__all__ = [
+    "CASES",
+    "RULES",
+    "SUFFIX_CASES",
+    "check_apart",
+    "make_recall",
+    "make_rule",
+    "random_qkv",
+    "recalling",
+    "suffix_layout",
+]

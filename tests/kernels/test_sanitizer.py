@@ -15,7 +15,7 @@ import triton.language as tl
 
 from tests.kernels.cases import make_layout, random_qkv
 from tests.kernels.interpreter import compute_like_a_gpu, in_the_interpreter
-from tests.kernels.recall_cases import make_recall, make_rule
+from tests.kernels.recall_cases import make_recall, make_rule, recalling, set_apart
 from tests.kernels.route_cases import make_routed, queries_and_keys
 from tests.kernels.sanitizer import ROOT, SanitizerError, sanitized
 from tests.kernels.test_decode import batch, few_or_many_splits, rule_of, run_kernels
@@ -24,8 +24,10 @@ from unfold.kernels.compressed import compressed_attention
 from unfold.kernels.compressed import plan as compressed_plan
 from unfold.kernels.decode import triton as backend
 from unfold.kernels.route import routing_loss
+from unfold.kernels.select import chosen_gists
 from unfold.kernels.unfold import plan as unfold_plan
-from unfold.kernels.unfold import recall_attention, turn
+from unfold.kernels.unfold import recall_attention, select_to_unfold, turn, unfold_attention
+from unfold.kernels.unfold.plan import level_0_gists
 
 
 @pytest.fixture(autouse=True)
@@ -294,6 +296,22 @@ def recall(name, heads, kv_heads, dtype, rule_name, share="head"):
     return case
 
 
+def fetched(name, heads, kv_heads, dtype, rule_name):
+    """What a rank does that shares a sequence: its queries select, mark what they chose, and find chunks of others apart."""
+
+    def case(_):
+        layout, config, tree = make_recall(name)
+        q, k, v, d_out = (x.detach() for x in random_qkv(layout, heads, kv_heads, 64, dtype))
+        (tree, tokens), q, d_out = set_apart(tree), recalling(q, tree), recalling(d_out, tree)
+        lists = select_to_unfold(q, k, tree, make_rule(rule_name, config, "head"), backend="triton")
+        marks = chosen_gists(tree, lists, level_0_gists(tree))
+        apart = [x.flatten(0, 1)[tokens] for x in (k, v)]
+        attend = lambda q, k, v, *apart: unfold_attention(q, k, v, tree, lists, apart=apart, backend="triton")
+        return marks, *gradients(attend, (q, k, v, *apart), d_out)
+
+    return case
+
+
 def decode(name, budget, share="head", recalls=True, splits="some"):
     def case(sanitizer):
         q, caches, step = batch(name, 4, 2, 64, torch.float32, recalls=recalls)
@@ -352,6 +370,10 @@ CASES = {
     "compressed, packed documents": (compressed("packed documents", 1, 1, FP32), COMPRESSED),
     "recall, packed documents": (recall("short suffixes of two samples", 2, 1, FP32, "fixed"), RECALL - {"add_upper_kernel"}),
     "recall, summed scores": (recall("suffix", 4, 1, BF16, "everything", "group"), RECALL),
+    "recall, chunks apart": (
+        fetched("suffix", 2, 1, FP32, "adaptive"),
+        SELECT | UNFOLD - {"add_upper_kernel"} | {"mark_kernel", "d_key_kernel"},
+    ),
     "decode": (decode("two levels", "adaptive"), DECODE),
     "decode, summed scores, many splits": (decode("two levels", "adaptive", "group", splits="a tile each"), DECODE),
     "decode, nothing recalls": (decode("long suffix", "three", recalls=False), ATTEND),

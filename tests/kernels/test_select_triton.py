@@ -13,9 +13,11 @@ if importlib.util.find_spec("triton") is None:
 from tests.kernels.interpreter import DEVICE, compute_like_a_gpu, needs_runs
 from tests.kernels.recall_cases import CASES, SUFFIX_CASES, make_recall, make_rule, random_qkv, recalling
 from tests.kernels.rooms import check_room
-from unfold.kernels.select import SelectRule, select_gists
+from unfold.kernels.select import SelectRule, chosen_gists, select_gists
 from unfold.kernels.select import triton as backend
 from unfold.kernels.select.blocks import block_lists
+from unfold.kernels.unfold import select_to_unfold
+from unfold.kernels.unfold.plan import level_0_gists
 from unfold.model.gist import build_layout, build_recall
 from unfold.model.parallel.division import Division
 from unfold.model.parallel.recall import make_recall_plan
@@ -117,7 +119,11 @@ def test_the_tree_of_a_context_rank():
     q, k = draw(short.queries, 2, 64), draw(short.others.batch, short.others.tokens, 1, 64)
     rule = make_rule("adaptive, small ratio", config, "head")
     assert short.others.batch == 2 and short.queries > 10
-    assert equal(select_gists(q, k, short, rule, backend="triton"), on_cpu(q, k, short, rule))
+    want = on_cpu(q, k, short, rule)
+    assert equal(select_gists(q, k, short, rule, backend="triton"), want)
+    lists, gists = select_to_unfold(q, k, short, rule, backend="triton"), level_0_gists(short)
+    marks = chosen_gists(short, lists, gists)
+    assert torch.equal(marks.cpu(), chosen_gists(short.to("cpu"), want, gists)) and 0 < marks.sum() < marks.numel()
 
 
 @needs_runs

@@ -8,7 +8,7 @@ import torch
 
 from tests import recall_rules
 from tests.kernels.cases import make_layout, together
-from tests.kernels.recall_cases import CASES, RULES, SUFFIX_CASES, make_recall, make_rule, random_qkv, recalling
+from tests.kernels.recall_cases import CASES, RULES, SUFFIX_CASES, check_apart, make_recall, make_rule, random_qkv, recalling
 from tests.kernels.test_select import as_tokens, document_of
 from unfold.kernels.compressed import compressed_attention
 from unfold.kernels.select import SelectRule, select_gists
@@ -92,10 +92,19 @@ def test_patterns_are_bounded_where_little_is_selected(monkeypatch):
     monkeypatch.setattr("unfold.kernels.unfold.cpu.BLOCK", 8)
     monkeypatch.setattr("unfold.kernels.unfold.cpu.LOCAL", 2**12)
     selection = select_gists(recalling(qkv[0], tree), qkv[1], tree, rule)
-    entries = [[piece.hidden.numel() * 2 for piece in p.local] for p in cpu._patterns(tree, selection, 2)]
+    entries = [
+        [piece.hidden.numel() * 2 for piece in p.local] for p in cpu._patterns(tree, selection, 2, tree.others.rows.numel())
+    ]
     assert len(entries) > 3 and all(sum(pieces[:-1]) < 2**12 for pieces in entries)
     for a, b in zip(run("cpu", qkv, d_out, tree, rule)[0], whole):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("name", SUFFIX_CASES)
+def test_chunks_may_stand_apart(name, backend):
+    """What lies apart is read there and gets its gradient there; what was read is the same."""
+    check_apart(name, backend, 6, torch.float64, 1e-12)
 
 
 def test_those_that_do_not_recall_keep_the_compressed_mask():

@@ -9,7 +9,7 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
 from tests.kernels.interpreter import DEVICE, GPU, compute_like_a_gpu, needs_runs
-from tests.kernels.recall_cases import CASES, SUFFIX_CASES, make_recall, make_rule, random_qkv, recalling
+from tests.kernels.recall_cases import CASES, SUFFIX_CASES, check_apart, make_recall, make_rule, random_qkv, recalling
 from unfold.kernels.common.launch import HEAD_DIMS
 from unfold.kernels.common.tiles import Tile
 from unfold.kernels.select import SelectRule, select_gists
@@ -86,7 +86,7 @@ def errors_at_most_twice_plain(attention, qkv, d_out, tree, selection, scale):
 
 def check(name, heads, kv_heads, dim, dtype, tiles=None, scale=0.125, **rule):
     tree, selection, qkv, d_out = case(name, heads, kv_heads, dim, dtype, **rule)
-    ours = lambda q, k, v: backend.unfold_attention_triton(q, k, v, tree, selection, scale, tiles)
+    ours = lambda q, k, v: backend.unfold_attention_triton(q, k, v, tree, selection, scale, tiles=tiles)
     errors_at_most_twice_plain(ours, qkv, d_out, tree, selection, scale)
 
 
@@ -95,6 +95,13 @@ def check(name, heads, kv_heads, dim, dtype, tiles=None, scale=0.125, **rule):
 def test_error_at_most_twice_plain_pytorch(name):
     """Every layout in fp32 (whose bound is the tightest); 16 bits below."""
     check(name, 2, 1, 64, torch.float32)
+
+
+@needs_runs
+@pytest.mark.parametrize("name", ["suffix", pytest.param("suffixes of packed documents", marks=pytest.mark.long)])
+def test_chunks_may_stand_apart(name):
+    """As ranks that share a sequence have what they fetched from others."""
+    check_apart(name, "triton", 64, torch.float32, 1e-5, DEVICE)
 
 
 @needs_runs

@@ -146,6 +146,6 @@ def test_ranks_that_trade_heads_make_the_plans_of_whole_sequences(monkeypatch):
 
 
 def test_ranks_that_exchange_gists():
-    """A layer that recalls has plans of its own selection besides."""
+    """Layers that recall included: where fetched chunks stand is no plan."""
     done = warm.command("tests.model.ahead_ranks", 2)
     assert done.stdout.count("ALIKE") == 2, done.stdout

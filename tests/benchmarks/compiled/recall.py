@@ -84,6 +84,7 @@ def recall_programs(arch: str, dim: int, dtype: str, item_size: int, heads: int,
         made[f"select bound {n}"] = (selecting.bound_kernel, Tile(size * group, n, warps, 3), flags, {})
     light = Tile(1, ITEMS, 4, 3)
     made |= {
+        "select mark": (selecting.mark_kernel, Tile(1, LIST_KEYS, LIST_WARPS, 3), {}, {"p_marks": "*i32"}),
         "turn tally": (turn.tally_kernel, light, {}, {}),
         "turn fold": (turn.fold_kernel, light, {}, {}),
         "turn fill": (turn.fill_kernel, light, dict(SIZE=size), {}),

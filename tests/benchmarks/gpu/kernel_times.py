@@ -163,7 +163,7 @@ def unfold_step(raw: int, recalling: int, tiles: tuple[UnfoldTiles, SelectTiles]
     def step():
         with torch.no_grad():
             lists = unfolding.selecting.select_lists(q, k, tree, rule, size, select_tiles)
-        out = unfolding.unfold_lists(q, k, v, tree, lists, args.dim**-0.5, tiles)
+        out = unfolding.unfold_attention_triton(q, k, v, tree, lists, args.dim**-0.5, tiles=tiles)
         return torch.autograd.grad(out, (q, k, v), d_out)
 
     return step

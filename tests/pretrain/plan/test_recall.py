@@ -17,7 +17,8 @@ from unfold.model.config import GistConfig
 from unfold.model.gist import recalling_tokens
 from unfold.model.gist.recall import build_recall, select_rule
 from unfold.model.parallel.division import Division
-from unfold.model.parallel.recall import make_fetch, make_recall_plan, wanted_chunks
+from unfold.model.parallel.fetch import Asked
+from unfold.model.parallel.recall import make_recall_plan, wanted_chunks
 from unfold.pretrain.command import main
 from unfold.pretrain.config import RunConfig, load_config
 from unfold.pretrain.errors import UserError
@@ -147,8 +148,8 @@ def test_ranks_fetch_what_the_plan_says(suffix):
     plans = [make_recall_plan(tree, division, rank) for rank in range(2)]
     asked = [wanted_chunks(plan, by_chance(plan.short, config.gist, model.heads, model.kv_heads)) for plan in plans]
     last = max(range(2), key=lambda rank: division.spans[rank][-1])  # it has the last tokens, which see most
-    fetch = make_fetch(plans[last], torch.stack(asked), last)
-    assert size.recall.queries == plans[last].short.queries > 0 and size.near == plans[last].kept.length
+    fetch = Asked(plans[last].lacks, plans[last].short, torch.cat(asked)).fetch()
+    assert size.recall.queries == plans[last].short.queries > 0 and size.near == plans[last].short.others.tokens
     assert size.sent == plans[last].exports.exported.shape[1]
     assert size.recall.fetched == pytest.approx(sum(fetch.received), rel=0.05, abs=8)
     forgets = replace(size, recall=None)
