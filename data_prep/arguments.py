@@ -296,6 +296,8 @@ def add_shard_commands(commands) -> None:
     p.add_argument("--max-chars", type=count, default=2000, metavar="N", help=chars_help)
     sizes_help = "show the documents with the gists that a model with these chunk sizes sees, such as 8,4"
     p.add_argument("--chunk-sizes", type=sizes, default=(), metavar="C,..", help=sizes_help)
+    exact_help = "as under gist.word_aware: false, where no chunk grows to where a word starts"
+    p.add_argument("--no-word-aware", dest="word_aware", action="store_false", help=exact_help)
 
     p = commands.add_parser(
         "stats", help="figures of shards", description="Add up shards and show the lengths of their documents."

@@ -220,9 +220,12 @@ def run_inspect(args: argparse.Namespace) -> int:
         raise DataError(f"--documents {args.documents}: needs --tokenizer, to turn ids back into text")
     if args.chunk_sizes and not args.tokenizer:
         raise DataError(f"--chunk-sizes {','.join(map(str, args.chunk_sizes))}: needs --tokenizer, to show text with its gists")
+    if not args.word_aware and not args.chunk_sizes:
+        raise DataError("--no-word-aware: needs --chunk-sizes, to show text with its gists")
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
     documents = 1 if args.documents is None else args.documents
-    for line in describe_shard(clean_prefix(args.prefix), tokenizer, documents, args.max_chars, args.chunk_sizes):
+    gists = args.chunk_sizes, args.word_aware
+    for line in describe_shard(clean_prefix(args.prefix), tokenizer, documents, args.max_chars, *gists):
         print(line)
     return 0
 

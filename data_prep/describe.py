@@ -20,6 +20,7 @@ def describe_shard(
     documents: int = 0,
     max_chars: int = 0,
     chunk_sizes: Sequence[int] = (),
+    word_aware: bool = True,
 ) -> Iterator[str]:
     """Yield the lines that `inspect` prints.
 
@@ -28,6 +29,7 @@ def describe_shard(
         documents: how many documents to show.
         max_chars: cut each after so many characters; 0 shows all.
         chunk_sizes: put the gists of these sizes in as `<gist0>`, `<gist1>`, ..; none: leave them out.
+        word_aware: whether chunks grow to where a word starts.
 
     Raises:
         DataError: the shard is damaged, or of another tokenizer; chunk sizes that cannot be.
@@ -54,12 +56,12 @@ def describe_shard(
         for i in range(min(documents, info.documents)):
             yield ""
             yield f"--- document {i}, {lengths[i]:,} tokens"
-            text = marked_text(shard, i, tokenizer, chunk_sizes)
+            text = marked_text(shard, i, tokenizer, chunk_sizes, word_aware)
             cut = bool(max_chars) and len(text) > max_chars
             yield f"{text[:max_chars]}\n[.. {len(text) - max_chars:,} more characters]" if cut else text
 
 
-def marked_text(shard: Shard, i: int, tokenizer: Tokenizer, chunk_sizes: Sequence[int] = ()) -> str:
+def marked_text(shard: Shard, i: int, tokenizer: Tokenizer, chunk_sizes: Sequence[int] = (), word_aware: bool = True) -> str:
     """Document i as text, without its end-of-document id.
 
     Of a supervised shard `[context ends]` and `[answer]`..`[/answer]` are put in, before each part of a linked context
@@ -67,7 +69,8 @@ def marked_text(shard: Shard, i: int, tokenizer: Tokenizer, chunk_sizes: Sequenc
     """
     ids, spans = shard.document(i), shard.spans
     edges = spans[i : i + 1].edges.tolist() if spans else []
-    marks = gist_marks(ids, int(spans.context[i]) if spans else -1, edges, tokenizer, chunk_sizes) if chunk_sizes else []
+    context = int(spans.context[i]) if spans else -1
+    marks = gist_marks(ids, context, edges, tokenizer, chunk_sizes, word_aware) if chunk_sizes else []
     if spans:
         marks += [(edge, f"[document {j}]") for j, edge in enumerate(edges[:-1], 1)]
         marks.append((int(spans.context[i]), "[context ends]"))
@@ -81,7 +84,12 @@ def marked_text(shard: Shard, i: int, tokenizer: Tokenizer, chunk_sizes: Sequenc
 
 
 def gist_marks(
-    ids: np.ndarray, context: int, edges: Sequence[int], tokenizer: Tokenizer, chunk_sizes: Sequence[int]
+    ids: np.ndarray,
+    context: int,
+    edges: Sequence[int],
+    tokenizer: Tokenizer,
+    chunk_sizes: Sequence[int],
+    word_aware: bool,
 ) -> list[tuple[int, str]]:
     """(raw tokens before it, its name) of each gist that a model with these chunk sizes would see in a document.
 
@@ -91,7 +99,7 @@ def gist_marks(
     from unfold.model.gist import Bundle, GistConfig, interleave
 
     try:
-        config = GistConfig(tuple(chunk_sizes), links=0)  # links stand for no text of a shard
+        config = GistConfig(tuple(chunk_sizes), links=0, word_aware=word_aware)  # links stand for no text of a shard
     except ValueError as e:
         raise DataError(f"--chunk-sizes: {e}") from None
     levels = range(config.levels)

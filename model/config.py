@@ -59,6 +59,10 @@ class GistConfig(Settings):
     chunk_sizes: tuple[int, ...] = option((8, 4), "raw tokens per level-0 gist, level-0 gists per level-1 gist, ..")
     sink: Natural = option(3, "first raw tokens of a document that every later token sees")
     n_prev: Natural = option(1, "closed neighbour groups that stay visible at every level")
+    word_aware: bool = option(
+        True,
+        "a chunk whose end falls within a word grows by up to half to where the next one starts; false: exactly c0 tokens each",
+    )
     recall: Literal["none", "suffix", "all"] = option(
         "none", "which raw tokens unfold chunks: none | suffix (those after the closed context) | all"
     )

@@ -219,7 +219,11 @@ def main(argv: Sequence[str] | None = None, name: str = NAME, programs: Mapping[
     try:
         check_flags(args)
         for piece in COMMANDS[args.command](args):
-            print(piece, end="", flush=True)
+            try:
+                print(piece, end="", flush=True)
+            except BrokenPipeError:  # the reader of our output has gone: nothing to report to
+                sys.stdout = open(os.devnull, "w")
+                return 0
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":  # all ranks meet the same error; one tells it
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -231,4 +235,6 @@ def main(argv: Sequence[str] | None = None, name: str = NAME, programs: Mapping[
 
 def run(argv: Sequence[str] | None = None, name: str = NAME, programs: Mapping[str, str] | None = None) -> NoReturn:
     """Run a command as the whole of this process."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to lose a text
     sys.exit(main(argv, name, programs))

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,11 +14,22 @@ from unfold.data_prep.format.text import encodable, read_text
 from unfold.pretrain.config.sizes import check_levels, parse_sizes
 from unfold.pretrain.data.chat import add_chat_arguments, load_bos, load_chat, put_question, shown_prompt
 from unfold.pretrain.errors import UserError
-from unfold.pretrain.parts import add_document_arguments, check_documents, link_ids_of, open_store, refused, shown_documents
+from unfold.pretrain.parts import (
+    add_document_arguments,
+    check_documents,
+    check_fit,
+    link_ids_of,
+    open_store,
+    refused,
+    shown_documents,
+)
 
 if TYPE_CHECKING:
     from unfold.model.config import GistConfig
     from unfold.model.decode.cost import Recorder
+
+# What a model's generation_config.json may ask for, and the command line does not: tokens are chosen as from a run.
+AS_ASKED = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -139,6 +150,7 @@ def _from_run(args: Namespace, prompts: list[str]) -> Iterator[tuple[int, str]]:
     put = [put_question(encode, chat, bos, context, prompt) for prompt in prompts]
     if not all(encode(prompt) for prompt in prompts):
         raise UserError(f"{'--prompt' if args.prompt else '--prompt-file'}: has no token; give some text")
+    _note_spelled(args, prompts, info.control())
     documents = [encode(text) for text in texts]
     if args.show_prompt:
         show = lambda ids: tokenizer.decode(ids, skip_special_tokens=False)
@@ -158,18 +170,20 @@ def _from_run(args: Namespace, prompts: list[str]) -> Iterator[tuple[int, str]]:
     if gist is None and (texts or args.raw_cache == "host"):
         flag, instead = ("--document", "give the texts as one --context-file") if texts else ("--raw-cache host", "leave it out")
         raise UserError(f"{flag}: {args.run_dir} was trained with dense attention, without gists; {instead}")
+    links = link_ids_of(info, gist) if texts else ()
+    length = check_fit(args, documents, len(put[0][0]) + len(links) * len(documents), run.config.model.max_position)
+    _note_length(args, length + max(len(question) for _, question in put), run.config.model.max_position)
     from unfold.model.decode.cost import Recorder  # heavy libraries only after the arguments are checked
     from unfold.model.decode.generation import Decoder
     from unfold.model.decode.text import stream_text
 
-    grow, links = args.grow or context is None, link_ids_of(info, gist) if texts else ()
-    how = dict(grow=grow, link_ids=links, raw_cache=args.raw_cache, capture=not args.eager)
+    how = dict(grow=args.grow or context is None, link_ids=links, raw_cache=args.raw_cache, capture=not args.eager)
     decoder = Decoder(load_model(run), gist, info.reserved_ids, info.word_starts, **how)
     store = open_store(decoder, args) if texts else None
     recorder = Recorder(decoder.device)
     with recorder.reading():
         if store:
-            with refused(args.document, documents):
+            with refused(args):
                 first = decoder.join([store.get(tokens) for tokens in documents], put[0][0])
         else:
             first = decoder.start()
@@ -199,6 +213,24 @@ def _with_sizes(args: Namespace, gist: GistConfig | None, gist_ids: int) -> Gist
         raise UserError(f"--chunk-sizes {args.chunk_sizes}: {error}") from None
 
 
+def _note_spelled(args: Namespace, prompts: Iterable[str], control: Iterable[str]) -> None:
+    """Say on stderr that control tokens in a prompt, as of a chat that was written by hand, are read as text."""
+    if spelled := [name for name in control if any(name in prompt for prompt in prompts)]:
+        flag = "--prompt" if args.prompt else "--prompt-file"
+        print(f"note: {flag}: {', '.join(spelled)} is read as text; --chat writes a chat's control tokens", file=sys.stderr)
+
+
+def _note_length(args: Namespace, length: int, most: int) -> None:
+    """Say on stderr where a text of so many tokens is, or grows, longer than the model is meant for."""
+    if length + args.max_new_tokens > most:
+        print(
+            f"note: {length} tokens and up to {args.max_new_tokens} new ones, but the model is meant for {most} "
+            "(model.max_position); what it writes beyond them is hardly of use",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
 def _tell(args: Namespace, recorder: Recorder, mode: str) -> None:
     if args.stats:
         print(f"\n{mode}: {recorder.describe()}", file=sys.stderr)
@@ -209,13 +241,14 @@ def _from_export(args: Namespace, prompts: list[str]) -> Iterator[tuple[int, str
     if not (directory / "config.json").is_file():
         raise UserError(f"--model {directory}: is not an exported model (it has no config.json)")
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
     from unfold.model.decode.cost import Recorder
+    from unfold.pretrain.hf.reload import reload_model, reload_tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    encode: Callable[[str], list[int]] = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
+    tokenizer = reload_tokenizer(directory)
+    plain = dict(add_special_tokens=False, split_special_tokens=True)  # a control token that a text spells stays text
+    encode: Callable[[str], list[int]] = lambda text: tokenizer(text, **plain)["input_ids"]
+    _note_spelled(args, prompts, [t.content for t in tokenizer.added_tokens_decoder.values() if t.special])
     info = _tokenizer_of_export(directory, tokenizer)
     chat, bos = load_chat(args, info), load_bos(args, info)
     put = [put_question(encode, chat, bos, None, prompt)[1] for prompt in prompts]
@@ -223,17 +256,18 @@ def _from_export(args: Namespace, prompts: list[str]) -> Iterator[tuple[int, str
         show = lambda ids: tokenizer.decode(ids, skip_special_tokens=False)
         yield from ((n, "\n".join(shown_prompt(show, (), ids, "is read without gists"))) for n, ids in enumerate(put))
         return
-    logging.disable_progress_bar()  # it would stand in the middle of the text
-    model = AutoModelForCausalLM.from_pretrained(directory)
+    model = reload_model(directory)
+    _note_length(args, max(map(len, put)), model.config.max_position_embeddings)
     torch.manual_seed(sampling.seed)
-    how = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p} if sampling.temperature else {}
-    how = {"max_new_tokens": sampling.max_new_tokens, **(how or {"do_sample": False})}
+    how = {"max_new_tokens": sampling.max_new_tokens, "do_sample": sampling.temperature > 0, **AS_ASKED}
+    if sampling.temperature:  # transformers would choose among the 50 likeliest
+        how |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
     if args.stop:
         how |= {"stop_strings": args.stop, "tokenizer": tokenizer}
     recorder = Recorder(model.device)
     for number, ids in enumerate(put):
         recorder.begin()
-        inputs = torch.tensor([ids])
+        inputs = torch.tensor([ids], device=model.device)
         out = model.generate(input_ids=inputs, attention_mask=torch.ones_like(inputs), **how, streamer=_Ticks(recorder))
         text = tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
         ends = [at for at in (text.find(stop) for stop in args.stop) if at >= 0]

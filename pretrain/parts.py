@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
@@ -84,25 +85,49 @@ def link_ids_of(tokenizer: RunTokenizer, gist: GistConfig) -> tuple[int, ...]:
 
 
 def open_store(decoder: Decoder, args: Namespace) -> PartStore:
-    """The store that the flags describe. Raises UserError where its directory cannot be made."""
+    """The store that the flags describe. Raises UserError where its directory cannot be made or written to."""
     from unfold.model.decode.store import PartStore
 
+    directory = args.document_cache
     try:
-        return PartStore(decoder, int(args.document_cache_gib * GIB), args.document_cache)
+        store = PartStore(decoder, int(args.document_cache_gib * GIB), directory)
     except OSError as error:
-        raise UserError(f"--document-cache {args.document_cache}: cannot be used ({error})") from None
+        raise UserError(f"--document-cache {directory}: cannot be used ({error})") from None
+    if directory and not os.access(directory, os.W_OK | os.X_OK):
+        raise UserError(f"--document-cache {directory}: cannot be written to; name a directory of your own, or leave it out")
+    return store
+
+
+def check_fit(args: Namespace, documents: Sequence[Sequence[int]], others: int, most: int) -> int:
+    """Tokens that stand before a question. Raises UserError for a document that is empty, and for more than can be joined.
+
+    Args:
+        documents: tokens of each --document.
+        others: tokens of what stands around them.
+        most: positions that the model is meant for.
+    """
+    for path, tokens in zip(args.document, documents):
+        if not tokens:
+            raise UserError(f"--document {path}: has no token; leave it out")
+    length = others + sum(map(len, documents))
+    if documents and length > most:
+        path, tokens = max(zip(args.document, documents), key=lambda pair: len(pair[1]))
+        raise UserError(
+            f"--document: {len(documents)} of them take {length} tokens with prefix and links, but the model is meant for {most} "
+            f"(model.max_position); give fewer or shorter ones ({path} has {len(tokens)})"
+        )
+    return length
 
 
 @contextmanager
-def refused(names: Sequence[object], documents: Sequence[Sequence[int]]) -> Iterator[None]:
-    """Around the reading and joining of documents: what is wrong with them as a UserError. names: what the user calls them by."""
-    for name, tokens in zip(names, documents):
-        if not tokens:
-            raise UserError(f"--document {name}: has no token; leave it out")
+def refused(args: Namespace) -> Iterator[None]:
+    """Around the reading and joining of documents: what is wrong with them as a UserError."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         raise UserError(f"--document: {error}") from None
+    except OSError as error:
+        raise UserError(f"--document-cache {args.document_cache}: {error}; make room or leave it out") from None
 
 
 def shown_documents(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 
-def insert_gists(ids, doc_lengths, word_starts, chunk_sizes, sink, gist_ids, close=False):
+def insert_gists(ids, doc_lengths, word_starts, chunk_sizes, sink, gist_ids, close=False, word_aware=True):
     """docs/method.md#where-gists-go, token by token. Returns lists (ids, level, doc, position)."""
     out = []
     begin = 0
@@ -17,7 +17,7 @@ def insert_gists(ids, doc_lengths, word_starts, chunk_sizes, sink, gist_ids, clo
         for i, token in enumerate(tokens):
             out.append((token, -1, doc, i))
             gists_since[0] += 1
-            if not _closes(tokens, i + 1, chunk_start, chunk_sizes[0], word_starts):
+            if not _closes(tokens, i + 1, chunk_start, chunk_sizes[0], word_starts, word_aware):
                 continue
             chunk_start = i + 1
             for level in range(len(chunk_sizes)):
@@ -38,11 +38,11 @@ def insert_gists(ids, doc_lengths, word_starts, chunk_sizes, sink, gist_ids, clo
     return [list(column) for column in zip(*out)] if out else [[], [], [], []]
 
 
-def _closes(tokens, seen, chunk_start, size, word_starts):
+def _closes(tokens, seen, chunk_start, size, word_starts, word_aware):
     """Whether the chunk that began at ``chunk_start`` closes after ``seen`` tokens of the document."""
     due = chunk_start + size
-    if seen < due:
-        return False
+    if seen < due or not word_aware:
+        return seen == due
     places = [p for p in range(due, due + size // 2 + 1) if p < len(tokens) and word_starts[tokens[p]]]
     return seen == (places[0] if places else due)
 
@@ -71,7 +71,7 @@ def visible(level, doc, levels, sink, n_prev, own_group=False):
     return mask
 
 
-def insert_bundle(ids, prefix, parts, word_starts, chunk_sizes, sink, gist_ids, link_ids):
+def insert_bundle(ids, prefix, parts, word_starts, chunk_sizes, sink, gist_ids, link_ids, word_aware=True):
     """docs/method.md#linked-contexts for one bundle. Returns lists (ids, level, position, role, part)."""
     out, at, position = [], 0, 0
 
@@ -84,7 +84,7 @@ def insert_bundle(ids, prefix, parts, word_starts, chunk_sizes, sink, gist_ids, 
     plain(ids[:prefix], "prefix", 0)
     at = prefix
     for j, length in enumerate(parts, 1):
-        made = insert_gists(ids[at : at + length], [length], word_starts, chunk_sizes, sink, gist_ids, close=True)
+        made = insert_gists(ids[at : at + length], [length], word_starts, chunk_sizes, sink, gist_ids, True, word_aware)
         for token, level, _, within in zip(*made):
             out.append((token, level, position + within, "part", j))
         position += length

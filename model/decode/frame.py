@@ -161,8 +161,8 @@ class Frame:
             state.items[number, at] = torch.cat([torch.stack([v[kind].segment, v[kind].number], 1) for v in views])
         state.sink[at] = torch.tensor([tokens.sight.sink for tokens in batch]).repeat_interleave(torch.tensor(count))
         state.moves[at], state.draw[0] = 1, draw
-        ends = torch.tensor(count).cumsum(0) - 1
-        state.last[[n for n, _, _ in new]] = torch.tensor(at)[ends]
+        last = torch.tensor(count).cumsum(0) - torch.tensor([len(ids) - tokens.last_raw for _, tokens, ids in new])
+        state.last[[n for n, _, _ in new]] = torch.tensor(at)[last]
         if alone:
             for begins, kind in zip(state.begins, self.windows):
                 begins[at] = torch.stack([t.cache.begins(kind, t.sight.position + torch.arange(AHEAD + 1)) for t in batch])

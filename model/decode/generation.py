@@ -31,7 +31,7 @@ class Decoder:
         model: on one rank, in eval mode.
         gist: how contexts are folded and who recalls; None for a dense model.
         gist_ids: every gist id of the vocabulary, level 0 first; none of them is ever emitted.
-        word_starts: [vocab] bool.
+        word_starts: [vocab] bool; None where nothing asks for it: for a dense model, or without ``gist.word_aware``.
         grow: whether suffixes and generated text get gists as their chunks close; else a suffix, and what is generated
             after it, is one open chunk whose tokens see one another.
         link_ids: of the links of one part, in order; empty: parts are joined without links.
@@ -46,7 +46,7 @@ class Decoder:
         model: Transformer,
         gist: GistConfig | None,
         gist_ids: Sequence[int],
-        word_starts: np.ndarray,
+        word_starts: np.ndarray | None,
         grow: bool = False,
         link_ids: Sequence[int] = (),
         raw_cache: str = "device",
@@ -58,6 +58,7 @@ class Decoder:
             raise ValueError("raw_cache: 'host', but a dense model reads every raw token at every step; use 'device'")
         self.model, self.gist, self.gist_ids = model, gist, list(gist_ids)
         self.word_starts, self.grow = word_starts, grow
+        self.vocabulary = model.config.vocab_size if word_starts is None else len(word_starts)
         self.link_ids, self.raw_on_host = list(link_ids), raw_cache == "host"
         self.rule = select_rule(gist) if gist and gist.recall != "none" else None
         self.first = gist.recall_from if gist else 1  # layer that recalls
@@ -209,9 +210,8 @@ class Decoder:
             feed = self.feed_pending(sequence)
             sequence.take(feed)
             batch.append(NewTokens(sequence.cache, sequence.cache.outline.append(feed.level, feed.recalls)))
-            # A feed that a step reads ends with the token that was chosen last.
+            last.append(len(ids) + batch[-1].last_raw)
             ids += feed.ids
-            last.append(len(ids) - 1)
         position = torch.cat([new.sight.position for new in batch])
         hidden = self._run(ids, position, StepAttention(batch, self.rule, self.first))
         for sequence, logits in zip(sequences, self.model.head_logits(hidden[last])):
@@ -257,5 +257,5 @@ class Decoder:
 
     def _check_tokens(self, tokens: Sequence[int]) -> None:
         for token in tokens:
-            if not 0 <= token < len(self.word_starts):
-                raise ValueError(f"tokens: id {token} is outside the vocabulary of {len(self.word_starts)} pieces")
+            if not 0 <= token < self.vocabulary:
+                raise ValueError(f"tokens: id {token} is outside the vocabulary of {self.vocabulary} pieces")

@@ -21,13 +21,16 @@ OF_RECALL = {"recall", "topk", "top_p", "budget_ratio", "share", "unfold_all", "
 
 
 def identity_of(
-    model: nn.Module, config: ModelConfig, gist: GistConfig, gist_ids: Sequence[int], word_starts: np.ndarray
+    model: nn.Module, config: ModelConfig, gist: GistConfig, gist_ids: Sequence[int], word_starts: np.ndarray | None
 ) -> Identity:
     """Of a model on one rank. gist_ids: those of its levels."""
     left_out = OTHERS if gist.recall == "all" else OTHERS | OF_RECALL
+    if gist.word_aware:  # told by the bitmap, as in parts from before there was a choice
+        left_out = left_out | {"word_aware"}
     folding = {name: value for name, value in asdict(gist).items() if name not in left_out}
-    words = np.packbits(np.asarray(word_starts, bool)).tobytes()
-    return Identity.of(model.named_parameters(), (asdict(config), folding), (words, len(word_starts), list(gist_ids)))
+    starts = np.asarray(word_starts if gist.word_aware else (), bool)
+    words = np.packbits(starts).tobytes()
+    return Identity.of(model.named_parameters(), (asdict(config), folding), (words, len(starts), list(gist_ids)))
 
 
 def part_of(identity: Identity, ids: Sequence[int], cache: SequenceCache) -> Part:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -19,12 +20,23 @@ class Sampling:
         temperature: 0 picks the likeliest token.
         top_p: sample from the smallest set of tokens whose probabilities reach it.
         seed: of the sampling; the n-th sequence of a batch draws as one alone with ``seed + n``.
+
+    Raises:
+        ValueError: a number is outside its range.
     """
 
     max_new_tokens: int = 64
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+
+    def __post_init__(self):
+        if self.max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens: {self.max_new_tokens} is below 0")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature: {self.temperature} is not a number from 0 on; 0 picks the likeliest token")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: {self.top_p} is not in (0, 1]; 1 samples from all tokens")
 
 
 class Draws:

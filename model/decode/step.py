@@ -26,6 +26,12 @@ class NewTokens:
     cache: SequenceCache
     sight: Sight
 
+    @property
+    def last_raw(self) -> int:
+        """Which of the tokens is the last raw one, after which the next token is chosen; gists may follow it."""
+        segment = self.sight.segment.tolist()
+        return len(segment) - 1 - segment[::-1].index(len(self.sight.lo) - 1)
+
 
 def step_of(caches: Sequence[SequenceCache], sights: Sequence[Sight]) -> Step:
     """The new tokens of some sequences, one after another, in layers of one kind. sights: of each sequence's tokens there."""

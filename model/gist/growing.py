@@ -36,7 +36,13 @@ class Folding(Protocol):
     sink: int
     n_prev: int
     own_group: bool
+    word_aware: bool
     levels: int
+
+
+NEEDS_WORD_STARTS = (
+    "word_starts: None, but chunks grow to where a word starts; give the bitmap of the vocabulary, or set gist.word_aware: false"
+)
 
 
 @dataclass(frozen=True)
@@ -83,14 +89,17 @@ class GistPlacement:
     A chunk that is due may still grow to where a word starts, so its gist is placed only when the next token is known.
     If ``c0 // 2`` tokens later no word has started, the chunk closes where it was due: those tokens, which were read
     without the gist, are taken off and read again. So a whole text has its gists where ``interleave`` puts them.
+    Without ``folding.word_aware`` a chunk never grows: its gist comes at once after its last token, and nothing is read again.
 
     Args:
-        folding: chunk sizes and sink.
-        word_starts: [vocab] bool, whether a piece starts a word.
+        folding: chunk sizes, sink and whether chunks grow to where a word starts.
+        word_starts: [vocab] bool, whether a piece starts a word; may be None without ``folding.word_aware``.
         gist_ids: one vocabulary id per gist level.
     """
 
-    def __init__(self, folding: Folding, word_starts: Sequence[bool], gist_ids: Sequence[int]):
+    def __init__(self, folding: Folding, word_starts: Sequence[bool] | None, gist_ids: Sequence[int]):
+        if folding.word_aware and word_starts is None:
+            raise ValueError(NEEDS_WORD_STARTS)
         if len(gist_ids) != folding.levels:
             raise ValueError(f"gist_ids: {len(gist_ids)} ids for {folding.levels} gist levels; give one id per level")
         self.folding, self.word_starts, self.gist_ids = folding, word_starts, list(gist_ids)
@@ -126,8 +135,10 @@ class GistPlacement:
 
     @property
     def certain(self) -> bool:
-        """Whether the next token stands in the open chunk whatever it is: its feed is that token alone."""
-        return len(self.chunk) < self.sinks_left + self.folding.chunk_sizes[0]
+        """Whether the next token stands in the open chunk whatever it is: its feed is that token alone, without a gist."""
+        with_it = len(self.chunk) + 1
+        due = self.sinks_left + self.folding.chunk_sizes[0]
+        return with_it <= due if self.folding.word_aware else with_it < due
 
     def leave(self, tokens: Sequence[int], recalls: bool = False) -> Feed:
         """Append raw tokens to the open chunk without gists: a suffix."""
@@ -141,6 +152,8 @@ class GistPlacement:
         due = begin + self.sinks_left + size
         if due > len(known):
             return None
+        if not self.folding.word_aware:
+            return due
         for end in range(due, due + size // 2 + 1):
             if end == len(known):
                 return due if close else None

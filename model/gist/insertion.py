@@ -9,6 +9,7 @@ import numba
 import numpy as np
 
 from unfold.model.config import GistConfig
+from unfold.model.gist.growing import NEEDS_WORD_STARTS
 from unfold.model.gist.linked import Bundle, Role, linked_runs
 
 
@@ -57,7 +58,7 @@ def max_interleaved_length(raw_tokens: int, chunk_sizes: Sequence[int], closed: 
 def interleave(
     ids: np.ndarray,
     doc_lengths: Sequence[int],
-    word_starts: np.ndarray,
+    word_starts: np.ndarray | None,
     config: GistConfig,
     gist_ids: Sequence[int],
     close: bool = False,
@@ -70,8 +71,8 @@ def interleave(
     Args:
         ids: [R] int64, raw tokens of the documents, back to back.
         doc_lengths: raw tokens of each document; they sum to R.
-        word_starts: [vocab] bool, whether a piece starts a word.
-        config: chunk sizes and sink.
+        word_starts: [vocab] bool, whether a piece starts a word; not looked at, and may be None, without ``config.word_aware``.
+        config: chunk sizes, sink and whether chunks grow to where a word starts.
         gist_ids: one vocabulary id per gist level.
         close: give the end of every document a gist at each level that was not just closed (a context before its question).
         contexts: raw tokens of each document that are a context: it is closed, and what follows is a suffix without gists;
@@ -85,11 +86,10 @@ def interleave(
 
     Raises:
         ValueError: lengths that do not sum to R, a context or bundle longer than its document, a wrong number of gist or
-            link ids, or a token outside ``word_starts``.
+            link ids, a token outside ``word_starts``, or no ``word_starts`` where they are needed.
     """
     ids = np.ascontiguousarray(ids, dtype=np.int64)
     lengths = np.asarray(doc_lengths, dtype=np.int64)
-    starts = np.ascontiguousarray(word_starts, dtype=np.bool_)
     levels = len(config.chunk_sizes)
     if lengths.sum() != len(ids) or (lengths < 0).any():
         raise ValueError(f"doc_lengths: they sum to {lengths.sum()}, the sample has {len(ids)} tokens")
@@ -99,9 +99,7 @@ def interleave(
     ends, closes = np.where(context < 0, lengths, context), close | (context >= 0)
     if len(gist_ids) != levels:
         raise ValueError(f"gist_ids: {len(gist_ids)} ids for {levels} gist levels; give one id per level")
-    if len(ids) and not 0 <= ids.min() <= ids.max() < len(starts):
-        bad = ids.max() if ids.max() >= len(starts) else ids.min()
-        raise ValueError(f"ids: token id {bad} is outside the vocabulary of {len(starts)} pieces")
+    starts = _checked_starts(ids, word_starts, config)
     if bundles is None or not any(bundles):
         return _fill(ids, lengths, ends, closes, starts, config, gist_ids)
     if len(link_ids) != config.links:
@@ -111,6 +109,18 @@ def interleave(
     doc, origin, role, part = (x[made.doc] for x in (runs.doc, runs.origin, runs.role, runs.part))
     narrow = lambda x: x.astype(np.int32)
     return Interleaved(made.ids, made.level, narrow(doc), made.position + origin, narrow(role), narrow(part))
+
+
+def _checked_starts(ids: np.ndarray, word_starts: np.ndarray | None, config: GistConfig) -> np.ndarray:
+    """Where words start, [vocab] bool, or nothing where nobody asks. Raises ValueError as :func:`interleave` does."""
+    if config.word_aware and word_starts is None:
+        raise ValueError(NEEDS_WORD_STARTS)
+    starts = np.ascontiguousarray(() if word_starts is None else word_starts, dtype=np.bool_)
+    vocabulary = np.inf if word_starts is None else len(starts)
+    if len(ids) and not 0 <= ids.min() <= ids.max() < vocabulary:
+        bad = ids.max() if ids.max() >= vocabulary else ids.min()
+        raise ValueError(f"ids: token id {bad} is outside the vocabulary{f' of {len(starts)} pieces' if len(starts) else ''}")
+    return starts
 
 
 def without_gists(ids: np.ndarray, doc_lengths: Sequence[int], bundles: Sequence[Bundle | None] | None = None) -> Interleaved:
@@ -142,6 +152,7 @@ def _fill(
         ends,
         closes,
         starts,
+        config.chunk_sizes[0] // 2 if config.word_aware else 0,
         np.asarray(config.chunk_sizes, np.int64),
         config.sink,
         np.asarray(gist_ids, np.int64),
@@ -154,19 +165,24 @@ def _fill(
 
 
 @numba.njit(cache=True, nogil=True)
-def _chunk_end(ids, starts, begin, stop, size):
-    """Where a chunk that begins at ``begin`` closes, given the document's end ``stop``; ``stop + 1`` when cut short."""
+def _chunk_end(ids, starts, growth, begin, stop, size):
+    """Where a chunk that begins at ``begin`` closes, given the document's end ``stop``; ``stop + 1`` when cut short.
+
+    growth: by how much it may grow; without any, word starts are not read.
+    """
     due = begin + size
     if due > stop:
         return stop + 1
-    for end in range(due, min(due + size // 2, stop - 1) + 1):
+    if growth == 0:
+        return due
+    for end in range(due, min(due + growth, stop - 1) + 1):
         if starts[ids[end]]:
             return end
     return due
 
 
 @numba.njit(cache=True, nogil=True)
-def _interleave(ids, lengths, ends, closes, starts, sizes, sink, gist_ids, out_ids, out_level, out_doc, out_position):
+def _interleave(ids, lengths, ends, closes, starts, growth, sizes, sink, gist_ids, out_ids, out_level, out_doc, out_position):
     """Fill the output arrays; returns the interleaved length. One pass over the tokens, for any number of levels.
 
     ends: where, in tokens of the document, its gists end; what follows is a suffix. closes: whether all is closed there.
@@ -178,7 +194,7 @@ def _interleave(ids, lengths, ends, closes, starts, sizes, sink, gist_ids, out_i
     for doc in range(len(lengths)):
         stop = first + ends[doc]
         open_gists[:] = 0
-        end = _chunk_end(ids, starts, first + sink, stop, sizes[0])
+        end = _chunk_end(ids, starts, growth, first + sink, stop, sizes[0])
         chunk_empty = True
         for i in range(first, stop):
             out_ids[at], out_level[at], out_doc[at], out_position[at] = ids[i], -1, doc, i - first
@@ -197,7 +213,7 @@ def _interleave(ids, lengths, ends, closes, starts, sizes, sink, gist_ids, out_i
                 if open_gists[level] < sizes[level]:
                     break
                 open_gists[level] = 0
-            end = _chunk_end(ids, starts, end, stop, sizes[0])
+            end = _chunk_end(ids, starts, growth, end, stop, sizes[0])
             chunk_empty = True
         if closes[doc] and stop > first:
             for level in range(levels):

@@ -112,13 +112,19 @@ class Part:
         return replace(self, rows=(*(rows.to(device) for rows in gists), raw))
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file, whole or not at all."""
+        """Write a safetensors file, whole or not at all. Raises OSError where it cannot be written."""
         path = Path(path)
         tensors = {f"rows.{s}": rows.contiguous() for s, rows in enumerate(self.rows)}
         tensors |= {f"ends.{s}": ends for s, ends in enumerate(self.shape.ends)} | {"ids": torch.tensor(self.ids)}
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        save_file(tensors, partial, {"format": FORMAT, "model": self.identity.model, "tokenizer": self.identity.tokenizer})
-        os.replace(partial, path)
+        said = {"format": FORMAT, "model": self.identity.model, "tokenizer": self.identity.tokenizer}
+        try:
+            save_file(tensors, partial, said)
+            os.replace(partial, path)
+        except SafetensorError as error:  # a full disk, a directory that is gone
+            raise OSError(f"part {path}: cannot be written ({error})") from None
+        finally:
+            partial.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path, identity: Identity) -> Part:

@@ -26,7 +26,10 @@ def identity_of(model) -> Identity:
     settings = GistSettings.of(model.config)
     names = (*READING, *RECALLING) if settings.recall == "all" else READING
     how = [(name, getattr(settings, name)) for name in names] + [(name, getattr(model.config, name, None)) for name in SHAPE]
-    return Identity.of(model.named_parameters(), how, (settings.word_starts, settings.token_ids))
+    words = settings.word_starts
+    if not settings.word_aware:  # else told by the bitmap, as in parts from before there was a choice
+        how, words = [*how, ("word_aware", False)], ""
+    return Identity.of(model.named_parameters(), how, (words, settings.token_ids))
 
 
 def part_of(identity: Identity, ids: list[int], sequence: GistSequence) -> Part:

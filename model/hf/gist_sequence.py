@@ -25,13 +25,15 @@ class GistSettings:
         chunk_sizes: raw tokens per level-0 gist, level-0 gists per level-1 gist, ..
         token_ids: vocabulary id of each gist level; an entry may have more of them, for choices with more levels.
         reserved_ids: every id of the vocabulary of a gist or link; none of them is ever generated.
-        word_starts: for each vocabulary id whether it starts a word: base64 of the zlib-compressed bitmap, lowest bit first.
+        word_starts: for each vocabulary id whether it starts a word: base64 of the zlib-compressed bitmap, lowest bit first;
+            not looked at, and empty where the entry has none, without word_aware.
         sink: first raw tokens that all later tokens see.
         n_prev: closed neighbour groups that stay visible at every level.
         recall: which raw tokens unfold chunks: none | suffix | all.
         topk, top_p, budget_ratio: gists selected per level and head; the adaptive budget where the first two are None.
         share: head (each query head selects, its KV group reads the union) | group (one selection by summed scores).
         own_group: whether of the level below it a gist sees its own group alone.
+        word_aware: whether chunks grow to where a word starts.
         recall_from: first layer in which tokens recall.
         unfold_all: whether they unfold everything before them, whatever the budget is.
         links, link_ids: how many link tokens a part of a linked context has, and their ids; none where the vocabulary has none.
@@ -51,6 +53,7 @@ class GistSettings:
     budget_ratio: int | None = None
     share: str = "head"
     own_group: bool = False
+    word_aware: bool = True
     recall_from: int = 1
     unfold_all: bool = False
     links: int = 0
@@ -70,7 +73,8 @@ class GistSettings:
         if not isinstance(entry, dict):
             raise ValueError(f"config.gist: {entry!r}; gist attention needs the entry that an export writes")
         known = {f.name for f in fields(cls)}
-        missing = {"chunk_sizes", "token_ids", "reserved_ids", "word_starts"} - entry.keys()
+        needed = {"chunk_sizes", "token_ids", "reserved_ids"} | ({"word_starts"} if entry.get("word_aware", True) else set())
+        missing = needed - entry.keys()
         if missing or entry.keys() - known:
             raise ValueError(f"config.gist: lacks {sorted(missing)}, has unknown {sorted(entry.keys() - known)}; export again")
         ids, sizes = entry["token_ids"], entry["chunk_sizes"] if chunk_sizes is None else list(chunk_sizes)
@@ -79,7 +83,7 @@ class GistSettings:
             raise ValueError(f"{where}: chunk_sizes {sizes!r}; expected whole numbers above 0, one per level, such as [8, 4]")
         if len(ids) < len(sizes):
             raise ValueError(f"{where}: {len(ids)} token_ids for {len(sizes)} chunk_sizes; one per level")
-        entry = {**entry, "chunk_sizes": sizes, "token_ids": ids[: len(sizes)]}
+        entry = {"word_starts": "", **entry, "chunk_sizes": sizes, "token_ids": ids[: len(sizes)]}
         settings = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()})
         for name, allowed in (("recall", ("none", "suffix", "all")), ("share", ("head", "group"))):
             if getattr(settings, name) not in allowed:
@@ -161,7 +165,8 @@ class GistSequence:
 
     def __init__(self, settings: GistSettings, device: torch.device, outline: Outline | None = None):
         self.settings, self.device = settings, device
-        self.placement = GistPlacement(settings, unpack_word_starts(settings.word_starts), settings.token_ids)
+        starts = unpack_word_starts(settings.word_starts) if settings.word_aware else None
+        self.placement = GistPlacement(settings, starts, settings.token_ids)
         self.outline = Outline(settings, device) if outline is None else outline
         self.layers: dict[int, list[SegmentRows]] = {}
         self.closed_at: int | None = None  # raw tokens before which the context was closed on purpose

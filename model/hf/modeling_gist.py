@@ -188,8 +188,7 @@ class GistForCausalLM:
         parts, ids, columns = self._read(cache, input_ids, real, first, gist_query_start, gist_grow)
         return_dict = kwargs.pop("return_dict", None)
         num_items = {k: kwargs.pop(k) for k in ("num_items_in_batch",) if k in kwargs}
-        for name in ("cache_position", "past_key_value"):
-            kwargs.pop(name, None)
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("cache_position", "past_key_value")}
         use_cache = not packed and (self.config.use_cache if use_cache is None else use_cache)
         outputs = self.model(
             input_ids=torch.tensor([ids], device=input_ids.device),
@@ -247,6 +246,8 @@ class GistForCausalLM:
 
     def _gist_cache(self, cache: Cache | None, input_ids: Tensor, chunk_sizes: Sequence[int] | None) -> GistCache:
         """The cache to go on with; an empty stock cache, such as generate() makes, stands for a new one."""
+        if isinstance(chunk_sizes, (int, str)):
+            raise ValueError(f"gist_chunk_sizes: {chunk_sizes!r}; expected a list of one size per level, such as [8, 4]")
         if isinstance(cache, GistCache) and cache.sequences:
             if len(cache.sequences) != len(input_ids):
                 raise ValueError(f"{CACHE}: holds {len(cache.sequences)} sequences, input_ids {len(input_ids)}")
@@ -272,10 +273,10 @@ class GistForCausalLM:
         """
         starts = [None]
         if query_start is not None:
-            starts = torch.as_tensor(query_start).reshape(-1).tolist()
-            if len(starts) not in (1, len(input_ids)) or min(starts) < 0:
+            starts = [query_start] if isinstance(query_start, str) else torch.as_tensor(query_start).flatten().tolist()
+            if len(starts) not in (1, len(input_ids)) or not all(isinstance(n, int) and n >= 0 for n in starts):
                 raise ValueError(
-                    f"gist_query_start: {starts} for {len(input_ids)} sequences; give one number or one each, not below 0"
+                    f"gist_query_start: {starts} for {len(input_ids)} sequences; give one whole number or one each, not below 0"
                 )
         parts, ids, columns = [], [], []
         for i, sequence in enumerate(cache.sequences):
@@ -344,10 +345,17 @@ def _real_tokens(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
 
 
 def _spread(rows: Tensor, columns: Tensor, real: Tensor) -> Tensor:
-    """rows [N, hidden] of interleaved tokens -> those of the raw tokens in their places, [B, n, hidden]; padding is zero."""
+    """rows [N, hidden] of interleaved tokens -> those of the raw tokens in their places, [B, n, hidden].
+
+    Padding before them is zero; behind a token it is as that one, for generate() goes on from the last column.
+    """
     out = rows.new_zeros(*real.shape, rows.shape[-1])
     places = real.flatten().nonzero()[:, 0].to(rows.device)
-    return out.flatten(0, 1).index_copy(0, places, rows.index_select(0, columns.to(rows.device))).view_as(out)
+    out = out.flatten(0, 1).index_copy(0, places, rows.index_select(0, columns.to(rows.device))).view_as(out)
+    if bool(real[:, -1].all()):
+        return out
+    last = torch.arange(real.shape[1], device=real.device).where(real, 0).cummax(1).values
+    return out.gather(1, last[..., None].to(rows.device).expand_as(out))
 
 
 def _first_tokens(real: Tensor, position_ids: Tensor | None) -> Tensor:
@@ -383,11 +391,5 @@ class GistSmolLM3ForCausalLM(GistForCausalLM, SmolLM3ForCausalLM):
     """SmolLM3 with gists."""
 
 
-for _kind in (
-    GistLlamaForCausalLM,
-    GistQwen2ForCausalLM,
-    GistQwen3ForCausalLM,
-    GistMistralForCausalLM,
-    GistSmolLM3ForCausalLM,
-):
+for _kind in (GistLlamaForCausalLM, GistQwen2ForCausalLM, GistQwen3ForCausalLM, GistMistralForCausalLM, GistSmolLM3ForCausalLM):
     _kind.register_for_auto_class("AutoModelForCausalLM")  # save_pretrained copies these files only of classes that are

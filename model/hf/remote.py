@@ -47,7 +47,7 @@ def config_entries(
     gist: GistConfig,
     gist_ids: Sequence[int],
     reserved_ids: Sequence[int],
-    word_starts: np.ndarray,
+    word_starts: np.ndarray | None,
     link_ids: Sequence[int] = (),
     layer_attention: Sequence[str] = (),
 ) -> dict:
@@ -60,7 +60,7 @@ def config_entries(
         gist: how tokens are folded and recalled.
         gist_ids: one id per level, of the choice with most levels.
         reserved_ids: every id of the vocabulary that stands for no text, gists and links; never generated.
-        word_starts: [vocab] bool.
+        word_starts: [vocab] bool; not looked at without ``gist.word_aware``.
         link_ids: of the links of one part of a linked context.
         layer_attention: kinds of layers; empty: all are gist layers.
     """
@@ -75,5 +75,7 @@ def config_entries(
         entry["choices"] = [list(choice.chunk_sizes) for choice in gist.choices]
     if layer_attention:
         entry["layer_attention"] = list(layer_attention)
-    entry["word_starts"] = pack_word_starts(torch.from_numpy(np.ascontiguousarray(word_starts)))
+    if gist.word_aware:  # said by the bitmap alone, as in exports from before there was a choice
+        del entry["word_aware"]
+        entry["word_starts"] = pack_word_starts(torch.from_numpy(np.ascontiguousarray(word_starts)))
     return {"gist": entry, "auto_map": {"AutoModelForCausalLM": f"modeling_gist.Gist{architecture}"}}

@@ -45,12 +45,13 @@ class LoadedRun:
     tokenizer: RunTokenizer
 
 
-def find_run(run_dir: Path, step: int | None) -> FoundRun:
+def find_run(run_dir: str | Path, step: int | None) -> FoundRun:
     """Find a checkpoint of a run, by default the newest whole one.
 
     Raises:
         UserError: no such run or checkpoint, a damaged one asked for by its step, or another tokenizer.
     """
+    run_dir = Path(run_dir)
     directory, manifest = find_checkpoint(run_dir, step, lambda text: print(text, file=sys.stderr, flush=True))
     config = parse_saved(manifest.config, f"{directory}/manifest.json").after(manifest.step)
     tokenizer = load_tokenizer(run_dir / "tokenizer", 0, f"--run-dir {run_dir}")
@@ -66,7 +67,7 @@ def load_model(run: FoundRun) -> Transformer:
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
-def load_run(run_dir: Path, step: int | None) -> LoadedRun:
+def load_run(run_dir: str | Path, step: int | None = None) -> LoadedRun:
     """Find and load a checkpoint of a run. Raises UserError as :func:`find_run`."""
     run = find_run(run_dir, step)
     return LoadedRun(load_model(run), run.config, run.manifest, run.tokenizer)

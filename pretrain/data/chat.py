@@ -85,10 +85,10 @@ class Chat:
                     "written in training where there is none"
                 )
             self._template = ChatTemplate(source, name, special_tokens(control, tokenizer))
-        except ValueError as error:
-            raise UserError(f"--chat: {error}") from None
+        except ValueError as error:  # of a file that was given it has the flag
+            told = str(error)
+            raise UserError(told if told.startswith("--chat ") else f"--chat: {told}") from None
         self._control, self._codec = ControlText(control), tokenizer.tokenizer()
-        self._codec.encode_special_tokens = True  # a control token that a text spells is text
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text in which nothing is a control token."""

@@ -34,8 +34,10 @@ class RunTokenizer(TokenizerInfo):
         return (*self.gist_ids, *self.link_ids)
 
     def tokenizer(self) -> Tokenizer:
-        """The encoder and decoder."""
-        return Tokenizer.from_file(str(self.directory / JSON_FILE))
+        """The encoder and decoder. As in shards, a control token that a text spells stays text."""
+        tokenizer = Tokenizer.from_file(str(self.directory / JSON_FILE))
+        tokenizer.encode_special_tokens = True
+        return tokenizer
 
     def control(self) -> dict[str, ControlToken]:
         """Tokens that stand for no text, by name: what is special in tokenizer.json, and the ends of documents and padding."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -19,6 +20,28 @@ def make_output(directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output {directory}: cannot be made ({error})") from None
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise UserError(f"--output {directory}: cannot be written to; name another directory")
+
+
+class Written:
+    """Around the writing of results: what was measured is printed before it is told that a file could not be written."""
+
+    def __init__(self, directory: Path):
+        self.directory, self.error = directory, None
+
+    def __enter__(self) -> Written:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        self.error = error if isinstance(error, OSError) else None
+        return self.error is not None
+
+    def files(self, *names: str) -> str:
+        """The last line to print: what was written. Raises UserError where it could not be."""
+        if self.error is not None:
+            raise UserError(f"--output {self.directory}: cannot be written ({self.error}); what was measured is printed above")
+        return f"{self.directory}/{', '.join(names)}"
 
 
 def write_json(path: Path, content: dict) -> None:

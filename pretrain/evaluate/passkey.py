@@ -13,7 +13,7 @@ import numpy as np
 from unfold.pretrain.data.chat import add_chat_arguments
 from unfold.pretrain.errors import UserError
 from unfold.pretrain.evaluate.answering import Reader, show_prompts
-from unfold.pretrain.evaluate.output import cost_table, heat_maps, make_output, table, write_json
+from unfold.pretrain.evaluate.output import Written, cost_table, heat_maps, make_output, table, write_json
 from unfold.pretrain.evaluate.subject import Subject, Variant, add_subject_arguments, load_subject
 from unfold.pretrain.parts import add_decoding_arguments
 
@@ -91,20 +91,21 @@ def passkey(args: Namespace) -> Iterator[str]:
         return
     results = [measure(subject, variant, trials) for variant in subject.variants]
     settings = {name: getattr(args, name) for name in ("trials", "digits", "candidates", "seed")}
-    write_json(
-        args.output / "passkey.json",
-        {**subject.to_dict(), **settings, "lengths": lengths, "depths": args.depths, "results": results},
-    )
-    for score, title in (("exact", "exact digits"), ("first", f"likeliest of {args.candidates}")):
-        maps = [(f"{r['name']}: {title}", grid(r["cells"], score, lengths, args.depths)) for r in results]
-        heat_maps(args.output / f"passkey_{score}.png", maps, lengths, args.depths, ("raw tokens", "depth of the key"))
+    with Written(args.output) as written:
+        write_json(
+            args.output / "passkey.json",
+            {**subject.to_dict(), **settings, "lengths": lengths, "depths": args.depths, "results": results},
+        )
+        for score, title in (("exact", "exact digits"), ("first", f"likeliest of {args.candidates}")):
+            maps = [(f"{r['name']}: {title}", grid(r["cells"], score, lengths, args.depths)) for r in results]
+            heat_maps(args.output / f"passkey_{score}.png", maps, lengths, args.depths, ("raw tokens", "depth of the key"))
     yield f"{subject.name}: {args.trials} keys per length and depth; `first` is by chance {1 / args.candidates:.2f}"
     yield ""
     yield from table(*rows(results, lengths))
     yield ""
     yield from cost_table(results)
     yield ""
-    yield f"{args.output}/passkey.json, passkey_exact.png, passkey_first.png"
+    yield written.files("passkey.json", "passkey_exact.png", "passkey_first.png")
 
 
 def _check(args: Namespace) -> None:

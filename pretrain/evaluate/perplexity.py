@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from unfold.pretrain.errors import UserError
-from unfold.pretrain.evaluate.output import cost_table, line_chart, make_output, table, write_json
+from unfold.pretrain.evaluate.output import Written, cost_table, line_chart, make_output, table, write_json
 from unfold.pretrain.evaluate.subject import Subject, Variant, add_subject_arguments, load_subject
 
 if TYPE_CHECKING:
@@ -76,18 +76,19 @@ def perplexity(args: Namespace) -> Iterator[str]:
     losses = {variant.name: measure(subject, variant, windows, length) for variant in subject.variants}
     edges = bucket_edges(length)
     results = [summary(variant, losses[variant.name], counts, edges) for variant in subject.variants]
-    write_json(
-        args.output / "perplexity.json",
-        {**subject.to_dict(), "data": args.data, "length": length, "windows": len(windows), "results": results},
-    )
-    draw(args.output / "perplexity.png", subject, results)
+    with Written(args.output) as written:
+        write_json(
+            args.output / "perplexity.json",
+            {**subject.to_dict(), "data": args.data, "length": length, "windows": len(windows), "results": results},
+        )
+        draw(args.output / "perplexity.png", subject, results)
     yield f"{subject.name}: {int(counts.sum()):,} predicted raw tokens in {len(windows):,} windows of at most {length:,}"
     yield ""
     yield from table(*rows(results))
     yield ""
     yield from cost_table(results)
     yield ""
-    yield f"{args.output}/perplexity.json, perplexity.png"
+    yield written.files("perplexity.json", "perplexity.png")
 
 
 def read_windows(args: Namespace) -> tuple[Subject, int, list[np.ndarray]]:

@@ -18,7 +18,7 @@ from unfold.pretrain.errors import UserError
 from unfold.pretrain.evaluate.answering import Reader
 from unfold.pretrain.evaluate.documents import DocumentQuestion, read_questions
 from unfold.pretrain.evaluate.metrics import METRICS, Metric
-from unfold.pretrain.evaluate.output import bar_chart, cost_table, make_output, table, write_json
+from unfold.pretrain.evaluate.output import Written, bar_chart, cost_table, make_output, table, write_json
 from unfold.pretrain.evaluate.subject import Subject, Variant, add_subject_arguments, load_subject
 from unfold.pretrain.evaluate.tasks import TOTAL
 from unfold.pretrain.parts import add_decoding_arguments
@@ -171,20 +171,21 @@ def rag(args: Namespace) -> Iterator[str]:
         answers[variant.name] = [reader.answer(prompt, args.max_new_tokens) for prompt in prompts]
         cost = reader.recorder.to_dict()  # before another arm's memory counts
         results.append({**variant.to_dict(), **summary(prompts, answers[variant.name]), "cost": cost})
-    write_predictions(args.output / "predictions.jsonl", prompts, answers)
     settings = {name: getattr(args, name) for name in ("documents", "document_tokens", "gold_at", "max_new_tokens")}
     counts = {"chat": subject.chat is not None, **settings, "questions": len(prompts)}
-    write_json(args.output / "rag.json", {**subject.to_dict(), **counts, "results": results})
-    groups = [*results[0]["datasets"], TOTAL]
-    bars = {r["name"]: [*(d[SUBSPAN.name] for d in r["datasets"].values()), r[SUBSPAN.name]] for r in results}
-    bar_chart(args.output / "rag.png", groups, bars, (f"{subject.name}: documents", "best-subspan exact match, percent"))
+    with Written(args.output) as written:
+        write_predictions(args.output / "predictions.jsonl", prompts, answers)
+        write_json(args.output / "rag.json", {**subject.to_dict(), **counts, "results": results})
+        groups = [*results[0]["datasets"], TOTAL]
+        bars = {r["name"]: [*(d[SUBSPAN.name] for d in r["datasets"].values()), r[SUBSPAN.name]] for r in results}
+        bar_chart(args.output / "rag.png", groups, bars, (f"{subject.name}: documents", "best-subspan exact match, percent"))
     yield f"{subject.name}: {len(prompts)} questions on {_counted(prompts)} documents each"
     yield ""
     yield from table(*rows(results))
     yield ""
     yield from cost_table(results)
     yield ""
-    yield f"{args.output}/rag.json, rag.png, predictions.jsonl"
+    yield written.files("rag.json", "rag.png", "predictions.jsonl")
 
 
 def _check(args: Namespace) -> None:

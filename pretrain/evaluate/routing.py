@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from unfold.pretrain.errors import UserError
-from unfold.pretrain.evaluate.output import COLOURS, cost_table, new_figure, table, write_json
+from unfold.pretrain.evaluate.output import COLOURS, Written, cost_table, new_figure, table, write_json
 from unfold.pretrain.evaluate.perplexity import add_text_arguments, packs, read_windows, run_pack
 from unfold.pretrain.evaluate.subject import add_subject_arguments
 
@@ -48,8 +48,9 @@ def routing(args: Namespace) -> Iterator[str]:
         results.append({**variant.to_dict(), **summary(measure), "cost": recorder.to_dict()})
     tokens = sum(map(len, windows))
     content = {**subject.to_dict(), "data": args.data, "length": length, "tokens": tokens, "results": results}
-    write_json(args.output / "routing.json", content)
-    draw(args.output / "routing.png", subject.name, results)
+    with Written(args.output) as written:
+        write_json(args.output / "routing.json", content)
+        draw(args.output / "routing.png", subject.name, results)
     yield f"{subject.name}: {tokens:,} raw tokens in {len(windows):,} windows of at most {length:,}"
     for result in results:
         yield ""
@@ -57,7 +58,7 @@ def routing(args: Namespace) -> Iterator[str]:
     yield ""
     yield from cost_table(results)
     yield ""
-    yield f"{args.output}/routing.json, routing.png"
+    yield written.files("routing.json", "routing.png")
 
 
 def summary(measure: RoutingMeasure) -> dict:
@@ -103,6 +104,7 @@ def draw(path: Path, name: str, results: list[dict]) -> None:
         by_distance.plot(ends, [d["coverage"] for d in result["distances"]], "-", color=colour, marker="o", markersize=4,
                          label=result["name"])  # fmt: skip
     by_layer.set(title=f"{name}: coverage by layer", xlabel="layer", ylabel="mass selected / mass of the best", ylim=(0, 1.02))
+    by_layer.xaxis.get_major_locator().set_params(integer=True)  # there is no layer 1.5
     by_distance.set(title="coverage by distance", xlabel="raw tokens between chunk and query (end of bucket)")
     by_distance.set_ylim(0, max(1.02, by_distance.get_ylim()[1]))  # far from the best choice a bucket may hold more than 1
     by_distance.set_xscale("log", base=2)

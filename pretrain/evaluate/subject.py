@@ -239,10 +239,13 @@ def make_variants(args: Namespace, own: GistConfig | None, tokenizer: TokenizerI
     enough = base.links <= len(tokenizer.link_ids)
     default = (*MODES, *(LINKED if may_link and enough else ())) if own else ("dense",)
     modes = list(dict.fromkeys(args.mode or default))
-    if not enough and set(modes) & set(LINKED):
-        first, there = next(mode for mode in modes if mode in LINKED), len(tokenizer.link_ids)
+    asked = [f"--mode {mode}" for mode in modes if mode in LINKED]
+    if may_link and args.links is not None:
+        asked.append(f"--links {args.links}")
+    if not enough and asked:
+        there = len(tokenizer.link_ids)
         raise UserError(
-            f"--mode {first}: documents have {base.links} links each (gist.links), but {name} has {there} link ids; "
+            f"{asked[0]}: documents have {base.links} links each (gist.links), but {name} has {there} link ids; "
             f"give --links {there}"
         )
     folds = [mode for mode in modes if mode != "dense"]

@@ -15,7 +15,7 @@ from unfold.pretrain.errors import UserError
 from unfold.pretrain.evaluate.answering import Reader, show_prompts
 from unfold.pretrain.evaluate.longbench import RANGES, length_range
 from unfold.pretrain.evaluate.metrics import METRICS
-from unfold.pretrain.evaluate.output import bar_chart, cost_table, make_output, table, write_json
+from unfold.pretrain.evaluate.output import Written, bar_chart, cost_table, make_output, table, write_json
 from unfold.pretrain.evaluate.subject import Subject, add_subject_arguments, load_subject
 from unfold.pretrain.parts import add_decoding_arguments
 
@@ -85,20 +85,23 @@ def tasks(args: Namespace) -> Iterator[str]:
         answers[variant.name] = answer_all(reader, prompts)
         cost = reader.recorder.to_dict()  # before another variant's memory counts
         results.append({**variant.to_dict(), **summary(prompts, answers[variant.name]), "cost": cost})
-    write_predictions(args.output / "predictions.jsonl", prompts, answers)
     truncated = sum(bool(prompt.left_out) for prompt in prompts)
-    counts = {"max_length": longest, "questions": len(prompts), "truncated": truncated}
-    write_json(args.output / "tasks.json", {**subject.to_dict(), "chat": subject.chat is not None, **counts, "results": results})
-    groups = [*results[0]["datasets"], TOTAL]
-    bars = {r["name"]: [*(d["score"] for d in r["datasets"].values()), r["score"]] for r in results}
-    bar_chart(args.output / "tasks.png", groups, bars, (f"{subject.name}: tasks", "score, percent"))
+    counts = {"chat": subject.chat is not None, "max_length": longest, "questions": len(prompts), "truncated": truncated}
+    with Written(args.output) as written:
+        write_predictions(args.output / "predictions.jsonl", prompts, answers)
+        write_json(
+            args.output / "tasks.json", {**subject.to_dict(), "chat": subject.chat is not None, **counts, "results": results}
+        )
+        groups = [*results[0]["datasets"], TOTAL]
+        bars = {r["name"]: [*(d["score"] for d in r["datasets"].values()), r["score"]] for r in results}
+        bar_chart(args.output / "tasks.png", groups, bars, (f"{subject.name}: tasks", "score, percent"))
     yield f"{subject.name}: {len(prompts)} questions; {truncated} contexts were cut in the middle to {longest:,} raw tokens"
     yield ""
     yield from table(*rows(results))
     yield ""
     yield from cost_table(results)
     yield ""
-    yield f"{args.output}/tasks.json, tasks.png, predictions.jsonl"
+    yield written.files("tasks.json", "tasks.png", "predictions.jsonl")
 
 
 def _read(args: Namespace) -> list[Item]:

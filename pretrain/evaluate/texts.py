@@ -75,6 +75,8 @@ def documents(entries: list[str], field: str, subject: Subject) -> Iterator[np.n
     """
     for entry in entries:
         path = Path(entry)
+        if path.is_dir() and not path.with_name(f"{path.name}.bin").exists():
+            raise UserError(f"--data {entry}: is a directory; name files in it, or the prefix of shards")
         if not path.exists() or path.is_dir() or path.suffix in (".bin", ".idx"):
             yield from _shard_documents(entry, subject)
         elif path.suffix == ".jsonl":

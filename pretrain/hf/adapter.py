@@ -19,7 +19,7 @@ from unfold.pretrain.checkpoint.merged import adapter_parts
 from unfold.pretrain.checkpoint.tensors import TensorDirectory
 from unfold.pretrain.config import RunConfig
 from unfold.pretrain.errors import UserError
-from unfold.pretrain.hf.directory import ADAPTER, new_directory, write_json
+from unfold.pretrain.hf.directory import ADAPTER, new_directory, read_keys, write_json
 from unfold.pretrain.hf.proof import compare_dense
 from unfold.pretrain.train.trainable import is_trained, parameter_names
 
@@ -59,6 +59,7 @@ def export_adapter(run_dir: Path, step: int | None, output: Path, base: Path) ->
         raise UserError(
             f"--adapter {base}: train.trainable trained {more[0]} too, which an adapter does not hold; export without --adapter"
         )
+    read_keys(base)  # before anything is written
     with new_directory(output) as partial:
         tensors, rows = _written(run)
         save_file({name: x.contiguous() for name, x in tensors.items()}, partial / WEIGHTS, metadata={"format": "pt"})
@@ -125,7 +126,7 @@ def _with_peft(base: Path, adapter: Path):
     try:
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
         return PeftModel.from_pretrained(model, adapter).eval()
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise UserError(f"--adapter {base}: PEFT cannot load the adapter beside it ({_line(error)})") from None
 
 

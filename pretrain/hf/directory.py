@@ -9,6 +9,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from unfold.data_prep.format.text import read_text
 from unfold.model.config import GistConfig
 from unfold.pretrain.checkpoint.manifest import sync_directory
@@ -37,7 +39,7 @@ def new_directory(output: Path) -> Iterator[Path]:
         sync_directory(partial)
         partial.rename(output)
         sync_directory(output.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the latter is how safetensors tells of a full disk
         raise UserError(f"--output {output}: cannot be written ({error})") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)

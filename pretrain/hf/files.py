@@ -139,8 +139,19 @@ def _other_choice(gist: GistConfig) -> list[int]:
     return next((list(c.chunk_sizes) for c in gist.choices if c.chunk_sizes != gist.chunk_sizes), [])
 
 
+def _told_optimizer(config: RunConfig, own: str) -> str:
+    """own: what to say of learning rates of stages."""
+    optimizer, rate = config.optimizer, config.schedule
+    muon = f"Muon for the layers' matrices, learning rate {optimizer.muon_lr:g}; for the rest "
+    return (
+        f"{muon if optimizer.kind == 'muon' else ''}AdamW, learning rate {optimizer.lr:g}{own} ({rate.kind}, warm-up "
+        f"{rate.warmup:g}), betas {optimizer.beta1:g} and {optimizer.beta2:g}, weight decay {optimizer.weight_decay:g}, "
+        f"gradients clipped at {config.train.clip:g}"
+    )
+
+
 def _training_table(config: RunConfig, manifest) -> list[str]:
-    train, gist, rate = config.train, config.gist, config.schedule
+    train, gist = config.train, config.gist
     samples = f" of {train.global_batch} samples of {config.data.raw_tokens:,}"
     if manifest.stage:  # they were of several sizes
         samples = f", {manifest.samples:,} samples, in stage {manifest.stage['number']} of {config.data.raw_tokens:,}"
@@ -148,14 +159,13 @@ def _training_table(config: RunConfig, manifest) -> list[str]:
     rows = {
         "Raw tokens": f"{manifest.raw_tokens:,} in {manifest.step:,} steps{samples}",
         "Precision": f"{config.precision}, fp32 master weights",
-        "Optimizer": f"AdamW, learning rate {config.optimizer.lr:g}{own} ({rate.kind}, warm-up {rate.warmup:g}), betas "
-        f"{config.optimizer.beta1:g} and {config.optimizer.beta2:g}, weight decay {config.optimizer.weight_decay:g}, gradients "
-        f"clipped at {train.clip:g}",
+        "Optimizer": _told_optimizer(config, own),
         "Longest sequence": f"{config.model.max_position:,} raw tokens",
     }
     if config.model.attention == "gist":
         rows["Gists"] = (
             f"chunk sizes {_told_sizes(gist)} ({gist.ratio}x compression), sink {gist.sink}, n_prev {gist.n_prev}, "
+            f"{'' if gist.word_aware else 'no chunk grows to where a word starts, '}"
             f"{'own group only, ' if gist.own_group else ''}recall {gist.recall}"
             f"{f' from layer {gist.recall_from} on' if gist.recall_from > 1 else ''}"
         )

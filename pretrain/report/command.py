@@ -83,7 +83,9 @@ def _warnings(runs: list[Run]) -> str:
 
 def _gist_settings(run: Run) -> tuple:
     gist = run.config.gist
-    return (gist.chunk_sizes, gist.sink, gist.n_prev, gist.own_group, gist.recall) if run.config.model.attention == "gist" else ()
+    if run.config.model.attention != "gist":
+        return ()
+    return gist.chunk_sizes, gist.word_aware, gist.sink, gist.n_prev, gist.own_group, gist.recall
 
 
 def _gist_settings_count(runs: list[Run]) -> int:

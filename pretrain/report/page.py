@@ -301,7 +301,9 @@ def _story(config: RunConfig) -> str:
         return f"<p>{seen}{others}</p>"
     if others:
         others += " What is told here, and shown beside it, is that of gist layers; in the others gists are seen by nobody else."
-    folds = [f"About every {gist.chunk_sizes[0]} raw tokens are folded into a level-0 gist (g0)"]
+    folds = [
+        f"{'About every' if gist.word_aware else 'Every'} {gist.chunk_sizes[0]} raw tokens are folded into a level-0 gist (g0)"
+    ]
     folds += [f"every {c} level-{i} gists into a level-{i + 1} gist (g{i + 1})" for i, c in enumerate(gist.chunk_sizes[1:])]
     neighbours = f"the {gist.n_prev} before" if gist.n_prev > 1 else "the one before" if gist.n_prev else ""
     window = f"its own chunk{' and ' + neighbours if neighbours else ''}"

@@ -56,7 +56,8 @@ def unserved(config: RunConfig) -> list[str]:
     if group > LARGEST_TILE:
         errors.append(f"model.kv_heads: {group} query heads for each of {model.kv_heads}; recall on GPUs serves {LARGEST_TILE}")
     size = max(variant.chunk_sizes[0] for variant in gist.variants)
-    longest = size * 3 // 2  # a chunk grows by up to half to where a word starts
+    longest = size * 3 // 2 if gist.word_aware else size  # a chunk grows by up to half to where a word starts
     if longest > LONGEST_CHUNK:
-        errors.append(f"gist.chunk_sizes: a chunk of {size} tokens can grow to {longest}; recall on GPUs serves {LONGEST_CHUNK}")
+        grown = f" can grow to {longest}" if gist.word_aware else ""
+        errors.append(f"gist.chunk_sizes: a chunk of {size} tokens{grown}; recall on GPUs serves {LONGEST_CHUNK}")
     return errors

@@ -50,9 +50,14 @@ class Kept:
         found = [json.loads(path.read_text())["outcome"] for path in sorted(self._runs.glob("*.json"))]
         return [{**entry, "chunk_sizes": tuple(entry["chunk_sizes"])} for entry in found]
 
-    def base(self, seed: int, empty: Callable[[], Transformer], trained: Callable[[], Transformer]) -> Transformer:
-        """The dense model that a seed's ways start from: made by ``trained`` once, then loaded into that of ``empty``."""
-        path = self._runs / f"seed{seed}-base.pt"
+    def base(
+        self, seed: int, empty: Callable[[], Transformer], trained: Callable[[], Transformer], stage: str = ""
+    ) -> Transformer:
+        """The dense model that a seed's ways start from: made by ``trained`` once, then loaded into that of ``empty``.
+
+        stage: ends the name of its file, where there are several of them, one made of the other.
+        """
+        path = self._runs / f"seed{seed}-base{stage}.pt"
         if path.exists():
             model = empty()
             model.load_state_dict(torch.load(path, weights_only=True))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from argparse import Namespace
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from tests.benchmarks.quotes import training
-from tests.benchmarks.quotes.command import Results, run, sized
+from tests.benchmarks.quotes.command import Results, quotes, run, setting, sized
 from tests.benchmarks.quotes.data import PLAIN, Quoting, Repeating, make_data
 from tests.benchmarks.quotes.report import Outcome, table, write_report
 from tests.benchmarks.quotes.training import Plan, Reading, loss_of, way_config
@@ -63,10 +64,56 @@ def test_ways_are_settings_of_training(tmp_path, chunk_sizes):
     assert [at("recipe", step).unfold_all for step in range(1, 7)] == [True] * 2 + [False] * 4
     assert [at("shrink", step).budget_ratio for step in range(3, 7)] == [2, 4, 8, None]
     assert at("share", 6).unfold_share == 0.25 and at("twice", 6).budget_ratio == 8 and configs["longer"].train.steps == 12
+    assert at("half-longer", 10).unfold_share == 0.5 and at("half-longer", 10).budget_ratio == 8
     levels = len(chunk_sizes)
     assert (at("recipe", 6).recall_from, at("recipe", 6).own_group) == (levels, levels > 1) and not at("paper", 6).own_group
     data, seeds = {c.data for c in configs.values()}, {c.train.seed for c in configs.values()}
     assert len(data) == len(seeds) == 1, "all ways see the same samples"
+
+
+def test_ways_go_on_in_the_last_of_the_lengths(tmp_path):
+    plan = dataclasses.replace(SMALL, lengths=(128, 512), length_steps=4)
+    assert [(name, q.raw_tokens, q.span) for name, q in plan.stages] == [
+        ("quotes", 64, 8), ("quotes128", 128, 8), ("quotes512", 512, 8),
+    ]  # fmt: skip
+    assert plan.whole.raw_tokens == 512 and SMALL.whole == SMALL.quoting
+    dense = [training.dense_config(plan, tmp_path, 1, stage) for stage in range(3)]
+    assert [c.data.raw_tokens for c in dense] == [64, 128, 512] and [c.train.steps for c in dense] == [1, 4, 4]
+    assert len({c.train.seed for c in dense}) == 3 and dense[0] == training.dense_config(SMALL, tmp_path, 1)
+    taught = way_config(plan, tmp_path, ways_of((4,))["both"], (4,), 1)
+    assert "quotes512_train" in taught.data.train[1] and taught.data.raw_tokens == taught.gist.route_queries == 512
+
+
+def test_further_settings_hold_for_all_or_for_gists(tmp_path):
+    texts = ("model.nope_layers=[1]", "gist.route_loss=2", "gist.unfold_share=0.5", "distill.logits=0.5")
+    plan = dataclasses.replace(SMALL, settings=tuple(map(setting, texts)))
+    ways = ways_of((16,))
+    dense, both = (way_config(plan, tmp_path, ways[name], (16,), 0) for name in ("dense", "both"))
+    assert (both.gist.route_loss, both.gist.unfold_share, both.distill.logits) == (2, 0.5, 0.5)
+    assert dense.gist == way_config(SMALL, tmp_path, ways["dense"], (16,), 0).gist and not dense.distill.logits
+    for config in (dense, both, training.dense_config(plan, tmp_path, 0)):
+        assert config.model.nope_layers == (1,)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"lengths": [512, 512]}, "--lengths 512 512 --length-steps 150: must be rising multiples of 64 above --raw-tokens"),
+        ({"lengths": [256]}, "rising multiples of 64 above --raw-tokens (256), 4096 at most"),
+        ({"lengths": [500]}, "as 512 1024 and 150"),
+        ({"lengths": [8192]}, "4096 at most"),
+        ({"lengths": [512], "length_steps": 0}, "for a step or more each"),
+        ({"settings": ["train.steps=3"]}, "--set train.steps=3: expected KEY=VALUE with a key of model, gist, distill"),
+        ({"settings": ["gist.route_loss"]}, "--set gist.route_loss: expected KEY=VALUE"),
+        ({"settings": ["gist.topk=["]}, "'[' is not a YAML value"),
+    ],
+)
+def test_what_an_option_cannot_be_is_told(tmp_path, options, told):
+    usual = {"train_steps": 1.0, "hidden_size": 64, "heads": 1, "raw_tokens": 256, "copies": None}
+    args = Namespace(output=tmp_path, **{**usual, "lengths": [], "length_steps": 150, "settings": [], **options})
+    with pytest.raises(UserError, match=re.escape(told)):
+        next(quotes(args))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +163,32 @@ def test_the_dense_model_goes_on_until_it_copies(quoting, monkeypatch, copies, t
     groups = parallel.initialize(ParallelConfig())
     training.base_model(plan, quoting, groups, BuildContext(groups.tensor_group, 0))
     assert steps == [plan.short.raw_tokens] * taken + [plan.quoting.raw_tokens] * 3
+
+
+def test_the_dense_model_goes_on_in_longer_samples_from_where_it_was_cut_off(tmp_path, quoting, monkeypatch):
+    plan = dataclasses.replace(SMALL, lengths=(72, 96), length_steps=2)
+    groups = parallel.initialize(ParallelConfig())
+    build, trained = BuildContext(groups.tensor_group, 0), []
+
+    def marked(model, config, parallel, plan, decay):
+        if config.data.raw_tokens == stopped:
+            raise KeyboardInterrupt
+        trained.append((config.data.raw_tokens, config.train.steps))
+        model.final_norm.weight.data += 1
+        return iter(())
+
+    monkeypatch.setattr(training, "train", marked)
+    results = Results(tmp_path, plan)
+    shutil.copytree(quoting, results.data)
+    make_data(results.data, plan.vocab_size, {name: (q, 2) for name, q in plan.stages}, 2, [])
+    stopped = 96
+    with pytest.raises(KeyboardInterrupt):
+        results.base_model(plan, groups, build)
+    stopped = None
+    model = results.base_model(plan, groups, build)
+    assert trained == [(32, 2), (64, 1), (72, 2), (96, 2)] and (model.final_norm.weight == 5).all()
+    again = results.base_model(plan, groups, build)
+    assert len(trained) == 4 and (again.final_norm.weight == 5).all()
 
 
 def test_wide_models_take_a_smaller_rate():

@@ -280,5 +280,13 @@ def test_inspect_puts_gists_in(bpe, tmp_path, run, fails):
     assert words.count("<gist1>") == words.count("<gist0>") // 2 > 1
     # sinks and a chunk of four, longer only where a word would be cut: each gist stands before a space
     assert all(text[m.end()] in " <\n" for m in re.finditer("<gist[01]>", text))
+    (tmp_path / "b.txt").write_text("quixotic zymurgy, abracadabra; " * 9)
+    assert run("tokenize", "--input", tmp_path / "b.txt", "--tokenizer", bpe, "--output", tmp_path / "t")[0] == 0
+    shown = [
+        run("inspect", tmp_path / "t", "--tokenizer", bpe, "--chunk-sizes", "4", *more)[1] for more in ([], ["--no-word-aware"])
+    ]
+    assert re.sub("<gist0>", "", shown[0]) == re.sub("<gist0>", "", shown[1])
+    assert shown[1].count("<gist0>") == (open_shard(tmp_path / "t").info.tokens - 3) // 4 > shown[0].count("<gist0>")
+    fails("inspect", tmp_path / "s", "--tokenizer", bpe, "--no-word-aware", words=("--no-word-aware: needs --chunk-sizes",))
     fails("inspect", tmp_path / "s", "--chunk-sizes", "8", words=("--chunk-sizes 8: needs --tokenizer",))
     assert run("inspect", tmp_path / "s", "--tokenizer", bpe, "--chunk-sizes", "8,x")[0] == 2

@@ -4,22 +4,25 @@ import dataclasses
 import hashlib
 import json
 import re
+import shutil
 import sys
 import warnings
 
 import pytest
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tests import warm
 from tests.conftest import module, run
 from tests.integration.runs import train
+from unfold.pretrain.checkpoint.load import find_run
 from unfold.pretrain.command import main
 from unfold.pretrain.hf import export as export_module
 from unfold.pretrain.hf.directory import UNFINISHED, new_directory
 from unfold.pretrain.hf.export_weights import write_weights
-from unfold.pretrain.hf.files import write_configs
+from unfold.pretrain.hf.files import write_configs, write_model_card
 
 PROMPT = "Fellow-Citizens of the Senate"
 
@@ -178,6 +181,26 @@ def test_a_killed_export_is_not_mistaken_for_a_whole_one(run_dir, tmp_path, caps
     assert [p.name for p in tmp_path.iterdir()] == ["hf"] and not list((tmp_path / "hf").iterdir())
 
 
+def test_a_full_disk_ends_in_one_line_and_leaves_nothing(tmp_path):
+    from unfold.pretrain.errors import UserError
+
+    for error in (OSError(28, "No space left on device"), SafetensorError("I/O error: No space left on device")):
+        with pytest.raises(UserError, match="--output .*hf: cannot be written .*No space left on device"):
+            with new_directory(tmp_path / "hf"):
+                raise error
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_model_card_names_the_optimizer(run_dir, tmp_path):
+    found = find_run(run_dir, None)
+    for kind, said in (("adamw", "| AdamW, learning rate"), ("muon", "| Muon for the layers' matrices, learning rate 0.02; for")):
+        optimizer = dataclasses.replace(found.config.optimizer, kind=kind)
+        parallel = type(found.config.parallel)()  # Muon needs whole matrices
+        config = dataclasses.replace(found.config, optimizer=optimizer, parallel=parallel, precision="bf16")
+        write_model_card(dataclasses.replace(found, config=config), tmp_path)
+        assert said in (tmp_path / "README.md").read_text()
+
+
 def test_logits_equal_those_of_the_training_model(exported, run_dir):
     """Not by the export's own proof: the checkpoint is read again, here, and compared on real text."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -237,10 +260,61 @@ def test_documents_that_cannot_be_joined(run_dir, tmp_path):
     (tmp_path / "long").write_text("The Congress shall meet. " * 2000)
     for name, message in (
         ("empty", "--document .*empty: has no token"),
-        ("long", "--document: parts: 1 of them take .*join fewer"),
+        ("long", r"--document: 1 of them take \d+ tokens .*give fewer or shorter ones"),
     ):
         with pytest.raises(UserError, match=message):
             generated("--run-dir", run_dir, "--document", tmp_path / name, "--prompt", "a")
+
+
+def test_a_document_cache_on_a_full_disk_is_told(run_dir, tmp_path, monkeypatch):
+    """And leaves no part of a file."""
+    from unfold.model.gist import parts
+    from unfold.pretrain.errors import UserError
+
+    def full(tensors, path, metadata):
+        path.write_bytes(b"begun")
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(parts, "save_file", full)
+    (tmp_path / "a").write_text("The Congress shall meet.")
+    with pytest.raises(UserError, match="--document-cache .*kept: part .*No space left on device.*; make room or leave it out"):
+        generated("--run-dir", run_dir, "--document", tmp_path / "a", "--document-cache", tmp_path / "kept", "--prompt", "a")
+    assert not list((tmp_path / "kept").iterdir())
+
+
+def test_a_text_beyond_the_longest_is_noted(exported, run_dir, capsys):
+    for source in ("--run-dir", run_dir), ("--model", exported):
+        text = generated(*source, "--prompt", PROMPT, "--max-new-tokens", 12)
+        assert "note:" not in capsys.readouterr().err
+        stopped = generated(*source, "--prompt", PROMPT, "--max-new-tokens", 10**6, "--stop", text.removeprefix(PROMPT)[3:5])
+        assert text.startswith(stopped)
+        assert "tokens and up to 1000000 new ones, but the model is meant for" in capsys.readouterr().err
+
+
+def test_an_export_is_sampled_as_a_run_is(exported, tmp_path, monkeypatch):
+    """Of what transformers and a model's own settings would add, nothing: of all tokens, without penalties."""
+    from transformers.generation.utils import GenerationMixin
+
+    hf, seen = shutil.copytree(exported, tmp_path / "hf"), []
+    settings = json.loads((hf / "generation_config.json").read_text())
+    changed = settings | {"repetition_penalty": 1.7, "top_k": 20, "no_repeat_ngram_size": 2, "do_sample": True}
+    (hf / "generation_config.json").write_text(json.dumps(changed))
+    choose = GenerationMixin._get_logits_processor
+    look = lambda *args, **kwargs: seen.append([type(p).__name__ for p in choose(*args, **kwargs)]) or choose(*args, **kwargs)
+    monkeypatch.setattr(GenerationMixin, "_get_logits_processor", look)
+    flags = "--prompt", PROMPT, "--max-new-tokens", 12
+    assert generated("--model", hf, *flags) == generated("--model", exported, *flags)
+    generated("--model", hf, *flags, "--temperature", 0.7, "--top-p", 0.9)
+    suppress = "SuppressTokensLogitsProcessor"
+    assert seen == [[suppress], [suppress], [suppress, "TemperatureLogitsWarper", "TopPLogitsWarper"]]
+
+
+def test_control_tokens_of_a_prompt_are_text(exported, run_dir, capsys):
+    """As they are in shards; what a prompt may have meant by them is told."""
+    for source in ("--run-dir", run_dir), ("--model", exported):
+        shown = generated(*source, "--prompt", "a <gist0> b", "--show-prompt")
+        assert "<gist0>" in shown and int(re.search(r"(\d+) tokens", shown)[1]) > 5
+        assert "note: --prompt: <gist0> is read as text; --chat" in capsys.readouterr().err
 
 
 def test_eager_generation_captures_no_graphs(run_dir, monkeypatch):

@@ -33,6 +33,7 @@ COMBINATIONS = {
     "llama-one": [("forgetting", 9), ("top-2", None)],
     "llama-three": [("adaptive", 9), ("top-2 by group", None)],
 }
+EXACT = {"word_aware": False, "recall": "suffix", "topk": 2}  # of an export of its own, without a bitmap of word starts
 FAMILIES = {
     "qwen2": dict(qkv_bias=True, tied_embeddings=False),
     "qwen3": dict(qk_norm=True),
@@ -83,6 +84,9 @@ def exports(build, tmp_path_factory):  # noqa: F811
         write_export(root / name, model, GistConfig(sizes))
         for rule, context in COMBINATIONS[name]:
             cases.append(case(f"{name} {rule} {context}", name, model, GistConfig(sizes), RULES[rule], context))
+    exact = GistConfig((4, 2), word_aware=False)
+    write_export(root / "exact", model, exact)
+    cases += [case(f"exact {context}", "exact", model, exact, EXACT, context) for context in (9, None)]
     for name, options in FAMILIES.items():
         family = make_model(dataclasses.replace(LLAMA, **options), build)
         write_export(root / name, family, GistConfig((4, 2)))
@@ -94,7 +98,7 @@ def exports(build, tmp_path_factory):  # noqa: F811
 
 def test_logits_and_tokens_are_ours(exports):
     figures = remote_code.check_cases(exports)
-    assert figures["greedy_tokens_equal"] == (sum(map(len, COMBINATIONS.values())) + len(FAMILIES)) * 4 * 16
+    assert figures["greedy_tokens_equal"] == (sum(map(len, COMBINATIONS.values())) + len(FAMILIES) + 2) * 4 * 16
 
 
 @pytest.mark.parametrize("check", remote_code.CHECKS, ids=lambda check: check.__name__)

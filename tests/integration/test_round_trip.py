@@ -118,6 +118,23 @@ def test_an_export_comes_back_with_its_gists(exported, tmp_path):
     assert (gist.chunk_sizes, gist.recall, gist.sink) == ((8,), "all", 5), "only what was asked for is another"
 
 
+def test_chunks_of_one_length_come_back(exported, tmp_path):
+    """Such an export has no bitmap of word starts, and says so; others say nothing of it, as they always did."""
+    command("import", "--input", exported, "--output", tmp_path / "run")
+    for path in (tmp_path / "run" / "checkpoints").rglob("manifest.json"):
+        manifest = json.loads(path.read_text())
+        manifest["config"]["gist"]["word_aware"] = False
+        path.write_text(json.dumps(manifest))
+    command("export", "--run-dir", tmp_path / "run", "--output", tmp_path / "exact")
+    plain, exact = (json_of(directory, "config.json")["gist"] for directory in (exported, tmp_path / "exact"))
+    assert "word_aware" not in plain
+    del plain["word_starts"]
+    assert exact == plain | {"word_aware": False}
+    command("import", "--input", tmp_path / "exact", "--output", tmp_path / "again")
+    again = find_run(tmp_path / "again", None)
+    assert again.config.gist == GistConfig((4, 2), **GISTS, word_aware=False) and len(again.tokenizer.word_starts)
+
+
 @pytest.mark.parametrize(
     "name,changes,message",
     [

@@ -119,7 +119,8 @@ def test_bad_settings_end_in_one_line(config, tmp_path, override, message):
 
 
 def test_another_configuration_is_refused(config, alone, tmp_path):
-    text = refused(config, alone[0], "optimizer.lr=1e-4", "gist.sink=1")
+    text = refused(config, alone[0], "optimizer.lr=1e-4", "gist.sink=1", "gist.word_aware=false")
+    assert "gist.word_aware: True in the run, False given" in text
     assert "optimizer.lr: 0.001 in the run, 0.0001 given" in text and "gist.sink: 3 in the run, 1 given" in text
     other = tmp_path / "other"
     other.mkdir()

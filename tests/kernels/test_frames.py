@@ -19,6 +19,7 @@ GISTS = {
     "dense": None,
     "forgetting": GistConfig((4, 2), recall="none"),
     "recall": GistConfig((4, 2), recall="suffix", topk=2),
+    "chunks of one length": GistConfig((4, 2), recall="suffix", topk=2, word_aware=False),
     "recall, one level": GistConfig((4,), recall="suffix", budget_ratio=2, recall_from=2),
 }
 
@@ -60,12 +61,13 @@ CASES = {
     "recall, one level": {},
     "recall, raw rows on the host": {"raw_cache": "host"},
     "recall, a window": {"kinds": ("window:6", "gist")},
+    "chunks of one length, a window": {"kinds": ("window:6", "gist"), "grow": True},
     "forgetting, a dense layer": {"kinds": ("dense", "gist"), "grow": True},
 }
 
 
 @needs_runs
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.long) if "of one length" in c else c for c in CASES])
 def test_tokens_and_logits_of_the_cpu(build, case):
     gist = GISTS[case] if case in GISTS else GISTS[case.split(",")[0]]
     plain = make_decoder(build, gist, "cpu", **CASES[case])

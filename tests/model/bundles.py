@@ -38,7 +38,8 @@ def bundle(prefix, documents, link_ids, suffix, starts, config: GistConfig, gist
         rows.append((token, -1, at, "prefix", -1, False))
         at += 1
     for number, tokens in enumerate(documents):
-        made = rules.insert_gists(tokens, [len(tokens)], starts, config.chunk_sizes, config.sink, list(gists), close=True)
+        shape = starts, config.chunk_sizes, config.sink, list(gists), True, config.word_aware
+        made = rules.insert_gists(tokens, [len(tokens)], *shape)
         for token, level, _, place in zip(*made):
             rows.append((token, level, at + place, "part", number, level < 0 and place < config.sink))
         at += len(tokens)

@@ -155,6 +155,29 @@ def test_placement_token_by_token_is_insertion(close):
         assert len(placement.chunk) <= config.sink + config.chunk_sizes[0] * 3 // 2
 
 
+@pytest.mark.parametrize("close", [False, True])
+def test_placement_that_is_not_word_aware_never_waits(close):
+    """After every piece the gists stand where insertion puts those of what was read so far; nothing is taken off again."""
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        sizes = tuple(rng.integers(1, 7, rng.integers(1, 4)).tolist())
+        config = GistConfig(sizes, sink=int(rng.integers(0, 5)), word_aware=False)
+        gists = range(50, 50 + config.levels)
+        raw = rng.integers(0, 50, rng.integers(0, 120))
+        placement, ids, level, read = GistPlacement(config, None, gists), [], [], 0
+        pieces = np.split(raw, np.sort(rng.integers(0, len(raw) + 1, 40)))
+        for number, piece in enumerate(pieces):
+            closes, certain = close and number == len(pieces) - 1, placement.certain
+            feed = placement.push(piece.tolist(), close=closes)
+            assert not feed.drop
+            ids, level, read = ids + feed.ids, level + feed.level, read + len(piece)
+            whole = interleave(raw[:read], [read], None, config, gists, close=closes)
+            assert ids == whole.ids.tolist() and level == whole.level.tolist()
+            assert len(piece) != 1 or closes or certain == (feed.level == [-1])
+    with pytest.raises(ValueError, match="word_starts: None, but chunks grow"):
+        GistPlacement(GistConfig((4,)), None, [50])
+
+
 def test_keys_read_grow_like_the_logarithm(build):
     """Counted by the cache for c = (8, 8, 8, 8) and a fixed k; a scan of all level-0 gists would read an eighth of T."""
     decoder = decode_cpu.decoder(build, GistConfig(decode_cpu.SIZES, recall="suffix", topk=4), layers=2, head_dim=2)

@@ -170,10 +170,10 @@ def test_every_budget_while_buckets_and_memories_change(build, rule, short_ahead
     assert only.slots == only.sequences == 2
 
 
-@pytest.mark.parametrize("starts", ["none", "all"])
+@pytest.mark.parametrize("starts", ["none", "all", "not looked at"])
 def test_chunks_that_are_read_again_or_close_when_they_are_due(build, starts, short_ahead):
-    bitmap = {"none": STARTS & False, "all": STARTS | True}[starts]
-    decoder = make_decoder(build, GistConfig((5, 2), recall="suffix", topk=2), True, bitmap)
+    bitmap = {"none": STARTS & False, "all": STARTS | True}.get(starts)
+    decoder = make_decoder(build, GistConfig((5, 2), recall="suffix", topk=2, word_aware=bitmap is not None), True, bitmap)
     other, _ = same(decoder, lambda d: [read(d, 33, 3), d_start(d)], Sampling(16, temperature=1.5))
     assert max(slots for slots, _ in other.frames.made) >= 4
 

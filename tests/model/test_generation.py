@@ -95,6 +95,8 @@ EDGES = {
     "no sink, no neighbours": ((4, 2), 30, 3, dict(sink=0, n_prev=0)),
     "wide windows": ((2, 2), 40, 3, dict(sink=9, n_prev=3)),
     "own group": ((4, 2), 45, 9, dict(own_group=True, n_prev=2, recall_from=2)),
+    "chunks of one length": ((4, 2), 45, 9, dict(word_aware=False)),
+    "chunks of one token": ((1, 3), 20, 3, dict(word_aware=False)),
 }
 
 
@@ -127,9 +129,31 @@ def test_text_that_goes_on_has_its_gists_where_training_puts_them(build, recall,
     assert max(sequence.level) == 1
 
 
-@pytest.mark.parametrize("grow", [False, True])
-def test_several_turns(build, grow):
-    decoder = make_decoder(build, GistConfig((4, 2), recall="suffix", topk=2), grow)
+@pytest.mark.parametrize("recall", ["none", "all", "suffix"])
+def test_chunks_of_one_length_are_folded_at_once_and_nothing_is_read_twice(build, recall, monkeypatch):
+    """Two sequences in step, prefilled in runs; the model is given every token of the training layout once, and no other."""
+    config = GistConfig((5, 3), recall=recall, topk=2, word_aware=False)
+    decoder = make_decoder(build, config, grow=True, starts=None)
+    monkeypatch.setattr(generation, "PREFILL", 7)
+    given, run = [], decoder._run
+    monkeypatch.setattr(decoder, "_run", lambda ids, *rest: given.extend(ids) or run(ids, *rest))
+    sequences, prompts = [decoder.start(), decoder.start()], [text(23), text(9, 1)]
+    for sequence, prompt in zip(sequences, prompts):
+        decoder.read_context(sequence, prompt, close=False)
+    new = continue_checked(decoder, sequences, 22, temperature=1.5)
+    decoder.step(sequences)
+    for sequence, prompt, tokens in zip(sequences, prompts, new):
+        raw = np.array(prompt + tokens)
+        whole = interleave(raw, [len(raw)], None, config, GISTS[:2])
+        assert sequence.ids == whole.ids.tolist() and sequence.level == whole.level.tolist()
+    assert sorted(given) == sorted(sequences[0].ids + sequences[1].ids)
+    with pytest.raises(ValueError, match=f"tokens: id {VOCAB} is outside the vocabulary of {VOCAB} pieces"):
+        decoder.read_suffix(sequences[0], [VOCAB])
+
+
+@pytest.mark.parametrize("grow,word_aware", [(False, True), (True, True), (False, False)])
+def test_several_turns(build, grow, word_aware):
+    decoder = make_decoder(build, GistConfig((4, 2), recall="suffix", topk=2, word_aware=word_aware), grow)
     sequence = read(decoder, 40, 6)
     first = continue_checked(decoder, [sequence], 9, temperature=1.0)[0]
     decoder.read_suffix(sequence, text(5, 7))  # another question
@@ -225,6 +249,15 @@ def test_bad_input_is_named(build):
         decoder.read_suffix(decoder.start(), [3, VOCAB])
     with pytest.raises(ValueError, match="gist_ids: 1 ids for 2 gist levels"):
         generation.Decoder(decoder.model, GistConfig((4, 2)), [50], STARTS).start()
+    for wrong, message in (
+        (dict(max_new_tokens=-1), "max_new_tokens: -1 is below 0"),
+        (dict(temperature=-0.5), "temperature: -0.5 is not a number from 0 on"),
+        (dict(temperature=math.nan), "temperature: nan is not"),
+        (dict(top_p=0.0), r"top_p: 0.0 is not in \(0, 1\]"),
+        (dict(top_p=1.5), r"top_p: 1.5 is not in \(0, 1\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Sampling(**wrong)
 
 
 def test_sampling():

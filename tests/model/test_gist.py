@@ -29,9 +29,10 @@ def test_example_of_the_specification():
     assert row(19) == "11000000001000100011"  # sinks, the gists of its own section; its own level as before
 
 
+@pytest.mark.parametrize("word_aware", [True, False])
 @pytest.mark.parametrize("close", [False, True])
 @pytest.mark.parametrize("chunk_sizes", [(1,), (5,), (8,), (3, 2), (8, 4), (2, 3, 2), (2, 2, 2, 2)])
-def test_insertion_follows_the_rules(chunk_sizes, close):
+def test_insertion_follows_the_rules(chunk_sizes, close, word_aware):
     rng = np.random.default_rng(len(chunk_sizes))
     vocab = 30
     gist_ids = list(range(vocab, vocab + len(chunk_sizes)))
@@ -40,12 +41,34 @@ def test_insertion_follows_the_rules(chunk_sizes, close):
         ids = rng.integers(0, vocab, sum(lengths))
         starts = rng.random(vocab) < [0.0, 0.2, 0.6, 1.0][trial % 4]
         sink = trial % 5
-        got = interleave(ids, lengths, starts, GistConfig(chunk_sizes, sink=sink), gist_ids, close)
-        want = rules.insert_gists(ids, lengths, starts, chunk_sizes, sink, gist_ids, close)
+        config = GistConfig(chunk_sizes, sink=sink, word_aware=word_aware)
+        got = interleave(ids, lengths, starts, config, gist_ids, close)
+        want = rules.insert_gists(ids, lengths, starts, chunk_sizes, sink, gist_ids, close, word_aware)
         for name, column in zip(("ids", "level", "doc", "position"), want):
             assert getattr(got, name).tolist() == column, (name, lengths, sink, close)
         if not close:
             assert len(got.ids) <= max_interleaved_length(len(ids), chunk_sizes)
+
+
+@pytest.mark.parametrize("chunk_sizes", [(1,), (5,), (3, 2), (2, 3, 2)])
+def test_chunks_that_are_not_word_aware_are_counted(chunk_sizes):
+    """Where gists stand follows from the lengths alone: no token is looked at, and nobody need know which start words."""
+    rng, sink = np.random.default_rng(0), 3
+    for _ in range(20):
+        lengths = rng.integers(0, 60, 3).tolist()
+        config = GistConfig(chunk_sizes, sink=sink, word_aware=False)
+        ids, gist_ids = rng.integers(0, 30, sum(lengths)), list(range(30, 30 + len(chunk_sizes)))
+        made = interleave(ids, lengths, None, config, gist_ids)
+        for doc, length in enumerate(lengths):
+            group = 1
+            for level, size in enumerate(chunk_sizes):
+                group *= size
+                mine = (made.doc == doc) & (made.level == level)
+                assert made.position[mine].tolist() == list(range(sink + group - 1, length, group))
+    with pytest.raises(ValueError, match="word_starts: None, but chunks grow to where a word starts; .*gist.word_aware: false"):
+        interleave(ids, lengths, None, GistConfig(chunk_sizes), gist_ids)
+    with pytest.raises(ValueError, match="ids: token id -1 is outside the vocabulary$"):
+        interleave(np.array([0, -1]), [2], None, config, gist_ids)
 
 
 @pytest.mark.parametrize("name", CASES)

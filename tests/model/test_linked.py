@@ -61,6 +61,7 @@ SETTINGS = [
         itertools.product(SIZES, (0, 1, 2), (False, True)), itertools.cycle([(3, 5), (2, 0), (0, 1), (3, 2), (4, 3)])
     )
 ]
+SETTINGS += [GistConfig(sizes, word_aware=False) for sizes in SIZES]
 
 
 @pytest.mark.parametrize("config", SETTINGS, ids=lambda c: f"{c.chunk_sizes} {c.n_prev} {c.links} {c.own_group}")
@@ -76,14 +77,15 @@ def test_insertion_and_visible_sets_follow_the_rules(config):
                 own, mine = ids[at : at + length], made.doc == doc
                 at += length
                 if bundle is None:
-                    want = rules.insert_gists(own, [length], starts, config.chunk_sizes, config.sink, gist_ids)
+                    shape = starts, config.chunk_sizes, config.sink, gist_ids, False, config.word_aware
+                    want = rules.insert_gists(own, [length], *shape)
                     got = made.ids[mine].tolist(), made.level[mine].tolist(), [0] * mine.sum(), made.position[mine].tolist()
                     assert list(map(list, got)) == [list(x) for x in want]
                     assert not made.role[mine].any() and not made.part[mine].any()
                     continue
                 links = LINK_IDS[: config.links]
                 shape = starts, config.chunk_sizes, config.sink, gist_ids, links
-                want = rules.insert_bundle(own, bundle.prefix, bundle.parts, *shape)
+                want = rules.insert_bundle(own, bundle.prefix, bundle.parts, *shape, config.word_aware)
                 roles = [ROLES[r] for r in made.role[mine].tolist()]
                 got = [getattr(made, name)[mine].tolist() for name in ("ids", "level", "position", "part")]
                 assert [*got[:3], roles, got[3]] == want

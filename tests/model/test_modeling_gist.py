@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.model.gist_exports import GISTS, LLAMA, STARTS, VOCAB, load, make_model, text, write_export
+from tests.model.gist_exports import GISTS, LLAMA, PAD, STARTS, VOCAB, load, make_model, text, write_export
 from unfold.kernels.unfold import recall_attention
 from unfold.model.config import GistConfig
 from unfold.model.gist import build_layout, build_recall, interleave, select_rule
@@ -27,6 +27,7 @@ RULES = {
     "wide": {"recall": "suffix", "topk": 10**6, "sink": 9, "n_prev": 3},
     "narrow": {"recall": "suffix", "topk": 1, "sink": 0, "n_prev": 0},
     "own group": {"recall": "suffix", "own_group": True, "n_prev": 2},
+    "chunks of one length": {"recall": "suffix", "word_aware": False},
     "unfold all": {"recall": "suffix", "topk": 1, "unfold_all": True},
 }
 
@@ -102,6 +103,22 @@ def test_text_that_grows_token_by_token(starts, grow):
         same = len(reading.ids) - 5 - 5 // 2 - 2
         assert reading.ids[:same] == whole.ids[:same].tolist() and reading.level[:same] == whole.level[:same].tolist()
     assert [i for i, l in zip(reading.ids, reading.level) if l < 0] == tokens
+
+
+@pytest.mark.parametrize("grow", [None, True])
+def test_chunks_of_one_length_are_folded_at_once(grow):
+    """By an export without a bitmap: after every token the gists are those of training, and nothing is read twice."""
+    gist = GistConfig((5, 3), recall="suffix", topk=2, word_aware=False)
+    reading = Reading(gist, starts=None)
+    tokens, fed = text(70, 4), 0
+    for first, last in ((0, 23), *((i, i + 1) for i in range(23, 70))):
+        theirs, ours = reading.read(tokens[first:last], None if grow is None else 12, grow)
+        assert (theirs - ours).abs().max() < 1e-10
+        fed += theirs.shape[1]
+        if grow is None:
+            whole = interleave(np.array(tokens[:last]), [last], None, gist, GISTS[:2])
+            assert reading.ids == whole.ids.tolist() and reading.level == whole.level.tolist()
+    assert fed == len(reading.ids) and reading.level.count(0) > 10
 
 
 @pytest.mark.parametrize("length", [0, 1, 2, 3, 11, 12, 40])
@@ -220,6 +237,10 @@ def test_bad_input_is_named(model):
         (dict(input_ids=ids, attention_mask=torch.ones(1, 1, 20, 20)), r"attention_mask: \(1, 1, 20, 20\)"),
         (dict(input_ids=ids, attention_mask=torch.zeros(1, 20)), "hides all of them"),
         (dict(input_ids=ids, gist_query_start=-1), r"gist_query_start: \[-1\] for 1 sequences"),
+        (dict(input_ids=ids, gist_query_start=3.5), r"gist_query_start: \[3.5\] for 1 sequences; give one whole number"),
+        (dict(input_ids=ids, gist_query_start="3"), r"gist_query_start: \['3'\] for 1 sequences; give one whole number"),
+        (dict(input_ids=ids, gist_chunk_sizes=8), "gist_chunk_sizes: 8; expected a list of one size per level"),
+        (dict(input_ids=ids, gist_chunk_sizes="8,4"), "gist_chunk_sizes: '8,4'; expected a list"),
         (dict(input_ids=ids, gist_query_start=5, past_key_values=cache), "gist_query_start: 5, but 20 tokens were read"),
         (dict(input_ids=ids + VOCAB), "outside the vocabulary of 128"),
         (dict(input_ids=ids, past_key_values=static), "past_key_values: a StaticCache"),
@@ -238,6 +259,12 @@ def test_settings_that_an_older_export_does_not_have_are_the_defaults():
     old = {name: value for name, value in entry.items() if name not in ("own_group", "recall_from", "unfold_all")}
     settings_from = lambda entry: GistSettings.of(type("Config", (), {"gist": entry}))
     assert len(old) == len(entry) - 3 and settings_from(old) == settings_from(entry)
+    assert "word_aware" not in entry and settings_from(entry).word_aware, "what an older export does not say, no export says"
+    exact = GistConfig((4, 2), word_aware=False)
+    entry = config_entries("LlamaForCausalLM", exact, GISTS[:2], GISTS, None)["gist"]
+    assert "word_starts" not in entry and not settings_from(entry).word_aware
+    with pytest.raises(ValueError, match=r"config.gist: lacks \['word_starts'\]"):
+        settings_from(entry | {"word_aware": True})
 
 
 def test_unusable_settings_are_named():
@@ -278,6 +305,20 @@ def test_packed_documents_are_those_of_a_batch(model):
         model(ids, position_ids=positions, gist_query_start=3)
     with pytest.raises(ValueError, match="position_ids: must count up from 0"):
         model(ids, position_ids=positions + 1)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_padded_batch_goes_on_as_its_texts_alone(model, side):
+    """generate() looks at the last column, which on the right of a shorter text is padding."""
+    texts, width = [text(21, 1), text(9, 2), text(30, 3)], 30
+    how = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": PAD}
+    ids, mask = torch.full((3, width), PAD), torch.zeros(3, width, dtype=torch.int64)
+    for row, tokens in enumerate(texts):
+        place = slice(len(tokens)) if side == "right" else slice(width - len(tokens), None)
+        ids[row, place], mask[row, place] = torch.tensor(tokens), 1
+    batch = model.generate(ids, attention_mask=mask, **how)
+    alone = [model.generate(torch.tensor([tokens]), **how)[0, len(tokens) :].tolist() for tokens in texts]
+    assert batch[:, width:].tolist() == alone and len({tuple(a) for a in alone}) == 3
 
 
 def test_hidden_states_and_kept_logits_are_those_of_raw_tokens(model):

@@ -14,7 +14,7 @@ from unfold.model.decode import generation
 from unfold.model.decode.generation import Decoder, Sampling
 from unfold.model.decode.parts import identity_of
 from unfold.model.gist import Bundle, Recall, Role, build_layout, interleave
-from unfold.model.gist.parts import Part
+from unfold.model.gist.parts import Identity, Part
 from unfold.model.layers import Rotary
 from unfold.model.transformer import Transformer
 
@@ -116,6 +116,7 @@ def test_every_shape(build, name, sizes, sink, n_prev):
 
 
 OTHERS = [GistConfig((4, 2), own_group=True), GistConfig((4, 2), recall="suffix", unfold_all=True, recall_from=2)]
+OTHERS += [GistConfig((4, 2), word_aware=False)]
 
 
 @pytest.mark.parametrize("gist", OTHERS)
@@ -273,6 +274,17 @@ def test_bad_input_is_told_in_one_line(build, tmp_path):
             Part.load(tmp_path / "x", decoder.identity)
     with pytest.raises(ValueError, match="^part .*: cannot be read "):
         Part.load(tmp_path / "nowhere", decoder.identity)
+
+
+def test_identity_tells_chunks_of_one_length():
+    """Theirs is the same whatever the bitmap is. What is word-aware has the identity of parts that were kept before."""
+    model, config = torch.nn.Linear(4, 4, bias=False), ModelConfig(VOCAB)
+    identity = lambda starts, **how: identity_of(model, config, GistConfig((4,), **how), GISTS[:1], starts)
+    exact = identity(None, word_aware=False)
+    assert exact == identity(STARTS, word_aware=False) and exact.model != identity(STARTS).model
+    folding = {"chunk_sizes": (4,), "sink": 3, "n_prev": 1, "own_group": False}
+    words = np.packbits(STARTS).tobytes(), len(STARTS), [GISTS[0]]
+    assert identity(STARTS) == Identity.of(model.named_parameters(), (dataclasses.asdict(config), folding), words)
 
 
 def test_identity_sees_every_place():

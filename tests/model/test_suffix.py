@@ -36,15 +36,16 @@ def sample(documents, config: GistConfig, seed: int = 0):
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 @pytest.mark.parametrize("sizes", SIZES)
-def test_insertion_closes_contexts_and_leaves_suffixes(name, sizes):
-    config = GistConfig(sizes)
+@pytest.mark.parametrize("word_aware", [True, False])
+def test_insertion_closes_contexts_and_leaves_suffixes(name, sizes, word_aware):
+    config = GistConfig(sizes, word_aware=word_aware)
     made, raw, suffix = sample(DOCUMENTS[name], config)
     want, at = [[], [], [], []], 0
     for number, (context, after) in enumerate(DOCUMENTS[name]):
         plain = context < 0
         folded = after if plain else context
         tokens = raw[at : at + folded].tolist()
-        columns = rules.insert_gists(tokens, [folded], STARTS, sizes, config.sink, list(GISTS), close=not plain)
+        columns = rules.insert_gists(tokens, [folded], STARTS, sizes, config.sink, list(GISTS), not plain, word_aware)
         rest = [] if plain else raw[at + context : at + context + after].tolist()
         columns[0] += rest
         columns[1] += [-1] * len(rest)

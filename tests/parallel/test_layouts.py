@@ -115,6 +115,24 @@ def test_recall_reads_the_same_over_context_ranks(tiny, tmp_path, name, more):
             assert got["context_ratio"] == got["context_bytes_dense"] / got["context_bytes"] > 0
 
 
+EXACT = ["gist.word_aware=false", "gist.recall=all", "gist.chunk_sizes=[4,2]", "train.steps=3"]
+
+
+@pytest.fixture(scope="module")
+def alone_exact(config, tmp_path_factory):
+    return train(config, tmp_path_factory.mktemp("exact") / "run", 1, *EXACT)
+
+
+@pytest.mark.parametrize("name", ["cp2", "dp2 zero2 micro_batch 2", pytest.param("tp2 pp2", marks=pytest.mark.long)])
+def test_chunks_of_one_length_over_layouts(name, config, alone_exact, tmp_path):
+    ranks, settings = LAYOUTS[name]
+    metrics = train(config, tmp_path / "run", ranks, *EXACT, *settings)
+    for got, want in zip(metrics, alone_exact, strict=True):
+        assert abs(got["loss"] - want["loss"]) <= 2e-6 * want["loss"]
+        assert abs(got["grad_norm"] - want["grad_norm"]) <= 1e-5 * want["grad_norm"]
+        assert (got["samples"], got["loss_tokens"]) == (want["samples"], want["loss_tokens"])
+
+
 BF16 = ["pp2", *(pytest.param(n, marks=pytest.mark.long) for n in ("dp2 zero3", "tp2 sequence", "cp2"))]
 
 

@@ -90,7 +90,7 @@ def test_a_control_token_that_a_text_spells_is_text(tokenizer):
 def test_wrong_templates(tokenizer, tiny, tmp_path):
     with pytest.raises(UserError, match="--chat: the tokenizer has no chat template; give a FILE.jinja, or 'plain'"):
         Chat(load_tokenizer(tiny.tokenizer, 2), None, None)
-    with pytest.raises(UserError, match="--chat: --chat nowhere.jinja: cannot be read"):
+    with pytest.raises(UserError, match="^--chat nowhere.jinja: cannot be read"):
         Chat(tokenizer, "nowhere.jinja", None)
     (tmp_path / "n.jinja").write_text(NO_SYSTEM)
     with pytest.raises(UserError, match="leaves the system message out; leave --system out"):

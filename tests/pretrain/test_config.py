@@ -4,8 +4,9 @@ import argparse
 import re
 
 import pytest
+import yaml
 
-from unfold.pretrain.config import add_overrides, changes_on_resume, load_config, parse_config, parse_saved
+from unfold.pretrain.config import add_overrides, changes_on_resume, load_config, parse_config, parse_saved, saved_settings
 from unfold.pretrain.errors import UserError
 
 MINIMAL = {"data": {"train": ["x"], "tokenizer": "t"}}
@@ -126,6 +127,15 @@ def test_what_may_change_on_resume():
         "train.steps": "train.steps: 1000 in the run, 9 given",
         "optimizer.lr": "optimizer.lr: 0.0003 in the run, 0.1 given",
     }
+
+
+def test_runs_from_before_a_setting_have_its_default(tmp_path):
+    """A checkpoint that does not say whether chunks are word-aware was trained with those that are."""
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(MINIMAL))
+    old, _ = saved_settings(tmp_path)
+    assert not changes_on_resume(old, parse_config(MINIMAL | {"gist": {"word_aware": True}}).to_dict())
+    changes = changes_on_resume(old, parse_config(MINIMAL | {"gist": {"word_aware": False}}).to_dict())
+    assert changes == {"gist.word_aware": "gist.word_aware: True in the run, False given"}
 
 
 def test_errors_are_not_taken_apart_at_semicolons():

@@ -1,8 +1,10 @@
 """``python -m pretrain evaluate`` on a tiny run and its export: what the figures say is what the model does."""
 
 import dataclasses
+import io
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from tests import warm
 from tests.pretrain.test_evaluate_scores import LONGBENCH, RAG, RULER, write
 from unfold.model.decode.generation import Decoder
 from unfold.pretrain.command import main
-from unfold.pretrain.evaluate import passkey, perplexity, tasks
+from unfold.pretrain.evaluate import output, passkey, perplexity, tasks
 from unfold.pretrain.evaluate.answering import Reader
 from unfold.pretrain.evaluate.subject import load_subject
 
@@ -295,6 +297,7 @@ def test_tasks_fold_the_context_and_close_it(subject, tmp_path):
         ),
         ("perplexity", ["--data", "{valid}", "--length", 1], "--length 1: is below 2"),
         ("perplexity", ["--data", "nowhere"], "nowhere.bin does not exist"),
+        ("perplexity", ["--data", "tests"], "--data tests: is a directory; name files in it, or the prefix of shards"),
         ("perplexity", ["--data", "{valid}", "--chunk-sizes", "8,x"], "--chunk-sizes 8,x: expected numbers"),
         ("perplexity", ["--data", "{valid}", "--chunk-sizes", "0"], "has a size below 1"),
         ("perplexity", ["--data", "{valid}", "--chunk-sizes", "2,2,2,2,2,2,2,2,2"], "9 levels, but"),
@@ -315,6 +318,33 @@ def test_mistakes_end_in_one_line(run_dir, tiny, tmp_path, capsys, kind, flags, 
     status, out, err = evaluate(capsys, kind, "--run-dir", run_dir, *given, "--output", tmp_path / "x")
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert status == 1 and out == "" and len(errors) == 1 and message in errors[0]
+
+
+def test_what_was_measured_outlives_a_full_disk(run_dir, tiny, tmp_path, capsys, monkeypatch):
+    """It is printed; and a directory that cannot be written to is refused before anything is measured."""
+
+    def full(path, content):
+        raise OSError(28, "No space left on device", str(path))
+
+    flags = ["--run-dir", run_dir, "--data", tiny.valid, "--mode", "dense", "--max-tokens", 100, "--output", tmp_path / "x"]
+    monkeypatch.setattr(perplexity, "write_json", full)
+    status, out, err = evaluate(capsys, "perplexity", *flags)
+    assert status == 1 and "| dense" in out and "| cost" in out
+    assert err.endswith("perplexity.json'); what was measured is printed above\n")
+    monkeypatch.setattr(output.os, "access", lambda *_: False)
+    status, out, err = evaluate(capsys, "perplexity", *flags)
+    assert status == 1 and not out and f"error: --output {tmp_path / 'x'}: cannot be written to" in err
+
+
+def test_a_reader_that_has_gone_is_no_error(capsys, monkeypatch):
+    """As of `python -m pretrain config-reference | head -1`."""
+
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    assert main(["config-reference"]) == 0 and capsys.readouterr().err == ""
 
 
 def test_wrong_text_lines(run_dir, tmp_path, capsys):

@@ -193,6 +193,7 @@ def test_rag_command(run_dir, tmp_path, capsys):
         (["--max-new-tokens", 300], "nq.jsonl:1: its 3 documents (see --documents, --document-tokens): 3"),
         (["--mode", "dense", "--topk", 3], "--topk: sets what recall selects"),
         (["--links", 4, "--mode", "linked-recall"], "--mode linked-recall: documents have 4 links each (gist.links), but"),
+        (["--links", 4], "--links 4: documents have 4 links each (gist.links), but"),
         (["--links", -1], "links"),
     ],
 )

@@ -326,6 +326,12 @@ def test_the_module_stays_light():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
+def test_runs_whose_chunks_do_not_grow_are_told_apart(tmp_path):
+    runs = [make_run(tmp_path / str(aware), [metric(1)], gist={"word_aware": aware}) for aware in (True, False)]
+    text = Page(write_report(runs)).text
+    assert "About every 8 raw tokens are folded" in text and " Every 8 raw tokens are folded" in text
+
+
 @pytest.mark.parametrize("sizes,own_group", [((8,), False), ((8, 4), True), ((3, 2, 2), False), ((40,), False)])
 def test_made_up_sample_follows_the_rules(sizes, own_group):
     gist = {"chunk_sizes": list(sizes), "sink": 2, "n_prev": 2, "own_group": own_group}

@@ -29,6 +29,7 @@ def run_config(**changes) -> RunConfig:
         (dict(head_dim=72), "model.head_dim: 72 has no kernels"),
         (dict(top_p=0.5), "gist.top_p: 0.5 has no kernels"),
         (dict(chunk_sizes=(100,)), "gist.chunk_sizes: a chunk of 100 tokens can grow to 150"),
+        (dict(chunk_sizes=(128,), word_aware=False), "gist.chunk_sizes: a chunk of 128 tokens; recall on GPUs serves 127"),
     ],
 )
 def test_what_no_kernel_serves_is_named(changes, message):
@@ -37,7 +38,14 @@ def test_what_no_kernel_serves_is_named(changes, message):
     refuse_unserved(run_config(**changes), torch.device("cpu"))
 
 
-@pytest.mark.parametrize("changes", [{}, dict(head_dim=72, attention="dense"), dict(chunk_sizes=(100,), recall="none")])
+SERVED = [
+    dict(head_dim=72, attention="dense"),
+    dict(chunk_sizes=(100,), recall="none"),
+    dict(chunk_sizes=(127,), word_aware=False),
+]
+
+
+@pytest.mark.parametrize("changes", [{}, *SERVED])
 def test_what_is_served_passes(changes):
     refuse_unserved(run_config(**changes), torch.device("cuda"))
 

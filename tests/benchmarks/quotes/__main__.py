@@ -28,8 +28,14 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=1, metavar="N", help="of every layer (default: 1)")
     words = "of a sample that quotes, half of them before the quotes (default: 256)"
     parser.add_argument("--raw-tokens", type=int, default=256, metavar="N", help=words)
+    words = "the dense model then goes on in samples of these lengths; ways train and are measured in the last (default: none)"
+    parser.add_argument("--lengths", type=int, nargs="+", default=[], metavar="N", help=words)
+    words = "of the dense model in each of these lengths (default: 150)"
+    parser.add_argument("--length-steps", type=int, default=150, metavar="N", help=words)
     words = "the dense model goes on with short pieces until it loses less than this per token (default: a fixed number of steps)"
     parser.add_argument("--copies", type=float, metavar="NATS", help=words)
+    words = "further settings: those of the model hold for all, others for all ways with gists, as gist.route_loss=2"
+    parser.add_argument("--set", nargs="+", default=[], dest="settings", metavar="KEY=VALUE", help=words)
     parser.add_argument("--report-only", action="store_true", help="train nothing, write the report of what is there")
     return parser.parse_args()
 

@@ -118,7 +118,7 @@ def plot(path: Path, outcomes: list[Outcome], plan: Plan) -> None:
         axis.grid(axis="x", alpha=0.25)
     axes[-1, 0].set_xlabel("nats per quoted token")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=2)
-    figure.suptitle(f"quotes of {plan.quoting.span} tokens in {plan.quoting.raw_tokens}; dashed: dense attention", fontsize=11)
+    figure.suptitle(f"quotes of {plan.whole.span} tokens in {plan.whole.raw_tokens}; dashed: dense attention", fontsize=11)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,10 +41,13 @@ class Plan:
 
     Attributes:
         short: what the dense model learns to copy from first, almost alone: quotes in text teach it too little at the start.
-        quoting: what all ways are trained and measured on.
+        quoting: what the dense model learns from next; all ways are trained and measured on it, or on the last of ``lengths``.
         short_steps, base_steps: of the dense model in short and in whole samples.
         copies: None, or the mean loss per token of a hundred steps in short samples below which the dense model copies: it then
             goes on with them until it does, for at most four times ``short_steps``. When that comes differs between seeds.
+        lengths: of longer samples, in which the dense model goes on, one length after the other.
+        length_steps: in each of them.
+        settings: (dotted key, value) of further settings: those of the model hold for all, others for ways with gists.
         steps: of each way.
         batch: raw tokens of a step.
         evaluated: validation documents that quote, and windows of plain text.
@@ -55,6 +59,9 @@ class Plan:
     short_steps: int = 800
     copies: float | None = None
     base_steps: int = 300
+    lengths: tuple[int, ...] = ()
+    length_steps: int = 150
+    settings: tuple[tuple[str, Any], ...] = ()
     steps: int = 300
     batch: int = 1024
     evaluated: int = 64
@@ -66,6 +73,17 @@ class Plan:
     kv_heads: int = 1
     lr: float = 3e-3
     matrix_lr: float = 0.02
+
+    @property
+    def stages(self) -> list[tuple[str, Quoting]]:
+        """(name of the shards, what they hold) of text that quotes, by its length."""
+        longer = [(f"quotes{n}", dataclasses.replace(self.quoting, raw_tokens=n)) for n in self.lengths]
+        return [("quotes", self.quoting), *longer]
+
+    @property
+    def whole(self) -> Quoting:
+        """What all ways are trained and measured on."""
+        return self.stages[-1][1]
 
     def config(self, data: Path, name: str, raw_tokens: int, seed: int, tree: dict, share: float = 0.5) -> RunConfig:
         """The configuration of a run on plain text and on text that quotes. name: of the latter's shards; share: its part."""
@@ -90,7 +108,13 @@ class Plan:
         }
         for section, values in tree.items():
             own[section] = {**own.get(section, {}), **values}
+        own["model"] |= self.further("model")
         return parse_config(own)
+
+    def further(self, section: str) -> dict[str, Any]:
+        """Those of ``settings`` that belong to a section."""
+        parts = [(*key.split(".", 1), value) for key, value in self.settings]
+        return {name: value for of, name, value in parts if of == section}
 
 
 @dataclass(frozen=True)
@@ -139,14 +163,15 @@ def loss_of(model: Transformer, batch: MicroBatch, gist: GistConfig | None, dist
     return model(batch) / tokens
 
 
-def dense_config(plan: Plan, data: Path, seed: int) -> RunConfig:
-    """The configuration of the dense model's second part, in whole samples."""
-    tree = {"model": {"attention": "dense"}, "train": {"steps": plan.base_steps}}
-    return plan.config(data, "quotes", plan.quoting.raw_tokens, 100 * seed + 1, tree)
+def dense_config(plan: Plan, data: Path, seed: int, stage: int = 0) -> RunConfig:
+    """The configuration of the dense model's second part, in whole samples; stage: which of ``plan.stages``."""
+    tree = {"model": {"attention": "dense"}, "train": {"steps": plan.length_steps if stage else plan.base_steps}}
+    name, quoting = plan.stages[stage]
+    return plan.config(data, name, quoting.raw_tokens, 100 * seed + 1 + stage, tree)
 
 
 def base_model(plan: Plan, data: Path, parallel: Parallel, build: BuildContext) -> Transformer:
-    """The dense model that all ways of a seed (``build.seed``) start from; gists start as the mean of all other rows."""
+    """The dense model that all ways of a seed (``build.seed``) start from, before it goes on in longer samples."""
     most = plan.short_steps * (1 if plan.copies is None else 4)
     tree = {"model": {"attention": "dense"}, "train": {"steps": most}}
     short = plan.config(data, "short", plan.short.raw_tokens, 100 * build.seed, tree, share=0.98)
@@ -156,11 +181,17 @@ def base_model(plan: Plan, data: Path, parallel: Parallel, build: BuildContext) 
         lost.append(loss)
         if plan.copies is not None and len(lost) % 100 == 0 and np.mean(lost[-100:]) < plan.copies:
             break
-    for _ in train(model, dense_config(plan, data, build.seed), parallel, plan, decay=False):
+    return longer_model(model, plan, data, parallel, 0)
+
+
+def longer_model(model: Transformer, plan: Plan, data: Path, parallel: Parallel, stage: int) -> Transformer:
+    """The same dense model, trained on in samples of one of ``plan.stages``; gists then start as the mean of all other rows."""
+    config = dense_config(plan, data, model.build.seed, stage)
+    for _ in train(model, config, parallel, plan, decay=False):
         pass
     rows = model.embedding.weight
     known = torch.arange(len(rows)) < plan.vocab_size  # the rest is padding
-    gists = list(open_inputs(short).tokenizer.reserved_ids)
+    gists = list(open_inputs(config).tokenizer.reserved_ids)
     known[gists] = False
     with torch.no_grad():
         rows[gists] = rows[known].mean(0)
@@ -169,8 +200,14 @@ def base_model(plan: Plan, data: Path, parallel: Parallel, build: BuildContext) 
 
 def way_config(plan: Plan, data: Path, way: Way, chunk_sizes: tuple[int, ...], seed: int) -> RunConfig:
     """The configuration of a way; ways of a seed see the same samples in the same order."""
-    steps = max(1, round(plan.steps * way.longer))
-    return plan.config(data, "quotes", plan.quoting.raw_tokens, 100 * seed + 50, way.tree(steps, chunk_sizes))
+    tree = way.tree(max(1, round(plan.steps * way.longer)), chunk_sizes)
+    name, quoting = plan.stages[-1]
+    if tree["gist"].get("route_loss"):  # of all tokens of a sample, however long it is
+        tree["gist"]["route_queries"] = max(GistConfig.route_queries, quoting.raw_tokens)
+    if not way.dense:
+        for section in ("gist", "distill"):
+            tree[section] = {**tree.get(section, {}), **plan.further(section)}
+    return plan.config(data, name, quoting.raw_tokens, 100 * seed + 50, tree)
 
 
 def started_from(base: Transformer, config: RunConfig) -> Transformer:
@@ -187,18 +224,18 @@ def readings(model: Transformer, config: RunConfig, plan: Plan, data: Path) -> t
     'forget' and 'recall', the latter with the budget that holds at the end.
     """
     tokenizer = open_inputs(config).tokenizer
+    shards, length = plan.stages[-1][0], plan.whole.raw_tokens
     gist = dataclasses.replace(config.gist, recall="all")
     variants = {"dense": Variant("dense", None)}
     if config.folding:
         variants["forget"] = Variant("forget", gist)
         variants["recall"] = Variant("recall", dataclasses.replace(gist, unfold_all=False))
     variants["everything"] = Variant("recall", dataclasses.replace(gist, unfold_all=True))
-    subject = Subject("", model.eval(), tokenizer, tuple(variants.values()), plan.quoting.raw_tokens)
-    tags = np.load(data / "quotes_tags.npy")[: plan.evaluated]
-    shard = open_shard(data / "quotes_valid")
+    subject = Subject("", model.eval(), tokenizer, tuple(variants.values()), length)
+    tags = np.load(data / f"{shards}_tags.npy")[: plan.evaluated]
+    shard = open_shard(data / f"{shards}_valid")
     quoting = [np.asarray(shard.document(i), np.int64) for i in range(len(tags))]
     text = open_shard(data / "text_valid")
-    length = plan.quoting.raw_tokens
     documents = (np.asarray(text.document(i), np.int64) for i in range(len(text.lengths)))
     plain = [w for w in take_windows(documents, length, 2**40) if len(w) == length][: plan.evaluated]
     found = {}

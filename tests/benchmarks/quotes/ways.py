@@ -23,6 +23,11 @@ class Way:
     stages: tuple[tuple[float, dict], ...] = ()
     longer: float = 1.0
 
+    @property
+    def dense(self) -> bool:
+        """Whether it has no gists."""
+        return self.settings.get("model.attention") == "dense"
+
     def tree(self, steps: int, chunk_sizes: tuple[int, ...]) -> dict:
         """Its part of a configuration; sections are dicts. steps: of all of the run."""
         levels = len(chunk_sizes)
@@ -73,5 +78,11 @@ def ways_of(chunk_sizes: tuple[int, ...]) -> dict[str, Way]:
         "joint": Way("quarter, shrinking budgets, dense attention's logits", {**shares, "distill.logits": 1.0}, shrinking(ratio)),
         "both": Way("a quarter to the end, and shrinking budgets", shares, shrinking(ratio)),
         "both-longer": Way("a quarter to the end, and shrinking budgets, twice the steps", shares, shrinking(ratio), longer=2.0),
+        "half-longer": Way(
+            "half to the end, and shrinking budgets, twice the steps",
+            {**ROUTED, "gist.unfold_share": 0.5},
+            shrinking(ratio),
+            longer=2.0,
+        ),
         "dense-longer": Way("dense attention, twice the steps", {"model.attention": "dense"}, longer=2.0),
     }

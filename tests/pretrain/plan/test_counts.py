@@ -7,6 +7,7 @@ import re
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from megatron.core.parallel_state import RankGenerator
@@ -16,6 +17,7 @@ from tests.conftest import run
 from tests.pretrain.plan.engine_bytes import LAYOUTS, MORE_LAYOUTS, OF_FOUR, run_config
 from tests.pretrain.plan.samples import SHAPES, TOLERANCE, configuration, micro_batch
 from unfold.model.config import GistConfig
+from unfold.model.gist import interleave
 from unfold.model.transformer import Transformer
 from unfold.pretrain.config import ParallelConfig
 from unfold.pretrain.plan.memory import model_states
@@ -46,6 +48,10 @@ def test_visible_keys_are_counted_exactly(chunk_sizes):
     layout = micro_batch(config, 1).layout
     sample = measure_sample(config)
     assert sample.keys == int(layout.intervals.dense_mask().sum()) and sample.tokens == layout.level.shape[1]
+    # What plans take a sample to be is what any document is whose chunks do not grow.
+    exact = replace(config.gist, word_aware=False)
+    made = interleave(np.zeros(150, np.int64), [150], np.zeros(1, bool), exact, range(1, 1 + exact.levels))
+    assert measure_sample(replace(config, gist=exact)) == sample and len(made.ids) == sample.tokens
     dense = measure_sample(replace(config, model=replace(config.model, attention="dense")))
     assert dense.keys == 150 * 151 // 2 and dense.tokens == 150
 
