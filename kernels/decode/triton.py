@@ -73,7 +73,8 @@ def decode_attention_triton(
 def why_not(q: Tensor, layers: Sequence[Sequence[RowStore]], rule: SelectRule | None) -> str | None:
     """Why the Triton kernels do not serve this case, in words; None if they do."""
     group = q.shape[1] // layers[0][-1].memory.shape[1]
-    return why_not_shape(q.dtype, q.shape[2], group, rule) or why_not_rows(layers)
+    most = max(rows.memory.shape[2] for layer in layers for rows in layer)
+    return why_not_shape(q.dtype, q.shape[2], group, rule) or why_not_rows(most)
 
 
 def why_not_shape(dtype: torch.dtype, dim: int, group: int, rule: SelectRule | None) -> str | None:
@@ -89,9 +90,9 @@ def why_not_shape(dtype: torch.dtype, dim: int, group: int, rule: SelectRule | N
     return None
 
 
-def why_not_rows(layers: Sequence[Sequence[RowStore]]) -> str | None:
-    """The same, of caches."""
-    if max(rows.memory.shape[2] for layer in layers for rows in layer) > LARGEST_ROW:
+def why_not_rows(most: int) -> str | None:
+    """The same, of caches with room for so many rows."""
+    if most > LARGEST_ROW:
         return f"cache: more than {LARGEST_ROW} rows, {INSTEAD}"
     return None
 
@@ -144,18 +145,24 @@ def _bucket(counts: Tensor) -> int:
 
 def make_places(anchor: Tensor, layers: Sequence[Sequence[RowStore]], step: Step, ends: Tensor) -> Tensor:
     """Where rows of a layer's caches lie, [N, 2 * (L + 1) + L] int64, on the device of ``anchor``."""
-    lines = [places_of(anchor, layer, ends, borders) for layer, borders in zip(layers, step.borders)]
-    return torch.tensor(lines, dtype=torch.int64).to(anchor.device, non_blocking=True)
+    addresses = torch.tensor([[(rows.memory.data_ptr(), rows.memory.shape[2]) for rows in layer] for layer in layers])
+    return places_of(anchor, ends, addresses, step.borders).to(anchor.device, non_blocking=True)
 
 
-def places_of(anchor: Tensor, layer: Sequence[RowStore], ends: Tensor, borders: Borders) -> list[int]:
-    """A line of places: of a sequence's rows from ``anchor`` in units of UNIT elements, of its borders from ``ends``."""
-    size, line = anchor.element_size() * UNIT, []
-    for rows in layer:
-        begin = rows.memory.data_ptr() - anchor.data_ptr()
-        assert not begin % size, "rows and what they count from must begin at multiples of 8 elements"
-        line += [begin // size, rows.memory.shape[2]]
-    return line + [(end.data_ptr() - ends.data_ptr()) // ends.element_size() for end in borders.ends_on(anchor.device)[0]]
+def places_of(anchor: Tensor, ends: Tensor, addresses: Tensor, borders: Sequence[Borders]) -> Tensor:
+    """The same on the CPU, of any number of layers: [.., N, 2 * (L + 1) + L] int64.
+
+    Args:
+        anchor, ends: from where rows count, in units of UNIT elements, and from where borders do.
+        addresses: [.., N, L + 1, 2] int64, of each segment where its rows begin in memory, in bytes, and the room for rows.
+        borders: of each of the N.
+    """
+    begin, size = addresses[..., 0] - anchor.data_ptr(), anchor.element_size() * UNIT
+    assert not (begin % size).any(), "rows and what they count from must begin at multiples of 8 elements"
+    rows = torch.stack([begin // size, addresses[..., 1]], -1).flatten(-2)
+    first, size = ends.data_ptr(), ends.element_size()
+    own = [[(end.data_ptr() - first) // size for end in b.ends_on(anchor.device)[0]] for b in borders]
+    return torch.cat([rows, torch.tensor(own, dtype=torch.int64).expand(*rows.shape[:-1], -1)], -1)
 
 
 def keep(k: Tensor, v: Tensor, anchor: Tensor, places: Tensor, items: Tensor) -> None:

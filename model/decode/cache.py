@@ -37,7 +37,8 @@ class Rows:
         self, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device, reads: Reads, on_host: bool = False
     ):
         held = torch.device("cpu") if on_host else device
-        self.buffer = Growable([2, kv_heads, 0, head_dim], 2, dtype, held, pinned=on_host and device.type == "cuda")
+        reader = device if on_host and device.type == "cuda" else None
+        self.buffer = Growable([2, kv_heads, 0, head_dim], 2, dtype, held, reader)
         self.reads, self.device, self.on_host = reads, device, on_host
 
     def append(self, k: Tensor, v: Tensor) -> None:
@@ -90,7 +91,9 @@ class OnDevices:
 
     def ends_on(self, device: torch.device) -> tuple[list[Tensor], list[int]]:
         """``ends`` of each segment on a device, brought up to date by what came since; and the most items behind one gist."""
-        mirrors = self._mirrors.setdefault(device, [Growable([0], 0, torch.int64, device) for _ in self.ends])
+        if device not in self._mirrors:
+            self._mirrors[device] = [Growable([0], 0, torch.int64, device) for _ in self.ends]
+        mirrors = self._mirrors[device]
         for s, (mirror, ends) in enumerate(zip(mirrors, self.ends)):
             if mirror.length < ends.length:  # gists are never dropped
                 lo, hi = self.children(s, torch.arange(mirror.length, ends.length))
@@ -138,6 +141,8 @@ class SequenceCache:
         of_host = lambda kind, s: raw_on_host and kind == "gist" and s == outline.levels
         make = lambda kind, s: Rows(model.kv_heads, model.head_dim, dtype, device, self.reads, of_host(kind, s))
         self.layers = [[make(kind, s) for s in range(len(outline.counts))] for kind in self.kinds]  # [layer][segment]
+        self._addresses = torch.zeros(len(self.layers), len(outline.counts), 2, dtype=torch.int64)
+        self._moves = [-1] * self._addresses[..., 0].numel()  # of every row's memory, when its address was looked up
 
     def views(self, sight: Sight) -> dict[str, Sight]:
         """By kind of layer what new tokens see, in numbers of the rows that the layers keep.
@@ -195,6 +200,19 @@ class SequenceCache:
             for rows, count, gone in zip(layer, self.outline.counts, self.forgotten[kind]):
                 rows.buffer.reserve(count - gone + (ahead if rows is layer[-1] else 0))
                 rows.buffer.length = count - gone
+
+    def addresses(self) -> Tensor:
+        """Where the rows of each layer and segment begin in memory, in bytes, and the room for rows: [layers, L + 1, 2] int64.
+
+        Not to be written to; of what has not moved since this was asked for last, nothing is looked up again.
+        """
+        held = [rows.buffer for layer in self.layers for rows in layer]
+        moves = [buffer.moves for buffer in held]
+        if moved := [i for i, (now, before) in enumerate(zip(moves, self._moves)) if now != before]:
+            found = [(held[i].memory.data_ptr(), held[i].memory.shape[2]) for i in moved]
+            self._addresses.view(-1, 2)[moved] = torch.tensor(found)
+            self._moves = moves
+        return self._addresses
 
     def append_raw(self) -> None:
         """Enter a raw token that kernels have written, within the room that :meth:`settle` made."""

@@ -191,13 +191,11 @@ class Frame:
         """[layers, tokens, ..]"""
         from unfold.kernels.decode.triton import places_of, why_not_rows
 
-        if reason := why_not_rows([layer for new in batch for layer in new.cache.layers]):
+        addresses = torch.stack([new.cache.addresses() for new in batch], 1)
+        if reason := why_not_rows(int(addresses[..., 1].max())):
             raise ValueError(reason)
-        lines = []
-        for index in range(len(self.model.layers)):
-            own = [places_of(self.anchor, new.cache.layers[index], self.ends, new.cache.outline) for new in batch]
-            lines.append([line for line, new in zip(own, batch) for _ in new.sight.recalls])
-        return torch.tensor(lines)
+        places = places_of(self.anchor, self.ends, addresses, [new.cache.outline for new in batch])
+        return places.repeat_interleave(torch.tensor([len(new.sight.recalls) for new in batch]), 1)
 
     def run(self) -> None:
         """One step; on a GPU nothing waits for it."""
@@ -209,7 +207,8 @@ class Frame:
         self.state.memory.copy_(self.resting.memory)
 
     def kept(self) -> list[Tensor]:
-        return [self.state.memory, self.logits, self.chosen]
+        chosen = [] if self.sampling is None else [self.chosen]  # which a step that chooses nothing leaves as it is
+        return [self.state.memory, self.logits, *chosen]
 
     def spoil(self) -> None:
         from unfold.kernels.decode.triton import keep
@@ -219,7 +218,8 @@ class Frame:
         for places, kind in zip(self.state.places, self.kinds):
             keep(rows, rows, self.anchor, places, self.state.items[self.kind_index[kind]])
         self.logits.fill_(torch.nan)
-        self.chosen.fill_(-1)
+        if self.sampling is not None:
+            self.chosen.fill_(-1)
 
     @torch.no_grad()
     def step(self) -> None:

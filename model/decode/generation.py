@@ -37,8 +37,8 @@ class Decoder:
         link_ids: of the links of one part, in order; empty: parts are joined without links.
         raw_cache: where keys and values of raw tokens are kept: 'device', or 'host', from where what is unfolded is fetched.
             Gists are always on the device.
-        capture: on a GPU, replay steps from CUDA graphs, each compared with the step itself at its first use; without it, and
-            always over a raw cache on the host, steps are launched operation by operation, as on a CPU.
+        capture: on a GPU, replay steps from CUDA graphs, each compared with the step itself at its first use and at times after
+            it; without it steps are launched operation by operation, as on a CPU.
     """
 
     def __init__(

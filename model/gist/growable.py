@@ -15,11 +15,23 @@ class Growable:
         shape: of the tensor without rows; its entry at ``dim`` is ignored.
         dim: the dimension that grows.
         dtype, device: of the tensor.
-        pinned: in host memory that a GPU may read by itself.
+        reader: a GPU whose kernels read and write the rows where they lie in host memory, which then is pinned.
+
+    Attributes:
+        length: rows.
+        memory: what they lie in.
+        moves: how often that was other memory than before.
     """
 
-    def __init__(self, shape: Sequence[int], dim: int, dtype: torch.dtype, device: torch.device | str, pinned: bool = False):
-        self.dim, self.length, self.pinned = dim, 0, pinned
+    def __init__(
+        self,
+        shape: Sequence[int],
+        dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        reader: torch.device | None = None,
+    ):
+        self.dim, self.length, self.reader, self.moves = dim, 0, reader, 0
         self.memory = torch.empty([*shape[:dim], 0, *shape[dim + 1 :]], dtype=dtype, device=device)
 
     def append(self, rows: Tensor) -> None:
@@ -59,11 +71,12 @@ class Growable:
     def _move(self, room: int) -> None:
         """To new memory with room for so many rows."""
         shape = [*self.memory.shape[: self.dim], room, *self.memory.shape[self.dim + 1 :]]
-        memory = torch.empty(shape, dtype=self.memory.dtype, device=self.memory.device, pin_memory=self.pinned)
-        if self.pinned:  # kernels read and write it where it lies, which its allocator knows nothing of
-            torch.cuda.synchronize()
+        memory = torch.empty(shape, dtype=self.memory.dtype, device=self.memory.device, pin_memory=self.reader is not None)
+        if self.reader is not None:  # launched kernels may still use the memory, of which its allocator knows nothing
+            torch.cuda.synchronize(self.reader)
         memory.narrow(self.dim, 0, self.length).copy_(self.rows)
         self.memory = memory
+        self.moves += 1
 
     @property
     def rows(self) -> Tensor:

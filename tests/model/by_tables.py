@@ -22,28 +22,28 @@ def memory_at(address: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tenso
     return torch.frombuffer((ctypes.c_char * size).from_address(address), dtype=dtype).view(shape)
 
 
-def rows_at(anchor: Tensor, line: list[int], segment: int) -> Tensor:
+def rows_at(anchor: Tensor, line: list[int], segment: int, kv_heads: int) -> Tensor:
     """Keys and values of a segment, [2, Hkv, capacity, D]."""
     begin, capacity = line[2 * segment : 2 * segment + 2]
-    shape = 2, anchor.shape[1], capacity, anchor.shape[3]
+    shape = 2, kv_heads, capacity, anchor.shape[-1]
     return memory_at(anchor.data_ptr() + begin * UNIT * anchor.element_size(), shape, anchor.dtype)
 
 
 def keep(k: Tensor, v: Tensor, anchor: Tensor, places: Tensor, items: Tensor) -> None:
     """As kernels.decode.triton.keep."""
     for line, (segment, row), key, value in zip(places.tolist(), items.tolist(), k, v):
-        memory = rows_at(anchor, line, segment)
+        memory = rows_at(anchor, line, segment, len(key))
         memory[0, :, row], memory[1, :, row] = key, value
 
 
-def run(q: Tensor, tables, places: Tensor, scale: float, kv_heads: int, rule, anchor: Tensor) -> Tensor:
+def run(q: Tensor, tables, places: Tensor, scale: float, kv_heads: int, rule, anchor: Tensor | None = None) -> Tensor:
     """As kernels.decode.triton.run; and no list may be longer than its bucket."""
-    outs = []
+    outs, anchor = [], q if anchor is None else anchor
     for own, ints, line in zip(q, tables.ints.tolist(), places.tolist()):
         levels = (len(line) - 2) // 3
         sinks, window, end = ints[:3]
         shown, hi, upto, tail, taken = (ints[3 + i :: 5] for i in range(5))
-        rows = [rows_at(anchor, line, s) for s in range(levels + 1)]
+        rows = [rows_at(anchor, line, s, kv_heads) for s in range(levels + 1)]
         begins = [tables.ends.data_ptr() + 8 * begin for begin in line[2 * (levels + 1) :]]
         ends = [memory_at(begin, (count,), torch.int64) for begin, count in zip(begins, upto)]
         check_buckets(tables, ends, sinks, window, taken, upto, tail)

@@ -1,5 +1,6 @@
 """The cache's parts: growing arrays, the outline of a growing document, what a step reads."""
 
+import copy
 import math
 
 import numpy as np
@@ -7,8 +8,8 @@ import pytest
 import torch
 
 from tests.benchmarks import decode_cpu
-from unfold.model.config import GistConfig
-from unfold.model.decode.cache import Reads, Rows
+from unfold.model.config import GistConfig, ModelConfig
+from unfold.model.decode.cache import CachedOutline, Reads, Rows, SequenceCache
 from unfold.model.decode.prefill import short_sample, whole_tree
 from unfold.model.gist import build_layout, build_recall, interleave
 from unfold.model.gist.growable import Growable
@@ -26,6 +27,38 @@ def test_growable():
     grown.truncate(7)
     grown.append(parts[0])
     assert torch.equal(grown.rows, torch.cat(parts[:7] + parts[:1], 1))
+
+
+def test_memory_that_a_gpu_reads_in_place_is_given_up_when_it_has_read(monkeypatch):
+    """Its kernels may still write the rows, too: they are copied afterwards."""
+    gpu, empty, waited = torch.device("cuda", 1), torch.empty, []
+    monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory=False, **how: empty(*shape, **how))
+    grown = Growable([0, 2], 0, torch.float32, "cpu", gpu)
+
+    def wait(device):
+        waited.append(device)
+        grown.rows.fill_(len(waited))  # a kernel that was launched before
+
+    monkeypatch.setattr(torch.cuda, "synchronize", wait)
+    grown.append(torch.zeros(16, 2))
+    grown.append(torch.zeros(1, 2))
+    assert waited == [gpu, gpu] and grown.moves == 2
+    assert bool((grown.rows[:16] == 2).all()) and not grown.rows[16].any()
+    branch = grown.copy()
+    assert waited == [gpu] * 3 and torch.equal(branch.rows[16], torch.full((2,), 3.0))
+
+
+def test_addresses_are_those_of_the_memory_whatever_moved():
+    """Of appended rows, of a branch, and of what did not move."""
+    config = ModelConfig(60, hidden_size=32, layers=2, heads=4, kv_heads=2, ffn_size=48)
+    cache = SequenceCache(config, CachedOutline(GistConfig((4, 2))), torch.float32, torch.device("cpu"))
+    found = lambda cache: [[[r.memory.data_ptr(), r.memory.shape[2]] for r in layer] for layer in cache.layers]
+    for layer, segment, count in [(0, 2, 3), (0, 2, 1), (1, 0, 20), (1, 2, 40), (0, 2, 30)]:
+        cache.layers[layer][segment].append(*torch.zeros(2, count, 2, 8))
+        assert cache.addresses().tolist() == found(cache)
+    branch = copy.deepcopy(cache)
+    branch.layers[0][2].append(*torch.zeros(2, 99, 2, 8))
+    assert branch.addresses().tolist() == found(branch) != found(cache) == cache.addresses().tolist()
 
 
 def test_rows_count_every_read():
