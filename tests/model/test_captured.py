@@ -167,7 +167,7 @@ def make(build, cache, recall, grow, starts):
 WITH_GISTS = [cache for cache in CACHES if "no gists" not in cache]
 
 
-@pytest.mark.parametrize("sequences", [1, 3])
+@pytest.mark.parametrize("sequences", [pytest.param(1, marks=pytest.mark.long), 3])
 @pytest.mark.parametrize("cache,recall", [*((c, "none") for c in CACHES), *((c, "suffix") for c in WITH_GISTS)])
 def test_bit_equal_while_caches_grow(build, cache, recall, sequences, moved, monkeypatch):
     """States hold for three tokens, memory for what is there: both are made anew under way."""
@@ -176,7 +176,7 @@ def test_bit_equal_while_caches_grow(build, cache, recall, sequences, moved, mon
     assert moved.memory
 
 
-@pytest.mark.parametrize("sequences", [1, 2])
+@pytest.mark.parametrize("sequences", [pytest.param(1, marks=pytest.mark.long), 2])
 @pytest.mark.parametrize("cache", WITH_GISTS)
 def test_bit_equal_where_chunks_are_read_again(build, cache, sequences, moved):
     """No piece starts a word: a chunk's last tokens are taken off when it closes, and read again behind its gist."""
