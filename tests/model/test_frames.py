@@ -138,8 +138,8 @@ def test_raw_rows_on_the_host(build, name, short_ahead):
     assert any(rows.on_host for layer in sequences[0].cache.layers for rows in layer)
 
 
-@pytest.mark.parametrize("kinds", [("gist", "dense", "window:7"), ("window:3", "gist")], ids=str)
-def test_joined_parts_in_layers_of_several_kinds(build, kinds):
+@pytest.mark.parametrize("kinds", [(), ("gist", "dense", "window:7"), ("window:3", "gist")], ids=str)
+def test_joined_parts(build, kinds):
     """Windows of the text that goes on reach into parts, skip them, and leave them behind."""
     decoder = make_joining(build, GistConfig((4, 2), recall="suffix", topk=2), layer_attention=kinds)
     parts = [decoder.read_part(tokens) for tokens in documents(DOCUMENTS["several"])]
@@ -183,18 +183,6 @@ def d_start(decoder):
     sequence = decoder.start()
     decoder.read_context(sequence, text(2), close=False)
     return sequence
-
-
-def test_joined_parts(build):
-    decoder = make_joining(build, GistConfig((4, 2), recall="suffix", topk=2))
-    parts = [decoder.read_part(tokens) for tokens in documents(DOCUMENTS["several"])]
-
-    def start(decoder):
-        joined = decoder.join(parts, text(4))
-        decoder.read_suffix(joined, text(5, 20))
-        return [joined, read(decoder, 40, 3)]
-
-    same(decoder, start, Sampling(6))
 
 
 def test_draws_beyond_a_block(build, monkeypatch):
