@@ -1,4 +1,4 @@
-"""SmolLM2-135M after continued pretraining on the same tokens in several ways: perplexity on text held out, coverage, passkey.
+"""SmolLM2-135M after continued pretraining on the same tokens in several ways: perplexity, coverage, passkey, questions.
 
     apt-get download python3.11-doc && dpkg-deb -x python3.11-doc_*.deb DOC     # or other texts, one document per file
     python -m tests.benchmarks.smollm2_gists --cache DIR --output DIR --text DOC/usr/share/doc/python3.11/html/_sources
@@ -17,14 +17,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.benchmarks.docs_questions import write_questions
 from tests.benchmarks.smollm2 import fetch, hf_directory
 
 HELD_OUT = 0.08  # of the documents
 ROUTED_TOKENS = 65536  # raw tokens at most for coverage, which takes longer than perplexity
+TASK = "qa_docs.jsonl"  # of the output, where pages of Python's documentation are among the texts
 ROUTED = {"gist.recall": "all", "gist.route_loss": 0.3, "gist.route_far": "true"}
-WIDE_FIRST = "[{{until: {third}, unfold_all: true, route_loss: 1.0}}]"
-# Steps are parts of all of them. The paper forgets first, and recalls in the last fifth; the recipe unfolds everything in the
-# first third, where gists learn to be found at the full weight.
+WIDE = "{{until: {third}, unfold_all: true, route_loss: 1.0}}"
+WIDE_FIRST = f"[{WIDE}]"
+# As in launch/configs/routed/: budgets shrink to the usual one, a quarter unfolds everything to the end. The window is 64 tokens.
+WINDOWED = {**ROUTED, "gist.own_group": "true", "gist.unfold_share": 0.25}
+SHRINKING_8 = f"[{WIDE}, {{{{until: {{nine_twentieths}}, budget_ratio: 2}}}}, {{{{until: {{three_fifths}}, budget_ratio: 4}}}}]"
+SHRINKING_16 = f"[{WIDE}, {{{{until: {{nine_twentieths}}, budget_ratio: 4}}}}, {{{{until: {{three_fifths}}, budget_ratio: 8}}}}]"
 ARMS = {
     "dense": {"model.attention": "dense"},
     "paper_8": {"gist.chunk_sizes": "[8]", "gist.recall": "all", "train.stages": "[{{until: {four_fifths}, recall: none}}]"},
@@ -37,6 +42,14 @@ ARMS = {
         "train.stages": WIDE_FIRST,
     },
     "recipe_16": {"gist.chunk_sizes": "[16]", **ROUTED, "train.stages": WIDE_FIRST},
+    "windowed_8": {"gist.chunk_sizes": "[8]", **WINDOWED, "gist.n_prev": 8, "train.stages": SHRINKING_8},
+    "windowed_4x4": {
+        "gist.chunk_sizes": "[4, 4]",
+        **WINDOWED,
+        "gist.n_prev": 16,
+        "gist.recall_from": 2,
+        "train.stages": SHRINKING_16,
+    },
     "distilled_8": {
         "gist.chunk_sizes": "[8]",
         **ROUTED,
@@ -78,6 +91,8 @@ def experiment(args: argparse.Namespace) -> dict:
     if not (root / "text_valid.idx").exists():
         shards = ["--input", *args.text, "--tokenizer", root / "imported" / "tokenizer", "--output", root / "text"]
         command("data_prep", "tokenize", *shards, "--valid-fraction", HELD_OUT, "--workers", 1)
+    if not (root / TASK).exists():
+        write_questions(args.text, root / TASK)
     results = {}
     if args.before:
         results["before"] = evaluate(args, "dense", 0, root / "evaluated" / "before")
@@ -100,7 +115,8 @@ def experiment(args: argparse.Namespace) -> dict:
 def training(args: argparse.Namespace, arm: str, **others) -> list:
     """Arguments of ``pretrain`` that train an arm: what all share, its own settings, then ``others`` (dots written ``__``)."""
     root = args.output
-    steps = {"third": round(args.steps / 3), "four_fifths": round(args.steps * 0.8)}
+    parts = {"third": 1 / 3, "nine_twentieths": 0.45, "three_fifths": 0.6, "four_fifths": 0.8}
+    steps = {name: round(args.steps * part) for name, part in parts.items()}
     chosen = {
         "data.train": f"[{root / 'text_train'}]",
         "data.valid": f"[{root / 'text_valid'}]",
@@ -125,7 +141,8 @@ def training(args: argparse.Namespace, arm: str, **others) -> list:
 
 def evaluations(args: argparse.Namespace, arm: str, step: int, output: Path) -> dict[str, list]:
     """Arguments of ``pretrain`` by the kind of evaluation, for a checkpoint of an arm, or the imported model where the step is 0:
-    perplexity under every mode, coverage and passkey; of the dense arm dense alone, before training with gists of 8."""
+    perplexity under every mode, coverage, passkey and, where there are some, questions; of the dense arm dense alone, before
+    training with gists of 8."""
     sizes = ARMS[arm].get("gist.chunk_sizes", "[8]").strip("[]").replace(" ", "")
     source = ["--run-dir", args.output / "runs" / arm, "--step", step] if step else ["--run-dir", args.output / "imported"]
     modes = ["dense"] if arm == "dense" and step else ["dense", "forget", "recall"]
@@ -135,6 +152,8 @@ def evaluations(args: argparse.Namespace, arm: str, step: int, output: Path) -> 
     keys = ["--lengths", args.raw_tokens // 2, "--depths", 0.25, 0.75, "--trials", 3]
     common = [*source, "--dtype", args.evaluation_dtype, "--output", output]
     kinds = {"perplexity": text(args.tokens) + gists, "routing": [*routed, "--chunk-sizes", sizes], "passkey": keys + gists}
+    if (args.output / TASK).exists():
+        kinds["tasks"] = ["--tasks", args.output / TASK, *gists]
     return {kind: ["evaluate", kind, *common, *own] for kind, own in kinds.items() if kind != "routing" or len(modes) > 1}
 
 

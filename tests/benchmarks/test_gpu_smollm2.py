@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.benchmarks.docs_questions import write_questions
 from tests.benchmarks.gpu.smollm2 import Course, ahead, common_checkpoint, pace, planned_steps
-from tests.benchmarks.smollm2_gists import ARMS, evaluations, findings, table, training
+from tests.benchmarks.smollm2_gists import ARMS, TASK, evaluations, findings, table, training
 from unfold.pretrain.config import load_config
+from unfold.pretrain.evaluate.items import read_items
 
 ARGS = Namespace(
     output=Path("/out"), steps=30, raw_tokens=4096, precision="bf16", batch=8, lr=3e-4, tokens=100_000, evaluation_dtype="bf16"
@@ -82,6 +84,21 @@ def test_what_is_evaluated(tmp_path):
     assert list(dense) == ["perplexity", "passkey"] and dense["perplexity"][-2:] == ["--mode", "dense"]
     before = evaluations(ARGS, "dense", 0, tmp_path)
     assert list(before) == list(kinds) and before["routing"][2:4] == ["--run-dir", Path("/out/imported")]
+
+
+def test_questions_are_asked_of_pages_that_there_are(tmp_path):
+    args = Namespace(**{**vars(ARGS), "output": tmp_path})
+    assert write_questions([str(tmp_path)], tmp_path / TASK) == 0
+    assert "tasks" not in evaluations(args, "recipe_8", 30, tmp_path)
+    (tmp_path / "library").mkdir()
+    (tmp_path / "library" / "heapq.rst.txt").write_text("heapify makes a heap. " * 1000)
+    assert write_questions([str(tmp_path)], tmp_path / TASK) == 1
+    (item,) = read_items(tmp_path / TASK, {}, {}, None)
+    assert item.answers == ("heapify",) and item.kind.metrics[0].name == "match_part" and len(item.context) == 3001
+    assert item.question.startswith("\nQuestion: Which function") and item.opening == "Answer:"
+    tasks = evaluations(args, "recipe_8", 30, tmp_path)["tasks"]
+    assert tasks[tasks.index("--tasks") + 1] == tmp_path / TASK
+    assert tasks[-5:] == ["dense", "forget", "recall", "--chunk-sizes", "8"]
 
 
 def test_the_table_has_what_was_evaluated(tmp_path):

@@ -60,7 +60,7 @@ def random_case(seed: int, dividing: int = 10**6, by_number: bool = False) -> Ra
     levels = pick(1, 2, 2, 3, 4)
     sizes = tuple(int(rng.integers(1 if rng.random() < 0.1 else 2, 10 if level == 0 else 5)) for level in range(levels))
     config = GistConfig(
-        sizes, sink=int(rng.integers(0, 6)), n_prev=int(rng.integers(0, 4)), own_group=bool(rng.random() < 0.3), links=LINKS
+        sizes, sink=int(rng.integers(0, 6)), n_prev=pick(0, 1, 2, 3, 9), own_group=bool(rng.random() < 0.3), links=LINKS
     )
     made = [_sample(rng, config) for _ in range(pick(1, 1, 2, 3))]
     level, doc, role, part = columns(made, extra=int(rng.integers(0, 4)))

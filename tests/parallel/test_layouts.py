@@ -88,7 +88,7 @@ def test_a_pipeline_with_recall_and_untied_embeddings(tiny, tmp_path):
 
 
 RECALL = [
-    pytest.param("cp2", ["gist.own_group=true"]),
+    pytest.param("cp2", ["gist.own_group=true", "gist.n_prev=8"]),  # windows of 32 tokens, at a border in two ranks
     *(pytest.param(n, [], marks=pytest.mark.long) for n in ("cp2 tp2 sequence", "cp2 dp2 zero2", "cp2 pp2", "ulysses2")),
     *(pytest.param(n, [], marks=pytest.mark.long) for n in ("cp2 ulysses2", "cp2 ulysses2 zero3 selective tiles")),
     pytest.param("cp2", ["train.activation_checkpointing=full", "gist.share=group"], marks=pytest.mark.long),
