@@ -24,6 +24,8 @@ HELD_OUT = 0.08  # of the documents
 ROUTED_TOKENS = 65536  # raw tokens at most for coverage, which takes longer than perplexity
 TASK = "qa_docs.jsonl"  # of the output, where pages of Python's documentation are among the texts
 ROUTED = {"gist.recall": "all", "gist.route_loss": 0.3, "gist.route_far": "true"}
+# Steps are parts of all of them. The paper forgets first, and recalls in the last fifth; the recipe unfolds everything in the
+# first third, where gists learn to be found at the full weight.
 WIDE = "{{until: {third}, unfold_all: true, route_loss: 1.0}}"
 WIDE_FIRST = f"[{WIDE}]"
 # As in launch/configs/routed/: budgets shrink to the usual one, a quarter unfolds everything to the end. The window is 64 tokens.
